@@ -1,0 +1,222 @@
+"""The one attention function: transformers' own, with hook points on the way in and inside the softmax.
+
+1. transformers asks `AttentionInterface.get_interface` for the function of an attention layer. That method
+   is wrapped once per process; the wrapper hands out a function that looks up the calling module here.
+2. A module that no HookedVLM has tapped, or whose tap is idle, runs exactly what transformers would have run.
+3. hook_rot_q and hook_rot_k see the rotated queries and keys and stay on the fast path.
+4. A layer whose hook_attn_scores or hook_pattern is live leaves the fast path, alone: the family's own eager
+   function runs, watched at its softmax, so that every quirk of the family stays exact.
+5. A few rows of the pattern come from q, k and the mask: softmax(q[rows] k^T scale + mask[rows]).
+
+The name of the implementation stays "sdpa" or "eager": some families read it to decide what mask to build,
+and a registered name of our own would silently drop theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers.modeling_utils import AttentionInterface
+
+from mmlens.taps import LazyHookPoint
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+# Keyword arguments with which softmax(q k^T scale + mask) is not the family's pattern.
+_PATTERN_CHANGING_ARGUMENTS = ("softcap", "s_aux", "position_bias")
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """Query positions of a batch, padded to the largest count: `index` [batch, query], `real` says which count."""
+
+    index: Int[Tensor, "batch query"]
+    real: Bool[Tensor, "batch query"]
+
+    @classmethod
+    def of(cls, queries: Bool[Tensor, "batch pos"]) -> QueryRows:
+        counts = queries.sum(-1)
+        if (counts == 0).any():
+            empty = (counts == 0).nonzero().flatten().tolist()
+            raise ValueError(f"no query position is chosen in batch row(s) {empty}")
+        # A stable sort on "not chosen" brings the chosen positions first, in prompt order.
+        order = (~queries).to(torch.int8).sort(dim=-1, stable=True).indices
+        width = int(counts.max())
+        return cls(order[:, :width], torch.arange(width, device=queries.device) < counts[:, None])
+
+
+class AttentionTap:
+    """The hook points of one attention layer, and whoever wants rows of its pattern."""
+
+    def __init__(self, hook_points: dict[str, LazyHookPoint]) -> None:
+        self.rot_q = hook_points["hook_rot_q"]
+        self.rot_k = hook_points["hook_rot_k"]
+        self.scores = hook_points["hook_attn_scores"]
+        self.pattern = hook_points["hook_pattern"]
+        self.rows: QueryRows | None = None
+        self.consume_rows: Callable[[Tensor], None] | None = None
+
+    @property
+    def needs_softmax(self) -> bool:
+        return self.scores.is_live or self.pattern.is_live
+
+    def run(
+        self,
+        fast: AttentionFunction,
+        eager: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.rot_q.is_live:
+            query = self.rot_q(query.transpose(1, 2)).transpose(1, 2)
+        if self.rot_k.is_live:
+            key = self.rot_k(key.transpose(1, 2)).transpose(1, 2)
+        if self.rows is not None and self.consume_rows is not None:
+            rows = _attention_rows(self.rows, eager, module, query, key, value, attention_mask, kwargs)
+            self.consume_rows(rows)
+        if self.needs_softmax:
+            mask = _additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
+            with _SoftmaxWatch(self.scores, self.pattern):
+                return eager(module, query, key, value, mask, **kwargs)
+        return fast(module, query, key, value, attention_mask, **kwargs)
+
+
+_TAPS: WeakKeyDictionary[nn.Module, AttentionTap] = WeakKeyDictionary()
+
+
+def tap_attention(module: nn.Module, tap: AttentionTap) -> None:
+    """Route the attention layer `module` through `tap` (a module is tapped once; the last tap counts)."""
+    _wrap_get_interface()
+    _TAPS[module] = tap
+
+
+@functools.cache
+def _wrap_get_interface() -> None:
+    original = AttentionInterface.get_interface
+
+    @functools.wraps(original)
+    def get_interface(
+        self: AttentionInterface, attn_implementation: str, default: Callable
+    ) -> AttentionFunction:
+        fast = original(self, attn_implementation, default)
+
+        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+            tap = _TAPS.get(module)
+            if tap is None:
+                return fast(module, *args, **kwargs)
+            return tap.run(fast, default, module, *args, **kwargs)
+
+        return attention
+
+    AttentionInterface.get_interface = get_interface
+
+
+class _SoftmaxWatch(TorchFunctionMode):
+    """Fires the score hook on the input of an eager function's softmax, the pattern hook on its dropout's input.
+
+    Every eager attention function of transformers calls F.softmax and then F.dropout on the pattern.
+    """
+
+    def __init__(self, scores: LazyHookPoint, pattern: LazyHookPoint) -> None:
+        super().__init__()
+        self._scores, self._pattern = scores, pattern
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.softmax and self._scores.is_live:
+            args = (self._scores(args[0]), *args[1:])
+        if func is F.dropout and self._pattern.is_live:
+            args = (self._pattern(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def _additive_mask(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
+) -> Tensor | None:
+    """The mask that an eager function adds to the scores, from what the fast path was given.
+
+    SDPA takes a boolean mask (True = attend) or none at all, with causality as a flag of the module.
+    """
+    q_length, k_length = query.shape[2], key.shape[2]
+    if mask is None:
+        if q_length == 1 or not _is_causal(module, is_causal):
+            return None
+        mask = torch.ones(q_length, k_length, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask.dtype == torch.bool:
+        blocked = torch.finfo(query.dtype).min
+        return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, blocked)
+    return mask[..., :k_length]
+
+
+def _attention_rows(
+    rows: QueryRows,
+    eager: AttentionFunction,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Float[Tensor, "batch head query key"]:
+    """Post-softmax attention at the chosen query positions, in float32."""
+    if any(kwargs.get(name) is not None for name in _PATTERN_CHANGING_ARGUMENTS):
+        return _rows_of_eager_pattern(rows, eager, module, query, key, value, mask, kwargs)
+    batch, n_heads, _, d_head = query.shape
+    n_kv_heads, k_length = key.shape[1], key.shape[2]
+    index = rows.index.to(query.device)
+    width = index.shape[1]
+    chosen = query.gather(2, index[:, None, :, None].expand(-1, n_heads, -1, d_head)).float()
+    grouped = chosen.reshape(batch, n_kv_heads, (n_heads // n_kv_heads) * width, d_head)
+    # One example at a time: the float32 copy of the keys is then never larger than one example's.
+    scaling = kwargs.get("scaling")
+    scale = d_head**-0.5 if scaling is None else scaling
+    scores = torch.cat(
+        [torch.matmul(g * scale, k.float().mT)[None] for g, k in zip(grouped, key, strict=True)]
+    )
+    scores = scores.reshape(batch, n_heads, width, k_length)
+    if mask is not None:
+        mask = mask[..., :k_length].expand(batch, -1, -1, -1)
+        picked = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, k_length))
+        if picked.dtype == torch.bool:
+            scores = scores.masked_fill(~picked, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + picked.float()
+    elif query.shape[2] > 1 and _is_causal(module, kwargs.get("is_causal")):
+        future = torch.arange(k_length, device=index.device) > index[..., None]
+        scores = scores.masked_fill(future[:, None], torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
+
+
+def _rows_of_eager_pattern(
+    rows: QueryRows,
+    eager: AttentionFunction,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Float[Tensor, "batch head query key"]:
+    """The slow way, for families with a softcap, sinks or a position bias: their own full pattern, then the rows."""
+    full = _additive_mask(module, query, key, mask, kwargs.get("is_causal"))
+    pattern = eager(module, query, key, value, full, **kwargs)[1]
+    if pattern is None:
+        raise NotImplementedError(f"{type(module).__name__} gives no attention pattern to take rows from")
+    index = rows.index.to(pattern.device)[:, None, :, None]
+    return pattern.gather(2, index.expand(-1, pattern.shape[1], -1, pattern.shape[3])).float()

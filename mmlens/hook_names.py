@@ -1,0 +1,91 @@
+"""Every hook point's name, shape and meaning: the one vocabulary of the package.
+
+Names and shapes are TransformerLens'. `{l}` is a layer. k and v keep their own head count under grouped
+queries; scores and patterns have one block of rows per query head.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+BLOCK_HOOKS: dict[str, str] = {
+    "hook_resid_pre": "[batch, pos, d_model] residual stream into the layer",
+    "hook_attn_in": "[batch, pos, d_model] what attention reads from the stream, before its norm; edits reach it alone",
+    "ln1.hook_scale": "[batch, pos, 1] what the first norm divides by",
+    "ln1.hook_normalized": "[batch, pos, d_model] after the first norm, before its weight and bias",
+    "attn.hook_q": "[batch, pos, head, d_head] queries as projected, before any norm and rotation",
+    "attn.hook_k": "[batch, pos, kv_head, d_head] keys as projected, before any norm and rotation",
+    "attn.hook_v": "[batch, pos, kv_head, d_head] values as projected",
+    "attn.hook_rot_q": "[batch, pos, head, d_head] queries as attention uses them",
+    "attn.hook_rot_k": "[batch, key, kv_head, d_head] keys as attention uses them, cached ones included",
+    "attn.hook_attn_scores": "[batch, head, query, key] before the softmax, mask added",
+    "attn.hook_pattern": "[batch, head, query, key] after the softmax",
+    "attn.hook_z": "[batch, pos, head, d_head] each head's output before W_O",
+    "attn.hook_result": "[batch, pos, head, d_model] each head's output after W_O",
+    "hook_attn_out": "[batch, pos, d_model] output of the attention module",
+    "hook_resid_mid": "[batch, pos, d_model] residual stream after attention",
+    "hook_mlp_in": "[batch, pos, d_model] what the MLP reads from the stream, before its norm; edits reach it alone",
+    "ln2.hook_scale": "[batch, pos, 1] what the second norm divides by",
+    "ln2.hook_normalized": "[batch, pos, d_model] after the second norm, before its weight and bias",
+    "hook_mlp_out": "[batch, pos, d_model] output of the MLP module",
+    "hook_resid_post": "[batch, pos, d_model] residual stream out of the layer",
+}
+"""Hook points of a layer, language `blocks.{l}.` and vision `vision.blocks.{l}.`, in the order they fire.
+
+In the vision tower "batch, pos" is as the tower has it: [image or tile, patch] in most families, one packed
+axis [patch] in Qwen's, where rot_q, rot_k, scores and pattern fire once per image or window.
+"""
+
+BLOCK_IMAGE_HOOKS: dict[str, str] = {
+    "image.hook_resid_pre": "[image_token, d_model]",
+    "image.hook_z": "[image_token, head, d_head]",
+    "image.hook_attn_out": "[image_token, d_model]",
+    "image.hook_resid_mid": "[image_token, d_model]",
+    "image.hook_mlp_out": "[image_token, d_model]",
+    "image.hook_resid_post": "[image_token, d_model]",
+}
+"""The same activations of a language layer at the visual positions only, packed in batch-major order."""
+
+MODEL_HOOKS: dict[str, str] = {
+    "hook_embed": "[batch, pos, d_model] text and image embeddings as they enter the first layer",
+    "image.hook_embed": "[image_token, d_model] the projected visual embeddings as they enter the first layer",
+    "ln_final.hook_scale": "[batch, pos, 1] what the final norm divides by",
+    "ln_final.hook_normalized": "[batch, pos, d_model] after the final norm, before its weight",
+    "vision.hook_embed": "[image, patch, d_vision] patch embeddings as they enter the tower's first layer",
+    "vision.ln_post.hook_scale": "[image, patch, 1] what the tower's last norm divides by",
+    "vision.ln_post.hook_normalized": "[image, patch, d_vision] after the tower's last norm, before its weight",
+    "projector.hook_in": "[..., d_vision] what the projector reads",
+    "projector.hook_out": "[..., d_model] what the projector gives, in the tower's order",
+    "vision.deepstack.{i}.hook_out": "[image_token, d_model] deep features for language layer i, in the tower's order",
+    "blocks.{l}.hook_deepstack": "[image_token, d_model] deep features added to the stream after layer l",
+}
+"""Hook points outside the layers; vision.ln_post and the deep ones only where a family has them."""
+
+CHUNKED_HOOKS = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern")
+"""Hook points that fire once per attention call; some vision towers call once per image or window."""
+
+COSTLY_HOOKS = ("hook_result",)
+"""Left out of a cache of everything unless named: [batch, pos, head, d_model] for every layer is huge."""
+
+
+def block(layer: int, hook: str) -> str:
+    """The full name of a language layer's hook point.
+
+    >>> block(3, "attn.hook_z")
+    'blocks.3.attn.hook_z'
+    """
+    return f"blocks.{layer}.{hook}"
+
+
+def unknown_name_message(kind: str, given: str, known: Iterable[str]) -> str:
+    """What was given, and the nearest right names.
+
+    >>> unknown_name_message("hook point", "blocks.0.attn.hook_Z", ["blocks.0.attn.hook_z"])
+    "there is no hook point 'blocks.0.attn.hook_Z'; the nearest: 'blocks.0.attn.hook_z'"
+    """
+    known = list(known)
+    nearest = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
+    shown = nearest or known[:8]
+    label = "the nearest" if nearest else "there are"
+    return f"there is no {kind} {given!r}; {label}: {', '.join(map(repr, shown))}"

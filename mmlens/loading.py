@@ -1,0 +1,91 @@
+"""Finding and loading a model and its processor: shipped with the package, in a folder, or on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+
+from mmlens.families.catalog import family_of
+from mmlens.families.processors import load_processor
+from mmlens.hook_names import unknown_name_message
+
+_SHIPPED_FOLDER = Path(__file__).parent / "micro"
+_HUB_OPTIONS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "subfolder",
+    "trust_remote_code",
+)
+
+
+class ModelNotFoundError(OSError):
+    """No such shipped model or folder, or the hub did not give it."""
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that come with the package.
+
+    >>> shipped_models()
+    ['micro']
+    """
+    return sorted(path.parent.name for path in _SHIPPED_FOLDER.glob("*/config.json"))
+
+
+def load(name_or_path: str | Path, **hf_options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A Hugging Face model in eval mode and its processor. Weights come from safetensors only.
+
+    Raises ModelNotFoundError, or UnknownFamilyError before any weight is loaded.
+    """
+    source = _resolve(str(name_or_path))
+    hf_options.setdefault("trust_remote_code", False)
+    hub_options = {key: hf_options[key] for key in _HUB_OPTIONS if key in hf_options}
+    try:
+        family_of(AutoConfig.from_pretrained(source, **hub_options).model_type)
+        model = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **hf_options)
+        processor = load_processor(source, **hub_options)
+    except (OSError, HfHubHTTPError) as error:
+        raise ModelNotFoundError(_explain(source, error)) from error
+    return model.eval(), processor
+
+
+def _resolve(name: str) -> str:
+    if name in shipped_models():
+        return str(_SHIPPED_FOLDER / name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFoundError(f"the folder {name!r} holds no config.json: it is no model folder")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelNotFoundError(f"there is no folder {name!r}")
+    if "/" not in name:
+        raise ModelNotFoundError(
+            unknown_name_message("shipped model or folder", name, shipped_models())
+            + ". A model on the hub is named 'owner/name'"
+        )
+    return name
+
+
+def _explain(source: str, error: Exception) -> str:
+    """One sentence for what went wrong, from the chain of errors that transformers raised."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    if any(isinstance(link, GatedRepoError) for link in chain):
+        return f"{source!r} is gated: accept its terms on the hub and log in (`hf auth login`), or pass token=..."
+    if any(isinstance(link, RepositoryNotFoundError) for link in chain):
+        return f"the hub has no model {source!r} (or it is private: pass token=...)"
+    if any(isinstance(link, FileNotFoundError) for link in chain) or Path(source).is_dir():
+        return f"{source!r} cannot be loaded: {error}"
+    return (
+        f"{source!r} is not on this machine and the hub could not be reached or refused ({type(chain[-1]).__name__}). "
+        f"Offline, use a folder or a shipped model: {', '.join(shipped_models())}. The loader said: {error}"
+    )

@@ -1,0 +1,247 @@
+"""Hook points on the inputs and outputs of unmodified modules.
+
+A tap is attached to its module only while one of its hook points is live, so an idle model runs at the
+speed of the plain one. A step is one view of the tensor with the hook point that sees it: the whole
+tensor, its heads, its rows at image positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint, LensHandle
+
+
+class Tap(Protocol):
+    """Where hook points fire; it attaches itself to the model while one of them is live."""
+
+    def refresh(self) -> None: ...
+
+
+class LazyHookPoint(HookPoint):
+    """A TransformerLens HookPoint that tells its tap when it gets a first hook or loses its last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taps: list[Tap] = []
+
+    @property
+    def is_live(self) -> bool:
+        return bool(self.fwd_hooks or self.bwd_hooks)
+
+    def add_hook(self, *args: Any, **kwargs: Any) -> LensHandle:
+        handle = super().add_hook(*args, **kwargs)
+        for tap in self.taps:
+            tap.refresh()
+        return handle
+
+    def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
+        super().remove_hooks(*args, **kwargs)
+        for tap in self.taps:
+            tap.refresh()
+
+
+class Step:
+    """One or more hook points and what they do to the tensor: `apply(tensor, module, inputs) -> tensor`."""
+
+    def __init__(
+        self,
+        hook_points: Sequence[LazyHookPoint],
+        apply: Callable[[Tensor, nn.Module, tuple[Any, ...]], Tensor],
+    ) -> None:
+        self.hook_points = tuple(hook_points)
+        self.apply = apply
+
+    @property
+    def is_live(self) -> bool:
+        return any(point.is_live for point in self.hook_points)
+
+
+class ModuleTap:
+    """Runs its live steps, in order, on the first input or the first output of `module`."""
+
+    def __init__(self, module: nn.Module, side: Literal["input", "output"], steps: Sequence[Step]) -> None:
+        self.module, self.side, self.steps = module, side, tuple(steps)
+        self._handle: Any = None
+        for step in self.steps:
+            for point in step.hook_points:
+                point.taps.append(self)
+
+    def refresh(self) -> None:
+        live = any(step.is_live for step in self.steps)
+        if live and self._handle is None:
+            # Prepended: transformers records hidden states by forward hooks of its own, and must record the edit.
+            self._handle = (
+                self.module.register_forward_pre_hook(self._on_input, with_kwargs=True, prepend=True)
+                if self.side == "input"
+                else self.module.register_forward_hook(self._on_output, with_kwargs=True, prepend=True)
+            )
+        elif not live and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _run(self, tensor: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+        for step in self.steps:
+            if step.is_live:
+                tensor = step.apply(tensor, self.module, inputs)
+        return tensor
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (self._run(args[0], args), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, {**kwargs, name: self._run(kwargs[name], (kwargs[name],))}
+
+    def _on_output(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        inputs = args or tuple(kwargs.values())
+        if isinstance(output, tuple):
+            return (self._run(output[0], inputs), *output[1:])
+        return self._run(output, inputs)
+
+
+ImageMask = Callable[[Tensor], Tensor | None]
+"""Gives the boolean mask of image positions for a tensor [batch, pos, ...], or None where the run has none."""
+
+
+def whole(point: LazyHookPoint) -> Step:
+    """The tensor as it is."""
+    return Step([point], lambda x, module, inputs: point(x))
+
+
+def branch(point: LazyHookPoint) -> Step:
+    """A copy that only this reader sees: an edit, in place or not, leaves the residual stream alone."""
+    return Step([point], lambda x, module, inputs: point(x.clone()))
+
+
+def heads(point: LazyHookPoint, d_head: int) -> Step:
+    """[..., head * d_head] seen as [..., head, d_head]."""
+    return Step([point], lambda x, module, inputs: point(x.unflatten(-1, (-1, d_head))).flatten(-2))
+
+
+def fused_heads(points: Sequence[LazyHookPoint], d_head: int) -> Step:
+    """The equal parts of a fused projection's output (q, k, v), each seen as [..., head, d_head]."""
+
+    def apply(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        parts = x.unflatten(-1, (len(points), -1, d_head)).unbind(-3)
+        return torch.stack([point(part) for point, part in zip(points, parts, strict=True)], dim=-3).flatten(
+            -3
+        )
+
+    return Step(points, apply)
+
+
+def image_rows(point: LazyHookPoint, image_mask: ImageMask, d_head: int | None = None) -> Step:
+    """The rows at image positions, packed [image_token, ...] in batch-major order; skipped where there are none."""
+
+    def apply(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        mask = image_mask(x)
+        if mask is None:
+            return x
+        rows = x[mask]
+        edited = point(rows if d_head is None else rows.unflatten(-1, (-1, d_head)))
+        return x.index_put((mask,), edited if d_head is None else edited.flatten(-2))
+
+    return Step([point], apply)
+
+
+def normalization(scale_point: LazyHookPoint, normalized_point: LazyHookPoint) -> Step:
+    """hook_scale and hook_normalized of a LayerNorm or RMSNorm, before its weight and bias.
+
+    The module's own output is kept and only the change that a hook made is added, so that reading is exact.
+    """
+
+    def apply(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        x = inputs[0].float()
+        if isinstance(module, nn.LayerNorm):
+            x, eps = x - x.mean(-1, keepdim=True), module.eps
+        else:
+            eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+            if eps is None:
+                raise NotImplementedError(f"{type(module).__name__} has no epsilon that mmlens knows of")
+        scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        clean = (x / scale).to(out.dtype)
+        normalized = normalized_point((x / scale_point(scale.clone())).to(out.dtype))
+        return out + (normalized - clean) * module.weight
+
+    return Step([scale_point, normalized_point], apply)
+
+
+def head_results(point: LazyHookPoint, d_head: int) -> Step:
+    """hook_result: what each head adds to the attention output, z_h W_O[h], as [..., head, d_model].
+
+    As with the norms, the module's own output is kept and the change of the sum over heads is added.
+    """
+
+    def apply(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        z = inputs[0].unflatten(-1, (-1, d_head))
+        w_o = module.weight.T.unflatten(0, (-1, d_head)).to(z.dtype)
+        result = torch.einsum("...hd,hdm->...hm", z, w_o)
+        clean = result.sum(-2)
+        return out + (point(result).sum(-2) - clean)
+
+    return Step([point], apply)
+
+
+def residual_mid(points_and_steps: Sequence[Step]) -> tuple[Step, Step]:
+    """hook_resid_mid: an edit must reach the MLP AND the residual stream around it.
+
+    transformers keeps the residual in a local variable that no module sees. The first step, on the input of
+    the second norm, edits what the MLP reads and remembers the change; the second, on the layer's output,
+    adds that change to the stream. An edit in place reaches both by itself, and the change is then zero.
+    """
+    change: list[Tensor] = []
+
+    def at_norm(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        before = x
+        for step in points_and_steps:
+            if step.is_live:
+                x = step.apply(x, module, inputs)
+        change[:] = [] if x is before else [x - before]
+        return x
+
+    def at_output(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        return x + change.pop() if change else x
+
+    points = [point for step in points_and_steps for point in step.hook_points]
+    return Step(points, at_norm), Step(points, at_output)
+
+
+class DeepInjectionTap:
+    """hook_deepstack: what a method of the language model adds to the stream after a layer, [image_token, d_model].
+
+    The addition happens in a method, `owner.method(hidden, mask, features)`, that is not told the layer. While
+    a hook is live the method is shadowed on the instance, and the layer before it says which one is running.
+    """
+
+    def __init__(
+        self, owner: nn.Module, method: str, points: Sequence[tuple[nn.Module, LazyHookPoint]]
+    ) -> None:
+        self.owner, self.method, self.points = owner, method, tuple(points)
+        self._handles: list[Any] = []
+        for _, point in self.points:
+            point.taps.append(self)
+
+    def refresh(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.owner.__dict__.pop(self.method, None)
+        live = [(layer, point) for layer, point in self.points if point.is_live]
+        if not live:
+            return
+        original = getattr(self.owner, self.method)
+        pending: list[LazyHookPoint] = []
+
+        def announce(point: LazyHookPoint) -> Callable[..., None]:
+            return lambda module, args, output: pending.append(point)
+
+        def inject(hidden: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+            return original(hidden, mask, pending.pop()(features) if pending else features)
+
+        self._handles = [layer.register_forward_hook(announce(point)) for layer, point in live]
+        self.owner.__dict__[self.method] = inject
