@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -144,7 +144,7 @@ class HookedVLM(HookedRootModule):
         self,
         inputs: Inputs | None = None,
         *,
-        return_type: Literal["logits"] | None = "logits",
+        return_type: str | None = "logits",
         **hf_inputs: Any,
     ) -> Float[Tensor, "batch pos vocab"] | None:
         """Logits of the Hugging Face model; keyword inputs (logits_to_keep, ...) are passed on to it."""

@@ -11,12 +11,15 @@ describes every field. One line:
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from mmlens.hook_names import unknown_name_message
 
 Box = tuple[float, float, float, float]
 
@@ -69,6 +72,10 @@ class Example:
             )
 
 
+class DataError(ValueError):
+    """A folder of examples that is missing, empty or not in the documented format."""
+
+
 def check_box(box: Box | None, size: tuple[int, int], where: str) -> None:
     """Raise ValueError unless `box` is a non-empty box inside an image of `size` = (width, height)."""
     if box is None:
@@ -80,3 +87,124 @@ def check_box(box: Box | None, size: tuple[int, int], where: str) -> None:
             f"{where}: the box {tuple(box)} is not a box (left, top, right, bottom) "
             f"inside the image of {width} x {height} pixels"
         )
+
+
+_TEXT_FIELDS = ("id", "kind", "question", "answer", "group")
+_FIELDS = (*_TEXT_FIELDS, "images", "evidence", "candidates", "metadata")
+
+
+def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
+    """Write `examples.jsonl` and the images (PNG, lossless) to `folder`, and return the folder.
+
+    Raises DataError where two examples share an id, since their images would overwrite each other.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines, seen = [], set()
+    for index, example in enumerate(examples):
+        name = example.id or f"example-{index}"
+        if name in seen:
+            raise DataError(f"two examples have the id {name!r}")
+        seen.add(name)
+        files = []
+        for number, image in enumerate(example.images):
+            files.append(f"images/{index:06d}-{number}.png")
+            image.save(folder / files[-1])
+        record = {field: getattr(example, field) for field in _TEXT_FIELDS} | {
+            "id": name,
+            "images": files,
+            "evidence": [
+                {"image": e.image} | ({} if e.box is None else {"box": list(e.box)}) for e in example.evidence
+            ],
+            "candidates": list(example.candidates),
+            "metadata": example.metadata,
+        }
+        lines.append(json.dumps(record))
+    (folder / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def load_examples(folder: str | Path) -> list[Example]:
+    """Read a folder of examples (docs/data.md).
+
+    Raises DataError, naming the folder and the line, for a missing folder or file, an empty set, an unknown
+    or missing field, an image that is missing or broken, or evidence outside its image.
+    """
+    path = Path(folder) / "examples.jsonl"
+    if not Path(folder).is_dir():
+        raise DataError(f"there is no folder of examples {str(folder)!r}")
+    if not path.is_file():
+        raise DataError(f"the folder {str(folder)!r} has no examples.jsonl")
+    examples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            try:
+                examples.append(_example(json.loads(line), Path(folder)))
+            except (ValueError, TypeError, KeyError, OSError) as error:
+                raise DataError(f"{path}, line {number}: {error}") from error
+    if not examples:
+        raise DataError(f"{path} holds no example")
+    return examples
+
+
+def _example(record: Any, folder: Path) -> Example:
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"expected an object with the fields {', '.join(_FIELDS)}, got {type(record).__name__}"
+        )
+    for field_name in record:
+        if field_name not in _FIELDS:
+            raise ValueError(unknown_name_message("field", field_name, _FIELDS))
+    for field_name in ("question", "answer"):
+        if not isinstance(record.get(field_name), str) or not record[field_name].strip():
+            raise ValueError(
+                f"the field {field_name!r} must be a non-empty text, got {record.get(field_name)!r}"
+            )
+    images = tuple(_open_image(folder / name) for name in record.get("images", ()))
+    evidence = tuple(
+        Evidence(region["image"], tuple(region["box"]) if region.get("box") is not None else None)
+        for region in record.get("evidence", ())
+    )
+    return Example(
+        **{name: record.get(name, "") for name in _TEXT_FIELDS},
+        images=images,
+        evidence=evidence,
+        candidates=tuple(record.get("candidates", ())),
+        metadata=record.get("metadata", {}),
+    )
+
+
+def _open_image(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise ValueError(f"there is no image {str(path)!r}")
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def split_examples(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Two disjoint lists, about `fraction` of every kind in the first, groups kept whole.
+
+    Raises ValueError where a side would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is a share between 0 and 1, not {fraction}")
+    rng = random.Random(seed)
+    first: list[Example] = []
+    second: list[Example] = []
+    for kind in sorted({example.kind for example in examples}):
+        groups: dict[object, list[Example]] = {}
+        for index, example in enumerate(examples):
+            if example.kind == kind:
+                groups.setdefault(example.group or example.id or index, []).append(example)
+        names = list(groups)
+        rng.shuffle(names)
+        cut = min(max(round(fraction * len(names)), 1), len(names) - 1)
+        for position, name in enumerate(names):
+            (first if position < cut else second).extend(groups[name])
+    if not first or not second:
+        raise ValueError(
+            f"{len(examples)} example(s) cannot be split in two: every kind needs at least two groups"
+        )
+    return first, second

@@ -1,0 +1,310 @@
+"""Head ablation: take away what a head does, in one of six ways, and leave every other head alone.
+
+| mode | what the head does instead |
+|---|---|
+| zero | z = 0 |
+| mean | z = its mean over a reference set, text and image positions apart |
+| resample | z = the same head's z in another example |
+| uniform | attends alike to every key it may see (the paper's masking, within the causal and padding mask) |
+| uniform_leaky | all scores 0 after the mask was added: sees future and padding keys too (the paper's Algorithm 2, literally) |
+| mean_query | q = its mean over a reference set (before rotation), text and image positions apart |
+
+Source: arXiv 2606.05843, Algorithm 2, for the uniform modes; which reading is meant, it does not say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mmlens.data.examples import Example
+from mmlens.heads import HeadSet, as_head_set
+from mmlens.hook_names import block, unknown_name_message
+from mmlens.hooked_vlm import Hook, HookedVLM
+from mmlens.prompt import Prompt
+
+Intervention = Callable[[HookedVLM, Prompt], list[Hook]]
+"""Anything that turns (model, prompt) into TransformerLens forward hooks; composing is concatenating."""
+
+Positions = Bool[Tensor, "batch pos"] | Callable[[Prompt], Bool[Tensor, "batch pos"]] | None
+"""Where an intervention acts: a mask of the prompt's positions, a function that gives one, or everywhere."""
+
+MODES = ("zero", "mean", "resample", "uniform", "uniform_leaky", "mean_query")
+
+
+@dataclass(frozen=True)
+class HeadMeans:
+    """Mean z and q of every head over a reference set, [position kind, layer, head, d_head]: text, then image.
+
+    Padding is left out. A set without images has no image means; they are then NaN.
+    """
+
+    z: Float[Tensor, "2 layer head d_head"]
+    q: Float[Tensor, "2 layer head d_head"]
+    n_examples: int
+
+
+@torch.no_grad()
+def mean_activations(model: HookedVLM, examples: Sequence[Example], *, batch_size: int = 16) -> HeadMeans:
+    """The reference of `ablate(heads, "mean")` and "mean_query": one pass over `examples`, summed in float64."""
+    if not examples:
+        raise ValueError("mean_activations needs at least one example, got an empty list")
+    shape = (2, model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head)
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in ("z", "q")}
+    counts = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(examples), batch_size):
+        prompt = model.prompt_examples(examples[start : start + batch_size])
+        masks = _position_kinds(prompt)
+        counts += torch.stack([mask.sum() for mask in masks]).double()
+
+        def add(x: Tensor, hook: Any, masks: tuple[Tensor, Tensor] = masks) -> None:
+            total = sums[hook.name.rsplit("_", 1)[1]]
+            for kind, mask in enumerate(masks):
+                total[kind, hook.layer()] += x[mask.to(x.device)].double().sum(0).cpu()
+
+        hooks = [
+            (block(layer, f"attn.hook_{name}"), add) for name in sums for layer in range(model.cfg.n_layers)
+        ]
+        model.run_with_hooks(prompt, fwd_hooks=hooks, logits_to_keep=1)
+    means = {name: (total / counts[:, None, None, None]).float() for name, total in sums.items()}
+    return HeadMeans(**means, n_examples=len(examples))
+
+
+def ablate(
+    heads: HeadSet | Iterable[tuple[int, int]],
+    mode: str = "zero",
+    *,
+    reference: HeadMeans | Sequence[Example] | None = None,
+    positions: Positions = None,
+    seed: int = 0,
+) -> Intervention:
+    """Ablate `heads` in the given mode, at `positions` of the prompt (None: everywhere, generated tokens too).
+
+    `reference`: `mean_activations(model, examples)` for "mean" and "mean_query"; a list of examples for
+    "resample", of which each prompt's rows draw one each, by `seed`. Raises ValueError for an unknown mode, a
+    reference that the mode does not take, or positions that choose none; IndexError for a head out of range.
+
+    >>> ablate([(0, 1)], "zeroed")
+    Traceback (most recent call last):
+        ...
+    ValueError: there is no ablation mode 'zeroed'; the nearest: 'zero'
+    """
+    if mode not in MODES:
+        raise ValueError(unknown_name_message("ablation mode", mode, MODES))
+    _check_reference(mode, reference)
+    if not isinstance(heads, HeadSet):
+        heads = list(heads)
+
+    def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads)
+        edit = _EDITS[mode](model, prompt, chosen, reference, seed)
+        where = _where(prompt, positions)
+        return [
+            (block(layer, _HOOK[mode]), _at_heads(edit, layer, members, prompt, where, _QUERY_AXIS[mode]))
+            for layer, members in chosen.by_layer().items()
+        ]
+
+    return intervention
+
+
+Edit = Callable[[Tensor, int, list[int], tuple[Tensor, Tensor]], Tensor]
+"""(the heads' activation, layer, heads, (text, image) masks of its positions) -> what stands in its place."""
+
+_HOOK = dict.fromkeys(("zero", "mean", "resample"), "attn.hook_z") | {
+    "uniform": "attn.hook_attn_scores",
+    "uniform_leaky": "attn.hook_attn_scores",
+    "mean_query": "attn.hook_q",
+}
+# hook_z and hook_q are [batch, pos, head, d_head], scores [batch, head, query, key].
+_QUERY_AXIS = {mode: 2 if hook.endswith("scores") else 1 for mode, hook in _HOOK.items()}
+
+
+def _zero(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Any, seed: int) -> Edit:
+    return lambda x, layer, members, kinds: torch.zeros_like(x)
+
+
+def _uniform(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Any, seed: int) -> Edit:
+    def edit(scores: Tensor, layer: int, members: list[int], kinds: tuple[Tensor, Tensor]) -> Tensor:
+        # A masked score has the mask's huge negative number in it; no real score comes near half of it.
+        masked = scores < torch.finfo(scores.dtype).min / 2
+        return torch.where(masked, scores, torch.zeros_like(scores))
+
+    return edit
+
+
+def _mean_of(name: str) -> Callable[..., Edit]:
+    def build(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: HeadMeans, seed: int) -> Edit:
+        means: Tensor = getattr(reference, name)
+        shape = (2, model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head)
+        if tuple(means.shape) != shape:
+            raise ValueError(f"the reference means have shape {tuple(means.shape)}, this model needs {shape}")
+        if bool(prompt.token_map.is_image.any()) and bool(means[1].isnan().any()):
+            raise ValueError("the prompt has images, but the reference means come from examples without any")
+
+        def edit(x: Tensor, layer: int, members: list[int], kinds: tuple[Tensor, Tensor]) -> Tensor:
+            of_text, of_image = means[:, layer, members].to(x)
+            return torch.where(kinds[1][:, :, None, None], of_image, of_text).expand_as(x)
+
+        return edit
+
+    return build
+
+
+def _resample(
+    model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Sequence[Example], seed: int
+) -> Edit:
+    """z of another example: text positions are matched from the prompt's end, image positions likewise.
+
+    In prompts of equal layout that is position by position; where the other example has fewer positions of
+    a kind, its own are used again from the end.
+    """
+    rng = np.random.default_rng([seed, *_fingerprint(prompt)])
+    drawn = [
+        _another(reference, question, images, rng)
+        for question, images in zip(prompt.questions, prompt.images)
+    ]
+    other = model.prompt_examples(drawn)
+    names = [block(layer, "attn.hook_z") for layer in heads.by_layer()]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(other, names_filter=names, logits_to_keep=1)
+    index = _matched_positions(_position_kinds(prompt), _position_kinds(other))
+    last = other.last.cpu().int().argmax(-1, keepdim=True)
+
+    def edit(z: Tensor, layer: int, members: list[int], kinds: tuple[Tensor, Tensor]) -> Tensor:
+        source = cache[block(layer, "attn.hook_z")][:, :, members].to(z)
+        # A generated token has no counterpart in the other prompt: it takes the last position's z.
+        of_run = _of_run(index, prompt, z.shape[1], last).to(source.device)
+        return source.gather(1, of_run[:, :, None, None].expand(-1, -1, *source.shape[2:]))
+
+    return edit
+
+
+def _matched_positions(here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]) -> Tensor:
+    """For every position of a prompt the position of the other prompt that it is matched with (padding: 0)."""
+    index = torch.zeros(here[0].shape, dtype=torch.long)
+    for row in range(len(index)):
+        for targets, sources in zip(here, there, strict=True):
+            to = targets[row].nonzero().flatten().cpu().flip(0)
+            given = sources[row].nonzero().flatten().cpu().flip(0)
+            if len(to) and not len(given):
+                raise ValueError("resample: the prompt has images, but a reference example has none")
+            if len(to):
+                index[row, to] = given[torch.arange(len(to)) % len(given)]
+    return index
+
+
+_EDITS: dict[str, Callable[..., Edit]] = {
+    "zero": _zero,
+    "mean": _mean_of("z"),
+    "resample": _resample,
+    "uniform": _uniform,
+    "uniform_leaky": _zero,
+    "mean_query": _mean_of("q"),
+}
+
+
+def _at_heads(
+    edit: Edit, layer: int, members: list[int], prompt: Prompt, where: Tensor | None, query_axis: int
+) -> Callable[..., Tensor]:
+    """The hook: `edit` at the chosen heads and positions, the activation as it is everywhere else."""
+    head_axis = 3 - query_axis
+
+    def hook(x: Tensor, hook: Any) -> Tensor:
+        n_queries = x.shape[query_axis]
+        heads = torch.tensor(members, device=x.device)
+        chosen = x.index_select(head_axis, heads)
+        edited = edit(chosen, layer, members, _kinds_of_run(prompt, n_queries, x.device))
+        if where is not None:
+            here = _of_run(where, prompt, n_queries, torch.zeros(len(where), 1, dtype=torch.bool)).to(
+                x.device
+            )
+            here = here[:, :, None, None] if query_axis == 1 else here[:, None, :, None]
+            edited = torch.where(here, edited, chosen)
+        return x.index_copy(head_axis, heads, edited.to(x.dtype))
+
+    return hook
+
+
+def _position_kinds(prompt: Prompt) -> tuple[Tensor, Tensor]:
+    """Masks [batch, pos] of text and of image positions; padding is neither."""
+    token_map = prompt.token_map
+    return ~token_map.is_image & ~token_map.is_padding, token_map.is_image
+
+
+def _kinds_of_run(prompt: Prompt, n_queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    text, image = _position_kinds(prompt)
+    no = torch.zeros(len(text), 1, dtype=torch.bool)
+    return _of_run(text, prompt, n_queries, ~no).to(device), _of_run(image, prompt, n_queries, no).to(device)
+
+
+def _of_run(values: Tensor, prompt: Prompt, n_queries: int, generated: Tensor) -> Tensor:
+    """[batch, pos] values of a prompt, for a forward that runs the prompt, a generated token, or both.
+
+    `generated` [batch, 1] is the value at generated positions.
+    """
+    n_prompt = values.shape[1]
+    if n_queries == 1 and n_prompt > 1:
+        return generated
+    if n_queries < n_prompt:
+        raise ValueError(
+            f"the forward runs {n_queries} positions of a prompt of {n_prompt}: prefill in chunks cannot be ablated"
+        )
+    return torch.cat([values.cpu(), generated.expand(-1, n_queries - n_prompt)], dim=1)
+
+
+def _where(prompt: Prompt, positions: Positions) -> Tensor | None:
+    if positions is None:
+        return None
+    mask = positions(prompt) if callable(positions) else positions
+    shape = tuple(prompt.token_map.is_image.shape)
+    if tuple(mask.shape) != shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"positions is a boolean mask [batch, pos] = {shape}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    if not bool(mask.any()):
+        raise ValueError("positions chooses no position of the prompt: the ablation would do nothing")
+    return mask
+
+
+def _check_reference(mode: str, reference: Any) -> None:
+    if mode in ("mean", "mean_query") and not isinstance(reference, HeadMeans):
+        raise ValueError(
+            f"ablate(heads, {mode!r}) needs reference=mean_activations(model, examples), "
+            f"got {type(reference).__name__}"
+        )
+    if mode == "resample" and not (
+        isinstance(reference, Sequence) and reference and all(isinstance(e, Example) for e in reference)
+    ):
+        raise ValueError(
+            f"ablate(heads, 'resample') needs reference=[examples to draw from], got {type(reference).__name__}"
+        )
+    if mode in ("zero", "uniform", "uniform_leaky") and reference is not None:
+        raise ValueError(f"ablate(heads, {mode!r}) takes no reference, got {type(reference).__name__}")
+
+
+def _fingerprint(prompt: Prompt) -> list[int]:
+    """So that two batches do not draw the same reference examples in the same order."""
+    ids = prompt.inputs["input_ids"]
+    return [int(ids.sum()), int(ids.shape[1]), len(ids)]
+
+
+def _another(
+    reference: Sequence[Example], question: str, images: Sequence[Any], rng: np.random.Generator
+) -> Example:
+    """A reference example with as many images where there is one, and not the prompt's own."""
+    others = [e for e in reference if (e.question, len(e.images)) != (question, len(images))]
+    alike = [e for e in others if len(e.images) == len(images)] or [
+        e for e in others if bool(e.images) == bool(images)
+    ]
+    if not alike:
+        raise ValueError(
+            f"resample: no reference example but the prompt's own for the question {question!r} "
+            f"with {len(images)} image(s)"
+        )
+    return alike[int(rng.integers(len(alike)))]

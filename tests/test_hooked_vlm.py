@@ -1,0 +1,416 @@
+"""HookedVLM against the plain Hugging Face model, for every supported family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from conftest import hooked, padded_prompt, two_image_prompt
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+import mmlens
+from mmlens import hook_names
+from mmlens.families.catalog import FAMILIES, UnknownFamilyError
+from mmlens.hooked_vlm import HookNeverFiredError, UnknownHookError
+
+INSIDE_SOFTMAX = ("hook_attn_scores", "hook_pattern")
+
+
+def test_suite_covers_every_record() -> None:
+    assert set(tiny.FAMILIES) == set(FAMILIES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_logits_are_bit_equal_to_the_plain_model(family: str, attention: str, dtype: torch.dtype) -> None:
+    options = {"attn_implementation": attention, "dtype": dtype}
+    plain, model = tiny.tiny_model(family, **options).eval(), hooked(family, **options)
+    for prompt in (two_image_prompt(model), padded_prompt(model)):
+        expected = plain(**prompt.inputs).logits
+        assert torch.equal(model(prompt), expected)
+        assert torch.equal(model(prompt.inputs), expected)
+        assert torch.equal(model(**prompt.inputs), expected)
+        # The process-wide wrapper leaves models alone that no HookedVLM holds.
+        with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda x, hook: x * 0)]):
+            model(prompt)
+            assert torch.equal(plain(**prompt.inputs).logits, expected)
+
+
+def test_wrapping_leaves_parameters_and_state_dict_alone(family: str) -> None:
+    plain = tiny.tiny_model(family)
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    model = mmlens.HookedVLM(plain, tiny.tiny_processor(family))
+    after = model.hf_model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@torch.no_grad()
+def test_every_hook_point_reads_exactly_and_writes_effectively(model: mmlens.HookedVLM) -> None:
+    prompt = two_image_prompt(model)
+    clean = model(prompt)
+    for name in model.hook_dict:
+
+        def same(x: Tensor, hook: object) -> Tensor:
+            return x
+
+        def changed(x: Tensor, hook: object) -> Tensor:
+            torch.manual_seed(0)
+            if hook.name.endswith("hook_pattern"):
+                return x.roll(1, -1)
+            return x + torch.randn_like(x) * (1 if hook.name.endswith("scores") else x.std())
+
+        read = model.run_with_hooks(prompt, fwd_hooks=[(name, same)])
+        if name.endswith(INSIDE_SOFTMAX):
+            torch.testing.assert_close(read, clean, atol=1e-5, rtol=1e-5)
+        else:
+            assert torch.equal(read, clean), name
+        written = model.run_with_hooks(prompt, fwd_hooks=[(name, changed)])
+        assert (written - clean).abs().max() > 1e-3, name
+    assert torch.equal(model(prompt), clean)
+    assert not model.list_hooks()
+
+
+@torch.no_grad()
+def test_eager_reads_scores_and_patterns_bit_equal(family: str) -> None:
+    model = hooked(family, attn_implementation="eager")
+    prompt = padded_prompt(model)
+    clean = model(prompt)
+    logits, cache = model.run_with_cache(prompt)
+    assert torch.equal(logits, clean)
+    reference = model.hf_model(**prompt.inputs, output_attentions=True).attentions
+    for layer, pattern in enumerate(reference):
+        assert torch.equal(cache["pattern", layer], pattern)
+
+
+@torch.no_grad()
+def test_cached_activations_have_the_documented_shapes_and_values(model: mmlens.HookedVLM) -> None:
+    prompt = padded_prompt(model)
+    logits, cache = model.run_with_cache(prompt, names_filter=lambda name: True)
+    assert isinstance(cache, ActivationCache)
+    assert set(cache.cache_dict) == set(model.hook_dict)
+    cfg = model.cfg
+    batch, pos = prompt.inputs["input_ids"].shape
+    mask = prompt.token_map.is_image
+    sizes = {
+        "batch": batch, "pos": pos, "query": pos, "key": pos, "head": cfg.n_heads, "kv_head": cfg.n_key_value_heads,
+        "d_head": cfg.d_head, "d_model": cfg.d_model, "image_token": int(mask.sum()), "1": 1,
+    }  # fmt: skip
+    documented = {**hook_names.BLOCK_HOOKS, **hook_names.BLOCK_IMAGE_HOOKS}
+    for layer in range(cfg.n_layers):
+        for hook, text in documented.items():
+            axes = text[1 : text.index("]")].split(", ")
+            assert list(cache[f"blocks.{layer}.{hook}"].shape) == [sizes[axis] for axis in axes], hook
+        for name in ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"):
+            full, packed = cache[f"blocks.{layer}.{name}"], cache[f"blocks.{layer}.image.{name}"]
+            assert torch.equal(full[mask], packed)
+        assert torch.equal(cache["z", layer][mask], cache[f"blocks.{layer}.image.hook_z"])
+        mid = cache["resid_pre", layer] + cache["attn_out", layer]
+        torch.testing.assert_close(mid, cache["resid_mid", layer])
+        post = cache["resid_mid", layer] + cache["mlp_out", layer]
+        torch.testing.assert_close(post, cache["resid_post", layer])
+        torch.testing.assert_close(
+            cache["result", layer].sum(2), cache["attn_out", layer], atol=2e-5, rtol=1e-4
+        )
+        torch.testing.assert_close(cache["pattern", layer].sum(-1), torch.ones(batch, cfg.n_heads, pos))
+        torch.testing.assert_close(cache["attn_scores", layer].softmax(-1), cache["pattern", layer])
+    # Hidden states of the plain model, before each layer.
+    hidden = model.hf_model(**prompt.inputs, output_hidden_states=True).hidden_states
+    # Positions of padding are left out: SDPA and eager fill their fully masked rows differently.
+    real = ~prompt.token_map.is_padding
+    torch.testing.assert_close(logits[real], model(prompt)[real], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cache["embed"][real], hidden[0][real], atol=1e-4, rtol=1e-4)
+    for layer in range(cfg.n_layers - 1):
+        post = cache["resid_post", layer]
+        torch.testing.assert_close(post[real], hidden[layer + 1][real], atol=1e-4, rtol=1e-4)
+    assert torch.equal(cache["embed"], cache["resid_pre", 0])
+    assert torch.equal(cache["embed"][mask], cache["image.hook_embed"])
+    _, subset = model.run_with_cache(prompt, names_filter=["blocks.0.hook_resid_pre", "blocks.1.attn.hook_z"])
+    assert set(subset.cache_dict) == {"blocks.0.hook_resid_pre", "blocks.1.attn.hook_z"}
+
+
+@torch.no_grad()
+def test_deep_injection_is_what_separates_a_layer_from_the_next() -> None:
+    model = hooked("qwen3_vl")
+    prompt = two_image_prompt(model)
+    _, cache = model.run_with_cache(prompt)
+    for layer in (0, 1):
+        jump = cache["resid_pre", layer + 1] - cache["resid_post", layer]
+        mask = prompt.token_map.is_image
+        torch.testing.assert_close(jump[mask], cache[f"blocks.{layer}.hook_deepstack"], atol=1e-5, rtol=1e-4)
+        assert not jump[~mask].any()
+        assert torch.equal(
+            cache[f"vision.deepstack.{layer}.hook_out"], cache[f"blocks.{layer}.hook_deepstack"]
+        )
+
+
+@torch.no_grad()
+def test_resid_mid_reaches_mlp_and_stream(model: mmlens.HookedVLM) -> None:
+    """Against the layer's own arithmetic: x' + MLP(norm(x')), for an edit by value and one in place."""
+    prompt = two_image_prompt(model)
+    layer = model.hf_model.get_submodule(model.family.language.layers)[1]
+    _, cache = model.run_with_cache(prompt, names_filter="blocks.1.hook_resid_mid")
+    edited = cache["resid_mid", 1].clone()
+    edited[:, -1] *= -2
+    expected = edited + layer.mlp(layer.post_attention_layernorm(edited))
+
+    def in_place(x: Tensor, hook: object) -> Tensor:
+        x[:, -1] *= -2
+        return x
+
+    for edit in (lambda x, hook: edited, in_place):
+        with model.hooks(fwd_hooks=[("blocks.1.hook_resid_mid", edit)]):
+            _, under = model.run_with_cache(prompt, names_filter="blocks.1.hook_resid_post")
+        torch.testing.assert_close(under["resid_post", 1], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_branch_inputs_do_not_touch_the_stream(model: mmlens.HookedVLM) -> None:
+    prompt = two_image_prompt(model)
+    names = [
+        "blocks.1.hook_resid_pre",
+        "blocks.1.hook_resid_mid",
+        "blocks.1.hook_attn_out",
+        "blocks.1.hook_mlp_out",
+    ]
+    _, clean = model.run_with_cache(prompt, names_filter=names)
+
+    def zero_in_place(x: Tensor, hook: object) -> Tensor:
+        return x.mul_(0)
+
+    with model.hooks(fwd_hooks=[("blocks.1.hook_mlp_in", zero_in_place)]):
+        _, under = model.run_with_cache(prompt, names_filter=names)
+    assert torch.equal(under["resid_mid", 1], clean["resid_mid", 1])
+    assert not torch.equal(under["mlp_out", 1], clean["mlp_out", 1])
+    with model.hooks(fwd_hooks=[("blocks.1.hook_attn_in", zero_in_place)]):
+        _, under = model.run_with_cache(prompt, names_filter=names)
+    assert torch.equal(under["resid_pre", 1], clean["resid_pre", 1])
+    assert not torch.equal(under["attn_out", 1], clean["attn_out", 1])
+
+
+@torch.no_grad()
+def test_a_head_ablated_at_z_equals_its_columns_of_the_output_projection_set_to_zero(family: str) -> None:
+    model, cut = hooked(family), tiny.tiny_model(family).eval()
+    prompt = padded_prompt(model)
+    layer, head, d_head = 1, 2, model.cfg.d_head
+    attention = cut.get_submodule(model.family.language.layers)[layer].self_attn
+    attention.o_proj.weight[:, head * d_head : (head + 1) * d_head] = 0
+
+    def ablated(z: Tensor, hook: object) -> Tensor:
+        z[:, :, head] = 0
+        return z
+
+    logits = model.run_with_hooks(prompt, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", ablated)])
+    torch.testing.assert_close(logits, cut(**prompt.inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_generate_is_the_plain_model_s_and_hooks_act_on_every_token(family: str) -> None:
+    plain, model = tiny.tiny_model(family).eval(), hooked(family)
+    prompt = padded_prompt(model)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = plain.generate(**prompt.inputs, **options)
+    assert torch.equal(model.generate(prompt, **options), expected)
+    calls = []
+
+    def zero(z: Tensor, hook: object) -> Tensor:
+        calls.append(z.shape[1])
+        return torch.zeros_like(z)
+
+    every_z = [(lambda name: name.startswith("blocks.") and name.endswith("attn.hook_z"), zero)]
+    with model.hooks(fwd_hooks=every_z):
+        under = model.generate(prompt, **options)
+        uncached = model.generate(prompt, **options, use_cache=False)
+    assert torch.equal(under, uncached)
+    assert not torch.equal(under, expected)
+    assert set(calls[: model.cfg.n_layers]) == {prompt.inputs["input_ids"].shape[1]}
+    assert 1 in calls
+    assert torch.equal(model.generate(prompt, **options), expected)
+
+
+def test_an_edit_of_v_stays_in_the_key_value_cache() -> None:
+    model = hooked("qwen3_vl")
+    prompt = two_image_prompt(model)
+
+    def edit(v: Tensor, hook: object) -> Tensor:
+        return v.roll(1, -1)
+
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_v", edit)]):
+        cached = model.generate(prompt, max_new_tokens=6, do_sample=False)
+        uncached = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(cached, uncached)
+
+
+@torch.no_grad()
+def test_attention_rows_are_the_full_pattern_s(family: str) -> None:
+    for attention in ("sdpa", "eager"):
+        model = hooked(family, attn_implementation=attention)
+        prompt = padded_prompt(model)
+        _, cache = model.run_with_cache(prompt, names_filter=lambda name: name.endswith("hook_pattern"))
+        queries = prompt.token_map.is_question
+        seen = []
+
+        def consume(layer: int, rows: Tensor, real: Tensor, cache=cache, queries=queries, seen=seen) -> None:
+            for row in range(len(rows)):
+                expected = cache["pattern", layer][row][:, queries[row]]
+                # Two float32 products of large scores; masses over them are held to 1e-6 in test_attention.
+                torch.testing.assert_close(rows[row][:, real[row]], expected, atol=3e-6, rtol=0)
+            seen.append(layer)
+
+        model.attention_rows(prompt, queries, consume)
+        assert seen == list(range(model.cfg.n_layers))
+
+
+def test_gradients_flow_through_hooks(model: mmlens.HookedVLM) -> None:
+    prompt = two_image_prompt(model)
+    kept = {}
+
+    def keep(name: str):
+        def hook(x: Tensor, hook: object) -> None:
+            x.requires_grad_() if x.is_leaf else None
+            x.retain_grad()
+            kept[name] = x
+
+        return hook
+
+    names = [
+        "blocks.1.attn.hook_pattern",
+        "blocks.0.attn.hook_z",
+        "vision.blocks.0.attn.hook_z",
+        "image.hook_embed",
+    ]
+    with model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
+        model(prompt)[0, -1].max().backward()
+    for name in names:
+        assert kept[name].grad is not None and kept[name].grad.abs().sum() > 0, name
+    model.hf_model.zero_grad()
+
+
+def test_backward_hooks_see_the_gradient() -> None:
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+    grads = {}
+
+    def save(grad: Tensor, hook: object) -> None:
+        grads[hook.name] = grad.clone()
+
+    with model.hooks(bwd_hooks=[("blocks.2.hook_resid_mid", save), ("blocks.2.hook_resid_post", save)]):
+        model(prompt)[0, -1, 0].backward()
+    # The stream passes the gradient on and the MLP adds its own.
+    assert grads["blocks.2.hook_resid_mid"].abs().sum() > 0
+    assert not torch.equal(grads["blocks.2.hook_resid_mid"], grads["blocks.2.hook_resid_post"])
+
+
+def test_an_exception_leaves_no_hook_behind(model: mmlens.HookedVLM) -> None:
+    prompt = two_image_prompt(model)
+    with torch.no_grad():
+        clean = model(prompt)
+
+        def fails(x: Tensor, hook: object) -> Tensor:
+            raise ArithmeticError("from the hook")
+
+        for name in ("blocks.1.attn.hook_pattern", "blocks.0.hook_resid_mid", "vision.blocks.0.attn.hook_q"):
+            with pytest.raises(ArithmeticError, match="from the hook"):
+                model.run_with_hooks(prompt, fwd_hooks=[(name, fails)])
+            with (
+                pytest.raises(ArithmeticError, match="from the hook"),
+                model.hooks(fwd_hooks=[(name, fails)]),
+            ):
+                model.run_with_cache(prompt)
+        assert not model.list_hooks()
+        assert torch.equal(model(prompt), clean)
+
+
+@torch.no_grad()
+def test_bad_hooks_are_errors() -> None:
+    model = hooked("qwen3_vl")
+    prompt = two_image_prompt(model)
+    with pytest.raises(
+        UnknownHookError, match=r"'blocks.0.attn.hook_Z'; the nearest: 'blocks.0.attn.hook_z'"
+    ):
+        model.run_with_hooks(prompt, fwd_hooks=[("blocks.0.attn.hook_Z", lambda x, hook: x)])
+    with pytest.raises(UnknownHookError, match="blocks.7.attn.hook_z"):
+        model.run_with_cache(prompt, names_filter="blocks.7.attn.hook_z")
+    with pytest.raises(UnknownHookError, match="matches none"):
+        model.run_with_hooks(prompt, fwd_hooks=[(lambda name: "nothing" in name, lambda x, hook: x)])
+    with pytest.raises(UnknownHookError):
+        model.add_hook("blocks.0.hook_resid", lambda x, hook: x)
+    text_only = model.prompt("What is it?")
+    with pytest.raises(HookNeverFiredError, match="blocks.0.image.hook_z"):
+        model.run_with_hooks(text_only, fwd_hooks=[("blocks.0.image.hook_z", lambda x, hook: x)])
+    with pytest.raises(HookNeverFiredError, match="projector"):
+        model.run_with_cache(text_only, names_filter="projector.hook_out")
+    _, cache = model.run_with_cache(text_only)
+    assert "blocks.0.hook_resid_pre" in cache and "image.hook_embed" not in cache
+    with pytest.raises(TypeError, match="Prompt"):
+        model("What is it?")
+    with pytest.raises(ValueError, match="return_type"):
+        model(prompt, return_type="loss")
+
+
+def test_unknown_family_and_missing_processor_are_errors() -> None:
+    plain = tiny.tiny_model("llava")
+    other = copy.copy(plain)
+    other.config = copy.deepcopy(plain.config)
+    type(other.config).model_type, kept = "llava_nexty", type(other.config).model_type
+    try:
+        with pytest.raises(UnknownFamilyError, match=r"'llava_nexty'; the nearest: 'llava"):
+            mmlens.HookedVLM(other)
+    finally:
+        type(other.config).model_type = kept
+    with pytest.raises(ValueError, match="no processor"):
+        mmlens.HookedVLM(plain).prompt("What?")
+
+
+@torch.no_grad()
+def test_cache_stays_true_when_another_hook_edits_in_place() -> None:
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+    _, clean = model.run_with_cache(prompt, names_filter="blocks.0.hook_resid_post")
+
+    def zero(x: Tensor, hook: object) -> Tensor:
+        x[:] = 0
+        return x
+
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", zero)]):
+        _, cache = model.run_with_cache(prompt, names_filter="blocks.0.hook_resid_post")
+    assert torch.equal(cache["resid_post", 0], clean["resid_post", 0])
+
+
+@torch.no_grad()
+def test_vision_layers_behind_the_features_have_no_hook_points() -> None:
+    """LLaVA takes its features before the tower's last layers; what comes after reaches no logit."""
+    plain = tiny.tiny_model("llava").eval()
+    plain.config.vision_feature_layer = -2
+    model = mmlens.HookedVLM(plain, tiny.tiny_processor("llava"))
+    blocks = {name.split(".")[2] for name in model.hook_dict if name.startswith("vision.blocks.")}
+    assert blocks == {"0", "1"}
+    prompt = two_image_prompt(model)
+    clean = model(prompt)
+    under = model.run_with_hooks(
+        prompt, fwd_hooks=[("vision.blocks.1.hook_resid_post", lambda x, hook: x.roll(1, 1))]
+    )
+    assert (under - clean).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_vision_attention_called_per_image_is_stacked_in_the_cache() -> None:
+    model = hooked("qwen3_vl")
+    prompt = model.prompt("What?", images=tiny.tiny_images(2, seed=0, sizes=[(32, 32), (64, 32)]))
+    patches = prompt.inputs["image_grid_thw"].prod(-1).tolist()
+    assert patches[0] < patches[1]
+    _, cache = model.run_with_cache(prompt)
+    pattern = cache["vision.blocks.0.attn.hook_pattern"]
+    assert pattern.shape == (2, 4, max(patches), max(patches))
+    assert not pattern[0, :, patches[0] :].any() and not pattern[0, :, :, patches[0] :].any()
+    torch.testing.assert_close(pattern[0, :, : patches[0]].sum(-1), torch.ones(4, patches[0]))
+    assert cache["vision.blocks.0.attn.hook_attn_scores"][0, 0, 0, -1] == float("-inf")
+    # Each image's pattern is what the image has alone.
+    alone = model.prompt("What?", images=prompt.images[0][:1])
+    _, single = model.run_with_cache(alone)
+    torch.testing.assert_close(
+        pattern[:1, :, : patches[0], : patches[0]], single["vision.blocks.0.attn.hook_pattern"]
+    )
