@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from mmlens.families.catalog import family_of
@@ -83,9 +88,11 @@ def _explain(source: str, error: Exception) -> str:
         return f"{source!r} is gated: accept its terms on the hub and log in (`hf auth login`), or pass token=..."
     if any(isinstance(link, RepositoryNotFoundError) for link in chain):
         return f"the hub has no model {source!r} (or it is private: pass token=...)"
-    if any(isinstance(link, FileNotFoundError) for link in chain) or Path(source).is_dir():
-        return f"{source!r} cannot be loaded: {error}"
-    return (
-        f"{source!r} is not on this machine and the hub could not be reached or refused ({type(chain[-1]).__name__}). "
-        f"Offline, use a folder or a shipped model: {', '.join(shipped_models())}. The loader said: {error}"
-    )
+    if Path(source).is_dir():
+        return f"the model in {source!r} cannot be loaded: {error}"
+    if any(isinstance(link, LocalEntryNotFoundError) for link in chain):
+        return (
+            f"{source!r} is not on this machine and the hub is out of reach. Offline, use a folder or a shipped "
+            f"model ({', '.join(shipped_models())}); HF_HUB_OFFLINE=1 saves the retries"
+        )
+    return f"{source!r} cannot be loaded: {error}"

@@ -8,13 +8,14 @@ tensor, its heads, its rows at image positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 
+@runtime_checkable
 class Tap(Protocol):
     """Where hook points fire; it attaches itself to the model while one of them is live."""
 
@@ -158,11 +159,10 @@ def normalization(scale_point: LazyHookPoint, normalized_point: LazyHookPoint) -
     def apply(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
         x = inputs[0].float()
         if isinstance(module, nn.LayerNorm):
-            x, eps = x - x.mean(-1, keepdim=True), module.eps
-        else:
-            eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-            if eps is None:
-                raise NotImplementedError(f"{type(module).__name__} has no epsilon that mmlens knows of")
+            x = x - x.mean(-1, keepdim=True)
+        eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if eps is None:
+            raise NotImplementedError(f"{type(module).__name__} has no epsilon that mmlens knows of")
         scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         clean = (x / scale).to(out.dtype)
         normalized = normalized_point((x / scale_point(scale.clone())).to(out.dtype))
@@ -179,7 +179,7 @@ def head_results(point: LazyHookPoint, d_head: int) -> Step:
 
     def apply(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
         z = inputs[0].unflatten(-1, (-1, d_head))
-        w_o = module.weight.T.unflatten(0, (-1, d_head)).to(z.dtype)
+        w_o = module.get_parameter("weight").T.unflatten(0, (-1, d_head))
         result = torch.einsum("...hd,hdm->...hm", z, w_o)
         clean = result.sum(-2)
         return out + (point(result).sum(-2) - clean)

@@ -186,7 +186,7 @@ def split_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Two disjoint lists, about `fraction` of every kind in the first, groups kept whole.
 
-    Raises ValueError where a side would be empty.
+    Raises ValueError where there is no example, or a kind with fewer than two groups.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is a share between 0 and 1, not {fraction}")
@@ -199,12 +199,15 @@ def split_examples(
             if example.kind == kind:
                 groups.setdefault(example.group or example.id or index, []).append(example)
         names = list(groups)
+        if len(names) < 2:
+            raise ValueError(
+                f"{len(examples)} example(s) cannot be split in two: those of kind {kind!r} form "
+                f"{len(names)} group, and every kind needs at least two"
+            )
         rng.shuffle(names)
         cut = min(max(round(fraction * len(names)), 1), len(names) - 1)
         for position, name in enumerate(names):
             (first if position < cut else second).extend(groups[name])
-    if not first or not second:
-        raise ValueError(
-            f"{len(examples)} example(s) cannot be split in two: every kind needs at least two groups"
-        )
+    if not examples:
+        raise ValueError("there is no example to split")
     return first, second

@@ -1,7 +1,7 @@
 """Loading a Hugging Face processor with its PIL image half, with or without torchvision.
 
-A processor with a video half refuses to be built where torchvision is missing, although images
-and text need none of it. There the video half is left out and clips come as frames.
+A processor with a video half refuses to be built where torchvision is missing, although images and text need
+none of it. The video half is left out and clips come as frames.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, ProcessorMixin
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 
@@ -44,11 +44,15 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
 
 
 def load_processor(name_or_path: str | Path, **hub_options: Any) -> ProcessorMixin:
-    """The processor that belongs to a model folder or hub id (images by PIL where torchvision is missing).
+    """The processor that belongs to a model folder or hub id: images by PIL, clips as separate frames.
 
-    `hub_options` go to `from_pretrained` (revision, token, cache_dir, trust_remote_code, ...).
+    With torchvision installed transformers would resize images by it, to slightly other pixels; PIL gives the
+    same numbers on every machine. `hub_options` go to `from_pretrained` (revision, token, cache_dir, ...).
     """
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(name_or_path, **hub_options)
     processor_class = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(name_or_path, **hub_options))]
-    return without_video(processor_class).from_pretrained(name_or_path, **hub_options)
+    if "video_processor" in processor_class.get_attributes():
+        processor_class = without_video(processor_class)
+    processor = processor_class.from_pretrained(name_or_path, **hub_options)
+    if is_torchvision_available():
+        processor.image_processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **hub_options)
+    return processor

@@ -1,0 +1,34 @@
+# `make core-heads` installs and runs the main job on the shipped model; `make test` passes every check.
+# Both need Python 3.11 and nothing else; the environment is made once, in .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/core-heads
+INSTALLED := $(VENV)/.installed
+
+.PHONY: core-heads test lint types tests clean
+
+core-heads: $(INSTALLED)
+	$(BIN)/mmlens core-heads --model micro --out $(OUT)
+
+test: lint types tests
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+tests: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,470 @@
+"""Attention heads as data: `HeadSet`, an ordered set of (layer, head), and `HeadScores`, their scores.
+
+Both know the shape of the model that they speak of, so a head that does not exist is refused where it is
+named and not where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Head = tuple[int, int]
+Heads = Iterable[Any]
+"""A HeadSet, or (layer, head) pairs of integers: a list of tuples, an integer array or tensor [head, 2]."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadSet:
+    """An immutable set of (layer, head) pairs of a model with `n_layers` x `n_heads` query heads.
+
+    It keeps the order in which the heads were given (by rank, where a score chose them), but two sets are
+    equal when they hold the same heads. `|`, `&`, `-`, `^`, `<=` and `<` are those of sets, `in`, `len`
+    and iteration work, and the left operand's order comes first. A set may be empty, as the intersection
+    of two can be; functions that act on heads refuse an empty one (`as_head_set`).
+
+    Raises IndexError for a head outside the model, ValueError for a repeated one, TypeError for anything
+    that is not a pair of integers.
+
+    >>> chosen = HeadSet([(1, 3), (0, 2)], n_layers=2, n_heads=4)
+    >>> chosen
+    HeadSet(2 of 2 x 4: L1H3 L0H2)
+    >>> (0, 2) in chosen, chosen.by_layer(), len(chosen.complement())
+    (True, {0: [2], 1: [3]}, 6)
+    >>> HeadSet([(2, 0)], n_layers=2, n_heads=4)
+    Traceback (most recent call last):
+        ...
+    IndexError: head (2, 0): layer 2 is out of range; the model has 2 layers (0 to 1) of 4 heads (0 to 3)
+    """
+
+    heads: tuple[Head, ...]
+    n_layers: int
+    n_heads: int
+
+    def __init__(self, heads: Heads, *, n_layers: int, n_heads: int) -> None:
+        if n_layers < 1 or n_heads < 1:
+            raise ValueError(f"a model has at least 1 layer and 1 head, not {n_layers} and {n_heads}")
+        checked = tuple(_check_head(head, n_layers, n_heads) for head in _pairs(heads))
+        repeated = sorted(head for head, count in Counter(checked).items() if count > 1)
+        if repeated:
+            raise ValueError(f"each head may be named once; named more than once: {repeated}")
+        object.__setattr__(self, "heads", checked)
+        object.__setattr__(self, "n_layers", n_layers)
+        object.__setattr__(self, "n_heads", n_heads)
+
+    @classmethod
+    def every(cls, n_layers: int, n_heads: int) -> HeadSet:
+        """All heads of the model, layer by layer."""
+        pairs = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+        return cls(pairs, n_layers=n_layers, n_heads=n_heads)
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __iter__(self) -> Iterator[Head]:
+        return iter(self.heads)
+
+    def __contains__(self, head: object) -> bool:
+        return head in self.heads
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HeadSet):
+            return NotImplemented
+        return self.shape == other.shape and set(self.heads) == set(other.heads)
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.heads), self.shape))
+
+    def __repr__(self) -> str:
+        shown = " ".join(f"L{layer}H{head}" for layer, head in self.heads[:8])
+        more = f" and {len(self) - 8} more" if len(self) > 8 else ""
+        return f"HeadSet({len(self)} of {self.n_layers} x {self.n_heads}{': ' if shown else ''}{shown}{more})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_layers, n_heads) of the model."""
+        return self.n_layers, self.n_heads
+
+    def __or__(self, other: HeadSet) -> HeadSet:
+        return self._with([*self.heads, *(other - self)])
+
+    def __and__(self, other: HeadSet) -> HeadSet:
+        common = set(self._same_model(other))
+        return self._with(head for head in self.heads if head in common)
+
+    def __sub__(self, other: HeadSet) -> HeadSet:
+        removed = set(self._same_model(other))
+        return self._with(head for head in self.heads if head not in removed)
+
+    def __xor__(self, other: HeadSet) -> HeadSet:
+        return (self - other) | (other - self)
+
+    def __le__(self, other: HeadSet) -> bool:
+        return set(self.heads) <= set(self._same_model(other))
+
+    def __lt__(self, other: HeadSet) -> bool:
+        return set(self.heads) < set(self._same_model(other))
+
+    def by_layer(self) -> dict[int, list[int]]:
+        """{layer: its heads in the set}, layers ascending, heads in the set's order."""
+        return {
+            layer: [head for at, head in self.heads if at == layer]
+            for layer in sorted({layer for layer, _ in self.heads})
+        }
+
+    def complement(self) -> HeadSet:
+        """Every head of the model that is not in the set, layer by layer."""
+        return HeadSet.every(*self.shape) - self
+
+    def random(self, seed: int) -> HeadSet:
+        """As many heads, drawn uniformly without replacement from the complement.
+
+        A control drawn from all heads can hold the very heads it is compared with; this one cannot.
+        Raises ValueError when the complement holds fewer heads than the set.
+        """
+        others = self._complement_of_at_least_its_size()
+        drawn = np.random.default_rng(seed).choice(len(others), size=len(self), replace=False)
+        return self._with(others[index] for index in sorted(drawn))
+
+    def matched_random(self, seed: int) -> HeadSet:
+        """As many heads in each layer, drawn uniformly without replacement from the complement.
+
+        Where a layer has too few heads left, the shortfall comes from the complement in the nearest layers
+        (both sides alike) after every layer has served its own need, with a warning that says how many
+        heads moved. Raises ValueError when the whole complement holds fewer heads than the set.
+        """
+        rng = np.random.default_rng(seed)
+        left: dict[int, list[int]] = {layer: [] for layer in range(self.n_layers)}
+        for layer, head in self._complement_of_at_least_its_size():
+            left[layer].append(head)
+        drawn: list[Head] = []
+        short: dict[int, int] = {}
+        for layer, members in self.by_layer().items():
+            taken = rng.permutation(left[layer])[: len(members)].tolist()
+            drawn += [(layer, head) for head in taken]
+            left[layer] = [head for head in left[layer] if head not in taken]
+            if len(taken) < len(members):
+                short[layer] = len(members) - len(taken)
+        for layer, missing in short.items():
+            for _ in range(missing):
+                near = min(abs(other - layer) for other, heads in left.items() if heads)
+                pool = [(at, h) for at, heads in left.items() if abs(at - layer) == near for h in heads]
+                at, head = pool[rng.integers(len(pool))]
+                drawn.append((at, head))
+                left[at].remove(head)
+        if short:
+            moved = ", ".join(f"{count} of layer {layer}" for layer, count in short.items())
+            warnings.warn(
+                f"layer-matched random heads: too few heads outside the set in their own layer; "
+                f"drawn from the nearest layers instead: {moved}",
+                stacklevel=2,
+            )
+        return self._with(sorted(drawn))
+
+    def _with(self, heads: Iterable[Head]) -> HeadSet:
+        return HeadSet(heads, n_layers=self.n_layers, n_heads=self.n_heads)
+
+    def _same_model(self, other: HeadSet) -> HeadSet:
+        if not isinstance(other, HeadSet):
+            raise TypeError(f"a HeadSet combines with another HeadSet, not with {type(other).__name__}")
+        if other.shape != self.shape:
+            raise ValueError(
+                f"the two sets are of different models: {self.n_layers} x {self.n_heads} heads "
+                f"and {other.n_layers} x {other.n_heads}"
+            )
+        return other
+
+    def _complement_of_at_least_its_size(self) -> tuple[Head, ...]:
+        others = self.complement().heads
+        if len(others) < len(self):
+            raise ValueError(
+                f"no {len(self)} random heads outside the set: of the model's "
+                f"{self.n_layers * self.n_heads} heads only {len(others)} are not in it"
+            )
+        return others
+
+
+def as_head_set(heads: Heads, n_layers: int, n_heads: int) -> HeadSet:
+    """`heads` as a non-empty HeadSet of a model with `n_layers` x `n_heads` heads.
+
+    Raises ValueError for no heads, a repeated head, or a HeadSet of a model of another shape; IndexError
+    for a head out of range; TypeError for anything else than (layer, head) pairs of integers.
+
+    >>> as_head_set([(0, 1)], n_layers=2, n_heads=4)
+    HeadSet(1 of 2 x 4: L0H1)
+    >>> as_head_set((0, 1), n_layers=2, n_heads=4)
+    Traceback (most recent call last):
+        ...
+    TypeError: heads are (layer, head) pairs of integers, not 0; one head is written [(layer, head)]
+    """
+    if isinstance(heads, HeadSet):
+        if heads.shape != (n_layers, n_heads):
+            raise ValueError(
+                f"the heads are of a model with {heads.n_layers} x {heads.n_heads} heads, "
+                f"this model has {n_layers} x {n_heads} (layers x heads)"
+            )
+        checked = heads
+    else:
+        checked = HeadSet(heads, n_layers=n_layers, n_heads=n_heads)
+    if not len(checked):
+        raise ValueError("no heads given: expected at least one (layer, head)")
+    return checked
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadScores:
+    """One score for each head of a model and each example; a head's score is its mean over examples.
+
+    `per_example` is [example, layer, head]; `kinds` names each example's kind of task, where they have
+    one. Raises ValueError for no examples, NaN, or a number of kinds other than the number of examples.
+
+    >>> scores = HeadScores(torch.tensor([[[.1, .6], [.2, .3]], [[.3, .4], [.2, .1]]]), name="RAM")
+    >>> scores.rank().tolist()
+    [[1, 0], [2, 3]]
+    >>> scores.top(1), scores.bottom(.25)
+    (HeadSet(1 of 2 x 2: L0H1), HeadSet(1 of 2 x 2: L1H1))
+    """
+
+    per_example: Float[Tensor, "example layer head"]
+    name: str = "score"
+    kinds: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        scores = torch.as_tensor(self.per_example).detach().cpu()
+        if scores.ndim != 3 or 0 in scores.shape or not scores.is_floating_point():
+            raise ValueError(
+                f"{self.name}: expected floating-point scores of shape [example, layer, head] with at least "
+                f"one of each, got {scores.dtype} {list(scores.shape)}"
+            )
+        if bool(scores.isnan().any()):
+            example, layer, head = scores.isnan().nonzero()[0].tolist()
+            raise ValueError(f"{self.name}: the score of head ({layer}, {head}) in example {example} is NaN")
+        if self.kinds is not None and len(self.kinds) != len(scores):
+            raise ValueError(f"{self.name}: {len(self.kinds)} kinds for {len(scores)} examples")
+        object.__setattr__(self, "per_example", scores)
+        object.__setattr__(self, "kinds", None if self.kinds is None else tuple(self.kinds))
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.per_example)
+
+    def __repr__(self) -> str:
+        examples, layers, heads = self.per_example.shape
+        return f"HeadScores({self.name}: {layers} layers x {heads} heads, {examples} examples)"
+
+    @property
+    def values(self) -> Float[Tensor, "layer head"]:
+        """Mean over examples (summed in float64)."""
+        return self.per_example.double().mean(0).to(self.per_example.dtype)
+
+    @property
+    def n_layers(self) -> int:
+        return self.per_example.shape[1]
+
+    @property
+    def n_heads(self) -> int:
+        return self.per_example.shape[2]
+
+    def rank(self) -> Int[Tensor, "layer head"]:
+        """Each head's rank, 0 for the highest score; equal scores rank in (layer, head) order."""
+        return torch.from_numpy(_ranks(self._flat())).reshape(self.n_layers, self.n_heads)
+
+    def top(self, n_or_fraction: int | float) -> HeadSet:
+        """The heads of highest score, highest first.
+
+        An int is a number of heads, a float in (0, 1] a fraction of all heads: so `top(1)` is one head and
+        `top(1.0)` all. A fraction is rounded to the nearest whole number of heads, at least 1, which keeps
+        the share as close to the one named as it can be (5% of 64 heads is 3). The paper's "at or above
+        the 95th percentile" can hold one head more: 4 of 64, 40 instead of 39 of 784.
+        """
+        return self._by_rank(range(self._count(n_or_fraction)))
+
+    def bottom(self, n_or_fraction: int | float) -> HeadSet:
+        """The heads of lowest score, lowest first; counted as in `top`."""
+        total = self.n_layers * self.n_heads
+        return self._by_rank(range(total - 1, total - 1 - self._count(n_or_fraction), -1))
+
+    def select(self, kind: str) -> HeadScores:
+        """The scores of the examples of one kind."""
+        if self.kinds is None:
+            raise ValueError(f"{self.name}: the examples carry no kinds, so none can be selected")
+        chosen = [index for index, own in enumerate(self.kinds) if own == kind]
+        if not chosen:
+            raise ValueError(f"{self.name}: no example of kind {kind!r}; kinds are {sorted(set(self.kinds))}")
+        return HeadScores(self.per_example[chosen], name=self.name, kinds=(kind,) * len(chosen))
+
+    def rank_interval(
+        self, level: float = 0.95, *, n_resamples: int = 1000, seed: int = 0
+    ) -> tuple[Int[Tensor, "layer head"], Int[Tensor, "layer head"]]:
+        """Lowest and highest rank of each head in the middle `level` of bootstrap resamples of the examples.
+
+        Percentile bootstrap: examples are drawn with replacement, all heads ranked anew each time. The
+        ends are ranks that occurred, never interpolated. It tells how firmly the examples place a head
+        among its competitors; it is no confidence interval for a "true rank" among tied heads. Raises
+        ValueError for fewer than 2 examples.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level is a share between 0 and 1, not {level}")
+        if len(self) < 2:
+            raise ValueError(f"{self.name}: a rank interval needs at least 2 examples, there is {len(self)}")
+        # A resample is a multinomial count of each example, so all resampled means are one matrix product.
+        rng = np.random.default_rng(seed)
+        counts = rng.multinomial(len(self), np.full(len(self), 1 / len(self)), size=n_resamples)
+        means = counts @ self.per_example.double().flatten(1).numpy() / len(self)
+        ranks = _ranks(means)
+        low = np.quantile(ranks, (1 - level) / 2, axis=0, method="lower")
+        high = np.quantile(ranks, (1 + level) / 2, axis=0, method="higher")
+        shape = self.n_layers, self.n_heads
+        return torch.from_numpy(low).reshape(shape), torch.from_numpy(high).reshape(shape)
+
+    def spearman(self, other: HeadScores) -> float:
+        """Spearman's rank correlation of the two scores over all heads (ties get their mean rank).
+
+        Raises ValueError for models of different shape, and where one score is the same for every head.
+        """
+        if other.per_example.shape[1:] != self.per_example.shape[1:]:
+            raise ValueError(
+                f"{self.name} is of {self.n_layers} x {self.n_heads} heads, {other.name} of "
+                f"{other.n_layers} x {other.n_heads}: no head-by-head correlation"
+            )
+        for scores in (self, other):
+            if np.ptp(scores._flat()) == 0:
+                raise ValueError(f"{scores.name} is equal for all heads: its rank correlation is undefined")
+        return float(scipy.stats.spearmanr(self._flat(), other._flat()).statistic)
+
+    def stability(self, n_or_fraction: int | float = 0.05) -> Int[Tensor, "layer head"]:
+        """In how many kinds' `top(n_or_fraction)` each head stands (0 to the number of kinds)."""
+        if self.kinds is None:
+            raise ValueError(f"{self.name}: the examples carry no kinds to compare")
+        count = torch.zeros(self.n_layers, self.n_heads, dtype=torch.int64)
+        for kind in sorted(set(self.kinds)):
+            for head in self.select(kind).top(n_or_fraction):
+                count[head] += 1
+        return count
+
+    def table(self, *, level: float = 0.95, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+        """One row per head, best first: layer, head, score, standard_error, rank, rank_low, rank_high.
+
+        The standard error of the mean and the rank interval are missing (NA) where there is one example.
+        """
+        layer, head = np.divmod(np.arange(self.n_layers * self.n_heads), self.n_heads)
+        frame = pd.DataFrame({"layer": layer, "head": head, "score": self._flat()})
+        frame["standard_error"] = np.nan
+        frame["rank"] = self.rank().flatten().numpy()
+        frame["rank_low"] = frame["rank_high"] = pd.array([pd.NA] * len(frame), dtype="Int64")
+        if len(self) > 1:
+            low, high = self.rank_interval(level, n_resamples=n_resamples, seed=seed)
+            deviation = self.per_example.double().std(0).flatten().numpy()
+            frame["standard_error"] = deviation / math.sqrt(len(self))
+            frame["rank_low"] = pd.array(low.flatten().numpy(), dtype="Int64")
+            frame["rank_high"] = pd.array(high.flatten().numpy(), dtype="Int64")
+        return frame.sort_values("rank", ignore_index=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the per-example scores as parquet: name, example, kind (where known), layer, head, score."""
+        example, layer, head = np.indices(self.per_example.shape).reshape(3, -1)
+        columns = {"name": self.name, "example": example, "layer": layer, "head": head}
+        frame = pd.DataFrame(columns | {"score": self.per_example.flatten().numpy()})
+        if self.kinds is not None:
+            frame.insert(2, "kind", np.asarray(self.kinds, dtype=object)[example])
+        frame.to_parquet(path, index=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadScores:
+        """Read what `save` wrote; raises ValueError where a column or a head of an example is missing."""
+        frame = pd.read_parquet(path)
+        missing = [
+            column for column in ("name", "example", "layer", "head", "score") if column not in frame.columns
+        ]
+        if missing:
+            raise ValueError(
+                f"{path} holds no head scores: no column {missing}; its columns are {list(frame.columns)}"
+            )
+        frame = frame.sort_values(["example", "layer", "head"], ignore_index=True)
+        shape = tuple(
+            int(frame[column].max()) + 1 if len(frame) else 0 for column in ("example", "layer", "head")
+        )
+        expected = np.indices(shape).reshape(3, -1).T
+        if not np.array_equal(frame[["example", "layer", "head"]].to_numpy(), expected):
+            raise ValueError(
+                f"{path} does not hold one score for each of {shape} (example, layer, head): "
+                f"{len(frame)} rows, expected {len(expected)} different ones"
+            )
+        kinds = None
+        if "kind" in frame.columns:
+            kinds = tuple(frame.drop_duplicates("example")["kind"])
+        scores = torch.from_numpy(frame["score"].to_numpy().copy()).reshape(shape)
+        return cls(scores, name=frame["name"].iloc[0], kinds=kinds)
+
+    def _flat(self) -> np.ndarray:
+        return self.values.flatten().numpy()
+
+    def _by_rank(self, ranks: Iterable[int]) -> HeadSet:
+        order = np.argsort(-self._flat(), kind="stable")
+        heads = [divmod(int(order[rank]), self.n_heads) for rank in ranks]
+        return HeadSet(heads, n_layers=self.n_layers, n_heads=self.n_heads)
+
+    def _count(self, n_or_fraction: int | float) -> int:
+        total = self.n_layers * self.n_heads
+        if isinstance(n_or_fraction, float):
+            if not 0 < n_or_fraction <= 1:
+                raise ValueError(
+                    f"a fraction of heads lies in (0, 1], not {n_or_fraction}; a count is an int"
+                )
+            # 1e-9 lifts products such as 100 * .145 = 14.499999999999998 to the half they stand for.
+            return max(1, math.floor(n_or_fraction * total + 0.5 + 1e-9))
+        if isinstance(n_or_fraction, bool):
+            raise TypeError("expected a number of heads (int) or a fraction (float), not a bool")
+        count = operator.index(n_or_fraction)
+        if not 1 <= count <= total:
+            raise ValueError(f"a count of heads lies in 1 to {total} (all heads), not {count}")
+        return count
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    """0 for the highest along the last axis, ties in order of position."""
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.broadcast_to(np.arange(scores.shape[-1]), order.shape), axis=-1)
+    return ranks
+
+
+def _pairs(heads: Heads) -> list[Any]:
+    if isinstance(heads, str) or not isinstance(heads, Iterable):
+        raise TypeError(f"heads are a HeadSet or a list of (layer, head) pairs, not {heads!r}")
+    return list(heads)
+
+
+def _check_head(pair: Any, n_layers: int, n_heads: int) -> Head:
+    try:
+        layer, head = (_integer(part) for part in pair)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"heads are (layer, head) pairs of integers, not {pair!r}; one head is written [(layer, head)]"
+        ) from None
+    for word, index, count in (("layer", layer, n_layers), ("head", head, n_heads)):
+        if not 0 <= index < count:
+            raise IndexError(
+                f"head ({layer}, {head}): {word} {index} is out of range; the model has {n_layers} layers "
+                f"(0 to {n_layers - 1}) of {n_heads} heads (0 to {n_heads - 1})"
+            )
+    return layer, head
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)

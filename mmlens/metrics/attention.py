@@ -1,0 +1,328 @@
+"""Where heads look: attention mass from the question to a region, and the scores built on it.
+
+All of it is read from the pattern's rows at the query positions, layer by layer during one forward pass;
+no position x position pattern is ever made.
+
+- Retrieval Attention Mass (RAM), Eq. 1 of arXiv 2606.05843: `ram`.
+- The same mass on all visual tokens, by which the paper ranks its "vision heads": `vision_mass`.
+- Key Token Ratio and Key Token Coverage, Eq. 22-25: `key_token_ratio`, `key_token_coverage`.
+- All of these from one pass: `evidence_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmlens.data.examples import Example
+from mmlens.heads import Heads, HeadScores, as_head_set
+from mmlens.hooked_vlm import HookedVLM, Inputs
+from mmlens.prompt import Prompt
+from mmlens.token_map import Mapping as BoxMapping
+
+Rows = Float[Tensor, "batch head query key"]
+
+
+def attention_mass(
+    model: HookedVLM, inputs: Inputs, queries: Bool[Tensor, "batch pos"], keys: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch layer head"]:
+    """Mean over query positions of the attention summed over key positions (Eq. 1), for every head.
+
+    One forward pass. The result is float32 on the CPU, between 0 and 1.
+
+    Raises TypeError for queries or keys that are not boolean; ValueError where their shape is not that of
+    the inputs, where a batch row has no query or no key, or where one lies on padding.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> prompt = model.prompt("What colour is K", images=[])
+    >>> everywhere = torch.ones(prompt.inputs["input_ids"].shape, dtype=torch.bool)
+    >>> mass = attention_mass(model, prompt, queries=everywhere, keys=everywhere)
+    >>> bool(torch.allclose(mass, torch.ones(1, model.cfg.n_layers, model.cfg.n_heads), atol=1e-5))
+    True
+    """
+    real = _real_positions(inputs)
+    _check_positions("keys", keys, real)
+    mass = _LayerBuffer(model, len(real))
+
+    def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
+        mass.put(layer, mass_of_rows(rows, query_mask, keys.to(rows.device)))
+
+    _read_rows(model, inputs, queries, real, consume)
+    return mass.take()
+
+
+def vision_mass(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
+    """`attention_mass` from the question's tokens to all visual tokens of the prompt.
+
+    The visual tokens are those at which the token map says `is_image`, learnt separators among them. Raises
+    ValueError where a prompt of the batch has no image.
+    """
+    return attention_mass(model, prompt, prompt.token_map.is_question, prompt.token_map.is_image)
+
+
+def ram(
+    model: HookedVLM,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    mapping: BoxMapping = "merged",
+    progress: bool = True,
+) -> HeadScores:
+    """Retrieval Attention Mass of every head on every example (Eq. 1): from the question to the evidence.
+
+    RAM of head h = mean over question tokens x of the sum over evidence tokens y of A_h[x, y]; causal, not
+    divided by the number of evidence tokens. `mapping` is how boxes become tokens ("merged", or
+    "paper_floor" for the paper's index). Examples of like size share a batch, and `per_example` is in the
+    order given.
+
+    Raises ValueError for no examples, and for examples without evidence (named).
+    """
+    examples = _with_evidence(examples)
+    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    for chosen, prompt in _prompts(model, examples, batch_size, progress, "RAM"):
+        evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
+        per_example[chosen] = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
+    return HeadScores(per_example, name="RAM", kinds=_kinds(examples))
+
+
+@dataclass(frozen=True)
+class EvidenceAttention:
+    """What `evidence_attention` reads in one pass: RAM, vision mass, and the key tokens of every head.
+
+    `hits[i]` [layer, head, evidence token] says which of example i's evidence tokens are key tokens of each
+    head.
+    """
+
+    ram: HeadScores
+    vision_mass: HeadScores
+    hits: tuple[Bool[Tensor, "layer head _"], ...]
+
+    @property
+    def key_token_ratio(self) -> HeadScores:
+        """100 |T_top(h) & V*| / |V*| (Eq. 23), in percent; the paper calls 50 and more a hit."""
+        ratio = torch.stack([100 * hits.float().mean(-1) for hits in self.hits])
+        return HeadScores(ratio, name="key token ratio", kinds=self.ram.kinds)
+
+    def key_token_coverage(self, heads: Heads) -> Float[Tensor, " example"]:
+        """100 |union over the heads of (T_top(h) & V*)| / |V*| (Eq. 25), in percent, for every example."""
+        chosen = list(as_head_set(heads, self.ram.n_layers, self.ram.n_heads))
+        layers, within = [layer for layer, _ in chosen], [head for _, head in chosen]
+        return torch.stack([100 * hits[layers, within].any(0).float().mean() for hits in self.hits])
+
+
+def evidence_attention(
+    model: HookedVLM,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    mapping: BoxMapping = "merged",
+    progress: bool = True,
+) -> EvidenceAttention:
+    """RAM, vision mass and key tokens of every head on every example, from one pass over the rows.
+
+    Key tokens (Eq. 22-25): average the attention over the question's tokens, over all L positions of the
+    prompt (padding is none of them); a head's key tokens T_top are the max(1, floor(.05 L)) positions with
+    most of it, the earlier first among equals. Arguments and errors as in `ram`.
+    """
+    examples = _with_evidence(examples)
+    shape = len(examples), model.cfg.n_layers, model.cfg.n_heads
+    to_evidence, to_vision = torch.empty(shape), torch.empty(shape)
+    hits: dict[int, Tensor] = {}
+    for chosen, prompt in _prompts(model, examples, batch_size, progress, "evidence attention"):
+        evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
+        to_evidence[chosen], to_vision[chosen], of_batch = _read_evidence(model, prompt, evidence)
+        hits |= zip(chosen, of_batch, strict=True)
+    kinds = _kinds(examples)
+    return EvidenceAttention(
+        HeadScores(to_evidence, name="RAM", kinds=kinds),
+        HeadScores(to_vision, name="vision mass", kinds=kinds),
+        tuple(hits[index] for index in range(len(examples))),
+    )
+
+
+def _read_evidence(
+    model: HookedVLM, prompt: Prompt, evidence: Bool[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch layer head"], Float[Tensor, "batch layer head"], list[Tensor]]:
+    """Mass on the evidence and on all visual tokens; each example's hits [layer, head, evidence_token]."""
+    real, is_image = _real_positions(prompt), prompt.token_map.is_image
+    _check_positions("evidence", evidence, real)
+    to_evidence, to_vision = _LayerBuffer(model, len(prompt)), _LayerBuffer(model, len(prompt))
+    hits: list[list[Tensor]] = [[] for _ in range(len(prompt))]
+
+    def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
+        mean = mean_of_rows(rows, query_mask)
+        for mass, keys in ((to_evidence, evidence), (to_vision, is_image)):
+            mass.put(layer, torch.einsum("bhk,bk->bh", mean, keys.to(mean.device, mean.dtype)))
+        top = key_tokens(mean, real.to(mean.device)).cpu()
+        for row, of_example in enumerate(hits):
+            of_example.append(top[row][:, evidence[row].cpu()])
+
+    _read_rows(model, prompt, prompt.token_map.is_question, real, consume)
+    return to_evidence.take(), to_vision.take(), [torch.stack(of_example) for of_example in hits]
+
+
+def key_token_ratio(
+    model: HookedVLM,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    mapping: BoxMapping = "merged",
+    progress: bool = True,
+) -> HeadScores:
+    """Share of the evidence tokens, in percent, that are among each head's key tokens (Eq. 22-23).
+
+    See `evidence_attention`, which gives it together with RAM and the coverage of any set of heads.
+    """
+    return evidence_attention(
+        model, examples, batch_size=batch_size, mapping=mapping, progress=progress
+    ).key_token_ratio
+
+
+def key_token_coverage(
+    model: HookedVLM,
+    examples: Sequence[Example],
+    heads: Heads,
+    *,
+    batch_size: int = 8,
+    mapping: BoxMapping = "merged",
+    progress: bool = True,
+) -> Float[Tensor, " example"]:
+    """Share of the evidence tokens, in percent, that are key tokens of at least one of `heads` (Eq. 24-25).
+
+    See `evidence_attention`, which answers for any number of head sets after one pass.
+    """
+    chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads)
+    return evidence_attention(
+        model, examples, batch_size=batch_size, mapping=mapping, progress=progress
+    ).key_token_coverage(chosen)
+
+
+def mass_of_rows(
+    rows: Rows, query_mask: Bool[Tensor, "batch query"], keys: Bool[Tensor, "batch key"]
+) -> Float[Tensor, "batch head"]:
+    """Mean over the real queries of the sum over `keys`, from rows padded to one number of queries.
+
+    >>> rows = torch.tensor([[[[.9, .1], [.4, .6]]]])  # one example, one head, two queries, two keys
+    >>> mass = mass_of_rows(rows, torch.tensor([[True, True]]), torch.tensor([[False, True]]))
+    >>> round(mass.item(), 4)
+    0.35
+    """
+    sums = torch.einsum("bhqk,bk->bhq", rows, keys.to(rows.dtype))
+    # A padded query's row holds whatever the padding gave, NaN with some masks: drop it before the mean.
+    return sums.masked_fill(~query_mask[:, None], 0).sum(-1) / query_mask.sum(-1)[:, None]
+
+
+def mean_of_rows(rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head key"]:
+    """Mean of the rows over the real queries: the paper's average attention of each head (Eq. 22)."""
+    if not bool(query_mask.all()):
+        rows = rows.masked_fill(~query_mask[:, None, :, None], 0)
+    return rows.sum(2) / query_mask.sum(-1)[:, None, None]
+
+
+def key_tokens(
+    mean: Float[Tensor, "batch head key"], real: Bool[Tensor, "batch key"]
+) -> Bool[Tensor, "batch head key"]:
+    """The max(1, floor(.05 L)) of an example's L real positions with most average attention (T_top, Eq. 22).
+
+    >>> mean = torch.tensor([[[.2, .5, .3]]])
+    >>> key_tokens(mean, torch.ones(1, 3, dtype=torch.bool)).tolist()
+    [[[False, True, False]]]
+    """
+    order = mean.masked_fill(~real[:, None], -1.0).sort(dim=-1, descending=True, stable=True).indices
+    counts = (real.sum(-1) // 20).clamp(min=1)
+    first = torch.arange(mean.shape[-1], device=mean.device) < counts[:, None, None]
+    return torch.zeros_like(mean, dtype=torch.bool).scatter(-1, order, first.expand_as(mean))
+
+
+class _LayerBuffer:
+    """[batch, layer, head], filled one layer at a time; refuses to be read with a layer missing."""
+
+    def __init__(self, model: HookedVLM, batch: int) -> None:
+        self._values = torch.zeros(batch, model.cfg.n_layers, model.cfg.n_heads)
+        self._missing = set(range(model.cfg.n_layers))
+
+    def put(self, layer: int, values: Float[Tensor, "batch head"]) -> None:
+        self._values[:, layer] = values.cpu()
+        self._missing.discard(layer)
+
+    def take(self) -> Float[Tensor, "batch layer head"]:
+        if self._missing:
+            raise RuntimeError(f"layers {sorted(self._missing)} gave no attention rows in this forward pass")
+        return self._values
+
+
+def _read_rows(
+    model: HookedVLM,
+    inputs: Inputs,
+    queries: Bool[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"],
+    consume: Callable[[int, Tensor, Tensor], None],
+) -> None:
+    _check_positions("queries", queries, real)
+    model.attention_rows(inputs, queries, consume)
+
+
+def _real_positions(inputs: Inputs) -> Bool[Tensor, "batch pos"]:
+    """Which positions are not padding."""
+    tensors = inputs.inputs if isinstance(inputs, Prompt) else inputs
+    if tensors.get("attention_mask") is not None:
+        return tensors["attention_mask"].bool()
+    return torch.ones_like(tensors["input_ids"], dtype=torch.bool)
+
+
+def _check_positions(name: str, chosen: Bool[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]) -> None:
+    if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool:
+        given = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
+        raise TypeError(f"{name} is a boolean tensor [batch, pos], not {given}")
+    if chosen.shape != real.shape:
+        raise ValueError(
+            f"{name} has shape {list(chosen.shape)}, the inputs are [batch, pos] = {list(real.shape)}"
+        )
+    empty = (~chosen.any(-1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"{name} marks no position in batch row(s) {empty}")
+    padded = (chosen & ~real.to(chosen.device)).any(-1).nonzero().flatten().tolist()
+    if padded:
+        raise ValueError(f"{name} marks padding in batch row(s) {padded}")
+
+
+def _with_evidence(examples: Sequence[Example]) -> list[Example]:
+    examples = list(examples)
+    if not examples:
+        raise ValueError("no examples given: expected at least one with evidence")
+    without = [example.id or f"number {i}" for i, example in enumerate(examples) if not example.evidence]
+    if without:
+        raise ValueError(
+            f"{len(without)} of {len(examples)} examples have no evidence (text-only controls have none): "
+            f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}"
+        )
+    return examples
+
+
+def _kinds(examples: Sequence[Example]) -> tuple[str, ...] | None:
+    return tuple(example.kind for example in examples) if any(example.kind for example in examples) else None
+
+
+def _prompts(
+    model: HookedVLM, examples: Sequence[Example], batch_size: int, progress: bool, label: str
+) -> Iterator[tuple[list[int], Prompt]]:
+    """Batches of examples of like image size, which keeps the padding short."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1, not {batch_size}")
+
+    def pixels(index: int) -> int:
+        return sum(image.width * image.height for image in examples[index].images)
+
+    order = sorted(range(len(examples)), key=pixels)
+    with tqdm(total=len(examples), desc=label, unit="example", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = [examples[index] for index in chosen]
+            yield chosen, model.prompt([e.question for e in batch], images=[list(e.images) for e in batch])
+            bar.update(len(chosen))

@@ -1,0 +1,397 @@
+"""Which positions of a prompt are which pixels.
+
+An `ImageGrid` says what every visual token of one image is; a `TokenMap` says it for every position of a
+batch. Boxes are (left, top, right, bottom) in pixels of the ORIGINAL image, right and bottom exclusive,
+whatever the processor did in between (resizing, padding, cropping, tiling).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Box = tuple[float, float, float, float]
+Mapping = Literal["merged", "paper_floor"]
+
+WHOLE_IMAGE_TILE = 0
+"""The tile that shows the whole image: the only one of an untiled layout; in a tiled layout the base view,
+thumbnail or global image. Crops are numbered from 1, row by row."""
+
+NO_PATCH = -1
+"""Image, tile, row and column of what has none: text, padding; row and column of separators."""
+
+_SLIVER = 0.01
+"""Pixels of overlap that do not count, so that rounded box edges match no neighbour."""
+
+
+class TokenMapError(ValueError):
+    """A region or layout that cannot be mapped to positions."""
+
+
+@runtime_checkable
+class Region(Protocol):
+    """What `Evidence` is: an image's number in its prompt and a box, or None for the whole image."""
+
+    @property
+    def image(self) -> int: ...
+
+    @property
+    def box(self) -> Box | None: ...
+
+
+@runtime_checkable
+class HasEvidence(Protocol):
+    """What `Example` is, as far as a token map reads it."""
+
+    @property
+    def evidence(self) -> Sequence[Region]: ...
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """What each visual token of one image is, in the order in which the tokens stand in the prompt.
+
+    `size` is the original image's (width, height). A separator (a learnt newline) has row, column -1 and a
+    NaN box; a token that shows only padding has a box of no area. `patches` is the (rows, columns) grid of
+    single patches where every token is a 2 x 2 block of ONE such grid (Qwen), else None.
+    """
+
+    size: tuple[int, int]
+    tile: Int[np.ndarray, " token"]
+    row: Int[np.ndarray, " token"]
+    column: Int[np.ndarray, " token"]
+    boxes: Float[np.ndarray, "token 4"]
+    patches: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tile)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What stands at one position. `image` is None for text and padding; `box` None where there is no patch."""
+
+    kind: Literal["text", "question", "padding", "patch", "separator"]
+    image: int | None = None
+    tile: int | None = None
+    row: int | None = None
+    col: int | None = None
+    box: Box | None = None
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """For every position of a batch: text, or image, tile, row, column and box in original pixels.
+
+    `image`, `tile`, `row`, `col` are -1 where there is none. Images count from 0 within their example; see
+    WHOLE_IMAGE_TILE for tiles. A learnt separator belongs to its image (`is_image`, `image`) but is no patch:
+    tile, row and col -1, box NaN.
+
+    >>> token_map = text_only_map(torch.tensor([[0, 1, 1]]), torch.tensor([[False, False, True]]))
+    >>> token_map.where(2).kind
+    'question'
+    >>> token_map.image_tokens(0)
+    Traceback (most recent call last):
+        ...
+    IndexError: image 0 of example 0: the example has no image
+    """
+
+    image: Int[Tensor, "batch pos"]
+    tile: Int[Tensor, "batch pos"]
+    row: Int[Tensor, "batch pos"]
+    col: Int[Tensor, "batch pos"]
+    boxes: Float[Tensor, "batch pos 4"]
+    is_image: Bool[Tensor, "batch pos"]
+    is_padding: Bool[Tensor, "batch pos"]
+    is_question: Bool[Tensor, "batch pos"]
+    grids: tuple[tuple[ImageGrid, ...], ...]
+    """The images of each example, in prompt order."""
+
+    @classmethod
+    def from_grids(
+        cls,
+        is_image: Bool[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"],
+        is_question: Bool[Tensor, "batch pos"],
+        grids: Sequence[Sequence[ImageGrid]],
+    ) -> TokenMap:
+        """Lay each example's grids over its visual positions, in order.
+
+        Raises TokenMapError where an example has another number of visual positions than its grids predict.
+        """
+        batch, length = is_image.shape
+        if len(grids) != batch:
+            raise TokenMapError(f"grids for {len(grids)} example(s), but the batch has {batch}")
+        columns = {name: torch.full((batch, length), NO_PATCH) for name in ("image", "tile", "row", "col")}
+        boxes = torch.full((batch, length, 4), torch.nan)
+        mask = is_image.cpu()
+        for example, own in enumerate(grids):
+            found, predicted = int(mask[example].sum()), sum(len(grid) for grid in own)
+            if found != predicted:
+                raise TokenMapError(
+                    f"example {example}: input_ids holds {found} image token(s), but the layout of its "
+                    f"{len(own)} image(s) of size {[grid.size for grid in own]} predicts {predicted} "
+                    f"({[len(grid) for grid in own]} per image); was the image resized or the prompt cut "
+                    "after it was processed?"
+                )
+            if not own:
+                continue
+            at = mask[example]
+            numbers = np.repeat(np.arange(len(own)), [len(grid) for grid in own])
+            for name, values in (
+                ("image", numbers),
+                ("tile", np.concatenate([grid.tile for grid in own])),
+                ("row", np.concatenate([grid.row for grid in own])),
+                ("col", np.concatenate([grid.column for grid in own])),
+            ):
+                columns[name][example, at] = torch.as_tensor(values)
+            boxes[example, at] = torch.as_tensor(
+                np.concatenate([grid.boxes for grid in own]), dtype=boxes.dtype
+            )
+        return cls(
+            **columns,
+            boxes=boxes,
+            is_image=mask,
+            is_padding=attention_mask.cpu() == 0,
+            is_question=is_question.cpu(),
+            grids=tuple(tuple(own) for own in grids),
+        )
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arrays are."""
+        return self.image.device
+
+    def to(self, device: torch.device | str) -> TokenMap:
+        """The same map with its arrays on `device`."""
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in dataclasses.fields(self)
+            if field.name != "grids"
+        }
+        return TokenMap(**moved, grids=self.grids)
+
+    # ------------------------------------------------------------------ regions -> positions
+
+    def image_tokens(self, image: int, *, example: int = 0) -> Bool[Tensor, "batch pos"]:
+        """Every position of one image, its separators included; all other examples are False.
+
+        Raises IndexError where the batch has no such example, or the example no such image.
+        """
+        self._grid(image, example)
+        selected = torch.zeros_like(self.is_image)
+        selected[example] = self.image[example] == image
+        return selected
+
+    def page(self, page: int, *, example: int = 0) -> Bool[Tensor, "batch pos"]:
+        """`image_tokens`, where the images are pages of a document."""
+        return self.image_tokens(page, example=example)
+
+    def frame(self, frame: int, *, example: int = 0) -> Bool[Tensor, "batch pos"]:
+        """`image_tokens`, where the images are frames of a clip."""
+        return self.image_tokens(frame, example=example)
+
+    def box(
+        self, image: int, box: Sequence[float], *, example: int = 0, mapping: Mapping = "merged"
+    ) -> Bool[Tensor, "batch pos"]:
+        """Positions whose own box overlaps `box` = (left, top, right, bottom) in the original image's pixels.
+
+        In a tiled layout these are positions of the crops and of the whole-image view. mapping="paper_floor"
+        is the CoRe-head paper's rule instead (arXiv 2606.05843, Eq. 2-5): both ends of the box inclusive in
+        the grid of single patches, then floor(patch index / 4), which is NOT where 2 x 2 merging puts them.
+
+        Raises TokenMapError for a box that is empty or leaves its image, for one that meets no token (pixels
+        that were cropped away), and for "paper_floor" where tokens are not 2 x 2 blocks of one grid.
+        """
+        grid = self._grid(image, example)
+        left, top, right, bottom = _checked_box(box, grid.size, f"image {image} of example {example}")
+        if mapping == "merged":
+            edges = self.boxes[example].nan_to_num(nan=-1.0)
+            overlap_x = edges[:, 2].clamp(max=right) - edges[:, 0].clamp(min=left)
+            overlap_y = edges[:, 3].clamp(max=bottom) - edges[:, 1].clamp(min=top)
+            hit = (self.image[example] == image) & (overlap_x > _SLIVER) & (overlap_y > _SLIVER)
+        elif mapping == "paper_floor":
+            hit = self._paper_floor(image, example, grid, (left, top, right, bottom))
+        else:
+            raise TokenMapError(f"mapping is 'merged' or 'paper_floor', not {mapping!r}")
+        if not bool(hit.any()):
+            raise TokenMapError(
+                f"the box {tuple(box)} of image {image} of example {example} maps to no token: the processor "
+                f"shows the model only {self._shown(image, example)} of the image's {grid.size[0]} x {grid.size[1]} "
+                "pixels"
+            )
+        selected = torch.zeros_like(self.is_image)
+        selected[example] = hit
+        return selected
+
+    def evidence(
+        self,
+        evidence: HasEvidence | Sequence[HasEvidence | Region | Sequence[Region]],
+        *,
+        mapping: Mapping = "merged",
+    ) -> Bool[Tensor, "batch pos"]:
+        """The union of each example's evidence regions, one row per example.
+
+        Takes examples, or lists of Evidence, one per batch row; for a batch of one also the example or the
+        list itself. A region without a box is its whole image, separators included.
+
+        Raises TokenMapError where their number is not the batch's, or a row has no evidence, and as `box`.
+        """
+        rows = _evidence_rows(evidence)
+        if len(rows) != len(self):
+            raise TokenMapError(f"evidence for {len(rows)} example(s), but the batch has {len(self)}")
+        selected = torch.zeros_like(self.is_image)
+        for example, regions in enumerate(rows):
+            if not regions:
+                raise TokenMapError(f"example {example} has no evidence, so it maps to no token")
+            for region in regions:
+                if region.box is None:
+                    selected |= self.image_tokens(region.image, example=example)
+                else:
+                    selected |= self.box(region.image, region.box, example=example, mapping=mapping)
+        return selected
+
+    # ------------------------------------------------------------------ positions -> regions
+
+    def where(self, position: int, example: int = 0) -> Place:
+        """What stands at a position (negative: from the end).
+
+        Raises IndexError where the batch has no such example or the prompt no such position.
+        """
+        self._check_example(example)
+        length = self.image.shape[1]
+        if not -length <= position < length:
+            raise IndexError(
+                f"position {position} is outside the prompt of {length} positions (0 to {length - 1})"
+            )
+        at = (example, position)
+        if not bool(self.is_image[at]):
+            kind: Literal["text", "question", "padding"] = "text"
+            if bool(self.is_padding[at]):
+                kind = "padding"
+            elif bool(self.is_question[at]):
+                kind = "question"
+            return Place(kind)
+        if int(self.row[at]) == NO_PATCH:
+            return Place("separator", image=int(self.image[at]))
+        left, top, right, bottom = self.boxes[at].tolist()
+        return Place(
+            "patch",
+            image=int(self.image[at]),
+            tile=int(self.tile[at]),
+            row=int(self.row[at]),
+            col=int(self.col[at]),
+            box=(left, top, right, bottom),
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per example and position: the arrays of the map as columns."""
+        batch, length = self.image.shape
+        table = {
+            "example": np.repeat(np.arange(batch), length),
+            "position": np.tile(np.arange(length), batch),
+        }
+        for name in ("image", "tile", "row", "col"):
+            table[name] = getattr(self, name).cpu().numpy().reshape(-1)
+        edges = self.boxes.cpu().numpy().reshape(-1, 4)
+        table |= {name: edges[:, i] for i, name in enumerate(("left", "top", "right", "bottom"))}
+        for name in ("is_image", "is_padding", "is_question"):
+            table[name] = getattr(self, name).cpu().numpy().reshape(-1)
+        return pd.DataFrame(table)
+
+    # ------------------------------------------------------------------ plumbing
+
+    def _check_example(self, example: int) -> None:
+        if not 0 <= example < len(self):
+            raise IndexError(f"example {example}: the batch has {len(self)} example(s), 0 to {len(self) - 1}")
+
+    def _grid(self, image: int, example: int) -> ImageGrid:
+        self._check_example(example)
+        own = self.grids[example]
+        if not 0 <= image < len(own):
+            there = f"{len(own)} image(s), 0 to {len(own) - 1}" if own else "no image"
+            raise IndexError(f"image {image} of example {example}: the example has {there}")
+        return own[image]
+
+    def _shown(self, image: int, example: int) -> str:
+        edges = self.boxes[example][self.image[example] == image]
+        edges = edges[(edges[:, 2] > edges[:, 0]) & (edges[:, 3] > edges[:, 1])]
+        if not len(edges):
+            return "none"
+        low, high = edges[:, :2].amin(0).tolist(), edges[:, 2:].amax(0).tolist()
+        return f"({low[0]:g}, {low[1]:g}, {high[0]:g}, {high[1]:g})"
+
+    def _paper_floor(self, image: int, example: int, grid: ImageGrid, box: Box) -> Bool[Tensor, " pos"]:
+        if grid.patches is None:
+            raise TokenMapError(
+                "mapping='paper_floor' is defined only where every token is a 2 x 2 block of one grid of patches "
+                "(the Qwen-VL families, merge_size 2); use mapping='merged' here"
+            )
+        rows, columns = grid.patches
+        width, height = grid.size
+        left, right = (min(int(x * columns // width), columns - 1) for x in (box[0], box[2]))
+        top, bottom = (min(int(y * rows // height), rows - 1) for y in (box[1], box[3]))
+        patches = (torch.arange(top, bottom + 1)[:, None] * columns + torch.arange(left, right + 1)).flatten()
+        hit = torch.zeros_like(self.is_image[example])
+        positions = torch.nonzero(self.image[example] == image).flatten()
+        hit[positions[(patches // 4).unique().to(positions.device)]] = True
+        return hit
+
+
+def text_only_map(
+    attention_mask: Int[Tensor, "batch pos"], is_question: Bool[Tensor, "batch pos"] | None = None
+) -> TokenMap:
+    """The token map of a batch without images.
+
+    >>> text_only_map(torch.tensor([[0, 1, 1]])).is_padding.tolist()
+    [[True, False, False]]
+    """
+    nothing = torch.zeros(attention_mask.shape, dtype=torch.bool)
+    question = nothing.clone() if is_question is None else is_question
+    return TokenMap.from_grids(nothing, attention_mask, question, [()] * attention_mask.shape[0])
+
+
+def _evidence_rows(
+    evidence: HasEvidence | Sequence[HasEvidence | Region | Sequence[Region]],
+) -> list[Sequence[Region]]:
+    if hasattr(evidence, "evidence"):
+        return [evidence.evidence]
+    entries: list = list(evidence)
+    if entries and hasattr(entries[0], "box"):
+        return [entries]
+    return [entry.evidence if hasattr(entry, "evidence") else list(entry) for entry in entries]
+
+
+def _checked_box(box: Sequence[float], size: tuple[int, int], where: str) -> Box:
+    width, height = size
+    if len(box) != 4:
+        raise TokenMapError(f"{where}: a box is (left, top, right, bottom), not {tuple(box)}")
+    left, top, right, bottom = box
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        nearest = (
+            max(0, min(left, right)),
+            max(0, min(top, bottom)),
+            min(width, max(left, right)),
+            min(height, max(top, bottom)),
+        )
+        hint = (
+            f"; the nearest box inside is {nearest}"
+            if nearest[0] < nearest[2] and nearest[1] < nearest[3]
+            else ""
+        )
+        raise TokenMapError(
+            f"{where}: the box {tuple(box)} is not a box (left, top, right, bottom) inside the image of "
+            f"{width} x {height} pixels{hint}"
+        )
+    return left, top, right, bottom

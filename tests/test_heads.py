@@ -1,0 +1,378 @@
+"""HeadSet and HeadScores against plain Python sets, scipy, and slow loops."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmlens.heads import HeadScores, HeadSet, as_head_set
+
+# Type checking makes first calls slow, and the machine may be busy.
+unhurried = settings(deadline=None)
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 6))
+
+
+@st.composite
+def pairs_of_a_model(draw: st.DrawFn, n: int = 1) -> tuple[tuple[int, int], list[list[tuple[int, int]]]]:
+    """A model's (n_layers, n_heads) and `n` lists of its heads."""
+    n_layers, n_heads = draw(shapes)
+    pairs = st.tuples(st.integers(0, n_layers - 1), st.integers(0, n_heads - 1))
+    return (n_layers, n_heads), [draw(st.lists(pairs, unique=True)) for _ in range(n)]
+
+
+def head_sets(drawn: tuple[tuple[int, int], list[list[tuple[int, int]]]]) -> list[HeadSet]:
+    (n_layers, n_heads), lists = drawn
+    return [HeadSet(pairs, n_layers=n_layers, n_heads=n_heads) for pairs in lists]
+
+
+@st.composite
+def score_arrays(draw: st.DrawFn, min_examples: int = 1) -> np.ndarray:
+    """[example, layer, head], few different numbers, so that ties are common."""
+    shape = (draw(st.integers(min_examples, 5)), *draw(shapes))
+    size = int(np.prod(shape))
+    numbers = draw(st.lists(st.integers(-3, 3), min_size=size, max_size=size))
+    return np.array(numbers, dtype=np.float32).reshape(shape)
+
+
+def scores_of(array: np.ndarray) -> HeadScores:
+    return HeadScores(torch.from_numpy(array))
+
+
+@pytest.fixture
+def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the tests' type checker, which would refuse a wrong type before mmlens can."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+# ---------------------------------------------------------------------- HeadSet
+
+
+@unhurried
+@given(pairs_of_a_model(n=2))
+def test_set_algebra_is_that_of_python_sets(drawn: Any) -> None:
+    a, b = head_sets(drawn)
+    for combined, expected in (
+        (a | b, set(a) | set(b)),
+        (a & b, set(a) & set(b)),
+        (a - b, set(a) - set(b)),
+        (a ^ b, set(a) ^ set(b)),
+    ):
+        assert set(combined) == expected
+        assert len(combined) == len(expected)
+    assert (a <= b) == (set(a) <= set(b))
+    assert (a < b) == (set(a) < set(b))
+    assert (a == b) == (set(a) == set(b))
+    if a == b:
+        assert hash(a) == hash(b)
+
+
+@unhurried
+@given(pairs_of_a_model())
+def test_complement_and_by_layer(drawn: Any) -> None:
+    (heads,) = head_sets(drawn)
+    everything = {(layer, head) for layer in range(heads.n_layers) for head in range(heads.n_heads)}
+    assert set(heads.complement()) == everything - set(heads)
+    assert heads.complement().complement() == heads
+    assert {(layer, head) for layer, members in heads.by_layer().items() for head in members} == set(heads)
+    assert list(heads.by_layer()) == sorted(heads.by_layer())
+
+
+def test_order_is_kept_and_equality_ignores_it() -> None:
+    a = HeadSet([(1, 3), (0, 2)], n_layers=2, n_heads=4)
+    assert list(a) == [(1, 3), (0, 2)]
+    assert a == HeadSet([(0, 2), (1, 3)], n_layers=2, n_heads=4)
+    assert list(a | HeadSet([(0, 0), (0, 2)], n_layers=2, n_heads=4)) == [(1, 3), (0, 2), (0, 0)]
+    assert a != HeadSet([(0, 2), (1, 3)], n_layers=3, n_heads=4)
+
+
+def test_heads_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        HeadSet([(0, 0)], n_layers=1, n_heads=1).heads = ()  # type: ignore[misc]
+
+
+@unhurried
+@given(pairs_of_a_model(), st.integers(0, 2**31))
+def test_random_controls_hold_no_member_of_the_set(drawn: Any, seed: int) -> None:
+    (heads,) = head_sets(drawn)
+    if len(heads.complement()) < len(heads):
+        for draw in (heads.random, heads.matched_random):
+            with pytest.raises(ValueError, match="not in it"):
+                draw(seed)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        matched = heads.matched_random(seed)
+        assert matched == heads.matched_random(seed)
+    for control in (heads.random(seed), matched):
+        assert len(control) == len(heads)
+        assert not len(control & heads)
+    assert heads.random(seed) == heads.random(seed)
+
+
+@unhurried
+@given(pairs_of_a_model(), st.integers(0, 2**31))
+def test_matched_random_keeps_the_layers_where_it_can(drawn: Any, seed: int) -> None:
+    (heads,) = head_sets(drawn)
+    if len(heads.complement()) < len(heads):
+        return
+    outside = {layer: len(members) for layer, members in heads.complement().by_layer().items()}
+    counts = {layer: len(members) for layer, members in heads.by_layer().items()}
+    short = {layer for layer, count in counts.items() if outside.get(layer, 0) < count}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        counts_drawn = {
+            layer: len(members) for layer, members in heads.matched_random(seed).by_layer().items()
+        }
+    assert bool(caught) == bool(short)
+    if not short:
+        assert counts_drawn == counts
+    for layer, count in counts.items():
+        assert counts_drawn.get(layer, 0) >= min(count, outside.get(layer, 0))
+
+
+def test_matched_random_takes_the_shortfall_from_the_nearest_layers() -> None:
+    crowded = HeadSet([(2, 0), (2, 1), (2, 2)], n_layers=5, n_heads=4)
+    neighbours = set()
+    for seed in range(40):
+        with pytest.warns(UserWarning, match="2 of layer 2"):
+            drawn = crowded.matched_random(seed)
+        assert (2, 3) in drawn
+        neighbours |= {layer for layer, _ in drawn} - {2}
+    assert neighbours == {1, 3}
+
+
+def test_random_is_uniform_over_the_complement() -> None:
+    heads = HeadSet([(0, 0), (1, 1)], n_layers=2, n_heads=4)
+    counts = np.zeros((2, 4))
+    for seed in range(1200):
+        for head in heads.random(seed):
+            counts[head] += 1
+    drawn = counts[counts > 0]
+    assert counts[0, 0] == counts[1, 1] == 0
+    assert len(drawn) == 6
+    assert scipy.stats.chisquare(drawn).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("heads", "error", "message"),
+    [
+        ([(2, 0)], IndexError, "layer 2 is out of range; the model has 2 layers"),
+        ([(0, 4)], IndexError, "head 4 is out of range; .* of 4 heads"),
+        ([(-1, 0)], IndexError, "layer -1"),
+        ([(0, 1), (1, 1), (0, 1)], ValueError, r"more than once: \[\(0, 1\)\]"),
+        ([], ValueError, "no heads given"),
+        ([(0.0, 1.0)], TypeError, "pairs of integers"),
+        ([(True, 1)], TypeError, "pairs of integers"),
+        ((0, 1), TypeError, r"\[\(layer, head\)\]"),
+        ([(0, 1, 1)], TypeError, "pairs of integers"),
+        ("L0H1", TypeError, "HeadSet or a list"),
+        (7, TypeError, "HeadSet or a list"),
+        (HeadSet([(0, 0)], n_layers=3, n_heads=4), ValueError, "3 x 4 heads, this model has 2 x 4"),
+    ],
+)
+def test_bad_heads_are_refused(
+    as_users_run_it: None, heads: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        as_head_set(heads, 2, 4)  # type: ignore[arg-type]
+
+
+def test_heads_may_come_as_numpy_integers_or_tensors() -> None:
+    expected = HeadSet([(0, 1), (1, 2)], n_layers=2, n_heads=4)
+    assert as_head_set(np.array([[0, 1], [1, 2]]), 2, 4) == expected
+    assert as_head_set(torch.tensor([[0, 1], [1, 2]]), 2, 4) == expected
+    assert all(type(index) is int for head in as_head_set(np.array([[0, 1]]), 2, 4) for index in head)
+
+
+# ---------------------------------------------------------------------- HeadScores
+
+
+@unhurried
+@given(score_arrays())
+def test_rank_is_the_position_in_a_stable_sort(array: np.ndarray) -> None:
+    scores = scores_of(array)
+    values = scores.values
+    heads = sorted(
+        ((layer, head) for layer in range(scores.n_layers) for head in range(scores.n_heads)),
+        key=lambda at: (-float(values[at]), at),
+    )
+    assert [int(scores.rank()[at]) for at in heads] == list(range(len(heads)))
+
+
+@unhurried
+@given(score_arrays(), st.data())
+def test_top_and_bottom_are_the_two_ends_of_the_ranking(array: np.ndarray, data: st.DataObject) -> None:
+    scores = scores_of(array)
+    total = scores.n_layers * scores.n_heads
+    count = data.draw(st.integers(1, total))
+    top, bottom = scores.top(count), scores.bottom(count)
+    assert [int(scores.rank()[head]) for head in top] == list(range(count))
+    assert [int(scores.rank()[head]) for head in bottom] == list(range(total - 1, total - 1 - count, -1))
+    if count < total:
+        assert top.complement() == scores.bottom(total - count)
+        assert top < scores.top(count + 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fraction", "count"),
+    [
+        ((8, 8), 0.05, 3),
+        ((36, 32), 0.05, 58),
+        ((28, 28), 0.05, 39),
+        ((2, 2), 0.05, 1),
+        ((2, 2), 1.0, 4),
+        ((2, 2), 0.375, 2),
+        ((10, 10), 0.145, 15),
+    ],
+)
+def test_a_fraction_is_the_nearest_count_of_at_least_one(
+    shape: tuple[int, int], fraction: float, count: int
+) -> None:
+    scores = HeadScores(torch.rand(1, *shape))
+    assert len(scores.top(fraction)) == len(scores.bottom(fraction)) == count
+    assert len(scores.top(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("n", "error"),
+    [(0, ValueError), (5, ValueError), (0.0, ValueError), (1.5, ValueError), (True, TypeError)],
+)
+def test_impossible_counts_are_refused(n: float, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        HeadScores(torch.rand(1, 2, 2)).top(n)
+
+
+@unhurried
+@given(score_arrays(), st.integers(0, 2**31))
+def test_spearman_is_scipys_on_the_flattened_scores(array: np.ndarray, seed: int) -> None:
+    scores = scores_of(array)
+    other = HeadScores(torch.rand(3, scores.n_layers, scores.n_heads, generator=torch.manual_seed(seed)))
+    a, b = scores.per_example.double().mean(0).float().flatten(), other.values.flatten()
+    if len(set(a.tolist())) == 1:
+        with pytest.raises(ValueError, match="undefined"):
+            scores.spearman(other)
+    else:
+        assert scores.spearman(other) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
+        assert scores.spearman(scores) == pytest.approx(1)
+
+
+def test_spearman_refuses_another_shape() -> None:
+    with pytest.raises(ValueError, match="2 x 2 heads"):
+        HeadScores(torch.rand(1, 2, 2)).spearman(HeadScores(torch.rand(1, 2, 3)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(score_arrays(min_examples=2), st.integers(0, 2**31))
+def test_rank_interval_equals_a_loop_over_resamples(array: np.ndarray, seed: int) -> None:
+    scores = scores_of(array)
+    n = len(scores)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=30)
+    ranks = []
+    for count in counts:
+        drawn = np.repeat(np.arange(n), count)
+        # Sums of whole numbers are exact, so ties are ties here too.
+        sums = scores.per_example[drawn].double().sum(0).flatten().tolist()
+        order = sorted(range(len(sums)), key=lambda at: (-sums[at], at))
+        ranks.append([order.index(at) for at in range(len(sums))])
+    low, high = scores.rank_interval(0.8, n_resamples=30, seed=seed)
+    expected = np.sort(ranks, axis=0)
+    np.testing.assert_array_equal(low.flatten(), expected[int(np.floor(0.1 * 29))])
+    np.testing.assert_array_equal(high.flatten(), expected[int(np.ceil(0.9 * 29))])
+
+
+def test_rank_interval_is_narrow_where_the_examples_agree_and_wide_where_they_do_not() -> None:
+    generator = torch.manual_seed(0)
+    firm = torch.arange(16.0).reshape(1, 4, 4) + 0.01 * torch.randn(50, 4, 4, generator=generator)
+    low, high = HeadScores(firm).rank_interval()
+    assert torch.equal(low, high)
+    low, high = HeadScores(torch.randn(50, 4, 4, generator=generator)).rank_interval()
+    assert float((high - low).float().mean()) > 5
+
+
+def test_rank_interval_of_one_example_is_refused_and_missing_from_the_table() -> None:
+    scores = HeadScores(torch.rand(1, 2, 2))
+    with pytest.raises(ValueError, match="at least 2 examples"):
+        scores.rank_interval()
+    assert scores.table()[["rank_low", "rank_high", "standard_error"]].isna().all().all()
+
+
+def test_table_holds_every_head_once_best_first() -> None:
+    scores = HeadScores(torch.rand(6, 3, 4, generator=torch.manual_seed(1)))
+    table = scores.table()
+    assert list(table.columns) == [
+        "layer",
+        "head",
+        "score",
+        "standard_error",
+        "rank",
+        "rank_low",
+        "rank_high",
+    ]
+    assert list(table["rank"]) == list(range(12))
+    assert list(zip(table["layer"], table["head"], strict=True)) == list(scores.top(12))
+    assert ((table["rank_low"] <= table["rank"]) & (table["rank"] <= table["rank_high"])).all()
+    layer, head = scores.top(1).heads[0]
+    expected = scipy.stats.sem(scores.per_example[:, layer, head].double())
+    assert table["standard_error"][0] == pytest.approx(expected)
+
+
+def test_select_and_stability() -> None:
+    per_example = torch.tensor([[[9.0, 1.0], [0.0, 2.0]], [[8.0, 1.0], [0.0, 2.0]], [[1.0, 0.0], [9.0, 2.0]]])
+    scores = HeadScores(per_example, kinds=("page", "page", "clip"))
+    assert torch.equal(scores.select("page").per_example, per_example[:2])
+    assert scores.select("clip").top(1).heads == ((1, 0),)
+    assert scores.stability(1).tolist() == [[1, 0], [1, 0]]
+    assert scores.stability(2).tolist() == [[1, 0], [1, 2]]
+    with pytest.raises(ValueError, match=r"no example of kind 'frame'; kinds are \['clip', 'page'\]"):
+        scores.select("frame")
+    with pytest.raises(ValueError, match="no kinds"):
+        HeadScores(per_example).select("page")
+
+
+@pytest.mark.parametrize("kinds", [None, ("a", "b", "a")])
+def test_save_and_load_are_inverse(tmp_path: Path, kinds: tuple[str, ...] | None) -> None:
+    scores = HeadScores(torch.rand(3, 2, 4), name="RAM", kinds=kinds)
+    scores.save(tmp_path / "scores.parquet")
+    loaded = HeadScores.load(tmp_path / "scores.parquet")
+    assert torch.equal(loaded.per_example, scores.per_example)
+    assert loaded.per_example.dtype == torch.float32
+    assert (loaded.name, loaded.kinds) == ("RAM", kinds)
+
+
+def test_load_refuses_an_incomplete_file(tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    HeadScores(torch.rand(2, 2, 2)).save(path)
+    frame = pd.read_parquet(path)
+    frame.drop(index=3).to_parquet(path)
+    with pytest.raises(ValueError, match="7 rows, expected 8"):
+        HeadScores.load(path)
+    frame.drop(columns="head").to_parquet(path)
+    with pytest.raises(ValueError, match=r"no column \['head'\]"):
+        HeadScores.load(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "kinds", "message"),
+    [
+        (torch.zeros(0, 2, 2), None, "at least one"),
+        (torch.zeros(2, 2), None, r"\[example, layer, head\]"),
+        (torch.zeros(1, 2, 2, dtype=torch.int64), None, "floating-point"),
+        (torch.full((1, 2, 2), torch.nan), None, r"head \(0, 0\) in example 0 is NaN"),
+        (torch.zeros(2, 2, 2), ("a",), "1 kinds for 2 examples"),
+    ],
+)
+def test_bad_scores_are_refused(
+    as_users_run_it: None, values: torch.Tensor, kinds: tuple[str, ...] | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadScores(values, kinds=kinds)
