@@ -13,6 +13,7 @@ chosen and judged on different examples, intervals, several ablation modes, a co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import warnings
@@ -120,7 +121,7 @@ def core_heads(
 
     Examples without evidence are text-only controls: in `selection` they only enter the reference of the mean
     ablation, in `evaluation` they are reported apart. `counts` are numbers of ablated heads; the default is
-    1, 2, 5%, 10% and 20% of all heads, and 5% is always among them.
+    1, 5%, 10% and 20% of all heads, and 5% is always among them.
 
     Raises ValueError where the two splits share an example or group, either has no example with evidence, or
     a count leaves too few heads for the controls.
@@ -145,7 +146,7 @@ def core_heads(
     if not all(len(set(example.candidates)) > 1 for example in examples):
         metrics = {"accuracy": accuracy}
     prompts = [
-        model.prompt_examples(examples[start : start + batch_size])
+        model.encode_images(model.prompt_examples(examples[start : start + batch_size]))
         for start in range(0, len(examples), batch_size)
     ]
     clean = effect(model, prompts, None, metrics)
@@ -184,7 +185,7 @@ def core_heads(
 
 def _counts(counts: Sequence[int] | None, total: int) -> tuple[int, ...]:
     five = max(1, round(FIVE_PERCENT * total))
-    chosen = {five, *(counts if counts is not None else (1, 2, round(0.1 * total), round(0.2 * total)))}
+    chosen = {five, *(counts if counts is not None else (1, round(0.1 * total), round(0.2 * total)))}
     for count in chosen:
         if not 1 <= count <= total // 2:
             raise ValueError(
@@ -424,12 +425,20 @@ def _finding(ablation: pd.DataFrame, examples: Sequence[Example], count: int) ->
             continue
         cells = {arm: _cell(pooled, mode=mode, arm=arm, count=count) for arm in ARMS[1:]}
         cost = {arm: clean["mean"] - cell["mean"] for arm, cell in cells.items()}
-        holds = cost["top"] >= COST_OF_TOP * (clean["mean"] - chance) and all(
-            cost[arm] <= COST_OF_CONTROL * cost["top"] for arm in ARMS[2:]
+        top_breaks = cost["top"] >= COST_OF_TOP * (clean["mean"] - chance)
+        harmful = [arm for arm in ARMS[2:] if cost[arm] > COST_OF_CONTROL * max(cost["top"], 0.0)]
+        rows.append(
+            {
+                "mode": mode,
+                "holds": bool(top_breaks and not harmful),
+                "top_breaks": bool(top_breaks),
+                "harmful_controls": harmful,
+                "clean": clean,
+                **cells,
+            }
         )
-        rows.append({"mode": mode, "holds": bool(holds), "clean": clean, **cells})
     held = [row["mode"] for row in rows if row["holds"]]
-    failed = [row["mode"] for row in rows if not row["holds"]]
+    failed = [f"{row['mode']} ({_why_not(row)})" for row in rows if not row["holds"]]
     numbers = "; ".join(
         f"{row['mode']}: top {row['top']['mean']:.0%}, layer-matched random {row['layer_matched']['mean']:.0%}, "
         f"random {row['random']['mean']:.0%}, bottom {row['bottom']['mean']:.0%}"
@@ -440,10 +449,10 @@ def _finding(ablation: pd.DataFrame, examples: Sequence[Example], count: int) ->
         if not failed
         else f"The finding holds in {', '.join(held)} but not in {', '.join(failed)}"
         if held
-        else "The finding does not hold in any mode"
+        else f"The finding does not hold in any mode: {', '.join(failed)}"
     )
     statement = (
-        f"{verdict}: accuracy on {clean['n']} held-out examples is {clean['mean']:.0%} with all heads "
+        f"{verdict}. Accuracy on {clean['n']} held-out examples is {clean['mean']:.0%} with all heads "
         f"(chance {chance:.0%}), and with {count} heads ({FIVE_PERCENT:.0%} of all) ablated - {numbers}."
     )
     return {
@@ -459,10 +468,14 @@ def _finding(ablation: pd.DataFrame, examples: Sequence[Example], count: int) ->
     }
 
 
+def _why_not(row: Mapping[str, Any]) -> str:
+    controls = " and ".join(arm.replace("_", "-") for arm in row["harmful_controls"])
+    reasons = [] if row["top_breaks"] else ["the top heads cost too little"]
+    return "; ".join([*reasons, *([f"{controls} heads cost too much"] if controls else [])])
+
+
 def fingerprint(model: HookedVLM) -> str:
     """A short hash of the model's weights: the same for the same numbers, whatever the file."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name, tensor in sorted(model.hf_model.state_dict().items()):
         digest.update(name.encode())

@@ -138,12 +138,16 @@ def _overlays(result: CoreHeads, model: HookedVLM) -> Figures:
         for region in example.evidence:
             whole = (0.0, 0.0, *map(float, example.images[region.image].size))
             evidence[region.image].append(region.box or whole)  # type: ignore[arg-type]
+        # One colour scale for all heads of an example: on its own scale a head that ignores the image looks busy.
+        layers, within = zip(*(head for _, head in heads), strict=True)
+        largest = float(attention[list(layers), list(within)][:, np.concatenate(positions)].max())
         for arm, (layer, head) in heads:
             figure = plot_overlay_grid(
                 example.images,
                 boxes,
                 [attention[layer, head, chosen].numpy() for chosen in positions],
                 evidence=evidence,
+                vmax=largest,
                 title=f"L{layer}H{head}",
             )
             caption = (

@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +27,7 @@ from mmlens.attention import AttentionTap, QueryRows, tap_attention
 from mmlens.data.examples import Example
 from mmlens.families.catalog import family_of
 from mmlens.families.record import Family, Stack
-from mmlens.prompt import Prompt, make_prompt, with_answers
+from mmlens.prompt import Prompt, check_left_padding, make_prompt, with_answers
 from mmlens.taps import (
     DeepInjectionTap,
     LazyHookPoint,
@@ -44,6 +46,10 @@ from mmlens.taps import (
 Inputs = Prompt | Mapping[str, Any]
 HookName = str | Callable[[str], bool]
 Hook = tuple[HookName, Callable[..., Any]]
+
+
+Intervention = Callable[["HookedVLM", Prompt], Sequence[Hook]]
+"""Anything that turns (model, prompt) into forward hooks; composing is concatenating."""
 
 
 class UnknownHookError(KeyError):
@@ -130,6 +136,23 @@ class HookedVLM(HookedRootModule):
         prompt = self.prompt([e.question for e in examples], [list(e.images) for e in examples])
         return with_answers(prompt, self.processor, examples)
 
+    @torch.no_grad()
+    def encode_images(self, prompt: Prompt) -> Prompt:
+        """The same prompt with the vision tower and projector already run: language-side runs then repeat neither.
+
+        Logits are the same to the bit. Hooks on vision.* and projector.* no longer fire, which is an error where
+        one is set. A prompt without images comes back as it is.
+        """
+        inputs = self._keyword_inputs(prompt, {})
+        pixels = [name for name in inputs if name.startswith("pixel_")]
+        if not pixels or prompt.image_features is not None:
+            return prompt
+        taken = inspect.signature(self.hf_model.get_image_features).parameters
+        given = {name: value for name, value in inputs.items() if name in taken and name != "input_ids"}
+        features = self.hf_model.get_image_features(**given, return_dict=True)
+        kept = {name: value for name, value in inputs.items() if name not in pixels}
+        return replace(prompt.to(self.device), inputs=kept, image_features=features)
+
     def to_text(self, token_ids: Tensor) -> list[str]:
         """Decode a batch of token ids, special tokens left out."""
         if self.tokenizer is None:
@@ -157,8 +180,12 @@ class HookedVLM(HookedRootModule):
         """Token ids, prompt included, by the Hugging Face model's own `generate`; hooks that are set stay live.
 
         Under cached decoding, hook_rot_k sees all keys so far and every other hook the new position only.
+        Raises PromptError for a batch padded on the right, whose next token would follow the padding.
         """
-        return self.hf_model.generate(**self._keyword_inputs(inputs, options))
+        keyword_inputs = self._keyword_inputs(inputs, options)
+        if keyword_inputs.get("attention_mask") is not None:
+            check_left_padding(keyword_inputs["attention_mask"])
+        return self.hf_model.generate(**keyword_inputs)
 
     def answer(self, inputs: Inputs, max_new_tokens: int = 16, **options: Any) -> list[str]:
         """The generated text after each prompt of the batch."""
@@ -307,10 +334,9 @@ class HookedVLM(HookedRootModule):
         missing = [name for name in names if name not in cache]
         if missing and names_filter is not None:
             raise HookNeverFiredError(f"asked to cache {missing[:5]}, which never fired in this run")
-        activations = ActivationCache(cache, self)
-        if remove_batch_dim:
-            activations = activations.remove_batch_dim()
-        return output, activations
+        return output, ActivationCache(
+            _one_row(cache) if remove_batch_dim else cache, self, not remove_batch_dim
+        )
 
     def _cached_names(self, names_filter: HookName | Sequence[str] | None) -> list[str]:
         if names_filter is None:
@@ -326,7 +352,12 @@ class HookedVLM(HookedRootModule):
         if inputs is None:
             return dict(more)
         if isinstance(inputs, Prompt):
-            return {**inputs.to(self.device).inputs, **more}
+            features = (
+                {}
+                if inputs.image_features is None
+                else {"mm_encoder_outputs": {"image": inputs.image_features}}
+            )
+            return {**inputs.to(self.device).inputs, **features, **more}
         if isinstance(inputs, Mapping):
             return {**inputs, **more}
         raise TypeError(
@@ -495,6 +526,22 @@ def _save(
     if name in cache and hook.name.endswith(hook_names.CHUNKED_HOOKS):
         value = _stack_chunks(cache[name], value, float("-inf") if name.endswith("hook_attn_scores") else 0.0)
     cache[name] = value
+
+
+def _one_row(cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of one without its batch axis; packed image rows and the vision side have none."""
+    language = {
+        name: value for name, value in cache.items() if name.startswith(("blocks.", "hook_", "ln_final."))
+    }
+    batched = {name: value for name, value in language.items() if not _is_packed(name)}
+    sizes = {len(value) for value in batched.values()}
+    if sizes - {1}:
+        raise ValueError(f"remove_batch_dim needs a batch of one prompt, this one has {max(sizes)}")
+    return {name: value[0] if name in batched else value for name, value in cache.items()}
+
+
+def _is_packed(name: str) -> bool:
+    return ".image." in name or name.removesuffix("_grad").endswith("hook_deepstack")
 
 
 def _stack_chunks(before: Tensor, chunk: Tensor, fill: float) -> Tensor:

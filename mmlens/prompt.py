@@ -63,6 +63,9 @@ class Prompt:
     candidate_ids: list[Int[Tensor, " _"]] | None = None
     """First token of every candidate, per example."""
 
+    image_features: Any = None
+    """What the vision tower gave, where `HookedVLM.encode_images` has already run it."""
+
     def __len__(self) -> int:
         return len(self.token_map)
 

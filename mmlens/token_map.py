@@ -215,7 +215,7 @@ class TokenMap:
         that were cropped away), and for "paper_floor" where tokens are not 2 x 2 blocks of one grid.
         """
         grid = self._grid(image, example)
-        left, top, right, bottom = _checked_box(box, grid.size, f"image {image} of example {example}")
+        left, top, right, bottom = checked_box(box, grid.size, f"image {image} of example {example}")
         if mapping == "merged":
             edges = self.boxes[example].nan_to_num(nan=-1.0)
             overlap_x = edges[:, 2].clamp(max=right) - edges[:, 0].clamp(min=left)
@@ -373,7 +373,8 @@ def _evidence_rows(
     return [entry.evidence if hasattr(entry, "evidence") else list(entry) for entry in entries]
 
 
-def _checked_box(box: Sequence[float], size: tuple[int, int], where: str) -> Box:
+def checked_box(box: Sequence[float], size: tuple[int, int], where: str) -> Box:
+    """`box`, if it is a box of positive area inside an image of `size` = (width, height); else TokenMapError."""
     width, height = size
     if len(box) != 4:
         raise TokenMapError(f"{where}: a box is (left, top, right, bottom), not {tuple(box)}")

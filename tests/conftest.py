@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-
 import pytest
-import torch
-
-
 import tiny
+import torch
 
 import mmlens
 from mmlens.prompt import Prompt

@@ -7,14 +7,15 @@ import copy
 import pytest
 import tiny
 import torch
-from conftest import hooked, padded_prompt, two_image_prompt
 from torch import Tensor
 from transformer_lens import ActivationCache
 
 import mmlens
+from conftest import hooked, padded_prompt, two_image_prompt
 from mmlens import hook_names
 from mmlens.families.catalog import FAMILIES, UnknownFamilyError
 from mmlens.hooked_vlm import HookNeverFiredError, UnknownHookError
+from mmlens.prompt import PromptError
 
 INSIDE_SOFTMAX = ("hook_attn_scores", "hook_pattern")
 
@@ -38,6 +39,23 @@ def test_logits_are_bit_equal_to_the_plain_model(family: str, attention: str, dt
         with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda x, hook: x * 0)]):
             model(prompt)
             assert torch.equal(plain(**prompt.inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_encoding_images_once_changes_no_bit(model: mmlens.HookedVLM) -> None:
+    for prompt in (two_image_prompt(model), padded_prompt(model)):
+        encoded = model.encode_images(prompt)
+        assert not any(name.startswith("pixel_") for name in encoded.inputs)
+        for _ in range(2):
+            assert torch.equal(model(encoded), model(prompt))
+        zero = [("blocks.1.attn.hook_z", lambda z, hook: z * 0)]
+        assert torch.equal(
+            model.run_with_hooks(encoded, fwd_hooks=zero), model.run_with_hooks(prompt, fwd_hooks=zero)
+        )
+        with pytest.raises(HookNeverFiredError, match="vision"):
+            model.run_with_hooks(encoded, fwd_hooks=[("vision.blocks.0.hook_resid_pre", lambda x, hook: x)])
+    text_only = model.prompt("What is it?")
+    assert model.encode_images(text_only) is text_only
 
 
 def test_wrapping_leaves_parameters_and_state_dict_alone(family: str) -> None:
@@ -131,6 +149,47 @@ def test_cached_activations_have_the_documented_shapes_and_values(model: mmlens.
     assert torch.equal(cache["embed"][mask], cache["image.hook_embed"])
     _, subset = model.run_with_cache(prompt, names_filter=["blocks.0.hook_resid_pre", "blocks.1.attn.hook_z"])
     assert set(subset.cache_dict) == {"blocks.0.hook_resid_pre", "blocks.1.attn.hook_z"}
+
+
+@torch.no_grad()
+def test_the_batch_axis_can_be_left_out_of_a_cache(model: mmlens.HookedVLM) -> None:
+    prompt = two_image_prompt(model)
+    _, cache = model.run_with_cache(prompt)
+    _, row = model.run_with_cache(prompt, remove_batch_dim=True)
+    assert not row.has_batch_dim
+    for name in (
+        "blocks.1.attn.hook_z",
+        "blocks.1.attn.hook_pattern",
+        "hook_embed",
+        "ln_final.hook_normalized",
+    ):
+        assert torch.equal(row[name], cache[name][0])
+    for name in (
+        "blocks.1.image.hook_z",
+        "image.hook_embed",
+        "vision.blocks.0.hook_resid_pre",
+        "projector.hook_out",
+    ):
+        assert torch.equal(row[name], cache[name])
+    with pytest.raises(ValueError, match="batch of one prompt, this one has 2"):
+        model.run_with_cache(padded_prompt(model), remove_batch_dim=True)
+
+
+@torch.no_grad()
+def test_transformer_lens_reads_the_cache(model: mmlens.HookedVLM) -> None:
+    """The residual stream is the sum of its parts, image positions included (deep injection counted)."""
+    prompt = two_image_prompt(model)
+    _, cache = model.run_with_cache(prompt, names_filter=lambda name: True)
+    parts = cache.decompose_resid(layer=-1).sum(0)
+    for name in cache:
+        if name.endswith("hook_deepstack"):
+            parts = parts.index_put((prompt.token_map.is_image,), cache[name], accumulate=True)
+    torch.testing.assert_close(parts, cache["resid_post", model.cfg.n_layers - 1], atol=1e-4, rtol=1e-4)
+    results = cache.stack_head_results()
+    assert len(results) == model.cfg.n_layers * model.cfg.n_heads
+    by_layer = results.unflatten(0, (model.cfg.n_layers, model.cfg.n_heads)).sum(1)
+    torch.testing.assert_close(by_layer, cache.stack_activation("attn_out"), atol=1e-4, rtol=1e-4)
+    assert cache.accumulated_resid(layer=2).shape[0] == 3
 
 
 @torch.no_grad()
@@ -349,6 +408,14 @@ def test_bad_hooks_are_errors() -> None:
         model("What is it?")
     with pytest.raises(ValueError, match="return_type"):
         model(prompt, return_type="loss")
+
+
+def test_generation_from_right_padding_is_refused() -> None:
+    model = hooked("llava")
+    prompt = padded_prompt(model)
+    flipped = {**prompt.inputs, "attention_mask": prompt.inputs["attention_mask"].flip(1)}
+    with pytest.raises(PromptError, match="example 1 is padded on the right"):
+        model.generate(flipped, max_new_tokens=1)
 
 
 def test_unknown_family_and_missing_processor_are_errors() -> None:

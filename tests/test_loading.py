@@ -8,11 +8,11 @@ import httpx
 import pytest
 import tiny
 import torch
-from conftest import QUESTION
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
 import mmlens
+from conftest import QUESTION
 from mmlens import loading
 from mmlens.families.catalog import UnknownFamilyError
 from mmlens.loading import ModelNotFoundError, shipped_models
@@ -31,6 +31,8 @@ def test_a_saved_folder_loads_as_it_was(family: str, tmp_path: Path) -> None:
     eager = mmlens.HookedVLM.from_pretrained(str(tmp_path), dtype="bfloat16", attn_implementation="eager")
     assert eager.hf_model.dtype == torch.bfloat16
     assert eager.hf_model.config._attn_implementation == "eager"
+    placed = mmlens.HookedVLM.from_pretrained(str(tmp_path), dtype=torch.float32, device_map={"": "cpu"})
+    assert torch.equal(placed(prompt), model(prompt))
 
 
 def test_only_safetensors_are_loaded(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from typing import Any
 from PIL import Image
 
 from mmlens.hook_names import unknown_name_message
-
-Box = tuple[float, float, float, float]
+from mmlens.token_map import Box, checked_box
 
 
 @dataclass(frozen=True)
@@ -67,26 +66,13 @@ class Example:
                     f"example {self.id!r}: evidence names image {region.image}, "
                     f"but the example has {len(self.images)} image(s)"
                 )
-            check_box(
-                region.box, self.images[region.image].size, f"example {self.id!r}, image {region.image}"
-            )
+            if region.box is not None:
+                where = f"example {self.id!r}, image {region.image}"
+                checked_box(region.box, self.images[region.image].size, where)
 
 
 class DataError(ValueError):
     """A folder of examples that is missing, empty or not in the documented format."""
-
-
-def check_box(box: Box | None, size: tuple[int, int], where: str) -> None:
-    """Raise ValueError unless `box` is a non-empty box inside an image of `size` = (width, height)."""
-    if box is None:
-        return
-    width, height = size
-    left, top, right, bottom = box
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise ValueError(
-            f"{where}: the box {tuple(box)} is not a box (left, top, right, bottom) "
-            f"inside the image of {width} x {height} pixels"
-        )
 
 
 _TEXT_FIELDS = ("id", "kind", "question", "answer", "group")

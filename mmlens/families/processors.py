@@ -54,5 +54,7 @@ def load_processor(name_or_path: str | Path, **hub_options: Any) -> ProcessorMix
         processor_class = without_video(processor_class)
     processor = processor_class.from_pretrained(name_or_path, **hub_options)
     if is_torchvision_available():
-        processor.image_processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **hub_options)
+        processor.image_processor = AutoImageProcessor.from_pretrained(
+            name_or_path, backend="pil", **hub_options
+        )
     return processor

@@ -6,7 +6,7 @@
 | mean | z = its mean over a reference set, text and image positions apart |
 | resample | z = the same head's z in another example |
 | uniform | attends alike to every key it may see (the paper's masking, within the causal and padding mask) |
-| uniform_leaky | all scores 0 after the mask was added: sees future and padding keys too (the paper's Algorithm 2, literally) |
+| uniform_leaky | all scores 0 after the mask: sees future and padding keys too (Algorithm 2, literally) |
 | mean_query | q = its mean over a reference set (before rotation), text and image positions apart |
 
 Source: arXiv 2606.05843, Algorithm 2, for the uniform modes; which reading is meant, it does not say.
@@ -26,11 +26,8 @@ from torch import Tensor
 from mmlens.data.examples import Example
 from mmlens.heads import HeadSet, as_head_set
 from mmlens.hook_names import block, unknown_name_message
-from mmlens.hooked_vlm import Hook, HookedVLM
+from mmlens.hooked_vlm import Hook, HookedVLM, Intervention
 from mmlens.prompt import Prompt
-
-Intervention = Callable[[HookedVLM, Prompt], list[Hook]]
-"""Anything that turns (model, prompt) into TransformerLens forward hooks; composing is concatenating."""
 
 Positions = Bool[Tensor, "batch pos"] | Callable[[Prompt], Bool[Tensor, "batch pos"]] | None
 """Where an intervention acts: a mask of the prompt's positions, a function that gives one, or everywhere."""
@@ -167,7 +164,7 @@ def _resample(
     rng = np.random.default_rng([seed, *_fingerprint(prompt)])
     drawn = [
         _another(reference, question, images, rng)
-        for question, images in zip(prompt.questions, prompt.images)
+        for question, images in zip(prompt.questions, prompt.images, strict=True)
     ]
     other = model.prompt_examples(drawn)
     names = [block(layer, "attn.hook_z") for layer in heads.by_layer()]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from mmlens.hooked_vlm import Hook, HookedVLM
-from mmlens.interventions.ablation import Intervention
+from mmlens.hooked_vlm import Hook, HookedVLM, Intervention
 from mmlens.prompt import Prompt
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import overload
 
 import pandas as pd
 import torch
@@ -14,12 +14,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmlens.data.examples import Example
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.hooked_vlm import HookedVLM, Intervention
 from mmlens.prompt import Prompt
 from mmlens.statistics import Interval, mean_interval, paired_difference_interval
 
 Metric = Callable[[Tensor, Prompt], Tensor]
-Intervention = Callable[[HookedVLM, Prompt], Sequence[tuple[Any, Callable[..., Any]]]]
 Metrics = Mapping[str, Metric] | Sequence[Metric]
 
 

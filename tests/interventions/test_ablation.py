@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from conftest import QUESTION, hooked, padded_prompt, two_image_prompt
 from torch import Tensor
 
 import mmlens
+from conftest import QUESTION, hooked, padded_prompt, two_image_prompt
 from mmlens.data.examples import Example
 from mmlens.hooked_vlm import HookNeverFiredError
 from mmlens.interventions.ablation import MODES, HeadMeans, mean_activations

@@ -1,0 +1,146 @@
+"""The layer x head grid of a score: which heads stand out, and where in the model they are."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import matplotlib.patheffects
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from mmlens.heads import HeadScores, HeadSet
+from mmlens.viz.style import (
+    INK,
+    LABEL_SIZE,
+    PAPER,
+    TICK_SIZE,
+    TITLE_SIZE,
+    as_array,
+    new_figure,
+    root_figure,
+    tidy,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.collections import QuadMesh
+
+MARK = "#d55e00"
+"""Outline of marked heads: the colour that the top heads have in every figure."""
+
+_MOST_TICKS = 16
+
+
+def plot_head_map(
+    scores: HeadScores | Tensor | ArrayLike,
+    *,
+    heads: HeadSet | None = None,
+    title: str = "",
+    label: str | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """One cell per head, coloured by its score; layer 0 is the bottom row, as the stream flows upwards.
+
+    `scores` are HeadScores (their mean over examples is drawn, their name is on the colour bar) or an array
+    [layer, head]; `label` names the quantity instead. The heads of `heads` are outlined. Scores that are all
+    >= 0 are drawn from 0 in one hue, others from blue (below 0) to red, white at 0.
+
+    Raises ValueError for another shape than [layer, head], a score that is not finite, or `heads` of a model
+    of another shape; TypeError where `heads` is no HeadSet.
+
+    >>> figure = plot_head_map(np.array([[.1, .6], [.2, .3]]), label="RAM", title="two layers of two heads")
+    >>> [axes.get_ylabel() for axes in figure.axes]
+    ['Layer', 'RAM']
+    """
+    values = _checked_scores(scores)
+    if heads is not None:
+        _check_heads(heads, values.shape)
+    if label is None:
+        label = scores.name if isinstance(scores, HeadScores) else "score"
+    n_layers, n_heads = values.shape
+    if ax is None:
+        cell = min(0.42, 8.0 / max(n_layers, n_heads))
+        figure = new_figure(max(3.2, cell * n_heads + 1.6), max(2.4, cell * n_layers + 1.0), pictures=True)
+        ax = figure.subplots()
+    else:
+        figure = root_figure(ax)
+
+    signed = bool((values < 0).any())
+    # Equal scores still need two ends of the colour bar.
+    norm: Normalize = CenteredNorm(0, np.abs(values).max()) if signed else Normalize(0, values.max() or 1.0)
+    mesh: QuadMesh = ax.pcolormesh(
+        np.arange(n_heads + 1) - 0.5,
+        np.arange(n_layers + 1) - 0.5,
+        values,
+        cmap="RdBu_r" if signed else "Blues",
+        norm=norm,
+        edgecolors=PAPER,
+        linewidth=0.6 if max(values.shape) <= 16 else 0.2 if max(values.shape) <= 48 else 0,
+    )
+    ax.set_aspect("equal")
+    if heads is not None:
+        _outline(ax, heads)
+    tidy(ax)
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.set_xticks(_ticks(n_heads, max(values.shape)))
+    ax.set_yticks(_ticks(n_layers, max(values.shape)))
+    ax.set_xlabel("Head", fontsize=LABEL_SIZE, color=INK)
+    ax.set_ylabel("Layer", fontsize=LABEL_SIZE, color=INK)
+    ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left")
+    bar = figure.colorbar(
+        mesh, ax=ax, fraction=0.05, pad=0.03, aspect=max(12.0, 6.0 * figure.get_figheight())
+    )
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=TICK_SIZE, labelcolor=INK, length=0)
+    bar.set_label(label, fontsize=LABEL_SIZE, color=INK)
+    return figure
+
+
+def _checked_scores(scores: HeadScores | Tensor | ArrayLike) -> NDArray[np.float64]:
+    values = as_array(scores.values if isinstance(scores, HeadScores) else scores)
+    if values.ndim != 2 or 0 in values.shape:
+        raise ValueError(f"a head map takes scores [layer, head], not an array of shape {list(values.shape)}")
+    if not np.isfinite(values).all():
+        layer, head = np.argwhere(~np.isfinite(values))[0]
+        raise ValueError(
+            f"the score of head ({layer}, {head}) is {values[layer, head]}: expected a finite number"
+        )
+    return values
+
+
+def _check_heads(heads: HeadSet, shape: tuple[int, ...]) -> None:
+    if not isinstance(heads, HeadSet):
+        raise TypeError(
+            f"the marked heads are a HeadSet, not {type(heads).__name__}: HeadSet([(layer, head)], ...)"
+        )
+    if heads.shape != shape:
+        raise ValueError(
+            f"the marked heads are of a model with {heads.n_layers} x {heads.n_heads} heads, the scores of one "
+            f"with {shape[0]} x {shape[1]} (layers x heads)"
+        )
+
+
+def _outline(ax: Axes, heads: HeadSet) -> None:
+    width = 1.8 if max(heads.shape) <= 16 else 1.1
+    halo = matplotlib.patheffects.withStroke(linewidth=width + 1.6, foreground=PAPER)
+    for layer, head in heads:
+        frame = Rectangle(
+            (head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=width, zorder=3
+        )
+        frame.set_path_effects([halo])
+        frame.set_gid(f"L{layer}H{head}")
+        # Not clipped, so that the outline of a head at the edge of the grid is as thick as any other.
+        frame.set_clip_on(False)
+        ax.add_patch(frame)
+
+
+def _ticks(count: int, longer: int) -> list[int]:
+    step = 2 ** max(0, math.ceil(math.log2(longer / _MOST_TICKS)))
+    return list(range(0, count, step))

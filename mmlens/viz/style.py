@@ -1,0 +1,99 @@
+"""What every figure of the package shares: colours, fonts' sizes, and how a figure is made and written.
+
+Figures are `matplotlib.figure.Figure` objects outside pyplot, so that nothing is left behind in a loop
+over thousands of them, and no window or backend is asked for.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+INK = "#1f2328"
+MUTED = "#59636e"
+GRID = "#e3e7eb"
+PAPER = "#ffffff"
+
+LABEL_SIZE = 9.0
+TICK_SIZE = 8.0
+TITLE_SIZE = 10.0
+
+
+class DisplayedFigure(Figure):
+    """A figure that notebooks show although pyplot does not know it."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=2 * self.dpi, bbox_inches="tight")
+        return buffer.getvalue()
+
+
+def new_figure(width: float, height: float, *, pictures: bool = False) -> Figure:
+    """An empty white figure of `width` x `height` inches that keeps its labels from overlapping.
+
+    `pictures`: its axes have a fixed aspect, and the room that this leaves between them is closed.
+    """
+    layout: Literal["compressed", "constrained"] = "compressed" if pictures else "constrained"
+    return DisplayedFigure(figsize=(width, height), layout=layout, facecolor=PAPER)
+
+
+def as_array(values: Tensor | ArrayLike) -> NDArray[np.float64]:
+    """Numbers of any kind in float64; a tensor may be on any device, of any type, and need gradients."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def root_figure(ax: Axes) -> Figure:
+    """The figure that holds `ax`, through subfigures."""
+    figure = ax.get_figure(root=True)
+    if figure is None:
+        raise ValueError("the axes given as `ax` belong to no figure; make them with Figure.subplots()")
+    return figure
+
+
+def tidy(ax: Axes, *, grid: bool = False) -> None:
+    """Sizes and colours of ticks and frame; with `grid`, horizontal lines behind the data."""
+    ax.tick_params(labelsize=TICK_SIZE, colors=MUTED, labelcolor=INK, length=3, width=0.8)
+    for side, spine in ax.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(MUTED)
+        spine.set_linewidth(0.8)
+    if grid:
+        ax.set_axisbelow(True)
+        ax.grid(axis="y", color=GRID, linewidth=0.8)
+
+
+def labelled(positions: Sequence[float], gap: float, *, keep: Sequence[int] = ()) -> list[int]:
+    """Indices of the positions that can carry a label when labels need `gap` between their centres.
+
+    `keep` are indices that come first; the others follow from left to right where there is room.
+
+    >>> labelled([0, 1, 2, 3], gap=1.5, keep=[3])
+    [0, 3]
+    """
+    chosen: list[int] = []
+    for index in [*keep, *range(len(positions))]:
+        if index not in chosen and all(abs(positions[index] - positions[other]) >= gap for other in chosen):
+            chosen.append(index)
+    return sorted(chosen)
+
+
+def see_through(name: str, *, low: float = 0.0, high: float = 1.0, opacity: float = 0.85) -> Colormap:
+    """matplotlib's colour map `name` between `low` and `high`, invisible at 0, `opacity` at the maximum.
+
+    Opacity grows with the square root, so that weak weights are seen and none is the bare image.
+    """
+    steps = np.linspace(0, 1, 256)
+    colours = matplotlib.colormaps[name](low + (high - low) * steps)
+    colours[:, 3] = opacity * np.sqrt(steps)
+    return ListedColormap(colours, name=f"{name}_see_through")
