@@ -84,6 +84,8 @@ class AttentionTap:
             query = self.rot_q(query.transpose(1, 2)).transpose(1, 2)
         if self.rot_k.is_live:
             key = self.rot_k(key.transpose(1, 2)).transpose(1, 2)
+        if self.rows is not None or self.needs_softmax:
+            _check_readable(module, attention_mask)
         if self.rows is not None and self.consume_rows is not None:
             rows = _attention_rows(self.rows, eager, module, query, key, value, attention_mask, kwargs)
             self.consume_rows(rows)
@@ -140,6 +142,19 @@ class _SoftmaxWatch(TorchFunctionMode):
         if func is F.dropout and self._pattern.is_live:
             args = (self._pattern(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
+
+
+def _check_readable(module: nn.Module, mask: Any) -> None:
+    """Refuse implementations whose mask says less than their kernel does (flash, flex, paged)."""
+    config: Any = module.config
+    implementation = config._attn_implementation
+    if implementation not in ("sdpa", "eager") or not (
+        mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
+    ):
+        raise NotImplementedError(
+            f"{type(module).__name__} runs {implementation!r} attention: its scores, pattern and pattern rows cannot "
+            "be read exactly; load the model with attn_implementation='sdpa' (or 'eager')"
+        )
 
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:

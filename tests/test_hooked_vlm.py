@@ -410,6 +410,22 @@ def test_bad_hooks_are_errors() -> None:
         model(prompt, return_type="loss")
 
 
+def test_patterns_of_other_attention_kernels_are_refused() -> None:
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+    layer = model.hf_model.model.language_model.layers[1].self_attn
+    layer.config = copy.copy(layer.config)
+    layer.config._attn_implementation_internal = "flex_attention"
+    for run in (
+        lambda: model.run_with_hooks(prompt, fwd_hooks=[("blocks.1.attn.hook_pattern", lambda x, hook: x)]),
+        lambda: mmlens.vision_mass(model, prompt),
+    ):
+        with pytest.raises(
+            NotImplementedError, match="'flex_attention'.*load the model with attn_implementation='sdpa'"
+        ):
+            run()
+
+
 def test_generation_from_right_padding_is_refused() -> None:
     model = hooked("llava")
     prompt = padded_prompt(model)

@@ -18,6 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# Before transformers is imported: the bridge asks the hub for a processor by the model's name, with retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import numpy as np
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -65,12 +68,15 @@ def inputs_of(length: int, with_image: bool = True) -> dict[str, torch.Tensor]:
 def bridge_of(model: LlavaForConditionalGeneration) -> Callable[..., object]:
     from tokenizers import Tokenizer, models
     from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources.transformers import helpers
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(1000)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w0"
     )
+    # Where torchvision is missing the bridge installs it by pip, which replaces the torch that is being measured.
+    helpers._ensure_torchvision = lambda: False
     return TransformerBridge.boot_transformers("llava", hf_model=model, tokenizer=tokenizer, device="cpu")
 
 
@@ -164,7 +170,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers_logging.set_verbosity_error()
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the bridge asks the hub for a processor by the model's name
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
           f"{arguments.threads} thread(s)")  # fmt: skip
 
