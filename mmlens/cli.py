@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "--n-selection", type=int, default=40, help="generated examples of each kind to choose heads on"
     )
     core.add_argument(
-        "--n-evaluation", type=int, default=40, help="generated examples of each kind to judge heads on"
+        "--n-evaluation", type=int, default=30, help="generated examples of each kind to judge heads on"
     )
     core.add_argument(
         "--selection-share", type=float, default=0.5, help="with --data: share of it to choose heads on"
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     core.add_argument("--draws", type=int, default=10, help="draws of each random arm")
     core.add_argument("--seed", type=int, default=0)
-    core.add_argument("--batch-size", type=int, default=20)
+    core.add_argument("--batch-size", type=int, default=30)
     core.add_argument("--mapping", default="merged", choices=("merged", "paper_floor"), help="box to token")
     core.add_argument("--dtype", help="as transformers takes it, e.g. bfloat16")
     core.add_argument("--device-map", help="as transformers takes it, e.g. auto")

@@ -107,7 +107,7 @@ def test_the_same_seed_gives_the_same_numbers(micro: mmlens.HookedVLM, result: C
 
 
 def test_leaks_and_impossible_settings_are_refused(micro: mmlens.HookedVLM) -> None:
-    with pytest.raises(ValueError, match=r"share 24 example\(s\).*objects-1-0"):
+    with pytest.raises(ValueError, match=r"share 24 example\(s\).*documents-1-0"):
         core_heads(micro, scenes(4, 1), scenes(4, 1), **SETTINGS)
     with pytest.raises(ValueError, match=r"selection split of 2 .* has none with evidence"):
         core_heads(micro, mmlens.scene_examples("text_recall", 2, 1), scenes(1, 2), **SETTINGS)

@@ -311,5 +311,5 @@ def _amount(value: float | None, metric: str) -> str:
     return f"{100 * value:.1f}%" if metric in SHARES else f"{value:.2f}"
 
 
-def _number(value: float) -> str:
+def _number(value: Any) -> str:
     return "" if math.isnan(value) else f"{value:.4g}"
