@@ -35,6 +35,11 @@ def write_core_heads_report(result: CoreHeads, model: HookedVLM, path: str | Pat
         ("Ablation, accuracy, pooled", "The evaluation split; ablation.csv has the rest.", accuracy.round(4)),
     ]
     summary = {key: value for key, value in result.summary.items() if key != "heads"}
+    # Why a mode fails stands in the statement; as columns the reasons would only widen the table.
+    finding = result.summary["finding"]
+    reasons = ("top_breaks", "harmful_controls")
+    rows = [{key: value for key, value in row.items() if key not in reasons} for row in finding["rows"]]
+    summary["finding"] = {**finding, "rows": rows}
     summary["top 5%"] = _names(result.summary["heads"]["top_5_percent"])
     return write_report(path, summary, figures, tables)
 
