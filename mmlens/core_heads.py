@@ -36,7 +36,6 @@ from mmlens.interventions.ablation import HeadMeans, ablate, mean_activations
 from mmlens.metrics.attention import EvidenceAttention, evidence_attention
 from mmlens.metrics.effects import Effect, effect
 from mmlens.metrics.outcomes import accuracy, invalid, logit_difference
-from mmlens.prompt import Prompt
 from mmlens.statistics import mean_interval, paired_difference_interval
 from mmlens.token_map import Mapping as BoxMapping
 
@@ -154,7 +153,7 @@ def core_heads(
     runs = [(mode, arm, draw, heads) for mode in modes for arm, draw, heads in arms]
     for mode, arm, draw, heads in tqdm(runs, desc="ablations", unit="run", disable=not progress):
         intervention = ablate(heads, mode, reference=_reference(mode, reference, selection), seed=seed)
-        found = _effect(model, prompts, intervention, metrics, clean)
+        found = effect(model, prompts, intervention, metrics, clean=clean)
         frames.append(_outcomes(found, examples, mode, arm, len(heads), draw))
     outcomes = pd.concat(frames, ignore_index=True)
     controls = sorted({example.kind for example in examples if not example.evidence})
@@ -162,7 +161,7 @@ def core_heads(
     named_arms: dict[str, list[HeadSet]] = {arm: [] for arm in ARMS[1:]}
     for arm, _, heads in arms:
         named_arms[arm].append(heads)
-    summary = _summary(model, attention, ablation, examples, selection, controls, named_arms, moved)
+    summary = _summary(model, attention, ablation, examples, controls, named_arms, moved)
     summary["settings"] = {
         "counts": list(counts),
         "modes": list(modes),
@@ -218,20 +217,16 @@ def _reference(mode: str, means: HeadMeans | None, selection: Sequence[Example])
     return {"mean": means, "mean_query": means, "resample": list(selection)}.get(mode)
 
 
-def _effect(
-    model: HookedVLM,
-    prompts: Sequence[Prompt],
-    intervention: Any,
-    metrics: Mapping[str, Any],
-    clean: dict[str, Effect],
-) -> dict[str, Effect]:
-    return effect(model, prompts, intervention, dict(metrics), clean=clean)
-
-
 def _check_splits(selection: Sequence[Example], evaluation: Sequence[Example]) -> None:
     for name, split in (("selection", selection), ("evaluation", evaluation)):
         if not any(example.evidence for example in split):
             raise ValueError(f"the {name} split of {len(split)} example(s) has none with evidence")
+        mixed = {e.kind for e in split if e.evidence} & {e.kind for e in split if not e.evidence}
+        if mixed:
+            raise ValueError(
+                f"in the {name} split some examples of kind {sorted(mixed)[0]!r} have evidence and some have none; "
+                "text-only controls need a kind of their own"
+            )
 
     def groups(split: Sequence[Example]) -> dict[str, str]:
         return {f"{e.kind}/{e.group or e.id}": e.id for e in split if e.group or e.id}
@@ -356,7 +351,6 @@ def _summary(
     attention: EvidenceAttention,
     ablation: pd.DataFrame,
     examples: Sequence[Example],
-    selection: Sequence[Example],
     controls: Sequence[str],
     arms: Mapping[str, Sequence[HeadSet]],
     moved: Mapping[int, str],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -111,6 +112,11 @@ def test_leaks_and_impossible_settings_are_refused(micro: mmlens.HookedVLM) -> N
         core_heads(micro, scenes(4, 1), scenes(4, 1), **SETTINGS)
     with pytest.raises(ValueError, match=r"selection split of 2 .* has none with evidence"):
         core_heads(micro, mmlens.scene_examples("text_recall", 2, 1), scenes(1, 2), **SETTINGS)
+    unmarked = dataclasses.replace(mmlens.scene_examples("objects", 1, 9)[0], evidence=())
+    with pytest.raises(
+        ValueError, match=r"evaluation split some examples of kind 'objects' .* kind of their own"
+    ):
+        core_heads(micro, scenes(1, 1), [*scenes(1, 2), unmarked], **SETTINGS)
     with pytest.raises(ValueError, match="between 1 and 32 of the model's 64"):
         core_heads(micro, scenes(1, 1), scenes(1, 2), counts=[40], progress=False)
     with pytest.raises(ValueError, match="n_draws"):

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import random
 import time
@@ -60,6 +59,7 @@ from mmlens.data.scenes import (
     scene_vocabulary,
 )
 from mmlens.families.processors import load_processor, without_video
+from mmlens.statistics import proportion_interval
 
 TRAIN_SEED = 2**20
 """Training scenes have seeds from here on; `scene_examples` is called with smaller ones elsewhere."""
@@ -122,7 +122,6 @@ class Recipe:
     # Vision tower on the oracle sums.
     vision_steps: int = 2500
     vision_rate: float = 2e-3
-    vision_images: int = 24
     # Everything, on pixels.
     joint_steps: int = 200
     joint_rate: float = 5e-4
@@ -584,14 +583,6 @@ def accuracy(
     return right / len(examples)
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """95% Wilson interval of a share of n."""
-    z = 1.959964
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return centre - half, min(1.0, centre + half)
-
-
 def report_accuracy(
     model: Qwen3VLForConditionalGeneration, processor: ProcessorMixin, n: int, seed: int
 ) -> dict[str, float]:
@@ -599,7 +590,8 @@ def report_accuracy(
     shares = {}
     for kind in KINDS + TEXT_KINDS:
         shares[kind] = accuracy(model, processor, scene_examples(kind, n, seed))
-        low, high = wilson(shares[kind], n)
+        right = round(shares[kind] * n)
+        low, high = proportion_interval([1] * right + [0] * (n - right))
         print(f"{kind:15s} {shares[kind]:.4f}  [{low:.4f}, {high:.4f}]  n = {n}", flush=True)
     return shares
 
