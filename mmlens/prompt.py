@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts import Layout
+from mmlens.families.layouts.grids import Layout
 from mmlens.token_map import ImageGrid, TokenMap
 
 MAX_IMAGE_PIXELS = 89_478_485

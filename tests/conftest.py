@@ -32,7 +32,7 @@ def padded_prompt(model: mmlens.HookedVLM) -> Prompt:
     return model.prompt([QUESTION, "Where?"], images=[images[:2], images[2:]])
 
 
-@pytest.fixture(params=tiny.FAMILIES)
+@pytest.fixture(params=tiny.REPRESENTATIVES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

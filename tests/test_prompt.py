@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny import FAMILIES, tiny_images, tiny_model, tiny_processor
+from tiny import REPRESENTATIVES, tiny_images, tiny_model, tiny_processor
 
 from mmlens import prompt as prompt_module
 from mmlens.data.examples import Example
@@ -39,7 +39,7 @@ def _prompt(family: str, questions: Any, images: Any = (), processor: Any = None
     return make_prompt(processor or tiny_processor(family), family_of(family).layout, questions, images)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_question_tokens_are_the_question(family: str) -> None:
     """Batched, with other numbers of images, padded: decoded, the question's positions give the question."""
     processor = tiny_processor(family)
@@ -56,7 +56,7 @@ def test_question_tokens_are_the_question(family: str) -> None:
         assert int(alone.token_map.is_question.sum()) == len(ids)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_inputs_are_what_the_model_takes(family: str) -> None:
     model = tiny_model(family)
     images = tiny_images(3)
@@ -75,7 +75,7 @@ def test_inputs_are_what_the_model_takes(family: str) -> None:
         assert torch.equal(prompt.token_map.is_image, image_id)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_the_start_token_stands_once(family: str) -> None:
     """The tiny templates write the tokenizer's start token themselves, as Llama's do."""
     processor = tiny_processor(family)
@@ -103,7 +103,7 @@ def test_batch_is_padded_left_whatever_the_tokenizer_says() -> None:
         prompt_from_inputs(processor, family_of("qwen3_vl").layout, right.inputs, [[], []])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_prompt_from_inputs_gives_the_same_map(family: str) -> None:
     processor = tiny_processor(family)
     images = tiny_images(3)
@@ -177,7 +177,7 @@ def test_a_processor_without_template_or_fast_tokenizer_or_padding() -> None:
         _prompt("llava", "What?", processor=processor)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_placeholders_in_another_number_than_images(family: str) -> None:
     processor = tiny_processor(family)
     with pytest.raises(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, tiny_images, tiny_processor
+from tiny import REPRESENTATIVES, tiny_images, tiny_processor
 
 from mmlens.data.examples import Evidence, Example
 from mmlens.families.catalog import family_of
@@ -107,7 +107,7 @@ def test_paper_floor_is_the_papers_rule_and_merged_the_right_one(box: tuple[int,
     assert set(torch.nonzero(token_map.box(1, box)[0]).flatten().tolist()) == merged
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.startswith("qwen")])
+@pytest.mark.parametrize("family", [f for f in REPRESENTATIVES if not f.startswith("qwen")])
 def test_paper_floor_is_refused_where_there_is_no_such_merge(family: str) -> None:
     token_map = make_prompt(
         tiny_processor(family), family_of(family).layout, "What?", tiny_images(1)
@@ -146,7 +146,7 @@ def test_where_and_table_agree() -> None:
     assert token_map.where(-1, 0) == token_map.where(token_map.image.shape[1] - 1, 0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_images_count_from_zero_in_every_example(family: str) -> None:
     processor = tiny_processor(family)
     images = tiny_images(3, seed=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmlens.families import layouts
+from mmlens.families.layouts import anyres, block_grid, fixed_grid, tiles
 from mmlens.families.record import DeepInjection, Family, Stack
 from mmlens.hook_names import unknown_name_message
 
@@ -63,7 +63,7 @@ def _idefics(model_type: str) -> Family:
         language=_decoder("model.text_model"),
         vision=_clip_like("model.vision_model", final_norm="model.vision_model.post_layernorm"),
         projector="model.connector",
-        layout=layouts.idefics3,
+        layout=tiles.idefics3,
     )
 
 
@@ -75,7 +75,7 @@ FAMILIES: dict[str, Family] = {
             language=_decoder("model.language_model"),
             vision=_clip_like("model.vision_tower"),
             projector="model.multi_modal_projector",
-            layout=layouts.llava,
+            layout=fixed_grid.llava,
             feature_layer="vision_feature_layer",
         ),
         Family(
@@ -83,7 +83,7 @@ FAMILIES: dict[str, Family] = {
             language=_decoder("model.language_model"),
             vision=_clip_like("model.vision_tower"),
             projector="model.multi_modal_projector",
-            layout=layouts.llava_onevision,
+            layout=anyres.llava_onevision,
             feature_layer="vision_feature_layer",
         ),
         Family(
@@ -91,14 +91,14 @@ FAMILIES: dict[str, Family] = {
             language=_decoder("model.language_model"),
             vision=_QWEN_TOWER,
             projector="model.visual.merger",
-            layout=layouts.qwen,
+            layout=block_grid.qwen,
         ),
         Family(
             model_type="qwen3_vl",
             language=_decoder("model.language_model"),
             vision=_QWEN_TOWER,
             projector="model.visual.merger",
-            layout=layouts.qwen,
+            layout=block_grid.qwen,
             deep_injection=DeepInjection(
                 mergers="model.visual.deepstack_merger_list",
                 owner="model.language_model",
@@ -110,11 +110,95 @@ FAMILIES: dict[str, Family] = {
             language=_decoder("model.language_model"),
             vision=_INTERNVL_TOWER,
             projector="model.multi_modal_projector",
-            layout=layouts.internvl,
+            layout=tiles.internvl,
             feature_layer="vision_feature_layer",
         ),
         _idefics("idefics3"),
         _idefics("smolvlm"),
+        # llava_like
+        Family("vipllava"),
+        Family("video_llava"),
+        Family("llava_next"),
+        Family("llava_next_video"),
+        Family("granite4_vision"),
+        Family("fast_vlm"),
+        Family("deepseek_vl"),
+        Family("deepseek_vl_hybrid"),
+        Family("janus"),
+        Family("perception_lm"),
+        Family("pixtral"),
+        Family("mistral3"),
+        Family("lighton_ocr"),
+        Family("mistral_large4"),
+        # qwen_like
+        Family("qwen2_vl"),
+        Family("exaone4_5"),
+        Family("hyperclovax_vision_v2"),
+        Family("qwen2_5_omni_thinker"),
+        Family("qwen3_vl_moe"),
+        Family("cosmos3_omni"),
+        Family("cohere_compass"),
+        Family("qwen3_omni_moe_thinker"),
+        Family("qwen3_5"),
+        Family("qwen3_5_moe"),
+        Family("qwen4_exp"),
+        Family("video_llama_3"),
+        Family("cosmos3_edge"),
+        Family("minimax_m3_vl"),
+        # glm_like
+        Family("glm4v"),
+        Family("glm46v"),
+        Family("glmga"),
+        Family("glm_ocr"),
+        Family("glm4v_moe"),
+        Family("glm5_next"),
+        Family("paddleocr_vl"),
+        Family("ernie4_5_vl_moe"),
+        Family("hunyuan_vl"),
+        Family("kimi_k25"),
+        Family("muse_glimmer"),
+        Family("muse_spark"),
+        Family("dots3_note"),
+        Family("nemotron_h_omni"),
+        # pooled
+        Family("gemma3"),
+        Family("shieldgemma2"),
+        Family("gemma3n"),
+        Family("gemma4"),
+        Family("gemma4_unified"),
+        Family("paligemma"),
+        Family("aya_vision"),
+        Family("cohere2_vision"),
+        Family("qianfan_ocr"),
+        Family("lfm2_vl"),
+        Family("lfm3_vl"),
+        Family("llama4"),
+        Family("ovis2"),
+        Family("idefics2"),
+        Family("granite_docling"),
+        # ocr_and_others
+        Family("got_ocr2"),
+        Family("pp_chart2table"),
+        Family("chameleon"),
+        Family("emu3"),
+        Family("fuyu"),
+        Family("molmo2"),
+        Family("minicpmv4_6"),
+        Family("minicpmv4_7"),
+        Family("minicpm_ocr"),
+        Family("step3p7"),
+        Family("deepseek_ocr2"),
+        Family("unlimited_ocr"),
+        Family("aria"),
+        Family("inkling2"),
+        Family("inkling_mm_model"),
+        # queries_and_cross
+        Family("blip-2"),
+        Family("instructblip"),
+        Family("instructblipvideo"),
+        Family("mllama"),
+        Family("idefics"),
+        Family("kosmos-2"),
     )
 }
 

@@ -36,11 +36,11 @@ class Family:
     """One family of vision-language models (`model_type` of its configuration)."""
 
     model_type: str
-    language: Stack
-    vision: Stack
-    projector: str
-    layout: Callable[..., Any]
-    """How its processor lays out image tokens; see families/layouts.py."""
+    layout: Callable[..., Any] | None = None
+    """How its processor lays out image tokens; see families/layouts."""
+    language: Stack | None = None
+    vision: Stack | None = None
+    projector: str | None = None
     deep_injection: DeepInjection | None = None
     image_token: str = "image_token_id"
     """The configuration's attribute that holds the id at visual positions."""

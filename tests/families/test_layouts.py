@@ -18,26 +18,18 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import FAMILIES, IDEFICS_SIZE, INTERNVL_SIZE, tiny_images, tiny_model, tiny_processor
+from tiny import FAMILIES, REPRESENTATIVES, TINY, tiny_images, tiny_model, tiny_processor
+from tiny.first import IDEFICS_SIZE, INTERNVL_SIZE
 from torch import Tensor, nn
 
-from mmlens.families import layouts
 from mmlens.families.catalog import family_of
+from mmlens.families.layouts import anyres, block_grid, fixed_grid, tiles
 from mmlens.prompt import Prompt, make_prompt
 from mmlens.token_map import WHOLE_IMAGE_TILE, TokenMap, TokenMapError
 
 torch.set_num_threads(1)
 
-# Pixels of the model's view that one token shows.
-CELL = {
-    "llava": 8,
-    "llava_onevision": 8,
-    "qwen2_5_vl": 16,
-    "qwen3_vl": 16,
-    "internvl": 16,
-    "idefics3": 16,
-    "smolvlm": 16,
-}
+LAID_OUT = tuple(name for name in FAMILIES if TINY[name].processor and family_of(name).layout)
 
 
 class _Embedded(Exception):
@@ -47,7 +39,7 @@ class _Embedded(Exception):
 @functools.cache
 def _model_without_vision_attention(family: str) -> nn.Module:
     model = tiny_model(family)
-    decoder = model.model.text_model if hasattr(model.model, "text_model") else model.model.language_model
+    decoder = model.get_decoder()
 
     def zeroed(module: nn.Module, args: Any, output: Any) -> Any:
         return (
@@ -112,14 +104,14 @@ def _margins(
     boxes = token_map.boxes[example]
     margins = []
     for axis in range(2):
-        scale = ((boxes[:, axis + 2] - boxes[:, axis]) / CELL[family]).clamp(min=1)
+        scale = ((boxes[:, axis + 2] - boxes[:, axis]) / TINY[family].cell).clamp(min=1)
         if family in ("idefics3", "smolvlm"):
             # Lanczos, reach 3: to the longest edge, to whole tiles, and the global image once more.
             first = max(size) / processor.image_processor.size["longest_edge"]
             twice = 3 * max(1, first) * (1 if first == 1 else 2)
             margins.append(twice + 1 + torch.where(token_map.tile[example] == WHOLE_IMAGE_TILE, 3 * scale, 0))
         else:
-            margins.append(2 * scale + 1)  # bicubic, reach 2
+            margins.append(TINY[family].reach * scale + 1)
     return margins
 
 
@@ -185,7 +177,7 @@ def _check(family: str, trials: list[tuple[set[int], set[int], int]], at_least: 
     for changed, expected, position in trials:
         assert position in expected
         assert changed == expected
-        if family in ("llava", "qwen2_5_vl", "qwen3_vl"):
+        if family_of(family).layout in (fixed_grid.llava, block_grid.qwen):
             assert changed == {position}
 
 
@@ -199,7 +191,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAID_OUT)
 def test_pixels_of_a_box_change_its_token_alone(family: str, size: tuple[int, int]) -> None:
     processor = tiny_processor(family)
     if family in ("idefics3", "smolvlm"):
@@ -212,7 +204,7 @@ def test_pixels_of_a_box_change_its_token_alone(family: str, size: tuple[int, in
     _check(family, trials)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LAID_OUT)
 def test_several_images_in_a_padded_batch(family: str) -> None:
     images = tiny_images(4, seed=5, sizes=[(160, 120), (90, 200), (240, 110), (130, 133)])
     trials = occlusion_trials(
@@ -306,10 +298,10 @@ def test_llava_onevision_newlines_are_separators_of_their_image() -> None:
 
 def test_internvl_tiles_follow_the_aspect_ratio() -> None:
     processor = tiny_processor("internvl")
-    for size, tiles in (((200, 100), 2), ((100, 300), 3), ((40, 40), 1)):
+    for size, n_tiles in (((200, 100), 2), ((100, 300), 3), ((40, 40), 1)):
         grid = _grids("internvl", processor, tiny_images(1, sizes=[size])).token_map.grids[0][0]
-        assert sorted(set(grid.tile.tolist())) == (list(range(tiles + 1)) if tiles > 1 else [0])
-        assert len(grid) == (INTERNVL_SIZE // 16) ** 2 * (tiles + (tiles > 1))
+        assert sorted(set(grid.tile.tolist())) == (list(range(n_tiles + 1)) if n_tiles > 1 else [0])
+        assert len(grid) == (INTERNVL_SIZE // 16) ** 2 * (n_tiles + (n_tiles > 1))
         assert grid.tile[-1] == WHOLE_IMAGE_TILE
 
 
@@ -351,7 +343,7 @@ def test_idefics3_tiles_are_the_processors(size: tuple[int, int], longest: int, 
     out = image_processor(
         [Image.new("RGB", size)], max_image_size={"longest_edge": tile}, return_row_col_info=True
     )
-    across, down = layouts._idefics3_tiles(layouts._idefics3_resized(image_processor, size), tile)
+    across, down = tiles._idefics3_tiles(tiles._idefics3_resized(image_processor, size), tile)
     assert (out["rows"][0][0], out["cols"][0][0]) == ((down, across) if across * down > 1 else (0, 0))
 
 
@@ -363,7 +355,7 @@ def test_a_layout_that_does_not_fit_the_inputs_is_refused() -> None:
             dataclasses.replace(
                 grid, tile=grid.tile[9:], row=grid.row[9:], column=grid.column[9:], boxes=grid.boxes[9:]
             )
-            for grid in layouts.internvl(processor, inputs, sizes)
+            for grid in tiles.internvl(processor, inputs, sizes)
         ]
 
     with pytest.raises(TokenMapError, match=r"example 0: input_ids holds 27 image token\(s\).* predicts 18"):
@@ -388,15 +380,15 @@ def test_processor_settings_that_are_not_laid_out_are_refused() -> None:
         changed = tiny_processor("llava_onevision")
         setattr(changed, name, value)
         with pytest.raises(TokenMapError, match=message):
-            layouts.llava_onevision(changed, inputs, [(64, 48)])
+            anyres.llava_onevision(changed, inputs, [(64, 48)])
     onevision.image_processor.do_center_crop = True
     with pytest.raises(TokenMapError, match="do_center_crop"):
-        layouts.llava_onevision(onevision, inputs, [(64, 48)])
+        anyres.llava_onevision(onevision, inputs, [(64, 48)])
     with pytest.raises(TokenMapError, match="an image of 2 frames"):
-        layouts.qwen(tiny_processor("qwen3_vl"), {"image_grid_thw": torch.tensor([[2, 4, 4]])}, [(64, 48)])
+        block_grid.qwen(tiny_processor("qwen3_vl"), {"image_grid_thw": torch.tensor([[2, 4, 4]])}, [(64, 48)])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_published_settings(family: str) -> None:
     """The settings of released checkpoints (sizes in pixels, tokens per tile); a wrong count raises."""
     processor = tiny_processor(family)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import FAMILIES, tiny_images, tiny_model, tiny_processor
+from tiny import REPRESENTATIVES, tiny_images, tiny_model, tiny_processor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmlens.data.examples import Evidence, Example
@@ -143,7 +143,7 @@ def test_key_tokens_are_the_highest_twentieth_of_the_real_positions(
 # ---------------------------------------------------------------------- against the plain model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_attention_mass_is_exact_in_a_padded_batch(family: str) -> None:
     model, examples = hooked(family), examples_of(family)
     prompt = model.prompt_examples(examples)
@@ -164,7 +164,7 @@ def test_attention_mass_is_exact_in_a_padded_batch(family: str) -> None:
     assert torch.equal(mass, from_keywords)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_one_pass_gives_ram_vision_mass_and_key_tokens(family: str) -> None:
     """Every example alone, from its full pattern; the library in padded batches."""
     model, examples = hooked(family), examples_of(family)

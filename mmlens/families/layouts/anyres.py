@@ -1,0 +1,129 @@
+"""A base view of the whole image, then its tiles put together as one mosaic whose rows end in newlines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from transformers import ProcessorMixin
+from transformers.image_processing_utils import select_best_resolution
+
+from mmlens.families.layouts.grids import (
+    Intervals,
+    Size,
+    cells,
+    grid_side,
+    image_grid,
+    joined,
+    newlined,
+    pixels,
+    separator,
+    square_edge,
+)
+from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
+
+
+def llava_onevision(
+    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
+) -> list[ImageGrid]:
+    """LLaVA-OneVision: a base view of the whole image (tile 0), then the tiles as ONE mosaic (tile 1).
+
+    The mosaic's row and column count over all tiles, after the model has cut away most of the padding; every
+    row ends in a learnt newline. Above anyres_max_{n} the model shrinks the mosaic bilinearly: a token's box
+    is then the union of the (up to 2 x 2) patches that it mixes. Where an example has several images, each is
+    padded to a square and seen once, with one newline.
+    """
+    if not sizes:
+        return []
+    image_processor = processor.image_processor
+    if processor.vision_feature_select_strategy == "default":
+        raise TokenMapError(
+            "vision_feature_select_strategy='default' is not laid out for llava_onevision; expected 'full'"
+        )
+    if image_processor.do_center_crop:
+        raise TokenMapError("do_center_crop is not laid out for llava_onevision")
+    view = square_edge(image_processor.size)
+    side = grid_side(processor.num_image_tokens, "num_image_tokens")
+    patch = view // side
+    alone = [n == 1 for n in np.asarray(inputs["batch_num_images"]).tolist() for _ in range(n)]
+    grids = []
+    for size, tiled in zip(sizes, alone, strict=True):
+        if tiled:
+            base = [pixels(cells(side, patch), length / view, limit=length) for length in size]
+            mosaic = _anyres_mosaic(
+                image_processor.image_grid_pinpoints, processor.vision_aspect_ratio, size, view, side
+            )
+            grids.append(
+                joined(
+                    size, [image_grid(size, [(WHOLE_IMAGE_TILE, base[0], base[1])]), newlined(size, *mosaic)]
+                )
+            )
+        else:
+            longest = max(size)
+            padded = [
+                pixels(cells(side, patch), longest / view, start=(longest - length) // 2, limit=length)
+                for length in size
+            ]
+            grids.append(
+                joined(size, [image_grid(size, [(WHOLE_IMAGE_TILE, padded[0], padded[1])]), separator(size)])
+            )
+    return grids
+
+
+def _anyres_mosaic(
+    pinpoints: Sequence[Sequence[int]], vision_aspect_ratio: str, size: Size, view: int, side: int
+) -> tuple[Intervals, Intervals]:
+    """Columns and rows of the mosaic: fit into the best resolution, pad, patch, cut the padding, shrink."""
+    width, height = size
+    best_height, best_width = select_best_resolution((height, width), [list(p) for p in pinpoints])
+    scale_x, scale_y = best_width / width, best_height / height
+    if scale_x < scale_y:
+        shown = (best_width, min(math.ceil(height * scale_x), best_height))
+    else:
+        shown = (min(math.ceil(width * scale_y), best_width), best_height)
+    axes = []
+    for original, fitted, canvas in zip(size, shown, (best_width, best_height), strict=True):
+        tiles = canvas // view
+        row_of_cells = np.concatenate([cells(side, view // side, start=t * view) for t in range(tiles)])
+        scale = original / fitted
+        axes.append(pixels(row_of_cells, scale, start=(canvas - fitted) // 2 * scale, limit=original))
+    columns, rows = axes
+    # The model cuts padding in its own way: from the two aspect ratios, in whole patches.
+    if width / height > len(columns) / len(rows):
+        kept = int(round(height * len(columns) / width, 7))
+        cut = (len(rows) - kept) // 2
+        rows = rows[cut : len(rows) - cut]
+    else:
+        kept = int(round(width * len(rows) / height, 7))
+        cut = (len(columns) - kept) // 2
+        columns = columns[cut : len(columns) - cut]
+    if not vision_aspect_ratio.removeprefix("anyres_max_").isdigit():
+        raise TokenMapError(
+            f"vision_aspect_ratio is {vision_aspect_ratio!r}; expected 'anyres_max_' and a number"
+        )
+    most = int(vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(len(columns) * len(rows) / (most * side**2))
+    if ratio > 1.1:
+        columns = _shrunk(columns, int(len(columns) // ratio))
+        rows = _shrunk(rows, int(len(rows) // ratio))
+    return columns, rows
+
+
+def _shrunk(intervals: Intervals, n: int) -> Float[np.ndarray, "shrunk 2"]:
+    """What each of `n` bilinear samples of a row of cells shows: the span of the one or two it mixes."""
+    # Sample i of torch's bilinear interpolation stands at (i + 1/2) * length / n - 1/2.
+    source = np.maximum((np.arange(n) + 0.5) * len(intervals) / n - 0.5, 0)
+    first = np.floor(source + 1e-4).astype(int)
+    second = np.where(source - first > 1e-4, np.minimum(first + 1, len(intervals) - 1), first)
+    spans = np.stack([intervals[first], intervals[second]])
+    # A cell of pure padding has no width: its edge must not stretch the span.
+    empty = spans[..., 0] >= spans[..., 1]
+    left = np.where(empty, np.inf, spans[..., 0]).min(axis=0)
+    right = np.where(empty, -np.inf, spans[..., 1]).max(axis=0)
+    both_empty = empty.all(axis=0)
+    return np.stack(
+        [np.where(both_empty, spans[0, :, 0], left), np.where(both_empty, spans[0, :, 0], right)], axis=-1
+    )

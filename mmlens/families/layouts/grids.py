@@ -1,0 +1,108 @@
+"""The parts that layouts are made of: intervals of pixels, grids of cells, tiles, separators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from transformers import ProcessorMixin
+
+from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
+
+Size = tuple[int, int]
+Layout = Callable[[ProcessorMixin, Mapping[str, Any], Sequence[Size]], list[ImageGrid]]
+Intervals = Float[np.ndarray, "_ 2"]
+View = tuple[int, Intervals, Intervals]
+"""A tile's number, and the original pixels that its columns and its rows show."""
+
+
+def cells(n: int, length: float, start: float = 0) -> Intervals:
+    """`n` intervals of `length` next to each other."""
+    left = start + length * np.arange(n, dtype=float)
+    return np.stack([left, left + length], axis=-1)
+
+
+def pixels(cells: Intervals, scale: float, *, start: float = 0, limit: float) -> Intervals:
+    """Intervals of a canvas as intervals of the image, cut off where they leave it.
+
+    `scale` is original pixels per canvas pixel; the image begins `start` original pixels into the canvas.
+    """
+    return np.clip(cells * scale - start, 0, limit)
+
+
+def tiled(size: Size, across: int, down: int, tile: Size, side: int) -> list[View]:
+    """Crops of a canvas over which the image was stretched, row by row, and last the whole image."""
+    whole = [
+        pixels(cells(side, edge // side), length / edge, limit=length)
+        for length, edge in zip(size, tile, strict=True)
+    ]
+    if across * down == 1:
+        return [(WHOLE_IMAGE_TILE, whole[0], whole[1])]
+    views: list[View] = []
+    for r in range(down):
+        for c in range(across):
+            columns = pixels(
+                cells(side, tile[0] // side, c * tile[0]), size[0] / (across * tile[0]), limit=size[0]
+            )
+            rows = pixels(
+                cells(side, tile[1] // side, r * tile[1]), size[1] / (down * tile[1]), limit=size[1]
+            )
+            views.append((1 + r * across + c, columns, rows))
+    return [*views, (WHOLE_IMAGE_TILE, whole[0], whole[1])]
+
+
+def image_grid(size: Size, views: Sequence[View], patches: tuple[int, int] | None = None) -> ImageGrid:
+    """One token per cell, view after view, each row by row."""
+    parts = []
+    for tile, columns, rows in views:
+        n_rows, n_columns = len(rows), len(columns)
+        row, column = np.divmod(np.arange(n_rows * n_columns), n_columns)
+        boxes = np.stack([columns[column, 0], rows[row, 0], columns[column, 1], rows[row, 1]], axis=-1)
+        parts.append(ImageGrid(size, np.full(len(row), tile), row, column, boxes, patches))
+    return joined(size, parts, patches)
+
+
+def newlined(size: Size, columns: Intervals, rows: Intervals) -> ImageGrid:
+    """A mosaic (tile 1) whose every row ends in a learnt newline."""
+    grid = image_grid(size, [(WHOLE_IMAGE_TILE + 1, columns, rows)])
+    parts: list[ImageGrid] = []
+    for row in range(len(rows)):
+        parts += [part_of(grid, slice(row * len(columns), (row + 1) * len(columns))), separator(size)]
+    return joined(size, parts)
+
+
+def separator(size: Size) -> ImageGrid:
+    none: Int[np.ndarray, " token"] = np.array([NO_PATCH])
+    return ImageGrid(size, none, none, none, np.full((1, 4), np.nan))
+
+
+def part_of(grid: ImageGrid, where: slice) -> ImageGrid:
+    return ImageGrid(grid.size, grid.tile[where], grid.row[where], grid.column[where], grid.boxes[where])
+
+
+def joined(size: Size, parts: Sequence[ImageGrid], patches: tuple[int, int] | None = None) -> ImageGrid:
+    return ImageGrid(
+        size,
+        np.concatenate([part.tile for part in parts]),
+        np.concatenate([part.row for part in parts]),
+        np.concatenate([part.column for part in parts]),
+        np.concatenate([part.boxes for part in parts]),
+        patches,
+    )
+
+
+def grid_side(n_tokens: int | None, name: str) -> int:
+    side = math.isqrt(n_tokens or 0)
+    if not n_tokens or side * side != n_tokens:
+        raise TokenMapError(f"the processor's {name} is {n_tokens}; expected the square of a grid's side")
+    return side
+
+
+def square_edge(size: Any) -> int:
+    edge = size.get("shortest_edge") or size.get("height")
+    if not edge or size.get("width", edge) not in (edge, None):
+        raise TokenMapError(f"the image processor's size is {dict(size)}; expected a square")
+    return edge
