@@ -2,8 +2,8 @@
 
 How the question's own tokens are found: the chat template is rendered with the question and once more with a
 marker in its place, which gives the text before and after it. Images stand before the question, so what their
-placeholders expand to changes nothing after it, and the question is counted back from the end of the
-expanded text; the tokenizer's offsets then say which tokens cover it. Token ids are never searched.
+placeholders expand to changes nothing after it, and the question's tokens, known from the
+tokenizer's offsets in the text with placeholders, are counted back from the end. Token ids are never searched.
 """
 
 from __future__ import annotations
@@ -118,16 +118,48 @@ def make_prompt(
         render(processor, question, len(own), f"example {example}")
         for example, (question, own) in enumerate(zip(question_list, loaded, strict=True))
     ]
-    text = [prefix + question + suffix for prefix, question, suffix in rendered]
-    encoded, plain = _process(processor, text, loaded, padding_side)
-    offsets = encoded.pop("offset_mapping")
-    is_question = torch.zeros(offsets.shape[:2], dtype=torch.bool)
+    prompt = _assembled(processor, layout, rendered, question_list, loaded, padding_side)
+    return prompt if device is None else prompt.to(device)
+
+
+def _assembled(
+    processor: ProcessorMixin,
+    layout: Layout,
+    rendered: Sequence[tuple[str, str, str]],
+    questions: list[str],
+    images: list[list[Image.Image]],
+    padding_side: str,
+) -> Prompt:
+    """The prompt of rendered texts (before the question, question, after it) with their images."""
+    text = _joined(rendered)
+    # No placeholder is right where the processor writes the images' tokens itself, and only there.
+    unplaced = [
+        example
+        for example, own in enumerate(images)
+        if own and _n_placeholders(processor, text[example]) == 0
+    ]
+
+    def unplaced_error(example: int) -> PromptError:
+        return _placeholder_error(processor, text[example], len(images[example]), f"example {example}")
+
+    rendered = _laid_out(processor, rendered, images)
+    try:
+        encoded, plain = _process(processor, text, _joined(rendered), images, padding_side)
+    except ValueError as error:
+        if isinstance(error, PromptError) or not unplaced:
+            raise
+        raise unplaced_error(unplaced[0]) from error
+    is_image = _image_positions(processor, layout, encoded)
+    for example in unplaced:
+        if not bool(is_image[example].any()):
+            raise unplaced_error(example)
+    is_question = torch.zeros(encoded["input_ids"].shape, dtype=torch.bool)
     for example, (_, question, suffix) in enumerate(rendered):
         real = encoded["attention_mask"][example] == 1
         found = _question_tokens(
-            (encoded["input_ids"][example][real], offsets[example][real]),
+            encoded["input_ids"][example][real],
             plain[example],
-            n_text=len(text[example]),
+            n_text=sum(map(len, rendered[example])),
             n_question=len(question),
             n_suffix=len(suffix),
         )
@@ -137,18 +169,17 @@ def make_prompt(
                 "processor changed the text after the chat template in a way other than expanding images"
             )
         is_question[example, real] = found
-    sizes = [[image.size for image in own] for own in loaded]
+    sizes = [[image.size for image in own] for own in images]
     inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
-    if padding_side == "left" and len(question_list) > 1:
+    if padding_side == "left" and len(questions) > 1:
         check_left_padding(inputs["attention_mask"])
-    prompt = Prompt(
+    return Prompt(
         inputs=inputs,
         token_map=_token_map(processor, layout, inputs, sizes, is_question),
-        questions=question_list,
-        images=loaded,
-        text=text,
+        questions=questions,
+        images=images,
+        text=_joined(rendered),
     )
-    return prompt if device is None else prompt.to(device)
 
 
 def prompt_from_inputs(
@@ -233,14 +264,26 @@ def render(
         raise PromptError(
             f"{where}: the chat template does not take message content as a list of parts: {text!r}"
         )
-    image_token = getattr(processor, "image_token", None)
-    n_placeholders = text.count(image_token) if image_token else 0
-    if n_placeholders != n_images:
-        raise PromptError(
-            f"{where}: {n_images} image(s) were given, but the rendered prompt holds {n_placeholders} placeholder(s) "
-            f"{image_token!r}: {text!r}"
-        )
+    if _n_placeholders(processor, text) not in (0, n_images):
+        raise _placeholder_error(processor, text, n_images, where)
     return prefix, middle, suffix
+
+
+def _image_token(processor: ProcessorMixin) -> str | None:
+    token = getattr(processor, "image_placeholder_token", None) or getattr(processor, "image_token", None)
+    return None if token is None else str(token)
+
+
+def _n_placeholders(processor: ProcessorMixin, text: str) -> int:
+    image_token = _image_token(processor)
+    return text.count(image_token) if image_token else 0
+
+
+def _placeholder_error(processor: ProcessorMixin, text: str, n_images: int, where: str) -> PromptError:
+    return PromptError(
+        f"{where}: {n_images} image(s) were given, but the rendered prompt holds "
+        f"{_n_placeholders(processor, text)} placeholder(s) {_image_token(processor)!r}: {text!r}"
+    )
 
 
 def load_image(image: Any, where: str = "the image") -> Image.Image:
@@ -357,10 +400,37 @@ Tokens = tuple[Int[Tensor, " _"], Int[Tensor, "_ 2"]]
 """Token ids and the characters (start, stop) that each covers."""
 
 
+Rendered = tuple[str, str, str]
+"""The text before the question, the question, and the text after it."""
+
+
+def _joined(rendered: Sequence[Rendered]) -> list[str]:
+    return [prefix + question + suffix for prefix, question, suffix in rendered]
+
+
+def _laid_out(
+    processor: ProcessorMixin, rendered: Sequence[Rendered], images: list[list[Image.Image]]
+) -> list[Rendered]:
+    """The rendered texts with what the processor adds to them before it expands images (PaliGemma: a start token
+    after the images and a newline at the end)."""
+    _, laid_out, *_ = processor.prepare_inputs_layout(
+        images=[list(own) for own in images] if any(images) else None, text=_joined(rendered)
+    )
+    result = []
+    for (prefix, question, suffix), text in zip(rendered, laid_out, strict=True):
+        before, found, after = text.rpartition(question + suffix)
+        result.append((before, question, suffix + after) if found else (prefix, question, suffix))
+    return result
+
+
 def _process(
-    processor: ProcessorMixin, text: list[str], images: list[list[Image.Image]], padding_side: str
+    processor: ProcessorMixin,
+    text: list[str],
+    laid_out: list[str],
+    images: list[list[Image.Image]],
+    padding_side: str,
 ) -> tuple[dict[str, Any], list[Tokens]]:
-    """The processor's output, and the tokens of each text as it was before images were expanded."""
+    """The processor's output, and the tokens of each text laid out, but with images not yet expanded."""
     tokenizer = processor.tokenizer
     if not tokenizer.is_fast:
         raise PromptError(
@@ -371,7 +441,7 @@ def _process(
         raise PromptError(
             "a batch needs padding, but the tokenizer has no pad_token; set tokenizer.pad_token"
         )
-    options: dict[str, Any] = {"return_offsets_mapping": True}
+    options: dict[str, Any] = {}
     if tokenizer.bos_token and text[0].startswith(tokenizer.bos_token):
         # The template has written the start token; the tokenizer must not add a second one.
         options["add_special_tokens"] = False
@@ -383,28 +453,30 @@ def _process(
         return_tensors="pt",
         **options,
     )
-    plain = tokenizer(text, **options)
+    plain = tokenizer(laid_out, return_offsets_mapping=True, **options)
     tokens = [
         (torch.tensor(ids), torch.tensor(offsets))
         for ids, offsets in zip(plain["input_ids"], plain["offset_mapping"], strict=True)
     ]
-    return dict(encoded), tokens
+    # Labels are for training alone.
+    return {name: value for name, value in encoded.items() if name != "labels"}, tokens
 
 
 def _question_tokens(
-    expanded: Tokens, plain: Tokens, *, n_text: int, n_question: int, n_suffix: int
+    ids: Int[Tensor, " position"], plain: Tokens, *, n_text: int, n_question: int, n_suffix: int
 ) -> Bool[Tensor, " position"] | None:
     """Which tokens of the expanded text cover the question; None where the two texts do not end alike."""
-    ids, offsets = expanded
-    plain_ids, plain_offsets = plain
-    # Some tokenizers give trailing white space no offset; the expanded text ends in the same way.
-    uncovered = n_text - int(plain_offsets.max())
-    stop = int(offsets.max()) + uncovered - n_suffix
-    found = (offsets[:, 0] < stop) & (offsets[:, 1] > stop - n_question) & (offsets[:, 1] > offsets[:, 0])
-    tail = torch.nonzero(plain_offsets[:, 0] >= n_text - n_suffix - n_question).flatten()
-    n_tail = len(plain_ids) - int(tail[0]) if len(tail) else 0
-    alike = torch.equal(ids[len(ids) - n_tail :], plain_ids[len(plain_ids) - n_tail :])
-    return found if alike and bool(found.any()) else None
+    plain_ids, offsets = plain
+    stop = n_text - n_suffix
+    asked = (offsets[:, 0] < stop) & (offsets[:, 1] > stop - n_question) & (offsets[:, 1] > offsets[:, 0])
+    if not bool(asked.any()):
+        return None
+    n_tail = len(plain_ids) - int(asked.int().argmax())
+    if not torch.equal(ids[-n_tail:], plain_ids[-n_tail:]):
+        return None
+    found = torch.zeros(len(ids), dtype=torch.bool)
+    found[-n_tail:] = asked[-n_tail:]
+    return found
 
 
 def _token_map(
@@ -416,10 +488,27 @@ def _token_map(
 ) -> TokenMap:
     grids = iter(layout(processor, inputs, [size for own in sizes for size in own]))
     per_example: list[list[ImageGrid]] = [[next(grids) for _ in own] for own in sizes]
-    ids = inputs["input_ids"].cpu()
     return TokenMap.from_grids(
-        ids == processor.image_token_id, inputs["attention_mask"], is_question, per_example
+        _image_positions(processor, layout, inputs), inputs["attention_mask"], is_question, per_example
     )
+
+
+def _image_positions(
+    processor: ProcessorMixin, layout: Layout, inputs: Mapping[str, Any]
+) -> Bool[Tensor, "batch pos"]:
+    """Where the images' embeddings stand: marked by the processor itself, or by the id of its image token."""
+    if hasattr(layout, "visual_token"):
+        visual_id = processor.tokenizer.convert_tokens_to_ids(layout.visual_token(processor))
+        return inputs["input_ids"].cpu() == visual_id
+    if "image_embeds_position_mask" in inputs:
+        return inputs["image_embeds_position_mask"].cpu() == 1
+    token_id = getattr(processor, "image_token_id", None)
+    if token_id is None:
+        token = _image_token(processor) or getattr(processor, "video_token", None)
+        if token is None:
+            raise PromptError(f"the processor {type(processor).__name__} names no image token")
+        token_id = processor.tokenizer.convert_tokens_to_ids(str(token))
+    return inputs["input_ids"].cpu() == token_id
 
 
 def _first_token_after(processor: ProcessorMixin, text: str, answer: str) -> int:

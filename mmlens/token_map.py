@@ -59,8 +59,9 @@ class HasEvidence(Protocol):
 class ImageGrid:
     """What each visual token of one image is, in the order in which the tokens stand in the prompt.
 
-    `size` is the original image's (width, height). A separator (a learnt newline) has row, column -1 and a
-    NaN box; a token that shows only padding has a box of no area. `patches` is the (rows, columns) grid of
+    `size` is the original image's (width, height). A separator (a learnt newline) has tile, row, column -1 and
+    a NaN box; a learnt query, which reads a whole tile, has its tile, but row, column -1 and a NaN box; a token
+    that shows only padding has a box of no area. `patches` is the (rows, columns) grid of
     single patches where every token is a 2 x 2 block of ONE such grid (Qwen), else None.
     """
 
@@ -79,7 +80,7 @@ class ImageGrid:
 class Place:
     """What stands at one position. `image` is None for text and padding; `box` None where there is no patch."""
 
-    kind: Literal["text", "question", "padding", "patch", "separator"]
+    kind: Literal["text", "question", "padding", "patch", "query", "separator"]
     image: int | None = None
     tile: int | None = None
     row: int | None = None
@@ -93,7 +94,7 @@ class TokenMap:
 
     `image`, `tile`, `row`, `col` are -1 where there is none. Images count from 0 within their example; see
     WHOLE_IMAGE_TILE for tiles. A learnt separator belongs to its image (`is_image`, `image`) but is no patch:
-    tile, row and col -1, box NaN.
+    tile, row and col -1, box NaN. A learnt query has its tile, but row and col -1 and a NaN box.
 
     >>> token_map = text_only_map(torch.tensor([[0, 1, 1]]), torch.tensor([[False, False, True]]))
     >>> token_map.where(2).kind
@@ -212,10 +213,16 @@ class TokenMap:
         the grid of single patches, then floor(patch index / 4), which is NOT where 2 x 2 merging puts them.
 
         Raises TokenMapError for a box that is empty or leaves its image, for one that meets no token (pixels
-        that were cropped away), and for "paper_floor" where tokens are not 2 x 2 blocks of one grid.
+        that were cropped away), where the image's tokens are learnt queries, and for "paper_floor" where tokens
+        are not 2 x 2 blocks of one grid.
         """
         grid = self._grid(image, example)
         left, top, right, bottom = checked_box(box, grid.size, f"image {image} of example {example}")
+        if len(grid) and (grid.row == NO_PATCH).all():
+            raise TokenMapError(
+                f"image {image} of example {example}: its {len(grid)} tokens are learnt queries that each read a "
+                "whole view, so no box maps to some of them; take image_tokens(...), or evidence without a box"
+            )
         if mapping == "merged":
             edges = self.boxes[example].nan_to_num(nan=-1.0)
             overlap_x = edges[:, 2].clamp(max=right) - edges[:, 0].clamp(min=left)
@@ -284,7 +291,8 @@ class TokenMap:
                 kind = "question"
             return Place(kind)
         if int(self.row[at]) == NO_PATCH:
-            return Place("separator", image=int(self.image[at]))
+            image, tile = int(self.image[at]), int(self.tile[at])
+            return Place("separator", image) if tile == NO_PATCH else Place("query", image, tile)
         left, top, right, bottom = self.boxes[at].tolist()
         return Place(
             "patch",

@@ -49,7 +49,7 @@ def tiny_processor(family: str) -> ProcessorMixin:
 def tiny_config(family: str) -> Any:
     """The configuration that agrees with `tiny_processor(family)`."""
     tiny = TINY[family]
-    return AutoConfig.for_model(family, **tiny.options(*token_ids_of(tiny)))
+    return AutoConfig.for_model(**{"model_type": family, **tiny.options(*token_ids_of(tiny))})
 
 
 def tiny_model(
@@ -63,6 +63,10 @@ def tiny_model(
         tiny_config(family), attn_implementation=attn_implementation, dtype=torch.float32
     )
     redraw(model, seed)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            # As loading in this dtype would: some models read there what to cast pixels to.
+            module.config.dtype = dtype
     return model.to(dtype).eval()
 
 
@@ -72,8 +76,9 @@ _QUESTIONS = ("What colour is the letter K?", "Where?", "Which page?")
 def tiny_inputs(family: str, n_images: Sequence[int] = (2,)) -> dict[str, Tensor]:
     """Model inputs, one row per entry of `n_images`, that many images of different sizes in each; left-padded."""
     tiny = TINY[family]
-    if tiny.processor is None:
-        assert tiny.inputs is not None
+    if tiny.most_images is not None:
+        n_images = [min(n, tiny.most_images) for n in n_images]
+    if tiny.inputs is not None:
         return tiny.inputs(n_images)
     processor = tiny_processor(family)
     images = iter(tiny_images(sum(n_images), seed=1, sizes=tiny.sizes or None))
@@ -93,4 +98,4 @@ def tiny_inputs(family: str, n_images: Sequence[int] = (2,)) -> dict[str, Tensor
         add_special_tokens=False,
         return_tensors="pt",
     )
-    return {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in encoded.items() if isinstance(value, Tensor) and name != "labels"}

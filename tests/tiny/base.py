@@ -39,7 +39,8 @@ class TinyFamily:
     """Builds the family's own processor from {"tokenizer": ..., "chat_template": ...}; None where it cannot
     be built offline (say why beside it)."""
     inputs: Callable[[Sequence[int]], dict[str, Tensor]] | None = None
-    """Without a processor: the number of images of each row -> model inputs, rows padded on the left."""
+    """Without a processor, or where it is called in a way of its own: the number of images of each row -> model
+    inputs, rows padded on the left."""
     cell: float = 0
     """Pixels of the model's view that one image token shows (the occlusion proof's margins follow from it)."""
     reach: float = 2
@@ -49,6 +50,8 @@ class TinyFamily:
     painted pixels change most, instead of alone."""
     sizes: tuple[tuple[int, int], ...] = ()
     """(width, height) of the images of the parity suite, where the family needs particular ones."""
+    most_images: int | None = None
+    """1 where the processor takes one image a prompt."""
 
 
 _SENTENCES = (
@@ -148,12 +151,13 @@ def redraw(model: PreTrainedModel, seed: int) -> None:
             continue
         noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim <= 1:
-            centre = 1.0 if name.endswith("weight") or "lambda" in name else 0.0
+            # A norm's weight begins at 1, or at 0 where the norm multiplies by 1 + weight.
+            centre = 1.0 if "lambda" in name or (name.endswith("weight") and bool(weight.any())) else 0.0
             weight.data = (centre + 0.2 * noise).to(weight.dtype)
         elif "embed" in name and weight.ndim == 2:
             weight.data = noise.to(weight.dtype)
         else:
-            fan_in = weight[0].numel()
+            fan_in = weight.shape[-1] if weight.ndim == 3 and "experts" in name else weight[0].numel()
             weight.data = (1.3 * noise / fan_in**0.5).to(weight.dtype)
 
 

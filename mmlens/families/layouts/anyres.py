@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,10 @@ def llava_onevision(
     for size, tiled in zip(sizes, alone, strict=True):
         if tiled:
             base = [pixels(cells(side, patch), length / view, limit=length) for length in size]
-            mosaic = _anyres_mosaic(
-                image_processor.image_grid_pinpoints, processor.vision_aspect_ratio, size, view, side
+            mosaic = _limited(
+                *_mosaic(image_processor.image_grid_pinpoints, size, view, side, patch),
+                processor.vision_aspect_ratio,
+                side,
             )
             grids.append(
                 joined(
@@ -73,10 +76,49 @@ def llava_onevision(
     return grids
 
 
-def _anyres_mosaic(
-    pinpoints: Sequence[Sequence[int]], vision_aspect_ratio: str, size: Size, view: int, side: int
+def llava_next(
+    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
+) -> list[ImageGrid]:
+    """LLaVA-NeXT, Granite Vision: a base view of the whole image (tile 0), then the tiles as ONE mosaic (tile 1).
+
+    The mosaic's row and column count over all tiles, after the model has cut away most of the padding; every
+    row ends in a learnt newline. Where the projector keeps `downsample_rate` of the patches along each edge,
+    a token is one cell of the coarser grid.
+    """
+    if not sizes:
+        return []
+    image_processor = processor.image_processor
+    view = square_edge(image_processor.size)
+    if image_processor.crop_size and square_edge(image_processor.crop_size) != view:
+        raise TokenMapError(
+            f"crop_size {dict(image_processor.crop_size)} differs from size {dict(image_processor.size)}; "
+            "laid out is a crop of the whole view"
+        )
+    n_extra = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
+    if n_extra:
+        raise TokenMapError(
+            f"num_additional_image_tokens = {processor.num_additional_image_tokens} with "
+            f"vision_feature_select_strategy = {processor.vision_feature_select_strategy!r} is not laid out here; "
+            "expected 1 with 'default' or 0 with 'full'"
+        )
+    kept = Fraction(getattr(processor, "downsample_rate", None) or 1)
+    side, cell = int(view // processor.patch_size * kept), float(processor.patch_size / kept)
+    grids = []
+    for size in sizes:
+        columns, rows = (pixels(cells(side, cell), length / view, limit=length) for length in size)
+        mosaic = _mosaic(image_processor.image_grid_pinpoints, size, view, side, cell)
+        base = image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)])
+        grids.append(joined(size, [base, newlined(size, *mosaic)]))
+    return grids
+
+
+def _mosaic(
+    pinpoints: Sequence[Sequence[int]], size: Size, view: int, side: int, cell: float
 ) -> tuple[Intervals, Intervals]:
-    """Columns and rows of the mosaic: fit into the best resolution, pad, patch, cut the padding, shrink."""
+    """Columns and rows of the mosaic: fit into the best resolution, pad, cut into cells, cut the padding.
+
+    Every view of `view` pixels has `side` cells of `cell` pixels along each edge.
+    """
     width, height = size
     best_height, best_width = select_best_resolution((height, width), [list(p) for p in pinpoints])
     scale_x, scale_y = best_width / width, best_height / height
@@ -86,20 +128,26 @@ def _anyres_mosaic(
         shown = (min(math.ceil(width * scale_y), best_width), best_height)
     axes = []
     for original, fitted, canvas in zip(size, shown, (best_width, best_height), strict=True):
-        tiles = canvas // view
-        row_of_cells = np.concatenate([cells(side, view // side, start=t * view) for t in range(tiles)])
+        row_of_cells = np.concatenate([cells(side, cell, start=t * view) for t in range(canvas // view)])
         scale = original / fitted
         axes.append(pixels(row_of_cells, scale, start=(canvas - fitted) // 2 * scale, limit=original))
     columns, rows = axes
     # The model cuts padding in its own way: from the two aspect ratios, in whole patches.
     if width / height > len(columns) / len(rows):
-        kept = int(round(height * len(columns) / width, 7))
+        kept = int(round(height * (len(columns) / width), 7))
         cut = (len(rows) - kept) // 2
         rows = rows[cut : len(rows) - cut]
     else:
-        kept = int(round(width * len(rows) / height, 7))
+        kept = int(round(width * (len(rows) / height), 7))
         cut = (len(columns) - kept) // 2
         columns = columns[cut : len(columns) - cut]
+    return columns, rows
+
+
+def _limited(
+    columns: Intervals, rows: Intervals, vision_aspect_ratio: str, side: int
+) -> tuple[Intervals, Intervals]:
+    """The mosaic shrunk to about as many tokens as "anyres_max_{n}" admits: those of n views."""
     if not vision_aspect_ratio.removeprefix("anyres_max_").isdigit():
         raise TokenMapError(
             f"vision_aspect_ratio is {vision_aspect_ratio!r}; expected 'anyres_max_' and a number"

@@ -13,7 +13,10 @@ from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
 def qwen(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
-    """Qwen2-VL to Qwen3-VL: the image resized to whole blocks, one token per merge_size x merge_size patches."""
+    """Qwen-VL and its relatives: the image resized to whole blocks, one token per merge_size x merge_size patches.
+
+    VideoLLaMA 3 does not merge the patches of images (merge_size 1).
+    """
     if not sizes:
         return []
     merge = processor.image_processor.merge_size
@@ -25,6 +28,22 @@ def qwen(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[S
             raise TokenMapError(
                 f"an image of {frames} frames in image_grid_thw; give clips as a list of frame images"
             )
+        columns = pixels(cells(patch_columns // merge, merge), size[0] / patch_columns, limit=size[0])
+        rows = pixels(cells(patch_rows // merge, merge), size[1] / patch_rows, limit=size[1])
+        patches = (patch_rows, patch_columns) if merge == 2 else None
+        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)], patches=patches))
+    return grids
+
+
+def nemotron(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+    """Nemotron Omni: the image stretched over whole blocks, one token per 1 / downsample_ratio patches squared."""
+    if not sizes:
+        return []
+    merge = round(1 / processor.image_processor.downsample_ratio)
+    grids = []
+    for size, (patch_rows, patch_columns) in zip(
+        sizes, np.asarray(inputs["image_grid_hw"]).tolist(), strict=True
+    ):
         columns = pixels(cells(patch_columns // merge, merge), size[0] / patch_columns, limit=size[0])
         rows = pixels(cells(patch_rows // merge, merge), size[1] / patch_rows, limit=size[1])
         patches = (patch_rows, patch_columns) if merge == 2 else None

@@ -7,7 +7,18 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, cells, image_grid, joined, part_of, pixels, separator
+from mmlens.families.layouts import resized_grid
+from mmlens.families.layouts.grids import (
+    Size,
+    cells,
+    grid_side,
+    image_grid,
+    joined,
+    part_of,
+    pixels,
+    separator,
+    square_edge,
+)
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
@@ -15,8 +26,12 @@ def llava(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[
     """LLaVA 1.5: resize, crop (or pad) at the centre, one token per patch. What was cropped away has no token."""
     if not sizes:
         return []
+    if hasattr(processor, "image_break_token"):
+        # Pixtral-12B has LLaVA's model type, but its own processor.
+        return resized_grid.pixtral(processor, inputs, sizes)
     image_processor = processor.image_processor
-    seen_height, seen_width = inputs["pixel_values"].shape[-2:]
+    seen = inputs["pixel_values_images"] if "pixel_values_images" in inputs else inputs["pixel_values"]
+    seen_height, seen_width = seen.shape[-2:]
     patch = processor.patch_size
     n_extra = processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
     if n_extra < -1:
@@ -39,6 +54,37 @@ def llava(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[
             # The model drops the tower's first output although the tower has no class token.
             grid = part_of(grid, slice(1, None))
         grids.append(grid)
+    return grids
+
+
+def deepseek(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+    """DeepSeek-VL, Janus: the longest edge resized to the view, the other padded at both ends; a token per patch.
+
+    With a view of high resolution besides (deepseek_vl_hybrid), the padded square of that one is what the
+    smaller view shows, and one token stands for both.
+    """
+    if not sizes:
+        return []
+    image_processor = processor.image_processor
+    if not (image_processor.do_resize and image_processor.do_pad):
+        raise TokenMapError(
+            f"do_resize = {image_processor.do_resize}, do_pad = {image_processor.do_pad} is not laid out here; "
+            "expected both"
+        )
+    view = square_edge(image_processor.size)
+    square = square_edge(getattr(image_processor, "high_res_size", image_processor.size))
+    side = grid_side(processor.num_image_tokens, "num_image_tokens")
+    grids = []
+    for size in sizes:
+        intervals = []
+        for length in size:
+            resized = max(round(length * (square / max(size))), image_processor.min_size)
+            scale = length / resized
+            cell = view // side * square / view
+            intervals.append(
+                pixels(cells(side, cell), scale, start=(square - resized) // 2 * scale, limit=length)
+            )
+        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, intervals[0], intervals[1])]))
     return grids
 
 

@@ -19,6 +19,19 @@ View = tuple[int, Intervals, Intervals]
 """A tile's number, and the original pixels that its columns and its rows show."""
 
 
+def visual_token(text: Callable[[ProcessorMixin], str]) -> Callable[[Layout], Layout]:
+    """Marks a layout whose visual positions hold another token than the processor's image_token_id names.
+
+    `text` gives that token's text; `make_prompt` reads it as `layout.visual_token`.
+    """
+
+    def marked(layout: Layout) -> Layout:
+        layout.visual_token = text  # type: ignore[attr-defined]
+        return layout
+
+    return marked
+
+
 def cells(n: int, length: float, start: float = 0) -> Intervals:
     """`n` intervals of `length` next to each other."""
     left = start + length * np.arange(n, dtype=float)

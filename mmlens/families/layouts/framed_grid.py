@@ -1,0 +1,34 @@
+"""The image resized to whole blocks of patches, every row closed and the whole image framed by learnt tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import ProcessorMixin
+
+from mmlens.families.layouts import block_grid
+from mmlens.families.layouts.grids import Size, joined, part_of, separator
+from mmlens.token_map import ImageGrid, TokenMapError
+
+
+def hunyuan(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+    """Hunyuan-VL: a learnt first token, rows of blocks that each end in a learnt newline, a learnt last token."""
+    if not sizes:
+        return []
+    if not processor.cat_extra_token:
+        raise TokenMapError(
+            "cat_extra_token is False; expected True: the model frames every image by two tokens"
+        )
+    if processor.image_processor.spatial_patch_size != 1:
+        raise TokenMapError(
+            f"spatial_patch_size is {processor.image_processor.spatial_patch_size}; laid out is 1"
+        )
+    grids = []
+    for size, grid in zip(sizes, block_grid.qwen(processor, inputs, sizes), strict=True):
+        side = int(grid.column.max()) + 1
+        parts = [separator(size)]
+        for start in range(0, len(grid), side):
+            parts += [part_of(grid, slice(start, start + side)), separator(size)]
+        grids.append(joined(size, [*parts, separator(size)]))
+    return grids

@@ -1,0 +1,38 @@
+"""The image resized to whole blocks of patches and pooled block by block; patches carry their own positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import ProcessorMixin
+
+from mmlens.families.layouts.grids import Size, cells, image_grid, pixels
+from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid
+
+
+def gemma4(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+    """Gemma 4: image_position_ids hold the (column, row) of every patch; the model pools them."""
+    return _blocks(inputs, sizes, processor.image_processor.pooling_kernel_size)
+
+
+def gemma4_unified(
+    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
+) -> list[ImageGrid]:
+    """Gemma 4 unified: image_position_ids hold the (column, row) of every block, merged by the processor."""
+    return _blocks(inputs, sizes, 1)
+
+
+def _blocks(inputs: Mapping[str, Any], sizes: Sequence[Size], pooled: int) -> list[ImageGrid]:
+    """One token per `pooled` x `pooled` positions, row by row."""
+    if not sizes:
+        return []
+    # Padding has position -1.
+    counts = (np.asarray(inputs["image_position_ids"]).max(axis=1) + 1) // pooled
+    grids = []
+    for size, (n_columns, n_rows) in zip(sizes, counts.tolist(), strict=True):
+        columns = pixels(cells(n_columns, 1), size[0] / n_columns, limit=size[0])
+        rows = pixels(cells(n_rows, 1), size[1] / n_rows, limit=size[1])
+        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)]))
+    return grids

@@ -1,0 +1,52 @@
+"""Learnt queries that each read a whole view: a token belongs to its image and tile, and shows no patch of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+from transformers import ProcessorMixin
+
+from mmlens.families.layouts.grids import Layout, Size
+from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
+
+
+def query_grid(size: Size, n_queries: int, tiles: Sequence[int] = (WHOLE_IMAGE_TILE,)) -> ImageGrid:
+    """`n_queries` tokens for every tile, tile after tile; none has a row, a column or a box.
+
+    >>> query_grid((64, 48), 2, tiles=(1, 2, WHOLE_IMAGE_TILE)).tile
+    array([1, 1, 2, 2, 0, 0])
+    """
+    tile = np.repeat(np.asarray(tiles, dtype=int), n_queries)
+    none = np.full(len(tile), NO_PATCH)
+    return ImageGrid(size, tile, none, none, np.full((len(tile), 4), np.nan))
+
+
+def per_image(count: str) -> Layout:
+    """The layout of a processor that writes as many tokens for every image as its attribute `count` says.
+
+    `count` may be a path ("image_processor.num_queries").
+    """
+
+    def layout(
+        processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
+    ) -> list[ImageGrid]:
+        if not sizes:
+            return []
+        n_queries = attrgetter(count)(processor)
+        if not isinstance(n_queries, int) or n_queries < 1:
+            raise TokenMapError(
+                f"the processor's {count} is {n_queries!r}; expected a positive number of tokens"
+            )
+        return [query_grid(size, n_queries) for size in sizes]
+
+    return layout
+
+
+def idefics2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+    """Idefics 2: image_seq_len learnt queries that read the whole image (tile 0); with do_image_splitting as many
+    for each of its four quarters before it (tiles 1 to 4)."""
+    quarters = (1, 2, 3, 4) if processor.image_processor.do_image_splitting else ()
+    return [query_grid(size, processor.image_seq_len, (*quarters, WHOLE_IMAGE_TILE)) for size in sizes]

@@ -1,0 +1,41 @@
+"""A thumbnail of the whole image, then the image stretched over a canvas of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import ProcessorMixin
+
+from mmlens.families.layouts.grids import Size, cells, image_grid, pixels, tiled
+from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid
+
+
+def perception(
+    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
+) -> list[ImageGrid]:
+    """Perception LM: a thumbnail (tile 0), then tiles row by row (1..); a token is pooling_ratio x pooling_ratio
+    patches.
+
+    With a vision_input_type other than "thumb+tile", the thumbnail alone. An image that gets one tile has its
+    thumbnail besides.
+    """
+    if not sizes:
+        return []
+    image_processor = processor.image_processor
+    tile = image_processor.tile_size
+    cell = processor.patch_size * processor.pooling_ratio
+    side = tile // processor.patch_size // processor.pooling_ratio
+    grids = []
+    for size in sizes:
+        columns, rows = (pixels(cells(side, cell), length / tile, limit=length) for length in size)
+        views = [(WHOLE_IMAGE_TILE, columns, rows)]
+        if image_processor.vision_input_type == "thumb+tile":
+            width, height = size
+            across, down = image_processor._fit_image_to_canvas(
+                width, height, tile
+            ) or image_processor._find_closest_aspect_ratio(width, height, tile)
+            tiles = tiled(size, across, down, (tile, tile), side)[:-1]
+            views += tiles or [(WHOLE_IMAGE_TILE + 1, columns, rows)]
+        grids.append(image_grid(size, views))
+    return grids
