@@ -1,0 +1,3 @@
+"""Families that mmlens refuses, and why."""
+
+REFUSED: dict[str, str] = {"blip": "x", "pix2struct": "x"}
