@@ -9,6 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+STREAM = "[batch, pos, d_model]"
+"""The residual stream's axes in all but a few families."""
+
 BLOCK_HOOKS: dict[str, str] = {
     "hook_resid_pre": "[batch, pos, d_model] residual stream into the layer",
     "hook_attn_in": "[batch, pos, d_model] what attention reads from the stream, before its norm; edits reach it alone",
@@ -23,18 +26,24 @@ BLOCK_HOOKS: dict[str, str] = {
     "attn.hook_pattern": "[batch, head, query, key] after the softmax",
     "attn.hook_z": "[batch, pos, head, d_head] each head's output before W_O",
     "attn.hook_result": "[batch, pos, head, d_model] each head's output after W_O",
-    "hook_attn_out": "[batch, pos, d_model] output of the attention module",
+    "ln1_post.hook_scale": "[batch, pos, 1] what a norm behind attention divides by",
+    "ln1_post.hook_normalized": "[batch, pos, d_model] after a norm behind attention, before its weight and bias",
+    "hook_attn_out": "[batch, pos, d_model] what attention (or another mixer of positions) adds to the stream",
     "hook_resid_mid": "[batch, pos, d_model] residual stream after attention",
     "hook_mlp_in": "[batch, pos, d_model] what the MLP reads from the stream, before its norm; edits reach it alone",
     "ln2.hook_scale": "[batch, pos, 1] what the second norm divides by",
     "ln2.hook_normalized": "[batch, pos, d_model] after the second norm, before its weight and bias",
-    "hook_mlp_out": "[batch, pos, d_model] output of the MLP module",
+    "ln2_post.hook_scale": "[batch, pos, 1] what a norm behind the MLP divides by",
+    "ln2_post.hook_normalized": "[batch, pos, d_model] after a norm behind the MLP, before its weight and bias",
+    "hook_mlp_out": "[batch, pos, d_model] what the MLP adds to the stream",
     "hook_resid_post": "[batch, pos, d_model] residual stream out of the layer",
 }
-"""Hook points of a layer, language `blocks.{l}.` and vision `vision.blocks.{l}.`, in the order they fire.
+"""Hook points of a layer, language `blocks.{l}.` and vision `vision.blocks.{l}.`, in the order they fire;
+ln1_post and ln2_post only where it has such norms.
 
 In the vision tower "batch, pos" is as the tower has it: [image or tile, patch] in most families, one packed
-axis [patch] in Qwen's, where rot_q, rot_k, scores and pattern fire once per image or window.
+axis [patch] in Qwen's, where rot_q, rot_k, scores and pattern fire once per image or window. A cache stacks
+what fires several times in one run on its first axis.
 """
 
 BLOCK_IMAGE_HOOKS: dict[str, str] = {
@@ -58,12 +67,9 @@ MODEL_HOOKS: dict[str, str] = {
     "projector.hook_in": "[..., d_vision] what the projector reads",
     "projector.hook_out": "[..., d_model] what the projector gives, in the tower's order",
     "vision.deepstack.{i}.hook_out": "[image_token, d_model] deep features for language layer i, in the tower's order",
-    "blocks.{l}.hook_deepstack": "[image_token, d_model] deep features added to the stream after layer l",
+    "blocks.{l}.hook_deepstack": "[image_token, d_model] what the stream gains behind layer l, at image positions",
 }
 """Hook points outside the layers; vision.ln_post and the deep ones only where a family has them."""
-
-CHUNKED_HOOKS = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern")
-"""Hook points that fire once per attention call; some vision towers call once per image or window."""
 
 COSTLY_HOOKS = ("hook_result",)
 """Left out of a cache of everything unless named: [batch, pos, head, d_model] for every layer is huge."""

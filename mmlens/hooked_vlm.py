@@ -25,21 +25,23 @@ from transformers import PreTrainedModel, ProcessorMixin
 from mmlens import hook_names, loading
 from mmlens.attention import AttentionTap, QueryRows, tap_attention
 from mmlens.data.examples import Example
+from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, dissect, scale_of
 from mmlens.families.catalog import family_of
-from mmlens.families.record import Family, Stack
+from mmlens.families.record import Family
 from mmlens.prompt import Prompt, check_left_padding, make_prompt, with_answers
 from mmlens.taps import (
-    DeepInjectionTap,
     LazyHookPoint,
     ModuleTap,
     Step,
+    between_layers,
     branch,
-    fused_heads,
     head_results,
     heads,
     image_rows,
     normalization,
+    projected_heads,
     residual_mid,
+    scaled,
     whole,
 )
 
@@ -91,12 +93,14 @@ class HookedVLM(HookedRootModule):
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", None)
         self._n_forwards = 0
-        self._input_ids: Tensor | None = None
-        self._attention_taps: list[AttentionTap] = []
+        self._inputs: Mapping[str, Any] = {}
+        self._attention_taps: dict[int, AttentionTap] = {}
         self.mod_dict: dict[str, nn.Module] = {}
         self.hook_dict: dict[str, Any] = {}
-        self.cfg = _config(hf_model, self.family, _submodule(hf_model, self.family.language.layers))
-        self._lay_taps()
+        self.anatomy: Anatomy = dissect(hf_model, self.family)
+        self._marks_images = bool(self.anatomy.image_token or self.family.image_positions)
+        self.cfg = _config(hf_model, self.anatomy)
+        self._lay_taps(self.anatomy)
         hf_model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
 
     @classmethod
@@ -118,9 +122,14 @@ class HookedVLM(HookedRootModule):
         return self.hf_model.device
 
     @property
+    def attention_layers(self) -> list[int]:
+        """The language layers that have softmax attention: all of them but in hybrid families."""
+        return list(self._attention_taps)
+
+    @property
     def heads(self) -> list[tuple[int, int]]:
         """Every language head as (layer, head)."""
-        return [(layer, head) for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+        return [(layer, head) for layer in self.attention_layers for head in range(self.cfg.n_heads)]
 
     def prompt(self, questions: str | Sequence[str], images: Sequence[Any] = ()) -> Prompt:
         """Model inputs and token map for one question and its images, or for a batch of both.
@@ -211,14 +220,14 @@ class HookedVLM(HookedRootModule):
             raise ValueError(f"queries has shape {tuple(queries.shape)}, the inputs [batch, pos] = {shape}")
         rows = QueryRows.of(queries.bool().to(self.device))
         try:
-            for layer, tap in enumerate(self._attention_taps):
+            for layer, tap in self._attention_taps.items():
                 tap.rows = rows
                 tap.consume_rows = lambda pattern, layer=layer: consume(
                     layer, pattern, rows.real.to(pattern.device)
                 )
             self.hf_model(**keyword_inputs, logits_to_keep=1, use_cache=False)
         finally:
-            for tap in self._attention_taps:
+            for tap in self._attention_taps.values():
                 tap.rows = tap.consume_rows = None
 
     # ------------------------------------------------------------------ hooks
@@ -367,13 +376,25 @@ class HookedVLM(HookedRootModule):
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._n_forwards += 1
-        self._input_ids = kwargs.get("input_ids", args[0] if args else None)
+        # Image rows are found in the inputs of the run that is under way.
+        given = {**({"input_ids": args[0]} if args else {}), **kwargs}
+        telling = ("input_ids", self.family.image_positions)
+        self._inputs = {name: given[name] for name in telling if given.get(name) is not None}
+
+    def image_mask(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions of the inputs are visual; None where the family's text has no visual positions."""
+        if not self._marks_images:
+            return None
+        given = self._keyword_inputs(inputs, {})
+        if self.family.image_positions:
+            return given[self.family.image_positions].bool()
+        return given["input_ids"] == getattr(self.hf_model.config, self.anatomy.image_token)
 
     def _image_mask(self, x: Tensor) -> Tensor | None:
-        if self._input_ids is None:
+        if "input_ids" not in self._inputs:
             raise ValueError("image.* hooks need input_ids: the model was run on inputs_embeds alone")
-        mask = self._input_ids == getattr(self.hf_model.config, self.family.image_token)
-        return mask.to(x.device) if bool(mask.any()) else None
+        mask = self.image_mask(self._inputs)
+        return mask.to(x.device) if mask is not None and bool(mask.any()) else None
 
     def _point(self, name: str) -> LazyHookPoint:
         point = LazyHookPoint()
@@ -381,130 +402,108 @@ class HookedVLM(HookedRootModule):
         self.hook_dict[name] = self.mod_dict[name] = point
         return point
 
-    def _lay_taps(self) -> None:
-        family, model = self.family, self.hf_model
-        text_layers = _submodule(model, family.language.layers)
-        vision_layers = _submodule(model, family.vision.layers)[: _n_vision_layers(model, family)]
-        embed = [
-            whole(self._point("hook_embed")),
-            image_rows(self._point("image.hook_embed"), self._image_mask),
-        ]
-        for index, layer in enumerate(text_layers):
-            self._lay_block(
-                f"blocks.{index}.", layer, family.language, embed if index == 0 else [], language=True
+    def _lay_taps(self, anatomy: Anatomy) -> None:
+        embed = [whole(self._point("hook_embed"))]
+        if self._marks_images:
+            embed.append(image_rows(self._point("image.hook_embed"), self._image_mask))
+        first: dict[int, list[Step]] = {0: embed}
+        last: dict[int, list[Step]] = {}
+        for layer in anatomy.deep_after:
+            at_output, at_input = between_layers(
+                self._point(f"blocks.{layer}.hook_deepstack"), self._image_mask
             )
-        _final_norm_tap(self._point, "ln_final", _submodule(model, family.language.final_norm))
-        embed = [whole(self._point("vision.hook_embed"))]
-        for index, layer in enumerate(vision_layers):
+            last[layer], first[layer + 1] = [at_output], [at_input]
+        for index, parts in enumerate(anatomy.language):
             self._lay_block(
-                f"vision.blocks.{index}.", layer, family.vision, embed if index == 0 else [], language=False
+                f"blocks.{index}.", parts, first.get(index, []), last.get(index, []), language=True
             )
-        if family.vision.final_norm is not None:
-            norm = _submodule(model, family.vision.final_norm)
-            if not isinstance(norm, nn.Identity):
-                _final_norm_tap(self._point, "vision.ln_post", norm)
-        projector = _submodule(model, family.projector)
-        ModuleTap(projector, "input", [whole(self._point("projector.hook_in"))])
-        ModuleTap(projector, "output", [whole(self._point("projector.hook_out"))])
-        if family.deep_injection is not None:
-            deep = family.deep_injection
-            mergers = _submodule(model, deep.mergers)
-            for index, merger in enumerate(mergers):
-                ModuleTap(merger, "output", [whole(self._point(f"vision.deepstack.{index}.hook_out"))])
-            points = [
-                (text_layers[i], self._point(f"blocks.{i}.hook_deepstack")) for i in range(len(mergers))
-            ]
-            DeepInjectionTap(_submodule(model, deep.owner), deep.method, points)
+        self._lay_norm("ln_final", anatomy.final_norm)
+        for prefix, layers in anatomy.stacks.items():
+            for index, parts in enumerate(layers):
+                embed = [whole(self._point(f"{prefix}hook_embed"))] if index == 0 else []
+                self._lay_block(f"{prefix}blocks.{index}.", parts, embed, [], language=False)
+        self._lay_norm("vision.ln_post", anatomy.vision_norm)
+        if anatomy.projector is not None:
+            ModuleTap(anatomy.projector, "input", [whole(self._point("projector.hook_in"))])
+            ModuleTap(anatomy.projector, "output", [whole(self._point("projector.hook_out"))])
+        for index, merger in enumerate(anatomy.mergers):
+            ModuleTap(merger, "output", [whole(self._point(f"vision.deepstack.{index}.hook_out"))])
+
+    def _lay_norm(self, name: str, norm: nn.Module | None) -> None:
+        if norm is not None and "Norm" in type(norm).__name__:
+            step = normalization(self._point(f"{name}.hook_scale"), self._point(f"{name}.hook_normalized"))
+            ModuleTap(norm, "output", [step])
 
     def _lay_block(
-        self, prefix: str, layer: nn.Module, stack: Stack, embed: list[Step], *, language: bool
+        self, prefix: str, parts: LayerParts, first: list[Step], last: list[Step], *, language: bool
     ) -> None:
-        def at(name: str) -> LazyHookPoint:
-            return self._point(prefix + name)
-
-        attention = _submodule(layer, stack.attention)
-        d_head = attention.head_dim
-
-        def seen(name: str, of_heads: bool = False) -> list[Step]:
+        def seen(name: str, d_head: int | None = None) -> list[Step]:
             """The tensor, and on the language side its rows at image positions."""
-            steps = [heads(at(f"attn.{name}"), d_head) if of_heads else whole(at(name))]
-            if language:
-                steps.append(image_rows(at(f"image.{name}"), self._image_mask, d_head if of_heads else None))
+            point = self._point(f"{prefix}attn.{name}" if d_head else prefix + name)
+            steps = [heads(point, d_head) if d_head else whole(point)]
+            if language and self._marks_images:
+                steps.append(image_rows(self._point(f"{prefix}image.{name}"), self._image_mask, d_head))
             return steps
 
-        norms = {
-            f"{ln}.{hook}": at(f"{ln}.{hook}")
-            for ln in ("ln1", "ln2")
-            for hook in ("hook_scale", "hook_normalized")
-        }
-        norm1, norm2 = _submodule(layer, stack.norm1), _submodule(layer, stack.norm2)
-        out_proj, mlp = _submodule(attention, stack.out_proj), _submodule(layer, stack.mlp)
-        mid_at_norm, mid_at_output = residual_mid(seen("hook_resid_mid"))
+        def added(name: str, scale: str | None) -> list[Step]:
+            """What a branch adds to the stream: its last module's output, times the layer's factor."""
+            steps = seen(name)
+            return steps if scale is None else scaled(steps, lambda: scale_of(parts.module, scale))
 
-        ModuleTap(layer, "input", [*embed, *seen("hook_resid_pre")])
-        ModuleTap(norm1, "input", [branch(at("hook_attn_in"))])
-        ModuleTap(norm1, "output", [normalization(norms["ln1.hook_scale"], norms["ln1.hook_normalized"])])
-        qkv = [at(f"attn.{name}") for name in ("hook_q", "hook_k", "hook_v")]
-        if len(stack.qkv) == 1:
-            ModuleTap(_submodule(attention, stack.qkv[0]), "output", [fused_heads(qkv, d_head)])
-        else:
-            for point, path in zip(qkv, stack.qkv, strict=True):
-                ModuleTap(_submodule(attention, path), "output", [heads(point, d_head)])
+        ModuleTap(parts.module, "input", [*first, *seen("hook_resid_pre")])
+        if parts.norm1 is not None and parts.mixer is not None:
+            ModuleTap(parts.norm1, "input", [branch(self._point(f"{prefix}hook_attn_in"))])
+        self._lay_norm(f"{prefix}ln1", parts.norm1)
+        if parts.attention is not None:
+            z = seen("hook_z", parts.attention.d_value)
+            tap = self._lay_attention(f"{prefix}attn.", parts.attention, z)
+            if language:
+                self._attention_taps[int(prefix.split(".")[1])] = tap
+        self._lay_norm(f"{prefix}ln1_post", parts.post_norm1)
+        if parts.attention_output is not None:
+            ModuleTap(parts.attention_output, "output", added("hook_attn_out", parts.attention_scale))
+        if parts.cross_attention is not None:
+            z = heads(self._point(f"{prefix}cross_attn.hook_z"), parts.cross_attention.d_value)
+            self._lay_attention(f"{prefix}cross_attn.", parts.cross_attention, [z])
+        if parts.has_resid_mid:
+            mid = residual_mid(seen("hook_resid_mid"))
+            mlp_in = branch(self._point(f"{prefix}hook_mlp_in"))
+            ModuleTap(parts.norm2 or parts.mlp_in, "input", [mid, mlp_in])
+        self._lay_norm(f"{prefix}ln2", parts.norm2)
+        self._lay_norm(f"{prefix}ln2_post", parts.post_norm2)
+        if parts.mlp_output is not None:
+            ModuleTap(parts.mlp_output, "output", added("hook_mlp_out", parts.mlp_scale))
+        ModuleTap(parts.module, "output", [*seen("hook_resid_post"), *last])
+
+    def _lay_attention(self, prefix: str, parts: AttentionParts, z: list[Step]) -> AttentionTap:
+        for name, projection in parts.projections.items():
+            point = self._point(f"{prefix}hook_{name}")
+            ModuleTap(projection.module, "output", [projected_heads(point, projection)])
         inside = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern")
-        tap = AttentionTap({name: at(f"attn.{name}") for name in inside})
-        tap_attention(attention, tap)
-        if language:
-            self._attention_taps.append(tap)
-        ModuleTap(out_proj, "input", seen("hook_z", of_heads=True))
-        ModuleTap(out_proj, "output", [head_results(at("attn.hook_result"), d_head)])
-        ModuleTap(attention, "output", seen("hook_attn_out"))
-        ModuleTap(norm2, "input", [mid_at_norm, branch(at("hook_mlp_in"))])
-        ModuleTap(norm2, "output", [normalization(norms["ln2.hook_scale"], norms["ln2.hook_normalized"])])
-        ModuleTap(mlp, "output", seen("hook_mlp_out"))
-        ModuleTap(layer, "output", [mid_at_output, *seen("hook_resid_post")])
+        tap = AttentionTap({name: self._point(prefix + name) for name in inside})
+        tap_attention(parts.module, tap)
+        ModuleTap(parts.out, "input", z)
+        if isinstance(parts.out, nn.Linear):
+            step = head_results(self._point(f"{prefix}hook_result"), parts.d_value)
+            ModuleTap(parts.out, "output", [step])
+        return tap
 
 
-def _submodule(root: nn.Module, path: str | None) -> Any:
-    try:
-        return root.get_submodule(path or "")
-    except AttributeError as error:
-        raise ValueError(
-            f"{type(root).__name__} has no module {path!r}, where its family's record expects one ({error})"
-        ) from error
-
-
-def _final_norm_tap(point: Callable[[str], LazyHookPoint], prefix: str, norm: nn.Module) -> None:
-    ModuleTap(
-        norm, "output", [normalization(point(f"{prefix}.hook_scale"), point(f"{prefix}.hook_normalized"))]
-    )
-
-
-def _n_vision_layers(model: PreTrainedModel, family: Family) -> int:
-    """How many vision layers lie before the features that the projector gets; later ones reach no logit."""
-    n_layers = len(_submodule(model, family.vision.layers))
-    if family.feature_layer is None:
-        return n_layers
-    chosen = getattr(model.config, family.feature_layer)
-    indices = [chosen] if isinstance(chosen, int) else list(chosen)
-    # Hidden state 0 is the tower's input, so there is one more hidden state than layers.
-    return max(index if index >= 0 else n_layers + 1 + index for index in indices)
-
-
-def _config(model: PreTrainedModel, family: Family, layers: nn.ModuleList) -> TransformerLensConfig:
+def _config(model: PreTrainedModel, anatomy: Anatomy) -> TransformerLensConfig:
     """What TransformerLens' tools read of a model, for the language side."""
     text = model.config.get_text_config()
-    attention = layers[0].get_submodule(family.language.attention)
-    n_heads = text.num_attention_heads
-    n_kv_heads = getattr(text, "num_key_value_heads", None) or n_heads
+    # Layers of some families differ in their heads; the first attention layer speaks for all.
+    attention = next(layer.attention for layer in anatomy.language if layer.attention is not None)
     return TransformerLensConfig(
         d_model=text.hidden_size,
-        d_head=attention.head_dim,
-        n_layers=len(layers),
-        n_ctx=text.max_position_embeddings,
-        n_heads=n_heads,
-        n_key_value_heads=n_kv_heads,
+        d_head=attention.d_value,
+        n_layers=len(anatomy.language),
+        n_ctx=getattr(text, "max_position_embeddings", None) or 2048,
+        n_heads=attention.n_heads,
+        n_key_value_heads=attention.n_kv_heads,
         d_mlp=getattr(text, "intermediate_size", None),
         d_vocab=text.vocab_size,
+        act_fn=getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None),
         device=str(model.device),
         positional_embedding_type="rotary",
     )
@@ -523,7 +522,7 @@ def _save(
     value = tensor.detach().to(device) if device is not None else tensor.detach()
     if copy:
         value = value.clone()
-    if name in cache and hook.name.endswith(hook_names.CHUNKED_HOOKS):
+    if name in cache:
         value = _stack_chunks(cache[name], value, float("-inf") if name.endswith("hook_attn_scores") else 0.0)
     cache[name] = value
 

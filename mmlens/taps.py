@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 
+from mmlens.families.anatomy import Projection
+
 
 @runtime_checkable
 class Tap(Protocol):
@@ -119,21 +121,33 @@ def branch(point: LazyHookPoint) -> Step:
     return Step([point], lambda x, module, inputs: point(x.clone()))
 
 
+def scaled(steps: Sequence[Step], scale: Callable[[], Tensor | float]) -> list[Step]:
+    """Steps that see the tensor times `scale`, as it enters the residual stream; reading changes no bit."""
+
+    def seen_scaled(step: Step) -> Step:
+        def apply(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+            factor = scale()
+            seen = x * factor
+            edited = step.apply(seen, module, inputs)
+            return x + (edited - x * factor) / factor
+
+        return Step(step.hook_points, apply)
+
+    return [seen_scaled(step) for step in steps]
+
+
 def heads(point: LazyHookPoint, d_head: int) -> Step:
     """[..., head * d_head] seen as [..., head, d_head]."""
     return Step([point], lambda x, module, inputs: point(x.unflatten(-1, (-1, d_head))).flatten(-2))
 
 
-def fused_heads(points: Sequence[LazyHookPoint], d_head: int) -> Step:
-    """The equal parts of a fused projection's output (q, k, v), each seen as [..., head, d_head]."""
+def projected_heads(point: LazyHookPoint, projection: Projection) -> Step:
+    """The heads that a projection's output holds, alone or beside others."""
 
     def apply(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-        parts = x.unflatten(-1, (len(points), -1, d_head)).unbind(-3)
-        return torch.stack([point(part) for point, part in zip(points, parts, strict=True)], dim=-3).flatten(
-            -3
-        )
+        return projection.write(x, point(projection.read(x)))
 
-    return Step(points, apply)
+    return Step([point], apply)
 
 
 def image_rows(point: LazyHookPoint, image_mask: ImageMask, d_head: int | None = None) -> Step:
@@ -158,17 +172,43 @@ def normalization(scale_point: LazyHookPoint, normalized_point: LazyHookPoint) -
 
     def apply(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
         x = inputs[0].float()
-        if isinstance(module, nn.LayerNorm):
+        gain, centred, eps = _norm_arithmetic(module, x.shape[-1], out)
+        if centred:
             x = x - x.mean(-1, keepdim=True)
-        eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if eps is None:
-            raise NotImplementedError(f"{type(module).__name__} has no epsilon that mmlens knows of")
         scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         clean = (x / scale).to(out.dtype)
         normalized = normalized_point((x / scale_point(scale.clone())).to(out.dtype))
-        return out + (normalized - clean) * module.weight
+        return out + (normalized - clean) * gain
 
     return Step([scale_point, normalized_point], apply)
+
+
+@torch.no_grad()
+def _norm_arithmetic(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor, bool, float]:
+    """What a norm multiplies the normalized vector by, whether it subtracts the mean first, and its epsilon.
+
+    Classes disagree on whether the weight is stored less one, so the norm is asked: its response to a vector
+    of alternating ones (mean 0, mean square 1) is its gain, and only a norm that subtracts the mean maps a
+    constant to its bias.
+    """
+    eps = next(
+        (
+            float(value)
+            for name in ("variance_epsilon", "eps", "epsilon", "norm_eps")
+            if (value := getattr(norm, name, None)) is not None
+        ),
+        None,
+    )
+    if eps is None:
+        raise NotImplementedError(f"{type(norm).__name__} has no epsilon that mmlens knows of")
+    # `forward`, not the module itself: a probe must not fire hooks.
+    ones = torch.ones(1, 1, width, dtype=like.dtype, device=like.device)
+    alternating = ones.clone()
+    alternating[..., 1::2] = -1
+    plus, minus = norm.forward(alternating), norm.forward(-alternating)
+    gain, bias = (plus - minus) / 2 * alternating * (1 + eps) ** 0.5, (plus + minus) / 2
+    centred = bool((norm.forward(ones) - bias).abs().mean() < 0.1 * gain.abs().mean())
+    return gain[0, 0], centred, eps
 
 
 def head_results(point: LazyHookPoint, d_head: int) -> Step:
@@ -187,61 +227,42 @@ def head_results(point: LazyHookPoint, d_head: int) -> Step:
     return Step([point], apply)
 
 
-def residual_mid(points_and_steps: Sequence[Step]) -> tuple[Step, Step]:
+def residual_mid(steps: Sequence[Step]) -> Step:
     """hook_resid_mid: an edit must reach the MLP AND the residual stream around it.
 
-    transformers keeps the residual in a local variable that no module sees. The first step, on the input of
-    the second norm, edits what the MLP reads and remembers the change; the second, on the layer's output,
-    adds that change to the stream. An edit in place reaches both by itself, and the change is then zero.
+    transformers keeps the stream in a local variable that no module sees; what the MLP branch reads is that
+    same tensor, so an edit is written into it.
     """
-    change: list[Tensor] = []
 
-    def at_norm(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-        before = x
-        for step in points_and_steps:
+    def apply(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        for step in steps:
             if step.is_live:
-                x = step.apply(x, module, inputs)
-        change[:] = [] if x is before else [x - before]
+                edited = step.apply(x, module, inputs)
+                if edited is not x:
+                    x.copy_(edited)
         return x
 
-    def at_output(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-        return x + change.pop() if change else x
-
-    points = [point for step in points_and_steps for point in step.hook_points]
-    return Step(points, at_norm), Step(points, at_output)
+    return Step([point for step in steps for point in step.hook_points], apply)
 
 
-class DeepInjectionTap:
-    """hook_deepstack: what a method of the language model adds to the stream after a layer, [image_token, d_model].
+def between_layers(point: LazyHookPoint, image_mask: ImageMask) -> tuple[Step, Step]:
+    """hook_deepstack: what the stream gains at image positions between one layer's output and the next one's input.
 
-    The addition happens in a method, `owner.method(hidden, mask, features)`, that is not told the layer. While
-    a hook is live the method is shadowed on the instance, and the layer before it says which one is running.
+    The first step, last on a layer's output, remembers it; the second, first on the next layer's input, takes
+    the difference.
     """
+    before: list[Tensor] = []
 
-    def __init__(
-        self, owner: nn.Module, method: str, points: Sequence[tuple[nn.Module, LazyHookPoint]]
-    ) -> None:
-        self.owner, self.method, self.points = owner, method, tuple(points)
-        self._handles: list[Any] = []
-        for _, point in self.points:
-            point.taps.append(self)
+    def at_output(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        before[:] = [x.clone()]
+        return x
 
-    def refresh(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self.owner.__dict__.pop(self.method, None)
-        live = [(layer, point) for layer, point in self.points if point.is_live]
-        if not live:
-            return
-        original = getattr(self.owner, self.method)
-        pending: list[LazyHookPoint] = []
+    def at_input(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        mask = image_mask(x)
+        if mask is None or not before:
+            return x
+        gained = x[mask] - before.pop()[mask]
+        edited = point(gained.clone())
+        return x.index_put((mask,), edited - gained, accumulate=True)
 
-        def announce(point: LazyHookPoint) -> Callable[..., None]:
-            return lambda module, args, output: pending.append(point)
-
-        def inject(hidden: Tensor, mask: Tensor, features: Tensor) -> Tensor:
-            return original(hidden, mask, pending.pop()(features) if pending else features)
-
-        self._handles = [layer.register_forward_hook(announce(point)) for layer, point in live]
-        self.owner.__dict__[self.method] = inject
+    return Step([point], at_output), Step([point], at_input)

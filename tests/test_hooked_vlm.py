@@ -13,32 +13,11 @@ from transformer_lens import ActivationCache
 import mmlens
 from conftest import hooked, padded_prompt, two_image_prompt
 from mmlens import hook_names
-from mmlens.families.catalog import FAMILIES, UnknownFamilyError
+from mmlens.families.catalog import UnknownFamilyError
 from mmlens.hooked_vlm import HookNeverFiredError, UnknownHookError
 from mmlens.prompt import PromptError
 
 INSIDE_SOFTMAX = ("hook_attn_scores", "hook_pattern")
-
-
-def test_suite_covers_every_record() -> None:
-    assert set(tiny.FAMILIES) == set(FAMILIES)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_logits_are_bit_equal_to_the_plain_model(family: str, attention: str, dtype: torch.dtype) -> None:
-    options = {"attn_implementation": attention, "dtype": dtype}
-    plain, model = tiny.tiny_model(family, **options).eval(), hooked(family, **options)
-    for prompt in (two_image_prompt(model), padded_prompt(model)):
-        expected = plain(**prompt.inputs).logits
-        assert torch.equal(model(prompt), expected)
-        assert torch.equal(model(prompt.inputs), expected)
-        assert torch.equal(model(**prompt.inputs), expected)
-        # The process-wide wrapper leaves models alone that no HookedVLM holds.
-        with model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda x, hook: x * 0)]):
-            model(prompt)
-            assert torch.equal(plain(**prompt.inputs).logits, expected)
 
 
 @torch.no_grad()
@@ -56,41 +35,6 @@ def test_encoding_images_once_changes_no_bit(model: mmlens.HookedVLM) -> None:
             model.run_with_hooks(encoded, fwd_hooks=[("vision.blocks.0.hook_resid_pre", lambda x, hook: x)])
     text_only = model.prompt("What is it?")
     assert model.encode_images(text_only) is text_only
-
-
-def test_wrapping_leaves_parameters_and_state_dict_alone(family: str) -> None:
-    plain = tiny.tiny_model(family)
-    before = {name: value.clone() for name, value in plain.state_dict().items()}
-    model = mmlens.HookedVLM(plain, tiny.tiny_processor(family))
-    after = model.hf_model.state_dict()
-    assert list(before) == list(after)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-@torch.no_grad()
-def test_every_hook_point_reads_exactly_and_writes_effectively(model: mmlens.HookedVLM) -> None:
-    prompt = two_image_prompt(model)
-    clean = model(prompt)
-    for name in model.hook_dict:
-
-        def same(x: Tensor, hook: object) -> Tensor:
-            return x
-
-        def changed(x: Tensor, hook: object) -> Tensor:
-            torch.manual_seed(0)
-            if hook.name.endswith("hook_pattern"):
-                return x.roll(1, -1)
-            return x + torch.randn_like(x) * (1 if hook.name.endswith("scores") else x.std())
-
-        read = model.run_with_hooks(prompt, fwd_hooks=[(name, same)])
-        if name.endswith(INSIDE_SOFTMAX):
-            torch.testing.assert_close(read, clean, atol=1e-5, rtol=1e-5)
-        else:
-            assert torch.equal(read, clean), name
-        written = model.run_with_hooks(prompt, fwd_hooks=[(name, changed)])
-        assert (written - clean).abs().max() > 1e-3, name
-    assert torch.equal(model(prompt), clean)
-    assert not model.list_hooks()
 
 
 @torch.no_grad()
@@ -202,8 +146,12 @@ def test_deep_injection_is_what_separates_a_layer_from_the_next() -> None:
         mask = prompt.token_map.is_image
         torch.testing.assert_close(jump[mask], cache[f"blocks.{layer}.hook_deepstack"], atol=1e-5, rtol=1e-4)
         assert not jump[~mask].any()
-        assert torch.equal(
-            cache[f"vision.deepstack.{layer}.hook_out"], cache[f"blocks.{layer}.hook_deepstack"]
+        # The stream's gain is a difference of two sums, the merger's output was one of the terms.
+        torch.testing.assert_close(
+            cache[f"vision.deepstack.{layer}.hook_out"],
+            cache[f"blocks.{layer}.hook_deepstack"],
+            atol=1e-5,
+            rtol=1e-5,
         )
 
 
@@ -211,7 +159,7 @@ def test_deep_injection_is_what_separates_a_layer_from_the_next() -> None:
 def test_resid_mid_reaches_mlp_and_stream(model: mmlens.HookedVLM) -> None:
     """Against the layer's own arithmetic: x' + MLP(norm(x')), for an edit by value and one in place."""
     prompt = two_image_prompt(model)
-    layer = model.hf_model.get_submodule(model.family.language.layers)[1]
+    layer = model.anatomy.language[1].module
     _, cache = model.run_with_cache(prompt, names_filter="blocks.1.hook_resid_mid")
     edited = cache["resid_mid", 1].clone()
     edited[:, -1] *= -2
@@ -251,45 +199,6 @@ def test_branch_inputs_do_not_touch_the_stream(model: mmlens.HookedVLM) -> None:
     assert not torch.equal(under["attn_out", 1], clean["attn_out", 1])
 
 
-@torch.no_grad()
-def test_a_head_ablated_at_z_equals_its_columns_of_the_output_projection_set_to_zero(family: str) -> None:
-    model, cut = hooked(family), tiny.tiny_model(family).eval()
-    prompt = padded_prompt(model)
-    layer, head, d_head = 1, 2, model.cfg.d_head
-    attention = cut.get_submodule(model.family.language.layers)[layer].self_attn
-    attention.o_proj.weight[:, head * d_head : (head + 1) * d_head] = 0
-
-    def ablated(z: Tensor, hook: object) -> Tensor:
-        z[:, :, head] = 0
-        return z
-
-    logits = model.run_with_hooks(prompt, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", ablated)])
-    torch.testing.assert_close(logits, cut(**prompt.inputs).logits, atol=1e-5, rtol=1e-5)
-
-
-def test_generate_is_the_plain_model_s_and_hooks_act_on_every_token(family: str) -> None:
-    plain, model = tiny.tiny_model(family).eval(), hooked(family)
-    prompt = padded_prompt(model)
-    options = {"max_new_tokens": 6, "do_sample": False}
-    expected = plain.generate(**prompt.inputs, **options)
-    assert torch.equal(model.generate(prompt, **options), expected)
-    calls = []
-
-    def zero(z: Tensor, hook: object) -> Tensor:
-        calls.append(z.shape[1])
-        return torch.zeros_like(z)
-
-    every_z = [(lambda name: name.startswith("blocks.") and name.endswith("attn.hook_z"), zero)]
-    with model.hooks(fwd_hooks=every_z):
-        under = model.generate(prompt, **options)
-        uncached = model.generate(prompt, **options, use_cache=False)
-    assert torch.equal(under, uncached)
-    assert not torch.equal(under, expected)
-    assert set(calls[: model.cfg.n_layers]) == {prompt.inputs["input_ids"].shape[1]}
-    assert 1 in calls
-    assert torch.equal(model.generate(prompt, **options), expected)
-
-
 def test_an_edit_of_v_stays_in_the_key_value_cache() -> None:
     model = hooked("qwen3_vl")
     prompt = two_image_prompt(model)
@@ -301,51 +210,6 @@ def test_an_edit_of_v_stays_in_the_key_value_cache() -> None:
         cached = model.generate(prompt, max_new_tokens=6, do_sample=False)
         uncached = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False)
     assert torch.equal(cached, uncached)
-
-
-@torch.no_grad()
-def test_attention_rows_are_the_full_pattern_s(family: str) -> None:
-    for attention in ("sdpa", "eager"):
-        model = hooked(family, attn_implementation=attention)
-        prompt = padded_prompt(model)
-        _, cache = model.run_with_cache(prompt, names_filter=lambda name: name.endswith("hook_pattern"))
-        queries = prompt.token_map.is_question
-        seen = []
-
-        def consume(layer: int, rows: Tensor, real: Tensor, cache=cache, queries=queries, seen=seen) -> None:
-            for row in range(len(rows)):
-                expected = cache["pattern", layer][row][:, queries[row]]
-                # Two float32 products of large scores; masses over them are held to 1e-6 in test_attention.
-                torch.testing.assert_close(rows[row][:, real[row]], expected, atol=3e-6, rtol=0)
-            seen.append(layer)
-
-        model.attention_rows(prompt, queries, consume)
-        assert seen == list(range(model.cfg.n_layers))
-
-
-def test_gradients_flow_through_hooks(model: mmlens.HookedVLM) -> None:
-    prompt = two_image_prompt(model)
-    kept = {}
-
-    def keep(name: str):
-        def hook(x: Tensor, hook: object) -> None:
-            x.requires_grad_() if x.is_leaf else None
-            x.retain_grad()
-            kept[name] = x
-
-        return hook
-
-    names = [
-        "blocks.1.attn.hook_pattern",
-        "blocks.0.attn.hook_z",
-        "vision.blocks.0.attn.hook_z",
-        "image.hook_embed",
-    ]
-    with model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
-        model(prompt)[0, -1].max().backward()
-    for name in names:
-        assert kept[name].grad is not None and kept[name].grad.abs().sum() > 0, name
-    model.hf_model.zero_grad()
 
 
 def test_backward_hooks_see_the_gradient() -> None:
@@ -361,26 +225,6 @@ def test_backward_hooks_see_the_gradient() -> None:
     # The stream passes the gradient on and the MLP adds its own.
     assert grads["blocks.2.hook_resid_mid"].abs().sum() > 0
     assert not torch.equal(grads["blocks.2.hook_resid_mid"], grads["blocks.2.hook_resid_post"])
-
-
-def test_an_exception_leaves_no_hook_behind(model: mmlens.HookedVLM) -> None:
-    prompt = two_image_prompt(model)
-    with torch.no_grad():
-        clean = model(prompt)
-
-        def fails(x: Tensor, hook: object) -> Tensor:
-            raise ArithmeticError("from the hook")
-
-        for name in ("blocks.1.attn.hook_pattern", "blocks.0.hook_resid_mid", "vision.blocks.0.attn.hook_q"):
-            with pytest.raises(ArithmeticError, match="from the hook"):
-                model.run_with_hooks(prompt, fwd_hooks=[(name, fails)])
-            with (
-                pytest.raises(ArithmeticError, match="from the hook"),
-                model.hooks(fwd_hooks=[(name, fails)]),
-            ):
-                model.run_with_cache(prompt)
-        assert not model.list_hooks()
-        assert torch.equal(model(prompt), clean)
 
 
 @torch.no_grad()

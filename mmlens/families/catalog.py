@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from mmlens.families.layouts import (
     anyres,
     block_grid,
@@ -16,117 +18,31 @@ from mmlens.families.layouts import (
     tiles,
 )
 from mmlens.families.record import DeepInjection, Family, Stack
+from mmlens.families.refused import REFUSED
 from mmlens.hook_names import unknown_name_message
 
 
-def _decoder(language_model: str) -> Stack:
-    """The decoder that Llama, Qwen2, Qwen3 and their relatives share."""
-    return Stack(
-        layers=f"{language_model}.layers",
-        attention="self_attn",
-        norm1="input_layernorm",
-        norm2="post_attention_layernorm",
-        mlp="mlp",
-        qkv=("q_proj", "k_proj", "v_proj"),
-        out_proj="o_proj",
-        final_norm=f"{language_model}.norm",
-    )
-
-
-def _clip_like(tower: str, final_norm: str | None = None) -> Stack:
-    """The encoder that CLIP, SigLIP and Idefics3 share; its last norm counts only where the features pass it."""
-    return Stack(
-        layers=f"{tower}.encoder.layers",
-        attention="self_attn",
-        norm1="layer_norm1",
-        norm2="layer_norm2",
-        mlp="mlp",
-        qkv=("q_proj", "k_proj", "v_proj"),
-        out_proj="out_proj",
-        final_norm=final_norm,
-    )
-
-
-_QWEN_TOWER = Stack(
-    layers="model.visual.blocks",
-    attention="attn",
-    norm1="norm1",
-    norm2="norm2",
-    mlp="mlp",
-    qkv=("qkv",),
-    out_proj="proj",
-)
-
-_INTERNVL_TOWER = Stack(
-    layers="model.vision_tower.encoder.layer",
-    attention="attention",
-    norm1="layernorm_before",
-    norm2="layernorm_after",
-    mlp="mlp",
-    qkv=("q_proj", "k_proj", "v_proj"),
-    out_proj="projection_layer",
-    final_norm="model.vision_tower.layernorm",
-)
-
-
-def _idefics(model_type: str) -> Family:
-    return Family(
-        model_type=model_type,
-        language=_decoder("model.text_model"),
-        vision=_clip_like("model.vision_model", final_norm="model.vision_model.post_layernorm"),
-        projector="model.connector",
-        layout=tiles.idefics3,
+def _deepstack(mergers: str) -> DeepInjection:
+    """Qwen3-VL's: one merger for each of the first language layers."""
+    return DeepInjection(
+        after=lambda config: list(range(len(config.vision_config.deepstack_visual_indexes))), mergers=mergers
     )
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
+        Family("llava", layout=fixed_grid.llava),
+        Family("llava_onevision", layout=anyres.llava_onevision),
+        Family("qwen2_5_vl", layout=block_grid.qwen),
         Family(
-            model_type="llava",
-            language=_decoder("model.language_model"),
-            vision=_clip_like("model.vision_tower"),
-            projector="model.multi_modal_projector",
-            layout=fixed_grid.llava,
-            feature_layer="vision_feature_layer",
-        ),
-        Family(
-            model_type="llava_onevision",
-            language=_decoder("model.language_model"),
-            vision=_clip_like("model.vision_tower"),
-            projector="model.multi_modal_projector",
-            layout=anyres.llava_onevision,
-            feature_layer="vision_feature_layer",
-        ),
-        Family(
-            model_type="qwen2_5_vl",
-            language=_decoder("model.language_model"),
-            vision=_QWEN_TOWER,
-            projector="model.visual.merger",
+            "qwen3_vl",
             layout=block_grid.qwen,
+            deep_injection=_deepstack("model.visual.deepstack_merger_list"),
         ),
-        Family(
-            model_type="qwen3_vl",
-            language=_decoder("model.language_model"),
-            vision=_QWEN_TOWER,
-            projector="model.visual.merger",
-            layout=block_grid.qwen,
-            deep_injection=DeepInjection(
-                mergers="model.visual.deepstack_merger_list",
-                owner="model.language_model",
-                method="_deepstack_process",
-            ),
-        ),
-        Family(
-            model_type="internvl",
-            language=_decoder("model.language_model"),
-            vision=_INTERNVL_TOWER,
-            projector="model.multi_modal_projector",
-            layout=tiles.internvl,
-            feature_layer="vision_feature_layer",
-        ),
-        _idefics("idefics3"),
-        _idefics("smolvlm"),
+        Family("internvl", layout=tiles.internvl, vision=Stack(norm="model.vision_tower.layernorm")),
+        Family("idefics3", layout=tiles.idefics3, vision=Stack(norm="model.vision_model.post_layernorm")),
+        Family("smolvlm", layout=tiles.idefics3, vision=Stack(norm="model.vision_model.post_layernorm")),
         # llava_like
         Family("vipllava", layout=fixed_grid.llava),
         Family("video_llava", layout=fixed_grid.llava),
@@ -222,23 +138,33 @@ FAMILIES: dict[str, Family] = {
 
 
 class UnknownFamilyError(ValueError):
-    """A model whose family mmlens has no record of."""
+    """A model of a family that mmlens refuses."""
+
+
+class UntestedFamilyWarning(UserWarning):
+    """A model of a family that mmlens has no record of: its parts are found by the common names alone."""
 
 
 def family_of(model_type: str) -> Family:
-    """The record of a family; raises UnknownFamilyError with the families there are.
+    """The record of a family; an empty one, with a warning, for a family that mmlens has never met.
 
-    >>> family_of("qwen3_vl").projector
-    'model.visual.merger'
-    >>> family_of("qwen3vl")
+    Raises UnknownFamilyError, with the reason, for a family that is refused.
+
+    >>> family_of("qwen3_vl").layout.__name__
+    'qwen'
+    >>> family_of("pix2struct")
     Traceback (most recent call last):
         ...
-    mmlens.families.catalog.UnknownFamilyError: there is no model family 'qwen3vl'; the nearest: 'qwen3_vl', ...
+    mmlens.families.catalog.UnknownFamilyError: 'pix2struct' is refused: ...
     """
+    if model_type in REFUSED:
+        raise UnknownFamilyError(f"{model_type!r} is refused: {REFUSED[model_type]}")
     if model_type not in FAMILIES:
-        raise UnknownFamilyError(
-            unknown_name_message("model family", model_type, FAMILIES)
-            + ". A family needs a record: the paths of its decoder layers, vision layers and projector, "
-            "and how its processor lays out image tokens (see docs/design.md)"
+        warnings.warn(
+            unknown_name_message("record of the model family", model_type, FAMILIES)
+            + ". Its parts are looked for under the common names; nothing about this family has been tested",
+            UntestedFamilyWarning,
+            stacklevel=2,
         )
+        return Family(model_type, no_layout="the family is not known to mmlens")
     return FAMILIES[model_type]

@@ -1,34 +1,39 @@
-"""What differs between model families, as data: where things stand, and how image tokens are laid out."""
+"""What differs between model families, as data: what cannot be found in the model itself.
+
+An empty record means that everything is where `families/anatomy.py` looks by itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from mmlens.families.layouts.grids import Layout
+from mmlens.hook_names import STREAM
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A transformer stack. `layers` and `final_norm` are paths from the model, the others from a layer."""
+    """A transformer stack that discovery needs help with."""
 
-    layers: str
-    attention: str
-    norm1: str
-    norm2: str
-    mlp: str
-    qkv: tuple[str, ...]
-    """Paths from the attention module: ("q_proj", "k_proj", "v_proj"), or one fused projection."""
-    out_proj: str
-    final_norm: str | None = None
+    layers: str | None = None
+    """Path of its list of layers from the model; None: discovered."""
+    names: Mapping[str, str | None] = field(default_factory=dict)
+    """Role (see anatomy.ROLES) -> the attribute's path from the layer, or from the attention module for its
+    projections, where it has an uncommon name; None where the layer has no such part."""
+    norm: str | None = None
+    """Path from the model of the vision stack's last norm, where the features pass through it."""
 
 
 @dataclass(frozen=True)
 class DeepInjection:
-    """Visual features added to the stream again after the first layers, one merger per layer."""
+    """Visual features that are added to the residual stream again, between language layers."""
 
+    after: Callable[[Any], list[int]]
+    """From the model's configuration: the layers behind which they are added."""
     mergers: str
-    owner: str
-    method: str
+    """Path of the list of modules that make them."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,30 @@ class Family:
     """One family of vision-language models (`model_type` of its configuration)."""
 
     model_type: str
-    layout: Callable[..., Any] | None = None
-    """How its processor lays out image tokens; see families/layouts."""
-    language: Stack | None = None
-    vision: Stack | None = None
+    layout: Layout | None = None
+    """How its processor lays out image tokens; see families/layouts. None: prompts have no map, see `no_layout`."""
+    no_layout: str = ""
+    """Why there is no layout."""
+    language: Stack = Stack()
+    vision: Stack | None = Stack()
+    """None where images pass through no transformer stack."""
+    more_stacks: Mapping[str, Stack] = field(default_factory=dict)
+    """Prefix of the hook points -> further stacks (query transformers, second towers, gated cross-attention)."""
     projector: str | None = None
+    """Path of the module from vision features to the language model's width; None: discovered, "": has none."""
     deep_injection: DeepInjection | None = None
-    image_token: str = "image_token_id"
-    """The configuration's attribute that holds the id at visual positions."""
-    feature_layer: str | None = None
-    """The configuration's attribute that says after which vision layer the features are taken."""
+    image_token: str | None = None
+    """The configuration's attribute with the id at visual positions; None: discovered, "": the text has none."""
+    image_positions: str = ""
+    """The model input that marks visual positions by a mask, where no token id does."""
+    feature_layer: str = "vision_feature_layer"
+    """The configuration's attribute (of a layer or a list of layers) after which the features are taken."""
+    stream: str = STREAM
+    """The axes of the residual stream between layers, where it is no single vector per position."""
+    adds: bool = True
+    """Whether a layer's output is its input plus hook_attn_out plus hook_mlp_out, and nothing more."""
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Pattern of hook points (layer numbers written {l}) that this family, or some of its layers, does not have
+    -> why. "other attention" stands for attention that has no hook points at all."""
+    untested: bool = False
+    """True for a family met for the first time."""

@@ -52,7 +52,7 @@ def test_zero_equals_output_projection_columns_set_to_zero(family: str) -> None:
     model, cut = hooked(family), tiny.tiny_model(family).eval()
     prompt = padded_prompt(model)
     d_head = model.cfg.d_head
-    layers = cut.get_submodule(model.family.language.layers)
+    layers = cut.get_decoder().layers
     for layer, head in HEADS:
         layers[layer].self_attn.o_proj.weight[:, head * d_head : (head + 1) * d_head] = 0
     under = model.run_with_hooks(prompt, fwd_hooks=mmlens.ablate(HEADS)(model, prompt))

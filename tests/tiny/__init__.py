@@ -10,7 +10,7 @@ small and the tokenizer is a byte-level BPE trained on a few sentences, so nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ __all__ = [
     "FAMILIES",
     "REPRESENTATIVES",
     "TINY",
+    "cast",
     "tiny_config",
     "tiny_images",
     "tiny_inputs",
@@ -99,3 +100,8 @@ def tiny_inputs(family: str, n_images: Sequence[int] = (2,)) -> dict[str, Tensor
         return_tensors="pt",
     )
     return {name: value for name, value in encoded.items() if isinstance(value, Tensor) and name != "labels"}
+
+
+def cast(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs with pixels in the model's dtype."""
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}

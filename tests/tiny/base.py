@@ -48,6 +48,12 @@ class TinyFamily:
     exact_proof: bool = True
     """False where convolutions mix neighbours beside attention: the proof then asks that the tokens of the
     painted pixels change most, instead of alone."""
+    attention: tuple[str, ...] = ("sdpa", "eager")
+    """The attention implementations that transformers takes for this family."""
+    generates: bool = True
+    """False where the plain model cannot generate from the tiny inputs (say why beside it)."""
+    differentiable: bool = True
+    """False where no gradient reaches the vision tower's patterns (visual codes)."""
     sizes: tuple[tuple[int, int], ...] = ()
     """(width, height) of the images of the parity suite, where the family needs particular ones."""
     most_images: int | None = None

@@ -1,0 +1,451 @@
+"""Finds the parts of a model that hook points stand on: stacks, layers, attention, norms, projections.
+
+1. The decoder is what transformers says it is (`get_decoder`); its layers are its first list of modules.
+2. The vision tower's layers are the first list of attending layers outside the decoder.
+3. Within a layer, a part is known by its attribute's name (ROLES); a family with another name says so in its record.
+4. An attention module is one whose forward asks for transformers' attention interface; every other mixer of
+   positions (convolution, linear attention, relative-position attention) has no scores to hook.
+5. Sizes follow from the projections' own weights, and how a projection's output is cut into heads from the sizes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mmlens.families.record import Family, Stack
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "attention": ("self_attn", "attn", "attention", "self_attention", "cross_attn", "mixer"),
+    "mixer": ("linear_attn", "conv", "mamba", "mixer"),
+    "norm1": (
+        "input_layernorm",
+        "layer_norm1",
+        "norm1",
+        "layernorm_before",
+        "attention_norm",
+        "rms_norm1",
+        "operator_norm",
+        "self_attn_layer_norm",
+        "input_latents_norm",
+        "norm",
+    ),
+    "post_norm1": ("post_self_attn_layernorm", "post_operator_norm", "post_norm1", "layer_scale1"),
+    "norm2": (
+        "pre_feedforward_layernorm",
+        "post_attention_layernorm",
+        "layer_norm2",
+        "norm2",
+        "layernorm_after",
+        "ffn_norm",
+        "rms_norm2",
+        "final_layer_norm",
+    ),
+    "post_norm2": (
+        "post_feedforward_layernorm",
+        "post_mlp_layernorm",
+        "post_ffn_norm",
+        "post_norm2",
+        "layer_scale2",
+    ),
+    "mlp": ("mlp", "feed_forward", "ffn"),
+    "mlp_in": ("fc1",),
+    "mlp_out": ("fc2",),
+    "attention_scale": ("residual_multiplier", "lambda_1"),
+    "mlp_scale": ("residual_multiplier", "lambda_2"),
+}
+"""Parts of a layer by the names they go by; the first that is there counts."""
+
+ATTENTION_ROLES: dict[str, tuple[str, ...]] = {
+    "q": ("q_proj", "q_b_proj", "query", "q"),
+    "k": ("k_proj", "key", "k"),
+    "v": ("v_proj", "value", "v"),
+    "latent_kv": ("kv_b_proj",),
+    "qkv": ("qkv", "query_key_value", "qkv_proj"),
+    "out": ("o_proj", "out_proj", "proj", "projection_layer", "projection", "dense"),
+}
+"""Parts of an attention module."""
+
+Roles = Mapping[str, tuple[str, ...]]
+Names = Mapping[str, str | None]
+
+_LAYER_NORMS_AROUND_MLP = "post_feedforward_layernorm"
+"""Where a layer has this, its post_attention_layernorm closes attention; elsewhere it opens the MLP."""
+
+_STREAM_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "norm_f", "layer_norm")
+_PROJECTORS = (
+    "multi_modal_projector",
+    "mm_projector",
+    "connector",
+    "aligner",
+    "projector",
+    "vision_projection",
+    "language_projection",
+    "image_to_text_projection",
+    "embed_vision",
+    "resampler_model",
+    "merger",
+    "patch_merger",
+    "vision_adapter",
+)
+_IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id")
+_NOT_VISION = ("audio", "qformer", "resampler", "video_tower")
+
+
+class AnatomyError(ValueError):
+    """A model in which a part is not where it is looked for."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """[..., head, d_head] within the output of a linear module.
+
+    The last axis of the output is `groups` of `widths` (one part after the other in each group), and `part`
+    says which one this is: grouped by head where queries and their gates, or latent keys and values,
+    alternate; one group where a fused projection gives all queries, then all keys, then all values.
+    """
+
+    module: nn.Module
+    widths: tuple[int, ...]
+    part: int
+    d_head: int
+
+    def read(self, output: Tensor) -> Tensor:
+        """[..., head, d_head]."""
+        groups = output.unflatten(-1, (-1, sum(self.widths)))
+        return groups.split(self.widths, dim=-1)[self.part].reshape(*output.shape[:-1], -1, self.d_head)
+
+    def write(self, output: Tensor, heads: Tensor) -> Tensor:
+        """The output with this part replaced by [..., head, d_head]."""
+        parts = list(output.unflatten(-1, (-1, sum(self.widths))).split(self.widths, dim=-1))
+        parts[self.part] = heads.reshape(parts[self.part].shape)
+        return torch.cat(parts, dim=-1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """One softmax attention module. `d_head` is that of queries and keys, `d_value` what W_O reads per head."""
+
+    module: nn.Module
+    out: nn.Module
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_value: int
+    projections: Mapping[str, Projection]
+    """Of "q", "k" and "v", those that the module has."""
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One layer; a part that it does not have is None.
+
+    `attention_output` and `mlp_output` are the modules whose outputs, times the scales, enter the stream.
+    `mixer` is what mixes positions, attention or not.
+    """
+
+    module: nn.Module
+    attention: AttentionParts | None
+    mixer: nn.Module | None
+    norm1: nn.Module | None
+    post_norm1: nn.Module | None
+    norm2: nn.Module | None
+    post_norm2: nn.Module | None
+    mlp_in: nn.Module | None
+    mlp_out: nn.Module | None
+    attention_output: nn.Module | None
+    mlp_output: nn.Module | None
+    attention_scale: str | None
+    mlp_scale: str | None
+    cross_attention: AttentionParts | None
+    has_resid_mid: bool
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where everything is."""
+
+    language: list[LayerParts]
+    stacks: dict[str, list[LayerParts]]
+    """Prefix of the hook points -> layers; the vision tower's is "vision."."""
+    final_norm: nn.Module | None
+    vision_norm: nn.Module | None
+    projector: nn.Module | None
+    mergers: list[nn.Module]
+    deep_after: list[int]
+    image_token: str
+
+
+def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
+    """The model's parts. Raises AnatomyError, naming the part, where a needed one is not found."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    language = _layers(model, family.language, decoder, exclude=set())
+    if language is None:
+        raise AnatomyError(f"{type(decoder).__name__} holds no list of decoder layers")
+    stacks = {}
+    if family.vision is not None:
+        tower = _layers(model, family.vision, model, exclude=inside)
+        if tower is not None:
+            stacks["vision."] = [
+                layer_parts(layer, family.vision) for layer in tower[: _n_read(model, family, len(tower))]
+            ]
+    for prefix, stack in family.more_stacks.items():
+        stacks[prefix] = [layer_parts(layer, stack) for layer in _submodule(model, stack.layers or "")]
+    deep = family.deep_injection
+    parts = [layer_parts(layer, family.language) for layer in language]
+    if not any(layer.attention for layer in parts):
+        raise AnatomyError(
+            f"no layer of {type(decoder).__name__} has attention that goes through transformers' attention interface"
+        )
+    return Anatomy(
+        language=parts,
+        stacks=stacks,
+        final_norm=_final_norm(model, family.language, decoder),
+        vision_norm=_own(_submodule(model, family.vision.norm))
+        if family.vision and family.vision.norm
+        else None,
+        projector=_projector(model, family, inside),
+        mergers=list(_submodule(model, deep.mergers)) if deep else [],
+        deep_after=deep.after(model.config) if deep else [],
+        image_token=_image_token(model, family),
+    )
+
+
+def layer_parts(layer: nn.Module, stack: Stack) -> LayerParts:
+    """The parts of one layer, by the record's names or the common ones."""
+    names = dict(stack.names)
+    if hasattr(layer, _LAYER_NORMS_AROUND_MLP) and hasattr(layer, "post_attention_layernorm"):
+        names.setdefault("post_norm1", "post_attention_layernorm")
+        if not hasattr(layer, "pre_feedforward_layernorm"):
+            names.setdefault("norm2", None)
+
+    def part(role: str) -> Any:
+        return _part(layer, role, ROLES, names)
+
+    mixer = part("attention")
+    attention = attention_parts(mixer, names) if mixer is not None and reaches_interface(mixer) else None
+    mixer = mixer if mixer is not None else part("mixer")
+    mlp = part("mlp")
+    mlp_in, mlp_out = (mlp, mlp) if mlp is not None else (part("mlp_in"), part("mlp_out"))
+    norm1, post_norm1 = part("norm1"), part("post_norm1")
+    norm2, post_norm2 = part("norm2"), part("post_norm2")
+    cross = _attribute(layer, names["cross_attention"]) if names.get("cross_attention") else None
+    return LayerParts(
+        module=layer,
+        attention=attention,
+        mixer=mixer,
+        norm1=norm1,
+        post_norm1=post_norm1,
+        norm2=norm2,
+        post_norm2=post_norm2,
+        mlp_in=mlp_in,
+        mlp_out=mlp_out,
+        attention_output=_own(post_norm1) or _own(_attribute(layer, names.get("attention_output"))) or mixer,
+        mlp_output=_own(post_norm2) or mlp_out,
+        attention_scale=_name(layer, "attention_scale", ROLES, names),
+        mlp_scale=_name(layer, "mlp_scale", ROLES, names),
+        cross_attention=None if cross is None else attention_parts(cross, names),
+        # Where both branches read one norm's output (parallel attention and MLP), nothing stands between them.
+        has_resid_mid=mlp_in is not None
+        and mixer is not None
+        and (norm2 is not None or norm1 is None)
+        and names.get("resid_mid", "") is not None,
+    )
+
+
+def attention_parts(module: nn.Module, names: Mapping[str, str | None]) -> AttentionParts:
+    """Heads, sizes and projections of an attention module."""
+
+    def part(role: str) -> Any:
+        return _part(module, role, ATTENTION_ROLES, names)
+
+    out = part("out")
+    if out is None:
+        raise AnatomyError(f"{type(module).__name__} has no output projection among {ATTENTION_ROLES['out']}")
+    n_heads = _n_heads(module)
+    d_value = getattr(module, "v_head_dim", None) or _width(out, "in_features") // n_heads
+    projections: dict[str, Projection] = {}
+    q, k, v, fused, latent = part("q"), part("k"), part("v"), part("qkv"), part("latent_kv")
+    d_head = _d_head(module, n_heads, d_value)
+    n_kv_heads = n_heads
+    if fused is not None:
+        n_kv_heads = (_width(fused, "out_features") // d_head - n_heads) // 2
+        sizes = (n_heads * d_head, n_kv_heads * d_head, n_kv_heads * d_head)
+        if names.get("qkv_order") == "by_head":
+            sizes = (d_head,) * 3
+        for index, name in enumerate(("q", "k", "v")):
+            projections[name] = Projection(fused, sizes, index, d_head)
+    if q is not None:
+        # Twice the width: every head's queries are followed by its gate.
+        gated = _width(q, "out_features") == 2 * n_heads * d_head
+        projections["q"] = Projection(q, (d_head, d_head) if gated else (d_head,), 0, d_head)
+    if latent is not None:
+        d_nope = _width(latent, "out_features") // n_heads - d_value
+        projections["k"] = Projection(latent, (d_nope, d_value), 0, d_nope)
+        projections["v"] = Projection(latent, (d_nope, d_value), 1, d_value)
+    if k is not None and _uses_own_keys(module):
+        n_kv_heads = _width(k, "out_features") // d_head
+        projections["k"] = Projection(k, (d_head,), 0, d_head)
+    if v is not None and _uses_own_keys(module):
+        projections["v"] = Projection(v, (d_value,), 0, d_value)
+    return AttentionParts(module, out, n_heads, n_kv_heads, d_head, d_value, projections)
+
+
+def reaches_interface(module: nn.Module) -> bool:
+    """Whether the module's own forward asks transformers' attention interface for its function."""
+    return "get_interface" in inspect.unwrap(type(module).forward).__code__.co_names
+
+
+def scale_of(layer: nn.Module, name: str | None) -> Tensor | float | None:
+    """What a branch's output is multiplied by before it enters the stream; "tanh " before a name applies it."""
+    if name is None:
+        return None
+    value = _attribute(layer, name.removeprefix("tanh "))
+    return value.tanh() if name.startswith("tanh ") else value
+
+
+# ---------------------------------------------------------------------- looking
+
+
+def _submodule(root: nn.Module, path: str) -> Any:
+    try:
+        return root.get_submodule(path)
+    except AttributeError as error:
+        raise AnatomyError(
+            f"{type(root).__name__} has no module {path!r}, where its family's record expects one ({error})"
+        ) from error
+
+
+def _attribute(root: Any, path: str | None) -> Any:
+    for name in path.split(".") if path else ():
+        root = getattr(root, name, None)
+    return root if path else None
+
+
+def _name(root: nn.Module, role: str, roles: Roles, names: Names) -> str | None:
+    if role in names:
+        return names[role]
+    return next((name for name in roles[role] if getattr(root, name, None) is not None), None)
+
+
+def _part(root: nn.Module, role: str, roles: Roles, names: Names) -> Any:
+    path = _name(root, role, roles, names)
+    found = _attribute(root, path)
+    if path is not None and role in names and found is None:
+        raise AnatomyError(
+            f"{type(root).__name__} has no {path!r}, where its family's record expects its {role}"
+        )
+    return found
+
+
+def _own(module: nn.Module | None) -> nn.Module | None:
+    return None if isinstance(module, nn.Identity) else module
+
+
+def _width(linear: nn.Module, name: str) -> int:
+    width = getattr(linear, name, None)
+    if width is None:
+        weight: Any = linear.weight
+        width = weight.shape[0 if name == "out_features" else 1]
+    return int(width)
+
+
+def _n_heads(module: nn.Module) -> int:
+    config: Any = getattr(module, "config", None)
+    for owner, names in (
+        (module, ("num_heads", "num_attention_heads", "n_heads")),
+        (config, ("num_attention_heads", "num_heads", "n_heads")),
+    ):
+        for name in names:
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    raise AnatomyError(f"{type(module).__name__} does not say how many heads it has")
+
+
+def _d_head(module: nn.Module, n_heads: int, d_value: int) -> int:
+    for name in ("qk_head_dim", "head_dim", "attention_head_size", "head_size"):
+        value = getattr(module, name, None)
+        if isinstance(value, int):
+            return value
+    return d_value
+
+
+def _uses_own_keys(module: nn.Module) -> bool:
+    """False in layers that attend with the keys and values of an earlier layer."""
+    return not getattr(module, "is_kv_shared_layer", False)
+
+
+def _lists(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists of modules, those nearest to the root first."""
+    found = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
+    yield from sorted(found, key=lambda entry: entry[0].count("."))
+
+
+def _attends(layer: nn.Module) -> bool:
+    return any(
+        getattr(layer, name, None) is not None for role in ("attention", "mixer") for name in ROLES[role]
+    )
+
+
+def _layers(model: PreTrainedModel, stack: Stack, root: nn.Module, exclude: set[int]) -> Any:
+    if stack.layers is not None:
+        return _submodule(model, stack.layers)
+    for path, modules in _lists(root):
+        if id(modules) in exclude or any(word in path for word in _NOT_VISION):
+            continue
+        if len(modules) and any(_attends(layer) for layer in modules):
+            return modules
+    return None
+
+
+def _final_norm(model: PreTrainedModel, stack: Stack, decoder: nn.Module) -> nn.Module | None:
+    if stack.norm is not None:
+        return _submodule(model, stack.norm)
+    owners = [decoder, *(module for _, module in decoder.named_children())]
+    for owner in owners:
+        for name in _STREAM_NORMS:
+            found = getattr(owner, name, None)
+            if isinstance(found, nn.Module):
+                return found
+    return None
+
+
+def _projector(model: PreTrainedModel, family: Family, inside_decoder: set[int]) -> nn.Module | None:
+    if family.projector is not None:
+        return _submodule(model, family.projector) if family.projector else None
+    outside = [
+        (name.rsplit(".", 1)[-1], name.count("."), module)
+        for name, module in model.named_modules()
+        if id(module) not in inside_decoder
+    ]
+    known = [entry for entry in outside if entry[0] in _PROJECTORS]
+    return min(known, key=lambda entry: (entry[1], _PROJECTORS.index(entry[0])))[2] if known else None
+
+
+def _image_token(model: PreTrainedModel, family: Family) -> str:
+    if family.image_token is not None or family.image_positions:
+        return family.image_token or ""
+    for name in _IMAGE_TOKENS:
+        if isinstance(getattr(model.config, name, None), int):
+            return name
+    raise AnatomyError(
+        f"{type(model.config).__name__} has none of {', '.join(_IMAGE_TOKENS)}: which positions are images?"
+    )
+
+
+def _n_read(model: PreTrainedModel, family: Family, n_layers: int) -> int:
+    """How many vision layers lie before the features that the projector gets; later ones reach no logit."""
+    chosen = getattr(model.config, family.feature_layer, None) if family.feature_layer else None
+    if chosen is None:
+        return n_layers
+    indices = [chosen] if isinstance(chosen, int) else list(chosen)
+    # Hidden state 0 is the tower's input, so there is one more hidden state than layers.
+    return max(index if index >= 0 else n_layers + 1 + index for index in indices)

@@ -1,0 +1,330 @@
+"""Every supported family against the plain Hugging Face model: one suite, no test written for a family."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from mmlens import hook_names
+from mmlens.attention import _TAPS
+from mmlens.families.catalog import FAMILIES
+from mmlens.families.support import missing_hooks
+from mmlens.hooked_vlm import HookedVLM
+
+INSIDE_SOFTMAX = ("hook_attn_scores", "hook_pattern")
+TWO_IMAGES, PADDED = (2,), (2, 1)
+HALVES = [
+    pytest.param(attention, dtype, id=f"{attention}-{name}")
+    for attention in ("sdpa", "eager")
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+]
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in tiny.FAMILIES])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@functools.lru_cache(maxsize=2)
+def _wrapped(family: str) -> HookedVLM:
+    return HookedVLM(tiny.tiny_model(family))
+
+
+@functools.lru_cache(maxsize=4)
+def _inputs(family: str, n_images: tuple[int, ...]) -> dict[str, Tensor]:
+    return tiny.tiny_inputs(family, n_images)
+
+
+@pytest.fixture
+def model(family: str) -> Iterator[HookedVLM]:
+    model = _wrapped(family)
+    yield model
+    assert not model.list_hooks()
+
+
+def test_every_record_is_tested() -> None:
+    assert set(tiny.FAMILIES) == set(FAMILIES)
+
+
+# ---------------------------------------------------------------------- with no hook: the plain model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("attention", "dtype"), HALVES)
+def test_logits_are_bit_equal_and_the_weights_untouched(
+    family: str, attention: str, dtype: torch.dtype
+) -> None:
+    if attention not in tiny.TINY[family].attention:
+        pytest.skip(f"transformers refuses {attention} attention for {family}")
+    plain = tiny.tiny_model(family, attn_implementation=attention, dtype=dtype)
+    batches = [tiny.cast(_inputs(family, n_images), dtype) for n_images in (TWO_IMAGES, PADDED)]
+    expected = [plain(**inputs).logits for inputs in batches]
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    model = HookedVLM(plain)
+    for inputs, logits in zip(batches, expected, strict=True):
+        assert torch.equal(model(inputs), logits)
+        # The process-wide wrapper hands this model its own functions, also while another layer is hooked.
+        layer = model.attention_layers[0]
+        with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_z", lambda z, hook: z)]):
+            assert torch.equal(model(**inputs), logits)
+    after = model.hf_model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_generate_is_the_plain_model_s_and_hooks_act_on_every_token(family: str) -> None:
+    if not tiny.TINY[family].generates:
+        pytest.skip("the plain model does not generate from these inputs")
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    plain = tiny.tiny_model(family)
+    inputs = _inputs(family, PADDED)
+    expected = plain.generate(**inputs, **options)
+    model = HookedVLM(plain)
+    assert torch.equal(model.generate(inputs, **options), expected)
+    lengths = []
+
+    def zero(z: Tensor, hook: Any) -> Tensor:
+        lengths.append(z.shape[1])
+        return torch.zeros_like(z)
+
+    every_z = [
+        (lambda name: name.startswith("blocks.") and name.endswith("attn.hook_z"), zero),
+    ]
+    with model.hooks(fwd_hooks=every_z):
+        model.generate(inputs, **options)
+    assert lengths[0] > 1 and 1 in lengths
+    assert torch.equal(model.generate(inputs, **options), expected)
+
+
+# ---------------------------------------------------------------------- every hook point
+
+
+@torch.no_grad()
+def test_every_attention_call_is_reached(family: str, model: HookedVLM) -> None:
+    """What asks the attention interface for its function during a forward pass is what has hook points."""
+    asking: set[nn.Module] = set()
+    for module in model.hf_model.modules():
+        if "get_interface" in getattr(type(module).forward, "__code__", _none).co_names:
+            module.register_forward_pre_hook(lambda module, args: asking.add(module))
+    for n_images in (TWO_IMAGES, PADDED):
+        model(_inputs(family, n_images))
+    tapped = {module for module in model.hf_model.modules() if module in _TAPS}
+    stated = model.family.missing
+    unreached = asking - tapped
+    assert not unreached or "other attention" in stated, {type(module).__name__ for module in unreached}
+    assert len(model.attention_layers) >= 1
+
+
+@torch.no_grad()
+def test_every_hook_point_fires_with_its_documented_shape_and_reads_exactly(model: HookedVLM) -> None:
+    family = model.family.model_type
+    inputs = _inputs(family, PADDED)
+    clean = model(inputs)
+    logits, cache = model.run_with_cache(inputs, names_filter=lambda name: True)
+    # SDPA and eager fill fully masked rows, which only padding has, differently.
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits[real], clean[real], atol=5e-5, rtol=5e-5)
+    fast = [name for name in model.hook_dict if not name.endswith(INSIDE_SOFTMAX)]
+    identity = [(name, lambda x, hook: x) for name in fast]
+    assert torch.equal(model.run_with_hooks(inputs, fwd_hooks=identity), clean)
+    assert set(cache.cache_dict) == set(model.hook_dict)
+    for name, sizes in _documented_sizes(model, inputs).items():
+        assert list(cache[name].shape) == sizes, name
+    # Image rows are the rows at image positions.
+    for name in model.hook_dict:
+        if ".image." in name and model.family.stream == hook_names.STREAM:
+            whole = cache[name.replace("image.hook_z", "attn.hook_z").replace("image.", "")]
+            assert torch.equal(whole[model.image_mask(inputs)], cache[name]), name
+
+
+@torch.no_grad()
+def test_every_hook_point_changes_the_logits(model: HookedVLM) -> None:
+    inputs = _inputs(model.family.model_type, TWO_IMAGES)
+    clean = model(inputs)
+    silent = []
+    for name in model.hook_dict:
+
+        def changed(x: Tensor, hook: Any) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            if hook.name.endswith("hook_pattern"):
+                return x.roll(1, -1)
+            noise = torch.randn(x.shape, generator=generator).to(x.dtype)
+            return x + noise * (1 if hook.name.endswith("scores") else x.std() + 1e-3)
+
+        written = model.run_with_hooks(inputs, fwd_hooks=[(name, changed)])
+        if not (written - clean).abs().max() > 1e-4:
+            silent.append(name)
+    assert not silent
+    assert torch.equal(model(inputs), clean)
+
+
+@torch.no_grad()
+def test_the_stream_is_the_sum_of_what_is_added_to_it(model: HookedVLM) -> None:
+    """And an edit of hook_resid_mid reaches the stream itself, not the MLP alone."""
+    if not model.family.adds:
+        pytest.skip("the record says that this family's layers do more than add")
+    inputs = _inputs(model.family.model_type, PADDED)
+    _, cache = model.run_with_cache(inputs, names_filter=lambda name: not name.endswith(INSIDE_SOFTMAX))
+    tolerance: dict[str, float] = {"atol": 2e-5, "rtol": 1e-4}
+    for prefix, parts in _language_layers(model):
+        total = cache[f"{prefix}hook_resid_pre"]
+        for name in ("hook_attn_out", "hook_mlp_out"):
+            total = total + cache.cache_dict.get(f"{prefix}{name}", torch.zeros(()))
+        torch.testing.assert_close(total, cache[f"{prefix}hook_resid_post"], **tolerance)
+        if not parts.has_resid_mid:
+            continue
+        mid = cache[f"{prefix}hook_resid_pre"] + cache[f"{prefix}hook_attn_out"]
+        torch.testing.assert_close(mid, cache[f"{prefix}hook_resid_mid"], **tolerance)
+        edits = [
+            (f"{prefix}hook_resid_mid", lambda x, hook: x.roll(1, -1)),
+            (f"{prefix}hook_mlp_out", lambda x, hook: x * 0),
+        ]
+        with model.hooks(fwd_hooks=edits):
+            _, edited = model.run_with_cache(inputs, names_filter=f"{prefix}hook_resid_post")
+        expected = cache[f"{prefix}hook_resid_mid"].roll(1, -1)
+        torch.testing.assert_close(edited[f"{prefix}hook_resid_post"], expected, **tolerance)
+
+
+@torch.no_grad()
+def test_a_head_ablated_at_z_equals_its_columns_of_the_output_projection_set_to_zero(family: str) -> None:
+    model, cut = _wrapped(family), HookedVLM(tiny.tiny_model(family))
+    inputs = _inputs(family, PADDED)
+    layer, head = model.attention_layers[-1], 2
+    parts = cut.anatomy.language[layer].attention
+    assert parts is not None
+    parts.out.weight[:, head * parts.d_value : (head + 1) * parts.d_value] = 0
+
+    def ablated(z: Tensor, hook: Any) -> Tensor:
+        z[:, :, head] = 0
+        return z
+
+    logits = model.run_with_hooks(inputs, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", ablated)])
+    torch.testing.assert_close(logits, cut(inputs), atol=1e-5, rtol=1e-5)
+    under = model.run_with_hooks(
+        inputs,
+        fwd_hooks=[
+            (f"blocks.{layer}.attn.hook_result", lambda r, hook: r.index_fill(2, torch.tensor(head), 0))
+        ],
+    )
+    torch.testing.assert_close(under, cut(inputs), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_rows_are_the_full_pattern_s(model: HookedVLM) -> None:
+    inputs = _inputs(model.family.model_type, PADDED)
+    if model.family.image_token == "" and not model.family.image_positions:
+        pytest.skip("cross-attention layers have patterns over image patches")
+    _, cache = model.run_with_cache(
+        inputs, names_filter=lambda name: name.startswith("blocks.") and name.endswith("hook_pattern")
+    )
+    queries = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+    queries[0, -3:] = queries[1, -5:-3] = True
+    seen = []
+
+    def consume(layer: int, rows: Tensor, real: Tensor) -> None:
+        for row in range(len(rows)):
+            expected = cache["pattern", layer][row][:, queries[row]]
+            torch.testing.assert_close(rows[row][:, real[row]], expected.float(), atol=5e-6, rtol=0)
+        seen.append(layer)
+
+    model.attention_rows(inputs, queries, consume)
+    assert seen == model.attention_layers
+
+
+def test_gradients_flow_through_patterns(model: HookedVLM) -> None:
+    inputs = _inputs(model.family.model_type, TWO_IMAGES)
+    patterns = [name for name in model.hook_dict if name.endswith("attn.hook_pattern")]
+    vision = [name for name in patterns if not name.startswith("blocks.")][:1]
+    names = [next(name for name in patterns if name.startswith("blocks.")), *vision]
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        x.retain_grad()
+        kept[hook.name].append(x)
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        model(inputs)[0, -1].max().backward()
+    model.hf_model.zero_grad()
+    for name in names:
+        grads = [x.grad for x in kept[name] if x.grad is not None]
+        assert (grads and sum(float(grad.abs().sum()) for grad in grads) > 0) or not tiny.TINY[
+            model.family.model_type
+        ].differentiable, name
+
+
+@torch.no_grad()
+def test_an_exception_leaves_no_hook_behind(model: HookedVLM) -> None:
+    inputs = _inputs(model.family.model_type, TWO_IMAGES)
+    clean = model(inputs)
+
+    def fails(x: Tensor, hook: Any) -> Tensor:
+        raise ArithmeticError("from the hook")
+
+    layer = model.attention_layers[0]
+    names = [f"blocks.{layer}.attn.hook_pattern", "blocks.0.hook_resid_post", "hook_embed"]
+    for name in [*names, *[name for name in model.hook_dict if name.startswith("vision.")][:1]]:
+        with pytest.raises(ArithmeticError, match="from the hook"):
+            model.run_with_hooks(inputs, fwd_hooks=[(name, fails)])
+    assert not model.list_hooks()
+    assert torch.equal(model(inputs), clean)
+
+
+# ---------------------------------------------------------------------- what the records say is missing
+
+
+def test_missing_hook_points_are_those_the_record_states(model: HookedVLM) -> None:
+    missing = missing_hooks(model)
+    stated = [pattern for pattern in model.family.missing if pattern != "other attention"]
+    assert {name for name in missing if not any(fnmatch(name, pattern) for pattern in stated)} == set()
+    assert {pattern for pattern in stated if not any(fnmatch(name, pattern) for name in missing)} == set()
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def _language_layers(model: HookedVLM) -> list[tuple[str, Any]]:
+    return [(f"blocks.{index}.", parts) for index, parts in enumerate(model.anatomy.language)]
+
+
+def _documented_sizes(model: HookedVLM, inputs: dict[str, Tensor]) -> dict[str, list[int]]:
+    """Hook point of a language layer -> the sizes its documentation promises."""
+    batch, pos = inputs["input_ids"].shape
+    mask = model.image_mask(inputs)
+    text = model.hf_model.config.get_text_config()
+    sizes: dict[str, int] = {"batch": batch, "pos": pos, "d_model": text.hidden_size, "1": 1}
+    sizes |= {"query": pos, "key": pos, "image_token": 0 if mask is None else int(mask.sum())}
+    found = {}
+    for prefix, parts in _language_layers(model):
+        attention = parts.attention
+        for hook, text_ in {**hook_names.BLOCK_HOOKS, **hook_names.BLOCK_IMAGE_HOOKS}.items():
+            name = prefix + hook
+            if name not in model.hook_dict or ("resid" in name and model.family.stream != hook_names.STREAM):
+                continue
+            if attention is not None:
+                sizes |= {"head": attention.n_heads, "kv_head": attention.n_kv_heads}
+                kind = hook.removeprefix("attn.hook_")
+                sizes["d_head"] = (
+                    attention.d_value if kind in ("z",) or hook.endswith("_z") else attention.d_head
+                )
+                if kind in attention.projections:
+                    sizes["d_head"] = attention.projections[kind].d_head
+            axes = re.match(r"\[([^]]*)\]", text_).group(1).split(", ")
+            if (
+                attention is not None
+                and attention.module.__class__.__name__.endswith("CrossAttention")
+                and {"key"} & set(axes)
+            ):
+                continue
+            found[name] = [sizes[axis] for axis in axes]
+    return found
+
+
+_none = type("none", (), {"co_names": ()})
