@@ -1,5 +1,6 @@
 """TransformerLens for vision-language models: hook points that know their pixels, and causal tests of heads."""
 
+from mmlens.bridge import from_bridge as from_bridge
 from mmlens.core_heads import CoreHeads as CoreHeads
 from mmlens.core_heads import core_heads as core_heads
 from mmlens.data.examples import Evidence as Evidence

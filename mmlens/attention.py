@@ -91,7 +91,7 @@ class AttentionTap:
             self.consume_rows(rows)
         if self.needs_softmax:
             mask = _additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
-            with _SoftmaxWatch(self.scores, self.pattern):
+            with _SoftmaxWatch(self.scores, self.pattern, _attending(attention_mask)):
                 return eager(module, query, key, value, mask, **kwargs)
         return fast(module, query, key, value, attention_mask, **kwargs)
 
@@ -130,17 +130,19 @@ class _SoftmaxWatch(TorchFunctionMode):
     """Fires the score hook on the input of an eager function's softmax, the pattern hook on its dropout's input.
 
     Every eager attention function of transformers calls F.softmax and then F.dropout on the pattern.
+    `attending` are the rows that may attend to anything: a row that may not has no pattern, as in SDPA.
     """
 
-    def __init__(self, scores: LazyHookPoint, pattern: LazyHookPoint) -> None:
+    def __init__(self, scores: LazyHookPoint, pattern: LazyHookPoint, attending: Tensor | None) -> None:
         super().__init__()
-        self._scores, self._pattern = scores, pattern
+        self._scores, self._pattern, self._attending = scores, pattern, attending
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.softmax and self._scores.is_live:
             args = (self._scores(args[0]), *args[1:])
-        if func is F.dropout and self._pattern.is_live:
-            args = (self._pattern(args[0]), *args[1:])
+        if func is F.dropout:
+            pattern = args[0] if self._attending is None else args[0] * self._attending
+            args = (self._pattern(pattern) if self._pattern.is_live else pattern, *args[1:])
         return func(*args, **(kwargs or {}))
 
 
@@ -159,6 +161,18 @@ def _check_readable(module: nn.Module, mask: Any) -> None:
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def _attending(mask: Tensor | None) -> Tensor | None:
+    """[batch, head or 1, query, 1] which rows of a boolean mask allow a key; None where every row does.
+
+    SDPA gives a row that may attend to nothing (padding) an output of zero, where the eager softmax would spread
+    it over all keys.
+    """
+    if mask is None or mask.dtype != torch.bool:
+        return None
+    rows = mask.any(-1, keepdim=True)
+    return None if bool(rows.all()) else rows
 
 
 def _additive_mask(
@@ -210,8 +224,8 @@ def _attention_rows(
         picked = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, k_length))
         if picked.dtype == torch.bool:
             scores = scores.masked_fill(~picked, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + picked.float()
+            return scores.softmax(-1) * picked.any(-1, keepdim=True)
+        scores = scores + picked.float()
     elif query.shape[2] > 1 and _is_causal(module, kwargs.get("is_causal")):
         future = torch.arange(k_length, device=index.device) > index[..., None]
         scores = scores.masked_fill(future[:, None], torch.finfo(scores.dtype).min)
@@ -233,5 +247,7 @@ def _rows_of_eager_pattern(
     pattern = eager(module, query, key, value, full, **kwargs)[1]
     if pattern is None:
         raise NotImplementedError(f"{type(module).__name__} gives no attention pattern to take rows from")
+    attending = _attending(mask)
+    pattern = pattern if attending is None else pattern * attending
     index = rows.index.to(pattern.device)[:, None, :, None]
     return pattern.gather(2, index.expand(-1, pattern.shape[1], -1, pattern.shape[3])).float()

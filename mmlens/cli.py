@@ -14,7 +14,9 @@ from mmlens.core_heads_report import write_core_heads_report
 from mmlens.data.examples import DataError, Example, load_examples, split_examples
 from mmlens.data.scenes import KINDS, TEXT_KINDS, scene_examples
 from mmlens.families.catalog import UnknownFamilyError
+from mmlens.families.support import support_table
 from mmlens.heads import HeadSet
+from mmlens.hook_names import unknown_name_message
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
 from mmlens.loading import ModelNotFoundError, shipped_models
@@ -90,7 +92,35 @@ def _parser() -> argparse.ArgumentParser:
     core.add_argument("--attn-implementation", help="as transformers takes it, e.g. sdpa")
     core.add_argument("--trust-remote-code", action="store_true", help="run model code from the hub")
     core.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
+    families = commands.add_parser(
+        "families", help="which of transformers' image-text-to-text families are supported, and how far"
+    )
+    families.set_defaults(run=_families, threads=0)
+    families.add_argument("family", nargs="?", help="one family (a model_type), with all its notes")
+    families.add_argument("--csv", type=Path, help="write the whole table to this file")
     return parser
+
+
+def _families(options: argparse.Namespace) -> None:
+    table = support_table()
+    if options.csv is not None:
+        table.to_csv(options.csv, index=False)
+        print(options.csv)
+        return
+    if options.family is not None:
+        found = table[table["family"] == options.family]
+        if not len(found):
+            raise UnknownFamilyError(unknown_name_message("family", options.family, table["family"]))
+        for name, value in found.iloc[0].items():
+            print(f"{name}: {value or '-'}")
+        return
+    for row in table.itertuples():
+        print(f"{row.family:26} {row.status:10} token map: {row.token_map:4.3} {row.notes[:120]}".rstrip())
+    counts = table["status"].value_counts()
+    print(
+        f"\n{len(table)} families: {', '.join(f'{n} {status}' for status, n in counts.items())}. "
+        "All notes of one: mmlens families FAMILY; the whole table: --csv FILE"
+    )
 
 
 def _core_heads(options: argparse.Namespace) -> None:

@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import HookedRootModule
 from transformer_lens.config import TransformerLensConfig
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mmlens import hook_names, loading
 from mmlens.attention import AttentionTap, QueryRows, tap_attention
+from mmlens.cache import VLMActivationCache
 from mmlens.data.examples import Example
 from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, dissect, scale_of
 from mmlens.families.catalog import family_of
@@ -44,8 +45,13 @@ from mmlens.taps import (
     scaled,
     whole,
 )
+from mmlens.tokens import TokenMethods
+from mmlens.weights import Block, WeightProperties, subtracts_mean
 
 Inputs = Prompt | Mapping[str, Any]
+_PARTIAL_RUN_OPTIONS = {"start_at_layer", "stop_at_layer", "pos_slice"}
+"""TransformerLens' options that a Hugging Face model would take as a keyword and ignore."""
+
 HookName = str | Callable[[str], bool]
 Hook = tuple[HookName, Callable[..., Any]]
 
@@ -65,7 +71,7 @@ class HookNeverFiredError(RuntimeError):
     """The model ran, and a hook set for that run never fired."""
 
 
-class HookedVLM(HookedRootModule):
+class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
     """Any supported vision-language model with hook points on its language side, vision tower and projector.
 
     The Hugging Face model stays as it is (`hf_model`, same weights, same state_dict); with no hook set, logits
@@ -92,6 +98,8 @@ class HookedVLM(HookedRootModule):
         self.hf_model = hf_model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", None)
+        # Analysis tools ask the whole tree of modules whether it is in evaluation mode.
+        self.training = hf_model.training
         self._n_forwards = 0
         self._inputs: Mapping[str, Any] = {}
         self._attention_taps: dict[int, AttentionTap] = {}
@@ -162,6 +170,14 @@ class HookedVLM(HookedRootModule):
         kept = {name: value for name, value in inputs.items() if name not in pixels}
         return replace(prompt.to(self.device), inputs=kept, image_features=features)
 
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*shape d_model"]:
+        """`residual_directions` of a text that is one token, of a token id, or of ids of any shape.
+
+        One id in any shape gives one direction [d_model], as in TransformerLens.
+        """
+        ids = torch.as_tensor(self.to_single_token(tokens) if isinstance(tokens, str) else tokens)
+        return self.residual_directions(ids.reshape(()) if ids.numel() == 1 else ids)
+
     def to_text(self, token_ids: Tensor) -> list[str]:
         """Decode a batch of token ids, special tokens left out."""
         if self.tokenizer is None:
@@ -174,18 +190,27 @@ class HookedVLM(HookedRootModule):
 
     def forward(
         self,
-        inputs: Inputs | None = None,
+        inputs: Inputs | Tensor | None = None,
         *,
         return_type: str | None = "logits",
         **hf_inputs: Any,
     ) -> Float[Tensor, "batch pos vocab"] | None:
-        """Logits of the Hugging Face model; keyword inputs (logits_to_keep, ...) are passed on to it."""
+        """Logits of the Hugging Face model; keyword inputs (logits_to_keep, ...) are passed on to it.
+
+        `inputs` may also be token ids of plain text [batch, pos], as TransformerLens' tools pass them.
+        """
         if return_type not in ("logits", None):
             raise ValueError(f"return_type is 'logits' or None, not {return_type!r}")
+        dropped = _PARTIAL_RUN_OPTIONS & hf_inputs.keys()
+        if dropped:
+            raise TypeError(
+                f"HookedVLM takes no {', '.join(sorted(dropped))}, which transformers would drop in silence: "
+                "every run is a whole one. Edit the stream with hooks, slice the cache after the run"
+            )
         logits = self.hf_model(**self._keyword_inputs(inputs, hf_inputs)).logits
         return logits if return_type == "logits" else None
 
-    def generate(self, inputs: Inputs | None = None, **options: Any) -> Tensor:
+    def generate(self, inputs: Inputs | Tensor | None = None, **options: Any) -> Tensor:
         """Token ids, prompt included, by the Hugging Face model's own `generate`; hooks that are set stay live.
 
         Under cached decoding, hook_rot_k sees all keys so far and every other hook the new position only.
@@ -194,6 +219,8 @@ class HookedVLM(HookedRootModule):
         keyword_inputs = self._keyword_inputs(inputs, options)
         if keyword_inputs.get("attention_mask") is not None:
             check_left_padding(keyword_inputs["attention_mask"])
+        # Some families generate with their language model alone, past their own forward.
+        self._on_forward(self.hf_model, (), keyword_inputs)
         return self.hf_model.generate(**keyword_inputs)
 
     def answer(self, inputs: Inputs, max_new_tokens: int = 16, **options: Any) -> list[str]:
@@ -311,13 +338,16 @@ class HookedVLM(HookedRootModule):
         remove_batch_dim: bool = False,
         incl_bwd: bool = False,
         **model_kwargs: Any,
-    ) -> tuple[Any, ActivationCache]:
+    ) -> tuple[Any, VLMActivationCache]:
         """Logits and a TransformerLens ActivationCache of the chosen hook points.
 
         `names_filter` None means all but hook_result (unless cfg.use_attn_result is set), and only what fires:
-        a prompt without images has no image.* activations. A hook point that fires several times in one
-        forward (Qwen's vision attention, once per image or window) is stacked on its first axis and padded
-        with zeros, scores with -inf.
+        a prompt without images has no image.* activations. A filter function likewise caches what fires of its
+        matches. A hook point that fires several times in one forward (Qwen's vision attention, once per image
+        or window) is stacked on its first axis and padded with zeros, scores with -inf.
+
+        Raises HookNeverFiredError where a hook point asked for by name never fires, or nothing that a filter
+        function matches does, and ValueError where remove_batch_dim meets a batch of several prompts.
         """
         names = self._cached_names(names_filter)
         cache: dict[str, Tensor] = {}
@@ -341,11 +371,12 @@ class HookedVLM(HookedRootModule):
                 self.hook_dict[name].remove_hooks("both", level=level)
             self.context_level -= 1
         missing = [name for name in names if name not in cache]
-        if missing and names_filter is not None:
+        # A filter asks for what there is, a name for itself.
+        if missing and names_filter is not None and not (callable(names_filter) and cache):
             raise HookNeverFiredError(f"asked to cache {missing[:5]}, which never fired in this run")
-        return output, ActivationCache(
-            _one_row(cache) if remove_batch_dim else cache, self, not remove_batch_dim
-        )
+        image_mask = self.image_mask(self._inputs) if "input_ids" in self._inputs else None
+        activations = VLMActivationCache(cache, self, image_mask=image_mask)
+        return output, activations.remove_batch_dim() if remove_batch_dim else activations
 
     def _cached_names(self, names_filter: HookName | Sequence[str] | None) -> list[str]:
         if names_filter is None:
@@ -357,7 +388,7 @@ class HookedVLM(HookedRootModule):
 
     # ------------------------------------------------------------------ plumbing
 
-    def _keyword_inputs(self, inputs: Inputs | None, more: Mapping[str, Any]) -> dict[str, Any]:
+    def _keyword_inputs(self, inputs: Inputs | Tensor | None, more: Mapping[str, Any]) -> dict[str, Any]:
         if inputs is None:
             return dict(more)
         if isinstance(inputs, Prompt):
@@ -369,10 +400,27 @@ class HookedVLM(HookedRootModule):
             return {**inputs.to(self.device).inputs, **features, **more}
         if isinstance(inputs, Mapping):
             return {**inputs, **more}
+        if isinstance(inputs, Tensor):
+            return {**self._text_inputs(inputs), **more}
         raise TypeError(
-            f"inputs are a Prompt (model.prompt(question, images)) or the model's keyword inputs, "
-            f"not {type(inputs).__name__}"
+            f"inputs are a Prompt (model.prompt(question, images)), the model's keyword inputs, or token ids of "
+            f"text, not {type(inputs).__name__}"
         )
+
+    def _text_inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        """Keyword inputs for token ids [batch, pos] of plain text; padding before a row's first token is masked."""
+        ids = (ids[None] if ids.ndim == 1 else ids).to(self.device)
+        image_id = getattr(self.hf_model.config, self.anatomy.image_token or "", None)
+        if ids.is_floating_point():
+            raise TypeError(f"token ids are integers, not {ids.dtype}")
+        if int(ids.max()) >= len(self.W_E) or (image_id is not None and bool((ids == image_id).any())):
+            raise ValueError(
+                "token ids alone bring no image, and these have visual positions: pass the prompt itself "
+                "(model.prompt(question, images)), or to an analysis tool its cache"
+            )
+        pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
+        real = torch.ones_like(ids) if pad is None else ((ids != pad).cumsum(1) > 0).long()
+        return {"input_ids": ids, "attention_mask": real}
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._n_forwards += 1
@@ -394,7 +442,14 @@ class HookedVLM(HookedRootModule):
         if "input_ids" not in self._inputs:
             raise ValueError("image.* hooks need input_ids: the model was run on inputs_embeds alone")
         mask = self.image_mask(self._inputs)
-        return mask.to(x.device) if mask is not None and bool(mask.any()) else None
+        if mask is None or not bool(mask.any()):
+            return None
+        # Families that generate past their own forward leave the prompt's inputs standing.
+        return mask.to(x.device) if mask.shape[1] == x.shape[1] else None
+
+    def _n_rows(self) -> int | None:
+        ids = self._inputs.get("input_ids")
+        return None if ids is None else len(ids)
 
     def _point(self, name: str) -> LazyHookPoint:
         point = LazyHookPoint()
@@ -422,17 +477,21 @@ class HookedVLM(HookedRootModule):
             for index, parts in enumerate(layers):
                 embed = [whole(self._point(f"{prefix}hook_embed"))] if index == 0 else []
                 self._lay_block(f"{prefix}blocks.{index}.", parts, embed, [], language=False)
-        self._lay_norm("vision.ln_post", anatomy.vision_norm)
+        pools = self.family.vision is not None and self.family.vision.norm_pools
+        self._lay_norm("vision.ln_post", anatomy.vision_norm, fires=lambda x: not pools or x.ndim > 2)
         if anatomy.projector is not None:
             ModuleTap(anatomy.projector, "input", [whole(self._point("projector.hook_in"))])
             ModuleTap(anatomy.projector, "output", [whole(self._point("projector.hook_out"))])
         for index, merger in enumerate(anatomy.mergers):
             ModuleTap(merger, "output", [whole(self._point(f"vision.deepstack.{index}.hook_out"))])
 
-    def _lay_norm(self, name: str, norm: nn.Module | None) -> None:
+    def _lay_norm(
+        self, name: str, norm: nn.Module | None, fires: Callable[[Tensor], bool] = lambda x: True
+    ) -> None:
         if norm is not None and "Norm" in type(norm).__name__:
             step = normalization(self._point(f"{name}.hook_scale"), self._point(f"{name}.hook_normalized"))
-            ModuleTap(norm, "output", [step])
+            steps = [Step(step.hook_points, lambda x, *args: step.apply(x, *args) if fires(x) else x)]
+            ModuleTap(norm, "output", steps, self._n_rows if name.startswith("blocks.") else lambda: None)
 
     def _lay_block(
         self, prefix: str, parts: LayerParts, first: list[Step], last: list[Step], *, language: bool
@@ -445,37 +504,48 @@ class HookedVLM(HookedRootModule):
                 steps.append(image_rows(self._point(f"{prefix}image.{name}"), self._image_mask, d_head))
             return steps
 
+        def tap(module: nn.Module, side: Literal["input", "output"], steps: list[Step]) -> None:
+            ModuleTap(module, side, steps, self._n_rows if language else lambda: None)
+
         def added(name: str, scale: str | None) -> list[Step]:
             """What a branch adds to the stream: its last module's output, times the layer's factor."""
             steps = seen(name)
             return steps if scale is None else scaled(steps, lambda: scale_of(parts.module, scale))
 
-        ModuleTap(parts.module, "input", [*first, *seen("hook_resid_pre")])
+        tap(parts.module, "input", [*first, *seen("hook_resid_pre")])
         if parts.norm1 is not None and parts.mixer is not None:
-            ModuleTap(parts.norm1, "input", [branch(self._point(f"{prefix}hook_attn_in"))])
+            tap(parts.norm1, "input", [branch(self._point(f"{prefix}hook_attn_in"))])
         self._lay_norm(f"{prefix}ln1", parts.norm1)
         if parts.attention is not None:
             z = seen("hook_z", parts.attention.d_value)
-            tap = self._lay_attention(f"{prefix}attn.", parts.attention, z)
+            attention_tap = self._lay_attention(
+                f"{prefix}attn.", parts.attention, z, lambda: scale_of(parts.module, parts.attention_scale)
+            )
             if language:
-                self._attention_taps[int(prefix.split(".")[1])] = tap
+                self._attention_taps[int(prefix.split(".")[1])] = attention_tap
         self._lay_norm(f"{prefix}ln1_post", parts.post_norm1)
         if parts.attention_output is not None:
-            ModuleTap(parts.attention_output, "output", added("hook_attn_out", parts.attention_scale))
+            tap(parts.attention_output, "output", added("hook_attn_out", parts.attention_scale))
         if parts.cross_attention is not None:
             z = heads(self._point(f"{prefix}cross_attn.hook_z"), parts.cross_attention.d_value)
             self._lay_attention(f"{prefix}cross_attn.", parts.cross_attention, [z])
         if parts.has_resid_mid:
             mid = residual_mid(seen("hook_resid_mid"))
             mlp_in = branch(self._point(f"{prefix}hook_mlp_in"))
-            ModuleTap(parts.norm2 or parts.mlp_in, "input", [mid, mlp_in])
+            tap(parts.norm2 or parts.mlp_in, "input", [mid, mlp_in])
         self._lay_norm(f"{prefix}ln2", parts.norm2)
         self._lay_norm(f"{prefix}ln2_post", parts.post_norm2)
         if parts.mlp_output is not None:
-            ModuleTap(parts.mlp_output, "output", added("hook_mlp_out", parts.mlp_scale))
-        ModuleTap(parts.module, "output", [*seen("hook_resid_post"), *last])
+            tap(parts.mlp_output, "output", added("hook_mlp_out", parts.mlp_scale))
+        tap(parts.module, "output", [*seen("hook_resid_post"), *last])
 
-    def _lay_attention(self, prefix: str, parts: AttentionParts, z: list[Step]) -> AttentionTap:
+    def _lay_attention(
+        self,
+        prefix: str,
+        parts: AttentionParts,
+        z: list[Step],
+        scale: Callable[[], Tensor | float | None] = lambda: None,
+    ) -> AttentionTap:
         for name, projection in parts.projections.items():
             point = self._point(f"{prefix}hook_{name}")
             ModuleTap(projection.module, "output", [projected_heads(point, projection)])
@@ -484,7 +554,7 @@ class HookedVLM(HookedRootModule):
         tap_attention(parts.module, tap)
         ModuleTap(parts.out, "input", z)
         if isinstance(parts.out, nn.Linear):
-            step = head_results(self._point(f"{prefix}hook_result"), parts.d_value)
+            step = head_results(self._point(f"{prefix}hook_result"), parts.d_value, scale)
             ModuleTap(parts.out, "output", [step])
         return tap
 
@@ -494,6 +564,8 @@ def _config(model: PreTrainedModel, anatomy: Anatomy) -> TransformerLensConfig:
     text = model.config.get_text_config()
     # Layers of some families differ in their heads; the first attention layer speaks for all.
     attention = next(layer.attention for layer in anatomy.language if layer.attention is not None)
+    final = anatomy.final_norm
+    within = next((layer.norm1 for layer in anatomy.language if layer.norm1 is not None), final)
     return TransformerLensConfig(
         d_model=text.hidden_size,
         d_head=attention.d_value,
@@ -505,7 +577,15 @@ def _config(model: PreTrainedModel, anatomy: Anatomy) -> TransformerLensConfig:
         d_vocab=text.vocab_size,
         act_fn=getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None),
         device=str(model.device),
+        dtype=model.dtype,
         positional_embedding_type="rotary",
+        normalization_type=None
+        if final is None or within is None
+        else "LN"
+        if subtracts_mean(within)
+        else "RMS",
+        final_rms=final is not None and not subtracts_mean(final),
+        gated_mlp=Block("", anatomy.language[0]).mlp.is_gated,
     )
 
 
@@ -525,22 +605,6 @@ def _save(
     if name in cache:
         value = _stack_chunks(cache[name], value, float("-inf") if name.endswith("hook_attn_scores") else 0.0)
     cache[name] = value
-
-
-def _one_row(cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch of one without its batch axis; packed image rows and the vision side have none."""
-    language = {
-        name: value for name, value in cache.items() if name.startswith(("blocks.", "hook_", "ln_final."))
-    }
-    batched = {name: value for name, value in language.items() if not _is_packed(name)}
-    sizes = {len(value) for value in batched.values()}
-    if sizes - {1}:
-        raise ValueError(f"remove_batch_dim needs a batch of one prompt, this one has {max(sizes)}")
-    return {name: value[0] if name in batched else value for name, value in cache.items()}
-
-
-def _is_packed(name: str) -> bool:
-    return ".image." in name or name.removesuffix("_grad").endswith("hook_deepstack")
 
 
 def _stack_chunks(before: Tensor, chunk: Tensor, fill: float) -> Tensor:

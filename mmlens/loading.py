@@ -11,9 +11,16 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mmlens.families.catalog import family_of
+from mmlens.families.catalog import UnknownFamilyError, family_of
 from mmlens.families.processors import load_processor
 from mmlens.hook_names import unknown_name_message
 
@@ -51,12 +58,24 @@ def load(name_or_path: str | Path, **hf_options: Any) -> tuple[PreTrainedModel, 
     hf_options.setdefault("trust_remote_code", False)
     hub_options = {key: hf_options[key] for key in _HUB_OPTIONS if key in hf_options}
     try:
-        family_of(AutoConfig.from_pretrained(source, **hub_options).model_type)
+        config = AutoConfig.from_pretrained(source, **hub_options)
+        _check_takes_images(config)
+        family_of(config.model_type)
         model = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **hf_options)
         processor = load_processor(source, **hub_options)
     except (OSError, HfHubHTTPError) as error:
         raise ModelNotFoundError(_explain(source, error)) from error
     return model.eval(), processor
+
+
+def _check_takes_images(config: PretrainedConfig) -> None:
+    """Refuse, before any weight is read, what transformers has no image-text-to-text model for."""
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if config.model_type not in known and not getattr(config, "auto_map", None):
+        raise UnknownFamilyError(
+            unknown_name_message("image-text-to-text family", config.model_type, known)
+            + ". `mmlens families` lists them all"
+        )
 
 
 def _resolve(name: str) -> str:

@@ -47,11 +47,11 @@ class HasAnswer(Protocol):
 class Prompt:
     """Model inputs for a batch, and what stands at each position.
 
-    `inputs` are exactly the Hugging Face model's keyword inputs. `text` is each example's rendered template,
-    image placeholders not yet expanded. The answer fields are set by `with_answers`.
+    `inputs` are exactly the Hugging Face model's keyword inputs (tensors, or lists of numbers). `text` is each
+    example's rendered template, image placeholders not yet expanded. The answer fields are set by `with_answers`.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Any]
     token_map: TokenMap
     questions: list[str]
     images: list[list[Image.Image]]
@@ -70,6 +70,11 @@ class Prompt:
         return len(self.token_map)
 
     @property
+    def shape(self) -> torch.Size:
+        """[batch, pos], as that of the tokens which TransformerLens' tools take in a prompt's place."""
+        return self.token_map.image.shape
+
+    @property
     def last(self) -> Bool[Tensor, "batch pos"]:
         """The last position of each prompt, which predicts the first token of the answer."""
         real = ~self.token_map.is_padding
@@ -81,7 +86,10 @@ class Prompt:
         """The same prompt with inputs, token map and answer ids on `device`."""
         return replace(
             self,
-            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
+            inputs={
+                name: value.to(device) if isinstance(value, Tensor) else value
+                for name, value in self.inputs.items()
+            },
             token_map=self.token_map.to(device),
             answer_ids=None if self.answer_ids is None else self.answer_ids.to(device),
             candidate_ids=None
@@ -170,7 +178,9 @@ def _assembled(
             )
         is_question[example, real] = found
     sizes = [[image.size for image in own] for own in images]
-    inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+    # Some models take numbers of tiles as lists; what else is no tensor is the processor's own bookkeeping.
+    listed = getattr(getattr(processor, "image_processor", None), "model_input_names", ())
+    inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor) or name in listed}
     if padding_side == "left" and len(questions) > 1:
         check_left_padding(inputs["attention_mask"])
     return Prompt(

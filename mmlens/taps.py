@@ -64,10 +64,20 @@ class Step:
 
 
 class ModuleTap:
-    """Runs its live steps, in order, on the first input or the first output of `module`."""
+    """Runs its live steps, in order, on the first input or the first output of `module`.
 
-    def __init__(self, module: nn.Module, side: Literal["input", "output"], steps: Sequence[Step]) -> None:
-        self.module, self.side, self.steps = module, side, tuple(steps)
+    `n_rows` says how many prompts the batch has, where steps expect [batch, pos, ...]: some layers hand their
+    MLP one flat axis [batch * pos].
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        side: Literal["input", "output"],
+        steps: Sequence[Step],
+        n_rows: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self.module, self.side, self.steps, self.n_rows = module, side, tuple(steps), n_rows
         self._handle: Any = None
         for step in self.steps:
             for point in step.hook_points:
@@ -87,10 +97,13 @@ class ModuleTap:
             self._handle = None
 
     def _run(self, tensor: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+        n_rows = self.n_rows() if tensor.ndim == 2 else None
+        if n_rows is not None:
+            tensor = tensor.unflatten(0, (n_rows, -1))
         for step in self.steps:
             if step.is_live:
                 tensor = step.apply(tensor, self.module, inputs)
-        return tensor
+        return tensor if n_rows is None else tensor.flatten(0, 1)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -126,10 +139,15 @@ def scaled(steps: Sequence[Step], scale: Callable[[], Tensor | float]) -> list[S
 
     def seen_scaled(step: Step) -> Step:
         def apply(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-            factor = scale()
-            seen = x * factor
-            edited = step.apply(seen, module, inputs)
-            return x + (edited - x * factor) / factor
+            factor = torch.as_tensor(scale(), dtype=x.dtype, device=x.device)
+            change = step.apply(x * factor, module, inputs) - x * factor
+            shut = factor == 0
+            if bool(shut.any()) and bool((change * shut).any()):
+                raise ValueError(
+                    f"what {type(module).__name__} adds to the stream is multiplied by a gate of exactly 0: it can be "
+                    "read, but no edit of it can reach the stream"
+                )
+            return x + change / factor.masked_fill(shut, 1)
 
         return Step(step.hook_points, apply)
 
@@ -145,7 +163,9 @@ def projected_heads(point: LazyHookPoint, projection: Projection) -> Step:
     """The heads that a projection's output holds, alone or beside others."""
 
     def apply(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-        return projection.write(x, point(projection.read(x)))
+        # Latent attention projects its keys and values as [batch, 1, pos, ...].
+        output = x.squeeze(1) if x.ndim == 4 else x
+        return projection.write(output, point(projection.read(output))).reshape(x.shape)
 
     return Step([point], apply)
 
@@ -171,8 +191,8 @@ def normalization(scale_point: LazyHookPoint, normalized_point: LazyHookPoint) -
     """
 
     def apply(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-        x = inputs[0].float()
-        gain, centred, eps = _norm_arithmetic(module, x.shape[-1], out)
+        x = inputs[0].float().reshape(out.shape)
+        gain, centred, eps = norm_arithmetic(module, x.shape[-1], out)
         if centred:
             x = x - x.mean(-1, keepdim=True)
         scale = (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
@@ -184,7 +204,7 @@ def normalization(scale_point: LazyHookPoint, normalized_point: LazyHookPoint) -
 
 
 @torch.no_grad()
-def _norm_arithmetic(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor, bool, float]:
+def norm_arithmetic(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor, bool, float]:
     """What a norm multiplies the normalized vector by, whether it subtracts the mean first, and its epsilon.
 
     Classes disagree on whether the weight is stored less one, so the norm is asked: its response to a vector
@@ -211,8 +231,10 @@ def _norm_arithmetic(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor,
     return gain[0, 0], centred, eps
 
 
-def head_results(point: LazyHookPoint, d_head: int) -> Step:
-    """hook_result: what each head adds to the attention output, z_h W_O[h], as [..., head, d_model].
+def head_results(
+    point: LazyHookPoint, d_head: int, scale: Callable[[], Tensor | float | None] = lambda: None
+) -> Step:
+    """hook_result: what each head adds to the attention output, z_h W_O[h] times `scale`, as [..., head, d_model].
 
     As with the norms, the module's own output is kept and the change of the sum over heads is added.
     """
@@ -220,9 +242,11 @@ def head_results(point: LazyHookPoint, d_head: int) -> Step:
     def apply(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
         z = inputs[0].unflatten(-1, (-1, d_head))
         w_o = module.get_parameter("weight").T.unflatten(0, (-1, d_head))
-        result = torch.einsum("...hd,hdm->...hm", z, w_o)
+        factor = scale()
+        factor = 1.0 if factor is None else factor
+        result = torch.einsum("...hd,hdm->...hm", z, w_o) * factor
         clean = result.sum(-2)
-        return out + (point(result).sum(-2) - clean)
+        return out + (point(result).sum(-2) - clean) / factor
 
     return Step([point], apply)
 

@@ -303,6 +303,35 @@ class TokenMap:
             box=(left, top, right, bottom),
         )
 
+    def labels(self, example: int = 0) -> list[str | None]:
+        """A name for every visual position of an example, None at text and padding.
+
+        "<img0 r2c3>" is row 2, column 3 of image 0; "<img0 t1 r2c3>" of its tile 1, where an image has several;
+        "<img0 t1 q5>" the tile's query 5; "<img0 sep>" a learnt separator.
+
+        >>> text_only_map(torch.tensor([[1, 1]]), torch.tensor([[False, True]])).labels()
+        [None, None]
+        """
+        self._check_example(example)
+        columns = (self.image, self.tile, self.row, self.col)
+        places = zip(*(column[example].tolist() for column in columns), strict=True)
+        tiled = [bool((grid.tile > WHOLE_IMAGE_TILE).any()) for grid in self.grids[example]]
+        n_queries: dict[tuple[int, int], int] = {}
+        names: list[str | None] = []
+        for image, tile, row, col in places:
+            prefix = f"img{image} t{tile}" if image >= 0 and tiled[image] else f"img{image}"
+            if image == NO_PATCH:
+                names.append(None)
+            elif row != NO_PATCH:
+                names.append(f"<{prefix} r{row}c{col}>")
+            elif tile == NO_PATCH:
+                names.append(f"<img{image} sep>")
+            else:
+                number = n_queries.get((image, tile), 0)
+                n_queries[image, tile] = number + 1
+                names.append(f"<{prefix} q{number}>")
+        return names
+
     def to_pandas(self) -> pd.DataFrame:
         """One row per example and position: the arrays of the map as columns."""
         batch, length = self.image.shape

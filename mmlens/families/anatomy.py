@@ -57,8 +57,13 @@ ROLES: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp", "feed_forward", "ffn"),
     "mlp_in": ("fc1",),
     "mlp_out": ("fc2",),
-    "attention_scale": ("residual_multiplier", "lambda_1"),
-    "mlp_scale": ("residual_multiplier", "lambda_2"),
+    "attention_scale": (
+        "residual_multiplier",
+        "lambda_1",
+        "tanh cross_attn_attn_gate",
+        "tanh alpha_cross_attn",
+    ),
+    "mlp_scale": ("residual_multiplier", "lambda_2", "tanh cross_attn_mlp_gate", "tanh alpha_dense"),
 }
 """Parts of a layer by the names they go by; the first that is there counts."""
 
@@ -75,6 +80,7 @@ ATTENTION_ROLES: dict[str, tuple[str, ...]] = {
 Roles = Mapping[str, tuple[str, ...]]
 Names = Mapping[str, str | None]
 
+_TANH = "tanh "
 _LAYER_NORMS_AROUND_MLP = "post_feedforward_layernorm"
 """Where a layer has this, its post_attention_layernorm closes attention; elsewhere it opens the MLP."""
 
@@ -172,6 +178,8 @@ class Anatomy:
     """Where everything is."""
 
     language: list[LayerParts]
+    unread: list[nn.Module]
+    """Vision layers behind the one that the features are taken from: they reach no logit."""
     stacks: dict[str, list[LayerParts]]
     """Prefix of the hook points -> layers; the vision tower's is "vision."."""
     final_norm: nn.Module | None
@@ -186,28 +194,30 @@ def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
     """The model's parts. Raises AnatomyError, naming the part, where a needed one is not found."""
     decoder = model.get_decoder()
     inside = {id(module) for module in decoder.modules()}
-    language = _layers(model, family.language, decoder, exclude=set())
-    if language is None:
+    path, layers = _layers(model, family.language, decoder, exclude=set())
+    if layers is None:
         raise AnatomyError(f"{type(decoder).__name__} holds no list of decoder layers")
-    stacks = {}
-    if family.vision is not None:
-        tower = _layers(model, family.vision, model, exclude=inside)
-        if tower is not None:
-            stacks["vision."] = [
-                layer_parts(layer, family.vision) for layer in tower[: _n_read(model, family, len(tower))]
-            ]
-    for prefix, stack in family.more_stacks.items():
-        stacks[prefix] = [layer_parts(layer, stack) for layer in _submodule(model, stack.layers or "")]
-    deep = family.deep_injection
-    parts = [layer_parts(layer, family.language) for layer in language]
-    if not any(layer.attention for layer in parts):
+    language = [layer_parts(layer, family.language) for layer in layers]
+    if not any(layer.attention for layer in language):
         raise AnatomyError(
             f"no layer of {type(decoder).__name__} has attention that goes through transformers' attention interface"
         )
+    stacks: dict[str, list[LayerParts]] = {}
+    unread: list[nn.Module] = []
+    if family.vision is not None:
+        _, tower = _layers(model, family.vision, model, exclude=inside)
+        if tower is not None:
+            n_read = _n_read(model, family, len(tower))
+            stacks["vision."] = [layer_parts(layer, family.vision) for layer in tower[:n_read]]
+            unread = list(tower[n_read:])
+    for prefix, stack in family.more_stacks.items():
+        stacks[prefix] = [layer_parts(layer, stack) for layer in _all_at(model, stack.layers or "")]
+    deep = family.deep_injection
     return Anatomy(
-        language=parts,
+        language=language,
+        unread=unread,
         stacks=stacks,
-        final_norm=_final_norm(model, family.language, decoder),
+        final_norm=_final_norm(model, family.language, path),
         vision_norm=_own(_submodule(model, family.vision.norm))
         if family.vision and family.vision.norm
         else None,
@@ -230,7 +240,9 @@ def layer_parts(layer: nn.Module, stack: Stack) -> LayerParts:
         return _part(layer, role, ROLES, names)
 
     mixer = part("attention")
-    attention = attention_parts(mixer, names) if mixer is not None and reaches_interface(mixer) else None
+    attention = None
+    if mixer is not None and reaches_interface(mixer):
+        attention = attention_parts(mixer, names, _attribute(layer, names.get("layer_out")))
     mixer = mixer if mixer is not None else part("mixer")
     mlp = part("mlp")
     mlp_in, mlp_out = (mlp, mlp) if mlp is not None else (part("mlp_in"), part("mlp_out"))
@@ -247,11 +259,15 @@ def layer_parts(layer: nn.Module, stack: Stack) -> LayerParts:
         post_norm2=post_norm2,
         mlp_in=mlp_in,
         mlp_out=mlp_out,
-        attention_output=_own(post_norm1) or _own(_attribute(layer, names.get("attention_output"))) or mixer,
+        attention_output=part("attention_output")
+        if "attention_output" in names
+        else _own(post_norm1) or mixer,
         mlp_output=_own(post_norm2) or mlp_out,
         attention_scale=_name(layer, "attention_scale", ROLES, names),
         mlp_scale=_name(layer, "mlp_scale", ROLES, names),
-        cross_attention=None if cross is None else attention_parts(cross, names),
+        cross_attention=None
+        if cross is None
+        else attention_parts(cross, names, _attribute(layer, names.get("layer_cross_out"))),
         # Where both branches read one norm's output (parallel attention and MLP), nothing stands between them.
         has_resid_mid=mlp_in is not None
         and mixer is not None
@@ -260,13 +276,13 @@ def layer_parts(layer: nn.Module, stack: Stack) -> LayerParts:
     )
 
 
-def attention_parts(module: nn.Module, names: Mapping[str, str | None]) -> AttentionParts:
-    """Heads, sizes and projections of an attention module."""
+def attention_parts(module: nn.Module, names: Names, out: nn.Module | None = None) -> AttentionParts:
+    """Heads, sizes and projections of an attention module; `out` is given where it stands outside the module."""
 
     def part(role: str) -> Any:
         return _part(module, role, ATTENTION_ROLES, names)
 
-    out = part("out")
+    out = part("out") if out is None else out
     if out is None:
         raise AnatomyError(f"{type(module).__name__} has no output projection among {ATTENTION_ROLES['out']}")
     n_heads = _n_heads(module)
@@ -300,15 +316,15 @@ def attention_parts(module: nn.Module, names: Mapping[str, str | None]) -> Atten
 
 def reaches_interface(module: nn.Module) -> bool:
     """Whether the module's own forward asks transformers' attention interface for its function."""
-    return "get_interface" in inspect.unwrap(type(module).forward).__code__.co_names
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
 
 
 def scale_of(layer: nn.Module, name: str | None) -> Tensor | float | None:
-    """What a branch's output is multiplied by before it enters the stream; "tanh " before a name applies it."""
+    """What a branch's output is multiplied by before it enters the stream; "tanh " before a name applies tanh."""
     if name is None:
         return None
-    value = _attribute(layer, name.removeprefix("tanh "))
-    return value.tanh() if name.startswith("tanh ") else value
+    value = _attribute(layer, name)
+    return value.tanh() if name.startswith(_TANH) else value
 
 
 # ---------------------------------------------------------------------- looking
@@ -323,8 +339,17 @@ def _submodule(root: nn.Module, path: str) -> Any:
         ) from error
 
 
+def _all_at(root: nn.Module, path: str) -> list[nn.Module]:
+    """The layers at a path in which * stands for every module of a list."""
+    before, star, after = path.partition(".*.")
+    if star:
+        return [layer for owner in _submodule(root, before) for layer in _all_at(owner, after)]
+    found = _submodule(root, path)
+    return list(found) if isinstance(found, nn.ModuleList) else [found]
+
+
 def _attribute(root: Any, path: str | None) -> Any:
-    for name in path.split(".") if path else ():
+    for name in path.removeprefix(_TANH).split(".") if path else ():
         root = getattr(root, name, None)
     return root if path else None
 
@@ -332,7 +357,7 @@ def _attribute(root: Any, path: str | None) -> Any:
 def _name(root: nn.Module, role: str, roles: Roles, names: Names) -> str | None:
     if role in names:
         return names[role]
-    return next((name for name in roles[role] if getattr(root, name, None) is not None), None)
+    return next((name for name in roles[role] if _attribute(root, name) is not None), None)
 
 
 def _part(root: nn.Module, role: str, roles: Roles, names: Names) -> Any:
@@ -395,27 +420,27 @@ def _attends(layer: nn.Module) -> bool:
     )
 
 
-def _layers(model: PreTrainedModel, stack: Stack, root: nn.Module, exclude: set[int]) -> Any:
+def _layers(
+    model: PreTrainedModel, stack: Stack, root: nn.Module, exclude: set[int]
+) -> tuple[str, nn.ModuleList | None]:
+    """The list of a stack's layers, and its path from the model."""
     if stack.layers is not None:
-        return _submodule(model, stack.layers)
+        return stack.layers, _submodule(model, stack.layers)
     for path, modules in _lists(root):
         if id(modules) in exclude or any(word in path for word in _NOT_VISION):
             continue
         if len(modules) and any(_attends(layer) for layer in modules):
-            return modules
-    return None
+            return next(name for name, module in model.named_modules() if module is modules), modules
+    return "", None
 
 
-def _final_norm(model: PreTrainedModel, stack: Stack, decoder: nn.Module) -> nn.Module | None:
+def _final_norm(model: PreTrainedModel, stack: Stack, layers: str) -> nn.Module | None:
+    """The norm that stands beside the list of layers."""
     if stack.norm is not None:
         return _submodule(model, stack.norm)
-    owners = [decoder, *(module for _, module in decoder.named_children())]
-    for owner in owners:
-        for name in _STREAM_NORMS:
-            found = getattr(owner, name, None)
-            if isinstance(found, nn.Module):
-                return found
-    return None
+    owner = _submodule(model, layers.rpartition(".")[0])
+    found = (getattr(owner, name, None) for name in _STREAM_NORMS)
+    return next((norm for norm in found if isinstance(norm, nn.Module)), None)
 
 
 def _projector(model: PreTrainedModel, family: Family, inside_decoder: set[int]) -> nn.Module | None:

@@ -3,30 +3,111 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from mmlens.families.layouts import (
     anyres,
     block_grid,
+    corner_grid,
     fixed_grid,
     framed_grid,
+    overlapping_crops,
     padded_grid,
     pooled_grid,
     queries,
     resized_grid,
+    sliced,
     stretched,
+    strided_grid,
     thumbnail_first,
     tiles,
+    visual_codes,
 )
 from mmlens.families.record import DeepInjection, Family, Stack
 from mmlens.families.refused import REFUSED
 from mmlens.hook_names import unknown_name_message
 
 
-def _deepstack(mergers: str) -> DeepInjection:
+def _deepstack(mergers: str = "model.visual.deepstack_merger_list") -> DeepInjection:
     """Qwen3-VL's: one merger for each of the first language layers."""
     return DeepInjection(
         after=lambda config: list(range(len(config.vision_config.deepstack_visual_indexes))), mergers=mergers
     )
+
+
+def _q_former(layers: str) -> Stack:
+    """The transformer that turns an image into a few learnt queries."""
+    return Stack(
+        layers,
+        names={
+            "attention": "attention.attention",
+            "layer_out": "attention.output.dense",
+            "attention_output": None,
+            "cross_attention": "crossattention.attention",
+            "layer_cross_out": "crossattention.output.dense",
+        },
+    )
+
+
+_Q_FORMER = {"qformer.": _q_former("qformer.encoder.layer")}
+_GLM_TOWER = Stack(norm="model.visual.post_layernorm")
+_SIGLIP_OF_DEEPSEEK = Stack("model.vision_model.encoder.layers", norm="model.vision_model.post_layernorm")
+
+
+def _granite_injects(config: Any) -> list[int]:
+    """Granite adds features before a layer; before the first one they are part of hook_embed."""
+    before = [layer for _, layer in config.deepstack_layer_map] + list(config.spatial_target_layers or [])
+    return sorted(layer - 1 for layer in before if layer > 0)
+
+
+# What is missing, and why: shared by the families that have the same kind of layer.
+
+
+def _hybrid(kind: str) -> dict[str, str]:
+    why = f"its {kind} layers have no softmax attention"
+    return {"blocks.{l}.attn.*": why, "blocks.{l}.image.hook_z": why}
+
+
+_ONE_NORM = "attention and MLP run in parallel on one norm's output"
+_PARALLEL = {
+    "blocks.{l}.hook_resid_mid": _ONE_NORM,
+    "blocks.{l}.image.hook_resid_mid": _ONE_NORM,
+    "blocks.{l}.hook_mlp_in": _ONE_NORM,
+    "blocks.{l}.ln2.*": _ONE_NORM,
+}
+_POST_NORM = "attention and MLP read the stream itself; the norms stand behind them"
+_NO_NORM_BEFORE = {
+    "blocks.{l}.hook_attn_in": _POST_NORM,
+    "blocks.{l}.ln1.*": _POST_NORM,
+    "blocks.{l}.ln2.*": _POST_NORM,
+}
+_MIXED = "attention and MLP read a learnt mixture of several streams"
+_HYPER_CONNECTIONS = {
+    "blocks.{l}.hook_attn_in": _MIXED,
+    "blocks.{l}.hook_resid_mid": _MIXED,
+    "blocks.{l}.image.hook_resid_mid": _MIXED,
+    "blocks.{l}.hook_mlp_in": _MIXED,
+    "blocks.{l}.ln1.*": _MIXED,
+    "blocks.{l}.ln2.*": _MIXED,
+}
+_ALONE = "each of its layers is one norm and one mixer, MLPs included"
+_ONE_BRANCH = {
+    "blocks.{l}.hook_resid_mid": _ALONE,
+    "blocks.{l}.image.hook_resid_mid": _ALONE,
+    "blocks.{l}.hook_mlp_in": _ALONE,
+    "blocks.{l}.hook_mlp_out": _ALONE,
+    "blocks.{l}.image.hook_mlp_out": _ALONE,
+    "blocks.{l}.ln2.*": _ALONE,
+}
+
+
+def _no_tower(what: str) -> dict[str, str]:
+    return {"vision.*": f"its vision side is {what}"}
+
+
+_CROSS_ATTENTION = "cross-attention reads the images: no position of the prompt is one"
+_NO_IMAGE_POSITIONS = {"image.*": _CROSS_ATTENTION, "blocks.{l}.image.*": _CROSS_ATTENTION}
+_NO_FINAL_NORM = {"ln_final.*": "the last step of its language model is no single norm"}
 
 
 FAMILIES: dict[str, Family] = {
@@ -38,60 +119,121 @@ FAMILIES: dict[str, Family] = {
         Family(
             "qwen3_vl",
             layout=block_grid.qwen,
-            deep_injection=_deepstack("model.visual.deepstack_merger_list"),
+            deep_injection=_deepstack(),
         ),
         Family("internvl", layout=tiles.internvl, vision=Stack(norm="model.vision_tower.layernorm")),
         Family("idefics3", layout=tiles.idefics3, vision=Stack(norm="model.vision_model.post_layernorm")),
         Family("smolvlm", layout=tiles.idefics3, vision=Stack(norm="model.vision_model.post_layernorm")),
         # llava_like
-        Family("vipllava", layout=fixed_grid.llava),
+        Family("vipllava", layout=fixed_grid.llava, feature_layer="vision_feature_layers"),
         Family("video_llava", layout=fixed_grid.llava),
         Family("llava_next", layout=anyres.llava_next),
         Family("llava_next_video", layout=anyres.llava_next),
-        Family("granite4_vision", layout=anyres.llava_next),
-        Family("fast_vlm", layout=fixed_grid.llava),
-        Family("deepseek_vl", layout=fixed_grid.deepseek),
-        Family("deepseek_vl_hybrid", layout=fixed_grid.deepseek),
-        Family("janus", layout=fixed_grid.deepseek),
-        Family("perception_lm", layout=thumbnail_first.perception),
-        Family("pixtral", layout=resized_grid.pixtral),
+        Family(
+            "granite4_vision",
+            layout=anyres.llava_next,
+            more_stacks={
+                "qformer.": _q_former("model.layerwise_projectors.*.qformer.encoder.layer"),
+                "qformer.spatial.": _q_former("model.spatial_projectors.*.qformer.encoder.layer"),
+            },
+            projector="",
+            deep_injection=DeepInjection(after=_granite_injects, mergers="model.layerwise_projectors"),
+            missing={"projector.*": "each deep injection has a projector of its own: vision.deepstack.*"},
+        ),
+        Family(
+            "fast_vlm", layout=fixed_grid.llava, vision=None, missing=_no_tower("a timm convolutional net")
+        ),
+        Family("deepseek_vl", layout=fixed_grid.deepseek, vision=_SIGLIP_OF_DEEPSEEK),
+        Family(
+            "deepseek_vl_hybrid",
+            layout=fixed_grid.deepseek,
+            vision=_SIGLIP_OF_DEEPSEEK,
+            more_stacks={"vision.high_res.": Stack("model.high_res_vision_model.vision_encoder.layers")},
+        ),
+        Family("janus", layout=fixed_grid.deepseek, vision=_SIGLIP_OF_DEEPSEEK),
+        Family(
+            "perception_lm",
+            layout=thumbnail_first.perception,
+            vision=None,
+            missing=_no_tower("a timm transformer with attention of its own"),
+        ),
         Family("mistral3", layout=resized_grid.pixtral),
         Family("lighton_ocr", layout=resized_grid.pixtral),
         Family("mistral_large4", layout=resized_grid.pixtral),
         # qwen_like
         Family("qwen2_vl", layout=block_grid.qwen),
-        Family("exaone4_5", layout=block_grid.qwen),
+        Family("exaone4_5", layout=block_grid.qwen, missing=_NO_NORM_BEFORE),
         Family("hyperclovax_vision_v2", layout=block_grid.qwen),
         Family("qwen2_5_omni_thinker", layout=block_grid.qwen),
-        Family("qwen3_vl_moe", layout=block_grid.qwen),
-        Family("cosmos3_omni", layout=block_grid.qwen),
-        Family("cohere_compass", layout=block_grid.qwen),
-        Family("qwen3_omni_moe_thinker", layout=block_grid.qwen),
-        Family("qwen3_5", layout=block_grid.qwen),
-        Family("qwen3_5_moe", layout=block_grid.qwen),
-        Family("qwen4_exp", layout=block_grid.qwen),
-        Family("video_llama_3", layout=block_grid.qwen),
-        Family("cosmos3_edge", layout=block_grid.qwen),
+        Family("qwen3_vl_moe", layout=block_grid.qwen, deep_injection=_deepstack()),
+        Family("cosmos3_omni", layout=block_grid.qwen, deep_injection=_deepstack()),
+        Family("cohere_compass", layout=block_grid.qwen, deep_injection=_deepstack(), missing=_PARALLEL),
+        Family(
+            "qwen3_omni_moe_thinker",
+            layout=block_grid.qwen,
+            deep_injection=_deepstack("model.visual.merger_list"),
+        ),
+        Family("qwen3_5", layout=block_grid.qwen, missing=_hybrid("gated delta net")),
+        Family("qwen3_5_moe", layout=block_grid.qwen, missing=_hybrid("gated delta net")),
+        Family(
+            "qwen4_exp",
+            layout=block_grid.qwen,
+            language=Stack(names={"resid_mid": None}, norm="model.language_model.hyper_connection_mixer"),
+            stream="[batch, pos, streams * d_model]",
+            adds=False,
+            missing={**_hybrid("gated delta net"), **_HYPER_CONNECTIONS, **_NO_FINAL_NORM},
+        ),
+        Family(
+            "video_llama_3",
+            layout=block_grid.qwen,
+            vision=Stack(norm="model.vision_model.post_layernorm"),
+        ),
+        Family("cosmos3_edge", layout=block_grid.qwen, vision=Stack(norm="model.visual.post_layernorm")),
         Family("minimax_m3_vl", layout=block_grid.qwen),
         # glm_like
-        Family("glm4v", layout=block_grid.qwen),
-        Family("glm46v", layout=block_grid.qwen),
-        Family("glmga", layout=block_grid.qwen),
-        Family("glm_ocr", layout=block_grid.qwen),
-        Family("glm4v_moe", layout=block_grid.qwen),
-        Family("glm5_next", layout=padded_grid.glm),
-        Family("paddleocr_vl", layout=block_grid.qwen),
-        Family("ernie4_5_vl_moe", layout=block_grid.qwen),
+        Family("glm4v", layout=block_grid.qwen, vision=_GLM_TOWER),
+        Family("glm46v", layout=block_grid.qwen, vision=_GLM_TOWER),
+        Family("glmga", layout=block_grid.qwen, vision=_GLM_TOWER),
+        Family("glm_ocr", layout=block_grid.qwen, vision=_GLM_TOWER),
+        Family("glm4v_moe", layout=block_grid.qwen, vision=_GLM_TOWER),
+        Family(
+            "glm5_next",
+            layout=padded_grid.glm,
+            language=Stack(names={"resid_mid": None}),
+            vision=_GLM_TOWER,
+            stream="[batch, pos, streams, d_model]",
+            adds=False,
+            missing={**_hybrid("linear attention"), **_HYPER_CONNECTIONS},
+        ),
+        Family(
+            "paddleocr_vl",
+            layout=block_grid.qwen,
+            vision=Stack(norm="model.visual.vision_model.post_layernorm"),
+        ),
+        Family("ernie4_5_vl_moe", layout=block_grid.qwen, vision=Stack(norm="model.vision_tower.ln")),
         Family("hunyuan_vl", layout=framed_grid.hunyuan),
-        Family("kimi_k25", layout=padded_grid.kimi),
-        Family("muse_glimmer", layout=block_grid.qwen),
-        Family("muse_spark", layout=block_grid.qwen),
-        Family("dots3_note", layout=block_grid.qwen),
-        Family("nemotron_h_omni", layout=block_grid.nemotron),
+        Family("kimi_k25", layout=padded_grid.kimi, vision=Stack(norm="model.vision_tower.final_layernorm")),
+        Family("muse_glimmer", layout=block_grid.qwen, vision=Stack(norm="model.vision_tower.ln_post")),
+        Family(
+            "muse_spark",
+            layout=block_grid.qwen,
+            vision=Stack(norm="model.vision_tower.ln_post"),
+            # Learnt gates weigh the stream and what is added to it.
+            adds=False,
+        ),
+        Family("dots3_note", layout=block_grid.qwen, vision=Stack(norm="model.vision_tower.norm")),
+        Family(
+            "nemotron_h_omni",
+            layout=block_grid.nemotron,
+            missing={**_hybrid("Mamba, MLP and expert"), **_ONE_BRANCH},
+        ),
         # pooled
         Family("gemma3", layout=stretched.gemma3),
         Family("shieldgemma2", layout=stretched.gemma3),
-        Family("gemma3n"),
+        Family(
+            "gemma3n",
+            no_layout="the strided convolutions of its tower mix far beyond a token's cell, and lean to one side",
+        ),
         Family("gemma4", layout=pooled_grid.gemma4),
         Family("gemma4_unified", layout=pooled_grid.gemma4_unified),
         Family("paligemma", layout=stretched.paligemma),
@@ -105,34 +247,73 @@ FAMILIES: dict[str, Family] = {
         Family("idefics2", layout=queries.idefics2),
         Family("granite_docling", layout=tiles.granite_docling),
         # ocr_and_others
-        Family("got_ocr2"),
-        Family("pp_chart2table"),
-        Family("chameleon"),
-        Family("emu3"),
-        Family("fuyu"),
-        Family("molmo2"),
-        Family("minicpmv4_6"),
-        Family("minicpmv4_7"),
-        Family("minicpm_ocr"),
-        Family("step3p7"),
-        Family("deepseek_ocr2"),
-        Family("unlimited_ocr"),
-        Family("aria"),
-        Family("inkling2"),
-        Family("inkling_mm_model"),
+        Family("got_ocr2", layout=strided_grid.got_ocr2),
+        Family("pp_chart2table", layout=strided_grid.pp_chart2table),
+        Family("chameleon", layout=visual_codes.chameleon),
+        Family("emu3", layout=visual_codes.emu3),
+        Family("fuyu", layout=corner_grid.fuyu),
+        Family("molmo2", layout=overlapping_crops.molmo2),
+        Family("minicpmv4_6", layout=sliced.minicpm),
+        Family("minicpmv4_7", layout=sliced.minicpm),
+        Family("minicpm_ocr", layout=sliced.minicpm),
+        Family("step3p7", layout=strided_grid.step3p7),
+        Family("deepseek_ocr2", layout=queries.deepseek_ocr2),
+        Family("unlimited_ocr", layout=strided_grid.unlimited_ocr),
+        Family("aria", layout=queries.aria),
+        Family("inkling2", layout=corner_grid.inkling2),
+        Family("inkling_mm_model", layout=corner_grid.inkling),
         # queries_and_cross
-        Family("blip-2", layout=queries.per_image("num_query_tokens")),
-        Family("instructblip", layout=queries.per_image("num_query_tokens")),
+        Family(
+            "blip-2",
+            layout=queries.per_image("num_query_tokens"),
+            vision=Stack(norm="vision_model.post_layernorm", norm_pools=True),
+            more_stacks=_Q_FORMER,
+        ),
+        Family(
+            "instructblip",
+            layout=queries.per_image("num_query_tokens"),
+            vision=Stack(norm="vision_model.post_layernorm", norm_pools=True),
+            more_stacks=_Q_FORMER,
+        ),
         # The frames of a clip are its images.
         Family(
             "instructblipvideo",
             layout=queries.per_image("num_query_tokens"),
+            vision=Stack(norm="vision_model.post_layernorm", norm_pools=True),
+            more_stacks=_Q_FORMER,
             image_token="video_token_index",
         ),
-        # Cross-attention reads their images: no position of the prompt is one.
-        Family("mllama"),
-        Family("idefics"),
-        Family("kosmos-2", layout=queries.per_image("num_image_tokens")),
+        Family(
+            "mllama",
+            no_layout=_CROSS_ATTENTION,
+            more_stacks={
+                "vision.global.": Stack(
+                    "model.vision_model.global_transformer.layers",
+                    names={"attention_scale": "tanh gate_attn", "mlp_scale": "tanh gate_ffn"},
+                )
+            },
+            image_token="",
+            # The MLP of a cross-attention layer is dropped at positions that see no image.
+            adds=False,
+            missing=_NO_IMAGE_POSITIONS,
+        ),
+        Family(
+            "idefics",
+            no_layout=_CROSS_ATTENTION,
+            language=Stack("model.layers"),
+            vision=Stack("model.vision_model.encoder.layers"),
+            more_stacks={"cross.": Stack("model.gated_cross_attn_layers")},
+            projector="",
+            image_token="",
+            missing={**_NO_IMAGE_POSITIONS, "projector.*": "cross-attention reads the tower's output itself"},
+        ),
+        Family(
+            "kosmos-2",
+            layout=queries.per_image("num_image_tokens"),
+            vision=Stack(norm="vision_model.model.post_layernorm", norm_pools=True),
+            more_stacks={"resampler.": Stack("image_to_text_projection", names={"attention": "x_attn"})},
+            image_positions="image_embeds_position_mask",
+        ),
     )
 }
 

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, ImageProcessingMixin, ProcessorMixin
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    BatchFeature,
+    FuyuProcessor,
+    ImageProcessingMixin,
+    ProcessorMixin,
+)
+from transformers.image_utils import make_flat_list_of_images
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import is_torchvision_available
 
@@ -57,7 +69,9 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
         ) -> ProcessorMixin:
             at = order.index("video_processor")
             with_none = [*args[:at], None, *args[at:]]
-            return super().from_args_and_dict(with_none, {**processor_dict, "video_processor": None}, **kwargs)
+            return super().from_args_and_dict(
+                with_none, {**processor_dict, "video_processor": None}, **kwargs
+            )
 
         # SmolVLM's own asks the video half for its frame rate, whatever the messages hold.
         apply_chat_template = ProcessorMixin.apply_chat_template
@@ -87,14 +101,96 @@ def pixtral_processor() -> type[ProcessorMixin]:
 def _processor_class(name_or_path: str | Path, **hub_options: Any) -> type[ProcessorMixin]:
     """The family's processor, or the one that the files name where the family has none of its own (GLM-OCR)."""
     config_class = type(AutoConfig.from_pretrained(name_or_path, **hub_options))
-    if config_class in PROCESSOR_MAPPING:
-        return PROCESSOR_MAPPING[config_class]
     named, _ = ProcessorMixin.get_processor_dict(name_or_path, **hub_options)
+    of_family = PROCESSOR_MAPPING.get(config_class, None)
+    if "PixtralProcessor" in (named.get("processor_class"), getattr(of_family, "__name__", None)):
+        # Pixtral-12B's family is LLaVA, whose processor is another.
+        return pixtral_processor()
+    if of_family is not None:
+        return of_family
     if "processor_class" not in named:
         named, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_options)
     if "processor_class" not in named:
-        raise ValueError(f"no file of {name_or_path} names its processor_class; transformers knows no other way")
+        raise ValueError(
+            f"no file of {name_or_path} names its processor_class; transformers knows no other way"
+        )
     return processor_class_from_name(named["processor_class"])
+
+
+def with_flat_images(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """The processor class that also takes a list of images for every prompt, as others do (GOT-OCR 2 refuses it)."""
+
+    class WithFlatImages(processor_class):
+        def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+            flat = images
+            if images is not None and any(isinstance(own, (list, tuple)) for own in images):
+                flat = [image for own in images for image in own]
+            # Its own reads these two without a default.
+            kwargs = {"format": False, "images_kwargs": {}, **kwargs}
+            return super().prepare_inputs_layout(images=flat, text=text, **kwargs)
+
+    return _named_as(processor_class, WithFlatImages)
+
+
+def with_placeholders(processor_class: type[FuyuProcessor]) -> type[FuyuProcessor]:
+    """FuyuProcessor for prompts that name their images themselves, in any number.
+
+    Its own writes the placeholder of one image in front of every prompt, and the token that begins the answer
+    behind it. Here the chat template writes both; "<0x04>" begins the answer.
+    """
+
+    class WithPlaceholders(processor_class):
+        def __init__(self, image_processor: Any, tokenizer: Any, chat_template: Any = None, **kwargs: Any):
+            super().__init__(image_processor, tokenizer, **kwargs)
+            self.chat_template = chat_template
+
+        def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+            # Its tokenizer pads on the left by itself; `image_patches`, the older name, is deprecated.
+            return super().__call__(images=images, text=text, return_legacy_image_output=False, **kwargs)
+
+        def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+            flat = None if images is None else make_flat_list_of_images([own for own in images if own])
+            return flat, [text] if isinstance(text, str) else list(text), None, None
+
+        def _process_images(
+            self, images: Any, return_legacy_image_output: bool = False, **kwargs: Any
+        ) -> tuple[dict[str, Any], list[str]]:
+            # Its own hands tensors to the PIL half, whose patchify_image takes arrays.
+            processed = self.image_processor(images, **{**kwargs, "return_tensors": None})
+            patch = self.image_processor.patch_size
+            edges = (patch["height"], patch["width"])
+            patches, replacements = [], []
+            for (image,), (height,), (width,) in zip(
+                processed["images"],
+                processed["image_unpadded_heights"],
+                processed["image_unpadded_widths"],
+                strict=True,
+            ):
+                rows, columns = (
+                    min(padded, math.ceil(length / edge) * edge) // edge
+                    for padded, length, edge in zip(image.shape[-2:], (height, width), edges, strict=True)
+                )
+                shown = image[..., : rows * edges[0], : columns * edges[1]]
+                patches.append(self.image_processor.patchify_image(image=shown, patch_size=patch))
+                replacements.append(
+                    self.replace_image_token({}, 0, num_patches=rows * columns, row_width=columns)
+                )
+            return {"pixel_values": torch.from_numpy(np.concatenate(patches))}, replacements
+
+    return _named_as(processor_class, WithPlaceholders)
+
+
+def _named_as(original: type[ProcessorMixin], changed: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """Saved folders name the original class."""
+    changed.__name__ = changed.__qualname__ = original.__name__
+    changed.__module__ = original.__module__
+    return changed
+
+
+_CALLED_IN_OTHER_WAYS: dict[str, Callable[[Any], type[ProcessorMixin]]] = {
+    "FuyuProcessor": with_placeholders,
+    "GotOcr2Processor": with_flat_images,
+}
 
 
 def load_processor(name_or_path: str | Path, **hub_options: Any) -> ProcessorMixin:
@@ -106,7 +202,14 @@ def load_processor(name_or_path: str | Path, **hub_options: Any) -> ProcessorMix
     processor_class = _processor_class(name_or_path, **hub_options)
     if "video_processor" in processor_class.get_attributes():
         processor_class = without_video(processor_class)
+    if processor_class.__name__ in _CALLED_IN_OTHER_WAYS:
+        processor_class = _CALLED_IN_OTHER_WAYS[processor_class.__name__](processor_class)
     processor = processor_class.from_pretrained(name_or_path, **hub_options)
+    if not hasattr(processor, "image_token") and not hasattr(processor, "image_token_id"):
+        # PP-Chart2Table's knows no image token; its chat template writes what the model looks for.
+        config = AutoConfig.from_pretrained(name_or_path, **hub_options)
+        if hasattr(config, "image_token_id"):
+            processor.image_token_id = config.image_token_id
     if is_torchvision_available():
         processor.image_processor = AutoImageProcessor.from_pretrained(
             name_or_path, backend="pil", **hub_options

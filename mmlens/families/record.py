@@ -24,6 +24,8 @@ class Stack:
     projections, where it has an uncommon name; None where the layer has no such part."""
     norm: str | None = None
     """Path from the model of the vision stack's last norm, where the features pass through it."""
+    norm_pools: bool = False
+    """Whether that norm runs a second time, on a pooled vector [image, d_vision] that no hook should see."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from tiny.first import IDEFICS_SIZE, INTERNVL_SIZE
 from torch import Tensor, nn
 
 from mmlens.families.catalog import family_of
-from mmlens.families.layouts import anyres, block_grid, fixed_grid, queries, tiles
+from mmlens.families.layouts import anyres, block_grid, fixed_grid, queries, tiles, visual_codes
 from mmlens.prompt import Prompt, make_prompt
 from mmlens.token_map import WHOLE_IMAGE_TILE, TokenMap, TokenMapError
 
@@ -33,12 +33,20 @@ LAID_OUT = tuple(
     name
     for name in FAMILIES
     if TINY[name].processor
-    and getattr(family_of(name).layout, "__module__", None) not in (None, queries.__name__)
+    and getattr(family_of(name).layout, "__module__", None)
+    not in (None, queries.__name__, visual_codes.__name__)
 )
-"""Families whose tokens show patches; test_queries.py has those of learnt queries."""
+"""Families whose tokens show patches; test_queries.py has those of learnt queries, test_visual_codes.py of codes."""
 
 
-NO_VISION_ATTENTION = ("gemma4_unified",)
+NO_VISION_ATTENTION = ("gemma4_unified", "fuyu", "inkling_mm_model")
+
+
+STEPS_OVER_PIXELS = ("molmo2",)
+"""Families that shrink images without antialiasing: a small region may fall between the pixels they read."""
+
+OWN_WINDOW = {"molmo2": ("model.multi_modal_projector.image_pooling_2d",)}
+"""Attention of a token to the patches that it pools, which is how it sees them."""
 
 
 class _Embedded(Exception):
@@ -59,15 +67,20 @@ def _ungated(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _keep_own_taps(model: nn.Module) -> None:
-    """Convolutions whose kernels overlap keep the taps of their own stride: outputs then part the input."""
+    """Convolutions whose kernels overlap keep the taps of their own stride: outputs then part the input.
+
+    Which taps those are is the convention of a grid of cells. The whole kernel reaches further, and an odd one
+    with a stride of 2 is centred on the first of its two pixels.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str):
             for axis, (size, stride, padding) in enumerate(
                 zip(module.kernel_size, module.stride, module.padding, strict=True), start=2
             ):
                 others = [tap for tap in range(size) if not padding <= tap < padding + stride]
-                module.weight.data.index_fill_(axis, torch.tensor(others, dtype=torch.long), 0)
-        elif "SqueezeExcite" in type(module).__name__:
+                kept = module.weight.data.index_fill(axis, torch.tensor(others, dtype=torch.long), 0)
+                module.weight.data = kept * (size / (size - len(others))) ** 0.5
+        elif type(module).__name__ in ("SEModule", "SqueezeExcite"):
             module.register_forward_hook(_ungated)
 
 
@@ -86,11 +99,13 @@ def _model_without_vision_attention(family: str) -> nn.Module:
     _keep_own_taps(model)
     n_zeroed = 0
     inside_decoder = {id(module) for module in decoder.modules()}
+    windows = [model.get_submodule(path) for path in OWN_WINDOW.get(family, ())]
     for module in model.modules():
-        if id(module) in inside_decoder or not type(module).__name__.endswith(("Attention", "AttentionRope", "ShortConv")):
+        mixes = type(module).__name__.endswith(("Attention", "Attention2d", "AttentionRope", "ShortConv"))
+        if id(module) in inside_decoder or not mixes or module in windows:
             continue
         # A module around attention may add the residual stream as well, which must stay.
-        if not any(type(part).__name__.endswith("Attention") for part in list(module.modules())[1:]):
+        if not any(type(part).__name__.endswith(("Attention", "Attention2d")) for part in list(module.modules())[1:]):
             module.register_forward_hook(zeroed)
             n_zeroed += 1
     assert n_zeroed >= 3 or family in NO_VISION_ATTENTION
@@ -107,7 +122,10 @@ def _embeddings(family: str, prompt: Prompt) -> Tensor:
     try:
         with torch.no_grad():
             # Llama 4's processor gives bfloat16.
-            inputs = {k: v.float() if v.is_floating_point() else v for k, v in prompt.inputs.items()}
+            inputs = {
+                k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
+                for k, v in prompt.inputs.items()
+            }
             _model_without_vision_attention(family)(**inputs)
     except _Embedded as reached:
         return reached.args[0]
@@ -145,7 +163,11 @@ def _margins(
     boxes = token_map.boxes[example]
     margins = []
     for axis in range(2):
-        scale = ((boxes[:, axis + 2] - boxes[:, axis]) / TINY[family].cell).clamp(min=1)
+        length = (boxes[:, axis + 2] - boxes[:, axis]).nan_to_num()
+        # A box at the image's edge may show less than a cell: the longest of its view tells the view's scale.
+        views = token_map.image[example] * 1000 + token_map.tile[example]
+        longest = torch.stack([length[views == view].max() for view in views])
+        scale = (longest / TINY[family].cell).clamp(min=1)
         if family in ("idefics3", "smolvlm"):
             # Lanczos, reach 3: to the longest edge, to whole tiles, and the global image once more.
             first = max(size) / processor.image_processor.size["longest_edge"]
@@ -195,6 +217,10 @@ def occlusion_trials(
         ).where(same_image & area, torch.tensor(False))
         inside = token_map.box(place.image, region, example=example)[example]
         if not torch.equal(reached, inside):
+            continue
+        shown_x = boxes[:, 2].clamp(max=region[2]) - boxes[:, 0].clamp(min=region[0])
+        shown_y = boxes[:, 3].clamp(max=region[3]) - boxes[:, 1].clamp(min=region[1])
+        if family in STEPS_OVER_PIXELS and bool(((shown_x < margin_x) | (shown_y < margin_y))[inside].any()):
             continue
         painted = [list(own) for own in images]
         painted[example][place.image] = _painted(image, region)

@@ -10,6 +10,7 @@ small and the tokenizer is a byte-level BPE trained on a few sentences, so nothi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,21 +55,34 @@ def tiny_config(family: str) -> Any:
 
 
 def tiny_model(
-    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """A random-weight model of the family: 3 decoder layers, 4 query heads on 2 KV heads, d_head 16.
 
-    A fresh one each call (a HookedVLM wraps in place); equal seeds give equal weights.
+    A fresh one each call (a HookedVLM wraps in place); equal seeds give equal weights. Its attention is SDPA
+    where transformers has that for the family.
     """
     model = AutoModelForImageTextToText.from_config(
-        tiny_config(family), attn_implementation=attn_implementation, dtype=torch.float32
+        tiny_config(family),
+        attn_implementation=attn_implementation or TINY[family].attention[0],
+        dtype=dtype,
     )
+    # What the family keeps in float32 stays so, as in from_pretrained.
+    kept = "|".join(model._keep_in_fp32_modules_strict or ())
+    for name, weight in model.named_parameters():
+        if kept and re.search(rf"(^|\.)({kept})(\.|$)", name):
+            weight.data = weight.data.float()
+    # model.to(dtype) in the end would make Llama 4's complex rotary frequencies real.
     redraw(model, seed)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             # As loading in this dtype would: some models read there what to cast pixels to.
             module.config.dtype = dtype
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 _QUESTIONS = ("What colour is the letter K?", "Where?", "Which page?")

@@ -52,6 +52,8 @@ class TinyFamily:
     """The attention implementations that transformers takes for this family."""
     generates: bool = True
     """False where the plain model cannot generate from the tiny inputs (say why beside it)."""
+    inert: tuple[str, ...] = ()
+    """Patterns of hook points whose edits cannot reach the logits by the family's own arithmetic (say why)."""
     differentiable: bool = True
     """False where no gradient reaches the vision tower's patterns (visual codes)."""
     sizes: tuple[tuple[int, int], ...] = ()

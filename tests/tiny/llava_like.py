@@ -149,7 +149,8 @@ def _mistral_large4_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
             # Fewer than a prompt has, so that the top-k mask cuts something away.
             index_topk=16,
             index_head_dim=16,
-            index_n_heads=2,
+            # Enough that no two keys tie at a score of 0, where the width of the padding would choose between them.
+            index_n_heads=8,
             # A dense layer and sparse ones, with and without RoPE, own and shared keys, own and shared top-k.
             no_rope_layers=[1, 0, 1, 0],
             kv_source_layers=[0, 1, 0, 1],
@@ -271,7 +272,7 @@ def _granite_processor(shared: dict[str, Any]) -> ProcessorMixin:
         ),
         patch_size=PATCH,
         vision_feature_select_strategy="full",
-        downsample_rate="1/2",
+        downsample_rate="2/4",
         **shared,
     )
 
@@ -304,7 +305,7 @@ def _granite_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
         "image_token_index": ids["image_token"],
         "image_grid_pinpoints": copy.deepcopy(GRANITE_PINPOINTS),
         "vision_feature_select_strategy": "full",
-        "downsample_rate": "1/2",
+        "downsample_rate": "2/4",
         "deepstack_layer_map": [[-2, 0]],
         "spatial_vision_layer": -1,
         "spatial_target_layers": [1, 2, 3, 4],

@@ -35,7 +35,7 @@ from transformers.models.pp_chart2table.image_processing_pil_pp_chart2table impo
 )
 from transformers.utils import is_torchvision_available
 
-from mmlens.families.processors import without_video
+from mmlens.families.processors import with_flat_images, with_placeholders, without_video
 from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, token_ids_of, tower
 
 _QUESTIONS = ((70, 71, 72, 73, 74, 75), (80, 81), (90, 91, 92, 93))
@@ -174,14 +174,12 @@ def _molmo2_inputs(n_images: Sequence[int]) -> dict[str, Tensor]:
 
 
 def _fuyu_processor(shared: dict[str, Any]) -> ProcessorMixin:
-    processor = FuyuProcessor(
+    return with_placeholders(FuyuProcessor)(
         image_processor=FuyuImageProcessorPil(
             size={"height": 6 * PATCH, "width": 8 * PATCH}, patch_size={"height": PATCH, "width": PATCH}
         ),
-        tokenizer=shared["tokenizer"],
+        **shared,
     )
-    processor.chat_template = shared["chat_template"]
-    return processor
 
 
 def _fuyu_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
@@ -195,21 +193,6 @@ def _fuyu_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
         qk_layernorm=True,
     )
     return {"text_config": text, "patch_size": PATCH, "image_token_id": ids["image_token"]}
-
-
-def _fuyu_inputs(n_images: Sequence[int]) -> dict[str, Tensor]:
-    """Rows of patches that end in a newline token (which is text), for any number of images in a prompt.
-
-    FuyuProcessor itself takes one image a prompt, writes its placeholder in front of the text, and gives neither
-    offsets nor padding on request.
-    """
-    shapes = [((2, 3), (3, 2), (1, 4), (2, 2))[i % 4] for i in range(sum(n_images))]
-    images = [(["image_token"] * columns + ["newline_token"]) * rows for rows, columns in shapes]
-    n_patches = sum(rows * columns for rows, columns in shapes)
-    return {
-        **_rows(lambda: _FUYU, _per_row(n_images, images)),
-        "pixel_values": _noise(n_patches, 3 * PATCH * PATCH),
-    }
 
 
 # ---------------------------------------------------------------------- chameleon
@@ -334,26 +317,20 @@ def _got_ocr2_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
 
 
 def _got_ocr2_processor(shared: dict[str, Any]) -> ProcessorMixin:
-    processor = GotOcr2Processor(
+    processor = with_flat_images(GotOcr2Processor)(
         image_processor=GotOcr2ImageProcessorPil(size={"height": GOT_SIZE, "width": GOT_SIZE}), **shared
     )
     processor.num_image_tokens = _GOT_SEQ_LEN
     return processor
 
 
-def _got_ocr2_inputs(n_images: Sequence[int]) -> dict[str, Tensor]:
-    """As its processor gives them for a flat list of images (it refuses a list for each prompt)."""
-    images = [["start_token", *["image_token"] * _GOT_SEQ_LEN, "end_token"] for _ in range(sum(n_images))]
-    return {
-        **_rows(lambda: _GOT_OCR2, _per_row(n_images, images)),
-        "pixel_values": _noise(sum(n_images), 3, GOT_SIZE, GOT_SIZE),
-    }
-
-
 def _pp_chart2table_processor(shared: dict[str, Any]) -> ProcessorMixin:
-    return PPChart2TableProcessor(
+    processor = PPChart2TableProcessor(
         image_processor=PPChart2TableImageProcessorPil(size={"height": GOT_SIZE, "width": GOT_SIZE}), **shared
     )
+    # It names no image token; load_processor takes the model's.
+    processor.image_token_id = shared["tokenizer"].image_token_id
+    return processor
 
 
 # ---------------------------------------------------------------------- minicpm
@@ -747,24 +724,6 @@ _MOLMO2 = TinyFamily(
     cell=2 * PATCH,
     reach=1,
 )
-_FUYU = TinyFamily(
-    "fuyu",
-    _fuyu_options,
-    special={"image_token": "|SPEAKER|", "newline_token": "|NEWLINE|"},
-    more_tokens=("<s>", "<0x04>"),
-    image_text="|SPEAKER|",
-    inputs=_fuyu_inputs,
-)
-_GOT_OCR2 = TinyFamily(
-    "got_ocr2",
-    _got_ocr2_options,
-    special={"image_token": "<imgpad>", "start_token": "<img>", "end_token": "</img>"},
-    image_text="<img><imgpad></img>\n",
-    processor=_got_ocr2_processor,
-    inputs=_got_ocr2_inputs,
-    cell=4 * PATCH,
-    exact_proof=False,
-)
 _MINICPM_OCR = TinyFamily(
     "minicpm_ocr",
     _minicpm_options("4x"),
@@ -782,7 +741,6 @@ _STEP3P7 = TinyFamily(
     processor=_with_torchvision(_step3p7_processor),
     inputs=_step3p7_inputs,
     cell=4 * PATCH,
-    exact_proof=False,
 )
 _UNLIMITED_OCR = TinyFamily(
     "unlimited_ocr",
@@ -792,7 +750,6 @@ _UNLIMITED_OCR = TinyFamily(
     processor=_with_torchvision(_unlimited_ocr_processor),
     inputs=_unlimited_ocr_inputs,
     cell=4 * PATCH,
-    exact_proof=False,
 )
 _INKLING2 = TinyFamily(
     "inkling2",
@@ -803,6 +760,7 @@ _INKLING2 = TinyFamily(
     inputs=_inkling2_inputs,
     cell=INKLING_CELL,
     reach=0,
+    attention=("eager",),
 )
 _INKLING = TinyFamily(
     "inkling_mm_model",
@@ -822,7 +780,16 @@ _INKLING = TinyFamily(
 
 FAMILIES: tuple[TinyFamily, ...] = (
     _MOLMO2,
-    _FUYU,
+    TinyFamily(
+        "fuyu",
+        _fuyu_options,
+        special={"image_token": "|SPEAKER|", "newline_token": "|NEWLINE|"},
+        more_tokens=("<s>", "<0x04>"),
+        image_text="|SPEAKER|",
+        processor=_fuyu_processor,
+        cell=PATCH,
+        reach=1,
+    ),
     TinyFamily(
         "chameleon",
         _chameleon_options,
@@ -832,9 +799,18 @@ FAMILIES: tuple[TinyFamily, ...] = (
         processor=_chameleon_processor,
         cell=4,
         reach=3,
-        exact_proof=False,
+        differentiable=False,
     ),
-    _GOT_OCR2,
+    TinyFamily(
+        "got_ocr2",
+        _got_ocr2_options,
+        special={"image_token": "<imgpad>", "start_token": "<img>", "end_token": "</img>"},
+        image_text="<img><imgpad></img>\n",
+        processor=_got_ocr2_processor,
+        cell=4 * PATCH,
+        # Its tower has an attention of its own, and transformers refuses the name.
+        attention=("eager",),
+    ),
     TinyFamily(
         "minicpmv4_6",
         _minicpm_options("16x"),
@@ -852,7 +828,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
         image_text="<image>",
         processor=_emu3_processor,
         cell=8,
-        exact_proof=False,
+        differentiable=False,
     ),
     TinyFamily(
         "deepseek_ocr2",
@@ -889,7 +865,8 @@ FAMILIES: tuple[TinyFamily, ...] = (
         image_text="<img>" + "<imgpad>" * _GOT_SEQ_LEN + "</img>\n",
         processor=_pp_chart2table_processor,
         cell=4 * PATCH,
-        exact_proof=False,
+        # Its tower has an attention of its own, and transformers refuses the name.
+        attention=("eager",),
     ),
     TinyFamily(
         "aria",

@@ -6,6 +6,7 @@ torchvision installed these families run through their real processor, without i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from transformers import (
     AyaVisionProcessor,
     Cohere2VisionProcessor,
+    Gemma3nAudioFeatureExtractor,
+    Gemma3nProcessor,
     Gemma3Processor,
     Gemma4AudioFeatureExtractor,
     Gemma4Processor,
@@ -36,7 +39,7 @@ from transformers.models.granite_docling.image_processing_pil_granite_docling im
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.utils import is_torchvision_available
+from transformers.utils import is_timm_available, is_torchvision_available
 
 from mmlens.families.processors import without_video
 from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, token_ids_of, tower
@@ -124,6 +127,14 @@ def _gemma3_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
     }
 
 
+def _shieldgemma2_inputs(n_images: Sequence[int]) -> dict[str, Tensor]:
+    """ShieldGemma2Processor writes the prompts itself, one image and one policy each; what it does with them is
+    Gemma3Processor's doing, which here takes prompts of any kind."""
+    import tiny
+
+    return tiny.tiny_inputs("gemma3", n_images)
+
+
 # ---------------------------------------------------------------------- gemma3n
 
 GEMMA3N_SPECIAL = {
@@ -132,6 +143,75 @@ GEMMA3N_SPECIAL = {
     "boa_token": "<start_of_audio>",
     "eoa_token": "<end_of_audio>",
 }
+
+
+GEMMA3N_SIDE = 64
+GEMMA3N_TOKENS = 4
+
+
+def _gemma3n_processor(shared: dict[str, Any]) -> ProcessorMixin:
+    return Gemma3nProcessor(
+        feature_extractor=Gemma3nAudioFeatureExtractor(),
+        image_processor=SiglipImageProcessorPil(size={"height": GEMMA3N_SIDE, "width": GEMMA3N_SIDE}),
+        image_seq_length=GEMMA3N_TOKENS,
+        **shared,
+    )
+
+
+def _gemma3n_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
+    from timm.models._efficientnet_builder import decode_arch_def
+
+    # The published tower's kinds of blocks, one or two of each: convolutions, then multi-query attention.
+    blocks = [
+        ["er_r1_k3_s2_e2_c16"],
+        ["uir_r1_a3_k5_s2_e2_c16"],
+        ["uir_r1_a5_k5_s2_e2_c32", "mqa_r1_k3_h4_v2_s1_d8_c32", "uir_r1_a0_k0_s1_e2_c32"],
+        ["uir_r1_a5_k5_s2_e2_c32", *["mqa_r1_k3_h4_s1_d8_c32"] * 2, "uir_r1_a0_k0_s1_e2_c32"],
+    ]
+    return {
+        "vision_config": {
+            "model_type": "gemma3n_vision",
+            "architecture": "mobilenetv5_300m_enc",
+            "model_args": {
+                "block_args": decode_arch_def(blocks),
+                "stem_size": 16,
+                "msfa_output_resolution": math.isqrt(GEMMA3N_TOKENS),
+            },
+            "vocab_size": 8,
+            "vocab_offset": vocab_size,
+        },
+        "audio_config": {
+            "model_type": "gemma3n_audio",
+            "vocab_size": 8,
+            "vocab_offset": vocab_size + 8,
+            "hidden_size": 32,
+            "conf_num_hidden_layers": 1,
+            "conf_num_attention_heads": 4,
+            "sscp_conv_channel_size": [8, 4],
+        },
+        # As in the published models: sparse first layers, the last ones read the keys and values of earlier ones.
+        "text_config": text_config(
+            "gemma3n_text",
+            vocab_size,
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            sliding_window=24,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=vocab_size,
+            altup_num_inputs=2,
+            laurel_rank=8,
+            activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+            pad_token_id=ids["pad"],
+        ),
+        "vision_soft_tokens_per_image": GEMMA3N_TOKENS,
+        "image_token_id": ids["image_token"],
+        "boi_token_id": ids["boi_token"],
+        "eoi_token_id": ids["eoi_token"],
+        "audio_token_id": ids["audio_token"],
+        "boa_token_id": ids["boa_token"],
+        "eoa_token_id": ids["eoa_token"],
+    }
 
 
 # ---------------------------------------------------------------------- gemma4, gemma4_unified
@@ -717,6 +797,16 @@ LFM2_VL = TinyFamily(
     cell=2 * PATCH,
 )
 
+GEMMA3N = TinyFamily(
+    "gemma3n",
+    _gemma3n_options,
+    special=GEMMA3N_SPECIAL,
+    image_text="<image_soft_token>",
+    processor=_gemma3n_processor,
+    cell=GEMMA3N_SIDE // math.isqrt(GEMMA3N_TOKENS),
+    exact_proof=False,
+)
+
 FAMILIES: tuple[TinyFamily, ...] = (
     TinyFamily(
         "gemma3",
@@ -805,5 +895,14 @@ FAMILIES: tuple[TinyFamily, ...] = (
         processor=_granite_docling_processor,
         cell=DOCLING_SCALE * PATCH,
     ),
+    TinyFamily(
+        "shieldgemma2",
+        _gemma3_options,
+        special=GEMMA3_SPECIAL,
+        image_text="<start_of_image>",
+        inputs=_shieldgemma2_inputs,
+    ),
     GEMMA4_UNIFIED,
+    # Its vision tower is timm's, which imports torchvision.
+    *((GEMMA3N,) if is_timm_available() and is_torchvision_available() else ()),
 )

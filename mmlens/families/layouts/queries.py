@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Layout, Size
+from mmlens.families.layouts.grids import Layout, Size, joined, separator
 from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
@@ -50,3 +51,30 @@ def idefics2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequen
     for each of its four quarters before it (tiles 1 to 4)."""
     quarters = (1, 2, 3, 4) if processor.image_processor.do_image_splitting else ()
     return [query_grid(size, processor.image_seq_len, (*quarters, WHOLE_IMAGE_TILE)) for size in sizes]
+
+
+def aria(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+    """Aria: as many queries for an image as size_conversion says for the edge of its view."""
+    if not sizes:
+        return []
+    if processor._merge_kwargs()["images_kwargs"].get("split_image"):
+        raise TokenMapError("split_image is not laid out for aria")
+    n_queries = processor.size_conversion[inputs["pixel_values"].shape[2]]
+    return [query_grid(size, n_queries) for size in sizes]
+
+
+def deepseek_ocr2(
+    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
+) -> list[ImageGrid]:
+    """DeepSeek-OCR 2: the queries of every crop (tiles 1..; none of small images), of the whole (tile 0), and a
+    learnt separator."""
+    image_processor = processor.image_processor
+    token = processor.patch_size * processor.downsample_ratio
+    n_whole, n_crop = (
+        math.ceil(edge / token) ** 2 for edge in (image_processor.size["height"], image_processor.tile_size)
+    )
+    grids = []
+    for size, n_crops in zip(sizes, np.asarray(inputs.get("num_local_patches", ())).tolist(), strict=True):
+        crops = [query_grid(size, n_crop, range(1, n_crops + 1))] if n_crops else []
+        grids.append(joined(size, [*crops, query_grid(size, n_whole), separator(size)]))
+    return grids

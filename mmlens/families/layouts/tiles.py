@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import ProcessorMixin
 from transformers.image_utils import SizeDict
@@ -106,6 +105,8 @@ def granite_docling(
 @visual_token(lambda processor: "<IMG_ATOM>")
 def ovis2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Ovis 2: a view of the whole image (tile 0), then the image stretched over a canvas of tiles (tiles 1..)."""
+    if not sizes:
+        return []
     option = image_options(processor)
     tile = square_edge(option("size"))
     side = grid_side(processor.image_seq_length, "image_seq_length")
@@ -115,14 +116,13 @@ def ovis2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[
     for size in sizes:
         across, down = 1, 1
         if option("crop_to_patches") and option("max_patches") > 1:
-            least_and_most = (1, option("max_patches"))
             if option("use_covering_area_grid"):
                 across, down = ovis2_images.get_min_tile_covering_grid(
-                    (size[1], size[0]), target_patch_size=tile, max_image_tiles=least_and_most[1]
+                    (size[1], size[0]), target_patch_size=tile, max_image_tiles=option("max_patches")
                 )
             else:
                 across, down = ovis2_images.get_optimal_tiled_canvas(
-                    (size[1], size[0]), (tile, tile), option("min_patches"), least_and_most[1]
+                    (size[1], size[0]), (tile, tile), option("min_patches"), option("max_patches")
                 )
         *tiles, whole = tiled(size, across, down, (tile, tile), side)
         grids.append(image_grid(size, [whole, *tiles]))
@@ -219,10 +219,7 @@ def _patched(
     """Tile `number` of a canvas over which the image was stretched, a token per `factor` x `factor` patches."""
     r, c = divmod(number or 0, across)
     columns, rows = (
-        # The last token of a row is narrower where the patches are not whole tokens.
-        pixels(
-            np.clip(cells(math.ceil(n / factor), factor), 0, n) + n * at, length / (n * tiles), limit=length
-        )
+        pixels(cells(n // factor, factor, start=n * at), length / (n * tiles), limit=length)
         for n, at, tiles, length in zip(reversed(patches), (c, r), (across, down), size, strict=True)
     )
     return (WHOLE_IMAGE_TILE if number is None else number + 1, columns, rows)

@@ -1,0 +1,230 @@
+"""ActivationCache for a model that sees images: TransformerLens' own, where visual positions need more.
+
+Three kinds of activations stand in one cache. Most of the language side is [batch, ...]; rows at visual positions
+(`blocks.{l}.image.*`, `hook_deepstack`) are packed over the batch; the vision tower and projector have images,
+tiles or patches first. Only the first kind has a batch axis.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.utilities import Slice
+
+from mmlens.taps import norm_arithmetic
+
+Labelled = Tensor | tuple[Tensor, list[str]]
+SliceLike = Slice | int | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
+"""What TransformerLens takes as a slice (its own alias is spelled in a deprecated way)."""
+
+
+class VLMActivationCache(ActivationCache):
+    """An ActivationCache that knows which positions of its run were visual.
+
+    `decompose_resid` and `get_full_resid_decomposition` also count what deep injection adds to the stream
+    ("0_deepstack", at the visual positions), and `stack_head_results` what a norm behind attention makes of each
+    head, so that the parts sum to the stream everywhere.
+    """
+
+    cache_dict: dict[str, Tensor]
+    has_batch_dim: bool
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        has_batch_dim: bool = True,
+        image_mask: Bool[Tensor, "batch pos"] | None = None,
+    ) -> None:
+        super().__init__(cache_dict, model, has_batch_dim)
+        self.image_mask = image_mask
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> VLMActivationCache:
+        """The same cache without the batch axis of its language side, changed in place.
+
+        Raises ValueError for a batch of more than one prompt.
+        """
+        if self.has_batch_dim:
+            self.cache_dict = without_batch_axis(self.cache_dict)
+            self.has_batch_dim = False
+        else:
+            logging.warning("Tried removing batch dimension after already having removed it.")
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: SliceLike) -> VLMActivationCache:
+        """The cache of some of the batch's prompts: their visual rows, and nothing of the vision side.
+
+        The vision side is left out because towers arrange images, tiles and patches each in their own way.
+        """
+        chosen = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        if chosen.mode == "empty":
+            return self
+        if not self.has_batch_dim:
+            raise ValueError("this cache has no batch axis to slice")
+        cache: dict[str, Tensor] = {}
+        if self.image_mask is not None:
+            batch = torch.arange(len(self.image_mask), device=self.image_mask.device)
+            # Packed rows are in batch-major order, whatever order the prompts are chosen in.
+            owner = batch[:, None].expand_as(self.image_mask)[self.image_mask]
+            kept = chosen.apply(batch).reshape(-1)
+            rows = torch.cat([torch.nonzero(owner == row).flatten() for row in kept])
+        for name, value in self.cache_dict.items():
+            if is_batched(name):
+                cache[name] = chosen.apply(value, dim=0)
+            elif is_packed(name):
+                cache[name] = value[rows.to(value.device)]
+        mask = None if self.image_mask is None else self.image_mask[kept]
+        return VLMActivationCache(cache, self.model, chosen.mode != "int", mask)
+
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False,
+        pos_slice: SliceLike = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Labelled:
+        """As in TransformerLens; behind the layers come the deep injections, which count as embeddings."""
+        stack, labels = super().decompose_resid(
+            layer, mlp_input, mode, False, pos_slice, incl_embeds, return_labels=True
+        )
+        if incl_embeds:
+            stack, labels = self._with_deep_injections(stack, labels, layer, pos_slice)
+        if apply_ln:
+            stack = self.apply_ln_to_stack(stack, layer, mlp_input=mlp_input, pos_slice=pos_slice)
+        return (stack, labels) if return_labels else stack
+
+    def stack_head_results(
+        self,
+        layer: int | None = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: SliceLike = None,
+        apply_ln: bool = False,
+    ) -> Labelled:
+        """As in TransformerLens: what each head adds to the stream, [layer * head, ..., d_model].
+
+        Where a norm stands behind attention, a head's part is its hook_result centred and divided as the norm did
+        to the sum, times the norm's gain. Raises ValueError for layers without softmax attention.
+        """
+        parts = self.model.anatomy.language
+        n = len(parts) if layer in (None, -1) else layer
+        without = [index for index in range(n) if parts[index].attention is None]
+        if without:
+            raise ValueError(
+                f"layers {without} have no attention heads, so the stream is no sum of heads; decompose_resid "
+                "has what their mixers add"
+            )
+        self._ensure_head_results()
+        results = {
+            name: self._entering(index, self.cache_dict[name])
+            for index in range(n)
+            if parts[index].post_norm1 is not None
+            for name in [f"blocks.{index}.attn.hook_result"]
+        }
+        entering = ActivationCache({**self.cache_dict, **results}, self.model, self.has_batch_dim)
+        return entering.stack_head_results(layer, return_labels, incl_remainder, pos_slice, apply_ln)
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: SliceLike = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Labelled:
+        """As in TransformerLens; behind its parts come the deep injections."""
+        stack, labels = super().get_full_resid_decomposition(
+            layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto
+        )
+        empty = self["hook_embed"].new_zeros(0)
+        deep, names = self._with_deep_injections(empty, [], layer, pos_slice)
+        if names:
+            if apply_ln:
+                deep = self.apply_ln_to_stack(deep, layer, mlp_input=mlp_input, pos_slice=pos_slice)
+            if project_output_onto is not None:
+                deep = deep @ project_output_onto
+            stack, labels = torch.cat([stack, deep]), [*labels, *names]
+        return (stack, labels) if return_labels else stack
+
+    # ------------------------------------------------------------------ plumbing
+
+    def _batch_size(self) -> int:
+        return next((len(value) for name, value in self.cache_dict.items() if is_batched(name)), 1)
+
+    def _entering(self, layer: int, results: Float[Tensor, "... head d_model"]) -> Tensor:
+        norm = self.model.anatomy.language[layer].post_norm1
+        gain, centred, _ = norm_arithmetic(norm, results.shape[-1], results)
+        if centred:
+            results = results - results.mean(-1, keepdim=True)
+        return results / self[f"blocks.{layer}.ln1_post.hook_scale"].unsqueeze(-2) * gain
+
+    def _with_deep_injections(
+        self, stack: Tensor, labels: list[str], layer: int | None, pos_slice: SliceLike
+    ) -> tuple[Tensor, list[str]]:
+        deep_after = self.model.anatomy.deep_after
+        if not deep_after or self.image_mask is None or not bool(self.image_mask.any()):
+            return stack, labels
+        last = self.model.cfg.n_layers if layer in (None, -1) else layer
+        layers = [deep for deep in deep_after if deep < last]
+        if not layers:
+            return stack, labels
+        chosen = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        parts = [chosen.apply(self.unpacked(f"blocks.{deep}.hook_deepstack"), dim=-2) for deep in layers]
+        added = torch.stack(parts).to(stack.dtype)
+        return torch.cat([stack, added]) if len(stack) else added, [
+            *labels,
+            *(f"{deep}_deepstack" for deep in layers),
+        ]
+
+    def unpacked(self, name: str) -> Float[Tensor, "*shape"]:
+        """A packed activation ([image_token, ...]) laid over all positions, zeros at text: [batch, pos, ...].
+
+        Without the batch axis where the cache has none. Raises ValueError where `name` is not packed or the run
+        had no images.
+        """
+        if not is_packed(name):
+            raise ValueError(f"{name!r} is not packed: it has no axis of visual positions alone")
+        if self.image_mask is None:
+            raise ValueError(f"{name!r} cannot be laid over the positions: the run had no visual positions")
+        rows = self[name]
+        mask = self.image_mask.to(rows.device)
+        full = rows.new_zeros(*mask.shape, *rows.shape[1:]).index_put((mask,), rows)
+        return full if self.has_batch_dim else full[0]
+
+
+def is_packed(name: str) -> bool:
+    """Whether an activation has one row per visual position of the batch.
+
+    >>> is_packed("blocks.2.image.hook_z"), is_packed("blocks.2.attn.hook_z")
+    (True, False)
+    """
+    return f".{name}".find(".image.") >= 0 or name.removesuffix("_grad").endswith("hook_deepstack")
+
+
+def is_batched(name: str) -> bool:
+    """Whether an activation's first axis is the batch.
+
+    >>> is_batched("hook_embed"), is_batched("image.hook_embed"), is_batched("vision.hook_embed")
+    (True, False, False)
+    """
+    return name.startswith(("blocks.", "hook_", "ln_final.")) and not is_packed(name)
+
+
+def without_batch_axis(cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of one without its batch axis. Raises ValueError for a larger batch."""
+    sizes = {len(value) for name, value in cache.items() if is_batched(name)}
+    if sizes - {1}:
+        raise ValueError(f"remove_batch_dim needs a batch of one prompt, this one has {max(sizes)}")
+    return {name: value[0] if is_batched(name) else value for name, value in cache.items()}
