@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from transformer_lens.utilities import Slice
 
 from mmlens.taps import norm_arithmetic
 
-Labelled = Tensor | tuple[Tensor, list[str]]
-SliceLike = Slice | int | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
+Labelled: TypeAlias = Tensor | tuple[Tensor, list[str]]
+SliceLike: TypeAlias = Slice | int | tuple[int | None, ...] | list[int] | Tensor | np.ndarray | None
 """What TransformerLens takes as a slice (its own alias is spelled in a deprecated way)."""
 
 
@@ -157,6 +157,17 @@ class VLMActivationCache(ActivationCache):
                 deep = deep @ project_output_onto
             stack, labels = torch.cat([stack, deep]), [*labels, *names]
         return (stack, labels) if return_labels else stack
+
+    def stack_neuron_results(self, layer: int, *args: Any, **kwargs: Any) -> Labelled:
+        """As in TransformerLens. Raises ValueError where a norm stands behind the MLP: neurons do not sum to it."""
+        last = self.model.cfg.n_layers if layer in (None, -1) else layer
+        normed = [index for index, block in enumerate(self.model.anatomy.language[:last]) if block.post_norm2]
+        if normed:
+            raise ValueError(
+                f"layers {normed} have a norm behind the MLP, so what enters the stream is no sum of neurons; "
+                "take get_full_resid_decomposition(expand_neurons=False)"
+            )
+        return super().stack_neuron_results(layer, *args, **kwargs)
 
     # ------------------------------------------------------------------ plumbing
 

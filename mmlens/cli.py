@@ -15,7 +15,6 @@ from mmlens.data.examples import DataError, Example, load_examples, split_exampl
 from mmlens.data.scenes import KINDS, TEXT_KINDS, scene_examples
 from mmlens.families.catalog import UnknownFamilyError
 from mmlens.families.support import support_table
-from mmlens.heads import HeadSet
 from mmlens.hook_names import unknown_name_message
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
@@ -149,9 +148,8 @@ def _core_heads(options: argparse.Namespace) -> None:
     result.summary["model"]["name"] = options.model
     result.save(options.out)
     report = write_core_heads_report(result, model, options.out / "report.html")
-    top = HeadSet(result.top, n_layers=model.cfg.n_layers, n_heads=model.cfg.n_heads)
     print(f"\n{result.summary['finding']['statement']}")
-    print(f"CoRe heads (top 5% by RAM): {', '.join(f'L{layer}H{head}' for layer, head in top)}")
+    print(f"CoRe heads (top 5% by RAM): {', '.join(f'L{layer}H{head}' for layer, head in result.top)}")
     print(f"report: {report}")
 
 

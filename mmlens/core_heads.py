@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmlens.data.examples import Example
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import HeadMeans, ablate, mean_activations
 from mmlens.metrics.attention import EvidenceAttention, evidence_attention
@@ -126,7 +126,7 @@ def core_heads(
     a count leaves too few heads for the controls.
     """
     _check_splits(selection, evaluation)
-    total = model.cfg.n_layers * model.cfg.n_heads
+    total = len(model.heads)
     counts = _counts(counts, total)
     if n_draws < 1:
         raise ValueError(f"n_draws is at least 1, not {n_draws}")
@@ -183,7 +183,7 @@ def core_heads(
 
 
 def _counts(counts: Sequence[int] | None, total: int) -> tuple[int, ...]:
-    five = max(1, round(FIVE_PERCENT * total))
+    five = share_of(FIVE_PERCENT, total)
     chosen = {five, *(counts if counts is not None else (1, round(0.1 * total), round(0.2 * total)))}
     for count in chosen:
         if not 1 <= count <= total // 2:
@@ -368,6 +368,8 @@ def _summary(
             "family": model.family.model_type,
             "n_layers": model.cfg.n_layers,
             "n_heads": model.cfg.n_heads,
+            # Only where not every layer has n_heads of them.
+            **({} if len(set(model.heads_per_layer)) == 1 else {"heads_per_layer": model.heads_per_layer}),
             "n_key_value_heads": model.cfg.n_key_value_heads,
             "n_parameters": sum(p.numel() for p in model.hf_model.parameters()),
             "dtype": str(model.hf_model.dtype).removeprefix("torch."),

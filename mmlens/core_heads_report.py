@@ -48,12 +48,16 @@ def write_core_heads_report(result: CoreHeads, model: HookedVLM, path: str | Pat
 def question_attention(
     model: HookedVLM, example: Example
 ) -> tuple[Float[Tensor, "layer head pos"], list[np.ndarray], list[np.ndarray]]:
-    """Attention of every head averaged over the question's tokens, and each image's boxes and positions."""
+    """Attention of every head averaged over the question's tokens, and each image's boxes and positions.
+
+    NaN where the model has no head.
+    """
     prompt = model.prompt(example.question, images=example.images)
-    means: dict[int, Tensor] = {}
+    means = torch.full((model.cfg.n_layers, model.cfg.n_heads, prompt.shape[1]), torch.nan)
 
     def consume(layer: int, rows: Tensor, real: Tensor) -> None:
-        means[layer] = mean_of_rows(rows, real)[0].cpu()
+        mean = mean_of_rows(rows, real)[0]
+        means[layer, : len(mean)] = mean.cpu()
 
     model.attention_rows(prompt, prompt.token_map.is_question, consume)
     boxes, positions = [], []
@@ -61,7 +65,7 @@ def question_attention(
         chosen = prompt.token_map.image_tokens(image)[0].cpu()
         positions.append(chosen.nonzero().flatten().numpy())
         boxes.append(prompt.token_map.boxes[0].cpu()[chosen].numpy())
-    return torch.stack([means[layer] for layer in range(model.cfg.n_layers)]), boxes, positions
+    return means, boxes, positions
 
 
 def _names(pairs: Sequence[Sequence[int]]) -> str:

@@ -1,7 +1,9 @@
 """Attention heads as data: `HeadSet`, an ordered set of (layer, head), and `HeadScores`, their scores.
 
-Both know the shape of the model that they speak of, so a head that does not exist is refused where it is
-named and not where it is used.
+Both know which heads the model has, so one that does not exist is refused where it is named and not where it
+is used. Most models have the full grid of n_layers x n_heads. In a hybrid one some layers have no softmax
+attention and so no heads, and in some models layers differ in their number: `heads_per_layer` says how many each
+has, `n_heads` is then the largest number, and head 3 of a layer with 2 is as absent as one out of range.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import math
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,25 +21,31 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Head = tuple[int, int]
 Heads = Iterable[Any]
 """A HeadSet, or (layer, head) pairs of integers: a list of tuples, an integer array or tensor [head, 2]."""
 
+NO_HEAD = -1
+"""What stands in a [layer, head] grid of ranks or counts where the model has no head."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadSet:
     """An immutable set of (layer, head) pairs of a model with `n_layers` x `n_heads` query heads.
+
+    `heads_per_layer` says how many heads each layer has where they are not all `n_heads`; complements and random
+    draws are of those heads alone. Sets of models with other heads do not combine.
 
     It keeps the order in which the heads were given (by rank, where a score chose them), but two sets are
     equal when they hold the same heads. `|`, `&`, `-`, `^`, `<=` and `<` are those of sets, `in`, `len`
     and iteration work, and the left operand's order comes first. A set may be empty, as the intersection
     of two can be; functions that act on heads refuse an empty one (`as_head_set`).
 
-    Raises IndexError for a head outside the model, ValueError for a repeated one, TypeError for anything
-    that is not a pair of integers.
+    Raises IndexError for a head that the model does not have, ValueError for a repeated one, TypeError for
+    anything that is not a pair of integers.
 
     >>> chosen = HeadSet([(1, 3), (0, 2)], n_layers=2, n_heads=4)
     >>> chosen
@@ -48,28 +56,37 @@ class HeadSet:
     Traceback (most recent call last):
         ...
     IndexError: head (2, 0): layer 2 is out of range; the model has 2 layers (0 to 1) of 4 heads (0 to 3)
+    >>> hybrid = HeadSet([(1, 0)], n_layers=3, n_heads=2, heads_per_layer=(0, 2, 2))
+    >>> hybrid.complement()
+    HeadSet(3 of 4 heads in 2 of 3 layers: L1H1 L2H0 L2H1)
     """
 
     heads: tuple[Head, ...]
     n_layers: int
     n_heads: int
+    heads_per_layer: tuple[int, ...]
 
-    def __init__(self, heads: Heads, *, n_layers: int, n_heads: int) -> None:
+    def __init__(
+        self, heads: Heads, *, n_layers: int, n_heads: int, heads_per_layer: Sequence[int] | None = None
+    ) -> None:
         if n_layers < 1 or n_heads < 1:
             raise ValueError(f"a model has at least 1 layer and 1 head, not {n_layers} and {n_heads}")
-        checked = tuple(_check_head(head, n_layers, n_heads) for head in _pairs(heads))
+        per_layer = _checked_layers(n_layers, n_heads, heads_per_layer)
+        checked = tuple(_check_head(head, n_heads, per_layer) for head in _pairs(heads))
         repeated = sorted(head for head, count in Counter(checked).items() if count > 1)
         if repeated:
             raise ValueError(f"each head may be named once; named more than once: {repeated}")
         object.__setattr__(self, "heads", checked)
         object.__setattr__(self, "n_layers", n_layers)
         object.__setattr__(self, "n_heads", n_heads)
+        object.__setattr__(self, "heads_per_layer", per_layer)
 
     @classmethod
-    def every(cls, n_layers: int, n_heads: int) -> HeadSet:
+    def every(cls, n_layers: int, n_heads: int, heads_per_layer: Sequence[int] | None = None) -> HeadSet:
         """All heads of the model, layer by layer."""
-        pairs = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-        return cls(pairs, n_layers=n_layers, n_heads=n_heads)
+        per_layer = _checked_layers(n_layers, n_heads, heads_per_layer)
+        pairs = [(layer, head) for layer, count in enumerate(per_layer) for head in range(count)]
+        return cls(pairs, n_layers=n_layers, n_heads=n_heads, heads_per_layer=per_layer)
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -83,20 +100,25 @@ class HeadSet:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, HeadSet):
             return NotImplemented
-        return self.shape == other.shape and set(self.heads) == set(other.heads)
+        return self._model == other._model and set(self.heads) == set(other.heads)
 
     def __hash__(self) -> int:
-        return hash((frozenset(self.heads), self.shape))
+        return hash((frozenset(self.heads), self._model))
 
     def __repr__(self) -> str:
         shown = " ".join(f"L{layer}H{head}" for layer, head in self.heads[:8])
         more = f" and {len(self) - 8} more" if len(self) > 8 else ""
-        return f"HeadSet({len(self)} of {self.n_layers} x {self.n_heads}{': ' if shown else ''}{shown}{more})"
+        size = _size(*self._model).removesuffix(" heads")
+        return f"HeadSet({len(self)} of {size}{': ' if shown else ''}{shown}{more})"
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n_layers, n_heads) of the model."""
         return self.n_layers, self.n_heads
+
+    @property
+    def _model(self) -> tuple[int, tuple[int, ...]]:
+        return self.n_heads, self.heads_per_layer
 
     def __or__(self, other: HeadSet) -> HeadSet:
         return self._with([*self.heads, *(other - self)])
@@ -127,7 +149,7 @@ class HeadSet:
 
     def complement(self) -> HeadSet:
         """Every head of the model that is not in the set, layer by layer."""
-        return HeadSet.every(*self.shape) - self
+        return HeadSet.every(*self.shape, self.heads_per_layer) - self
 
     def random(self, seed: int) -> HeadSet:
         """As many heads, drawn uniformly without replacement from the complement.
@@ -175,15 +197,16 @@ class HeadSet:
         return self._with(sorted(drawn))
 
     def _with(self, heads: Iterable[Head]) -> HeadSet:
-        return HeadSet(heads, n_layers=self.n_layers, n_heads=self.n_heads)
+        return HeadSet(
+            heads, n_layers=self.n_layers, n_heads=self.n_heads, heads_per_layer=self.heads_per_layer
+        )
 
     def _same_model(self, other: HeadSet) -> HeadSet:
         if not isinstance(other, HeadSet):
             raise TypeError(f"a HeadSet combines with another HeadSet, not with {type(other).__name__}")
-        if other.shape != self.shape:
+        if other._model != self._model:
             raise ValueError(
-                f"the two sets are of different models: {self.n_layers} x {self.n_heads} heads "
-                f"and {other.n_layers} x {other.n_heads}"
+                f"the two sets are of different models: {_size(*self._model)} and {_size(*other._model)}"
             )
         return other
 
@@ -192,16 +215,19 @@ class HeadSet:
         if len(others) < len(self):
             raise ValueError(
                 f"no {len(self)} random heads outside the set: of the model's "
-                f"{self.n_layers * self.n_heads} heads only {len(others)} are not in it"
+                f"{sum(self.heads_per_layer)} heads only {len(others)} are not in it"
             )
         return others
 
 
-def as_head_set(heads: Heads, n_layers: int, n_heads: int) -> HeadSet:
+def as_head_set(
+    heads: Heads, n_layers: int, n_heads: int, heads_per_layer: Sequence[int] | None = None
+) -> HeadSet:
     """`heads` as a non-empty HeadSet of a model with `n_layers` x `n_heads` heads.
 
-    Raises ValueError for no heads, a repeated head, or a HeadSet of a model of another shape; IndexError
-    for a head out of range; TypeError for anything else than (layer, head) pairs of integers.
+    `heads_per_layer` says how many heads each layer has; None: n_heads, or as a given HeadSet says. Raises
+    ValueError for no heads, a repeated head, or a HeadSet of a model of another shape; IndexError for a head that
+    the model does not have; TypeError for anything else than (layer, head) pairs of integers.
 
     >>> as_head_set([(0, 1)], n_layers=2, n_heads=4)
     HeadSet(1 of 2 x 4: L0H1)
@@ -209,6 +235,10 @@ def as_head_set(heads: Heads, n_layers: int, n_heads: int) -> HeadSet:
     Traceback (most recent call last):
         ...
     TypeError: heads are (layer, head) pairs of integers, not 0; one head is written [(layer, head)]
+    >>> as_head_set([(0, 1)], n_layers=3, n_heads=2, heads_per_layer=(0, 2, 2))
+    Traceback (most recent call last):
+        ...
+    IndexError: head (0, 1): layer 0 has no softmax attention; layers with heads: 1, 2
     """
     if isinstance(heads, HeadSet):
         if heads.shape != (n_layers, n_heads):
@@ -216,9 +246,8 @@ def as_head_set(heads: Heads, n_layers: int, n_heads: int) -> HeadSet:
                 f"the heads are of a model with {heads.n_layers} x {heads.n_heads} heads, "
                 f"this model has {n_layers} x {n_heads} (layers x heads)"
             )
-        checked = heads
-    else:
-        checked = HeadSet(heads, n_layers=n_layers, n_heads=n_heads)
+        heads_per_layer = heads.heads_per_layer if heads_per_layer is None else heads_per_layer
+    checked = HeadSet(heads, n_layers=n_layers, n_heads=n_heads, heads_per_layer=heads_per_layer)
     if not len(checked):
         raise ValueError("no heads given: expected at least one (layer, head)")
     return checked
@@ -229,7 +258,13 @@ class HeadScores:
     """One score for each head of a model and each example; a head's score is its mean over examples.
 
     `per_example` is [example, layer, head]; `kinds` names each example's kind of task, where they have
-    one. Raises ValueError for no examples, NaN, or a number of kinds other than the number of examples.
+    one. A head that the model does not have is NaN in every example: `heads_per_layer` says how many heads each
+    layer has, and is read off the scores where it is not given. Such a head has no rank, stands in no set and no
+    table, and counts in no fraction.
+
+    Raises ValueError for no examples, a head that is NaN and yet exists (because `heads_per_layer`, another
+    example or a higher head of its layer says so), a score of one that does not, or a number of kinds other than
+    the number of examples.
 
     >>> scores = HeadScores(torch.tensor([[[.1, .6], [.2, .3]], [[.3, .4], [.2, .1]]]), name="RAM")
     >>> scores.rank().tolist()
@@ -241,6 +276,7 @@ class HeadScores:
     per_example: Float[Tensor, "example layer head"]
     name: str = "score"
     kinds: tuple[str, ...] | None = None
+    heads_per_layer: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         scores = torch.as_tensor(self.per_example).detach().cpu()
@@ -249,9 +285,22 @@ class HeadScores:
                 f"{self.name}: expected floating-point scores of shape [example, layer, head] with at least "
                 f"one of each, got {scores.dtype} {list(scores.shape)}"
             )
-        if bool(scores.isnan().any()):
-            example, layer, head = scores.isnan().nonzero()[0].tolist()
+        missing = scores.isnan()
+        n_layers, n_heads = scores.shape[1:]
+        # Where nothing has a score, the first head is named below: a model has at least one.
+        found = tuple((~missing).any(0).sum(-1).tolist())
+        given = self.heads_per_layer or (found if any(found) else None)
+        object.__setattr__(self, "heads_per_layer", _checked_layers(n_layers, n_heads, given))
+        exists = _exists(n_heads, self.heads_per_layer)
+        if bool((missing & exists).any()):
+            example, layer, head = (missing & exists).nonzero()[0].tolist()
             raise ValueError(f"{self.name}: the score of head ({layer}, {head}) in example {example} is NaN")
+        if bool((~missing & ~exists).any()):
+            example, layer, head = (~missing & ~exists).nonzero()[0].tolist()
+            raise ValueError(
+                f"{self.name}: head ({layer}, {head}) has a score in example {example}, but layer {layer} has "
+                f"{self.heads_per_layer[layer]} heads; a head that does not exist is NaN"
+            )
         if self.kinds is not None and len(self.kinds) != len(scores):
             raise ValueError(f"{self.name}: {len(self.kinds)} kinds for {len(scores)} examples")
         object.__setattr__(self, "per_example", scores)
@@ -263,11 +312,13 @@ class HeadScores:
 
     def __repr__(self) -> str:
         examples, layers, heads = self.per_example.shape
-        return f"HeadScores({self.name}: {layers} layers x {heads} heads, {examples} examples)"
+        full = bool(self.exists.all())
+        size = f"{layers} layers x {heads} heads" if full else _size(*self._model)
+        return f"HeadScores({self.name}: {size}, {examples} examples)"
 
     @property
     def values(self) -> Float[Tensor, "layer head"]:
-        """Mean over examples (summed in float64)."""
+        """Mean over examples (summed in float64); NaN where the model has no head."""
         return self.per_example.double().mean(0).to(self.per_example.dtype)
 
     @property
@@ -278,9 +329,17 @@ class HeadScores:
     def n_heads(self) -> int:
         return self.per_example.shape[2]
 
+    @property
+    def exists(self) -> Bool[Tensor, "layer head"]:
+        """Which heads the model has."""
+        return _exists(self.n_heads, self.heads_per_layer)
+
     def rank(self) -> Int[Tensor, "layer head"]:
-        """Each head's rank, 0 for the highest score; equal scores rank in (layer, head) order."""
-        return torch.from_numpy(_ranks(self._flat())).reshape(self.n_layers, self.n_heads)
+        """Each head's rank, 0 for the highest score; equal scores rank in (layer, head) order.
+
+        NO_HEAD (-1) where the model has no head.
+        """
+        return self._on_grid(_ranks(self._flat()))
 
     def top(self, n_or_fraction: int | float) -> HeadSet:
         """The heads of highest score, highest first.
@@ -294,7 +353,7 @@ class HeadScores:
 
     def bottom(self, n_or_fraction: int | float) -> HeadSet:
         """The heads of lowest score, lowest first; counted as in `top`."""
-        total = self.n_layers * self.n_heads
+        total = sum(self.heads_per_layer)
         return self._by_rank(range(total - 1, total - 1 - self._count(n_or_fraction), -1))
 
     def select(self, kind: str) -> HeadScores:
@@ -304,7 +363,9 @@ class HeadScores:
         chosen = [index for index, own in enumerate(self.kinds) if own == kind]
         if not chosen:
             raise ValueError(f"{self.name}: no example of kind {kind!r}; kinds are {sorted(set(self.kinds))}")
-        return HeadScores(self.per_example[chosen], name=self.name, kinds=(kind,) * len(chosen))
+        return HeadScores(
+            self.per_example[chosen], self.name, (kind,) * len(chosen), heads_per_layer=self.heads_per_layer
+        )
 
     def rank_interval(
         self, level: float = 0.95, *, n_resamples: int = 1000, seed: int = 0
@@ -313,8 +374,8 @@ class HeadScores:
 
         Percentile bootstrap: examples are drawn with replacement, all heads ranked anew each time. The
         ends are ranks that occurred, never interpolated. It tells how firmly the examples place a head
-        among its competitors; it is no confidence interval for a "true rank" among tied heads. Raises
-        ValueError for fewer than 2 examples.
+        among its competitors; it is no confidence interval for a "true rank" among tied heads. NO_HEAD (-1)
+        where the model has no head. Raises ValueError for fewer than 2 examples.
         """
         if not 0 < level < 1:
             raise ValueError(f"level is a share between 0 and 1, not {level}")
@@ -323,22 +384,21 @@ class HeadScores:
         # A resample is a multinomial count of each example, so all resampled means are one matrix product.
         rng = np.random.default_rng(seed)
         counts = rng.multinomial(len(self), np.full(len(self), 1 / len(self)), size=n_resamples)
-        means = counts @ self.per_example.double().flatten(1).numpy() / len(self)
+        means = counts @ self.per_example[:, self.exists].double().numpy() / len(self)
         ranks = _ranks(means)
         low = np.quantile(ranks, (1 - level) / 2, axis=0, method="lower")
         high = np.quantile(ranks, (1 + level) / 2, axis=0, method="higher")
-        shape = self.n_layers, self.n_heads
-        return torch.from_numpy(low).reshape(shape), torch.from_numpy(high).reshape(shape)
+        return self._on_grid(low), self._on_grid(high)
 
     def spearman(self, other: HeadScores) -> float:
         """Spearman's rank correlation of the two scores over all heads (ties get their mean rank).
 
         Raises ValueError for models of different shape, and where one score is the same for every head.
         """
-        if other.per_example.shape[1:] != self.per_example.shape[1:]:
+        if other._model != self._model:
             raise ValueError(
-                f"{self.name} is of {self.n_layers} x {self.n_heads} heads, {other.name} of "
-                f"{other.n_layers} x {other.n_heads}: no head-by-head correlation"
+                f"{self.name} is of {_size(*self._model)}, {other.name} of {_size(*other._model)}: "
+                "no head-by-head correlation"
             )
         for scores in (self, other):
             if np.ptp(scores._flat()) == 0:
@@ -346,10 +406,13 @@ class HeadScores:
         return float(scipy.stats.spearmanr(self._flat(), other._flat()).statistic)
 
     def stability(self, n_or_fraction: int | float = 0.05) -> Int[Tensor, "layer head"]:
-        """In how many kinds' `top(n_or_fraction)` each head stands (0 to the number of kinds)."""
+        """In how many kinds' `top(n_or_fraction)` each head stands (0 to the number of kinds).
+
+        NO_HEAD (-1) where the model has no head.
+        """
         if self.kinds is None:
             raise ValueError(f"{self.name}: the examples carry no kinds to compare")
-        count = torch.zeros(self.n_layers, self.n_heads, dtype=torch.int64)
+        count = self._on_grid(np.zeros(sum(self.heads_per_layer), dtype=np.int64))
         for kind in sorted(set(self.kinds)):
             for head in self.select(kind).top(n_or_fraction):
                 count[head] += 1
@@ -360,21 +423,25 @@ class HeadScores:
 
         The standard error of the mean and the rank interval are missing (NA) where there is one example.
         """
-        layer, head = np.divmod(np.arange(self.n_layers * self.n_heads), self.n_heads)
+        exists = self.exists
+        layer, head = np.nonzero(exists.numpy())
         frame = pd.DataFrame({"layer": layer, "head": head, "score": self._flat()})
         frame["standard_error"] = np.nan
-        frame["rank"] = self.rank().flatten().numpy()
+        frame["rank"] = self.rank()[exists].numpy()
         frame["rank_low"] = frame["rank_high"] = pd.array([pd.NA] * len(frame), dtype="Int64")
         if len(self) > 1:
             low, high = self.rank_interval(level, n_resamples=n_resamples, seed=seed)
-            deviation = self.per_example.double().std(0).flatten().numpy()
+            deviation = self.per_example.double().std(0)[exists].numpy()
             frame["standard_error"] = deviation / math.sqrt(len(self))
-            frame["rank_low"] = pd.array(low.flatten().numpy(), dtype="Int64")
-            frame["rank_high"] = pd.array(high.flatten().numpy(), dtype="Int64")
+            frame["rank_low"] = pd.array(low[exists].numpy(), dtype="Int64")
+            frame["rank_high"] = pd.array(high[exists].numpy(), dtype="Int64")
         return frame.sort_values("rank", ignore_index=True)
 
     def save(self, path: str | Path) -> None:
-        """Write the per-example scores as parquet: name, example, kind (where known), layer, head, score."""
+        """Write the per-example scores as parquet: name, example, kind (where known), layer, head, score.
+
+        The score of a head that the model does not have is missing.
+        """
         example, layer, head = np.indices(self.per_example.shape).reshape(3, -1)
         columns = {"name": self.name, "example": example, "layer": layer, "head": head}
         frame = pd.DataFrame(columns | {"score": self.per_example.flatten().numpy()})
@@ -410,28 +477,47 @@ class HeadScores:
         return cls(scores, name=frame["name"].iloc[0], kinds=kinds)
 
     def _flat(self) -> np.ndarray:
-        return self.values.flatten().numpy()
+        """The heads that exist, in (layer, head) order."""
+        return self.values[self.exists].numpy()
+
+    def _on_grid(self, values: np.ndarray) -> Int[Tensor, "layer head"]:
+        grid = torch.full((self.n_layers, self.n_heads), NO_HEAD)
+        grid[self.exists] = torch.from_numpy(values)
+        return grid
+
+    @property
+    def _model(self) -> tuple[int, tuple[int, ...]]:
+        return self.n_heads, self.heads_per_layer
 
     def _by_rank(self, ranks: Iterable[int]) -> HeadSet:
+        every = HeadSet.every(self.n_layers, self.n_heads, self.heads_per_layer)
         order = np.argsort(-self._flat(), kind="stable")
-        heads = [divmod(int(order[rank]), self.n_heads) for rank in ranks]
-        return HeadSet(heads, n_layers=self.n_layers, n_heads=self.n_heads)
+        return every._with(every.heads[order[rank]] for rank in ranks)
 
     def _count(self, n_or_fraction: int | float) -> int:
-        total = self.n_layers * self.n_heads
+        total = sum(self.heads_per_layer)
         if isinstance(n_or_fraction, float):
             if not 0 < n_or_fraction <= 1:
                 raise ValueError(
                     f"a fraction of heads lies in (0, 1], not {n_or_fraction}; a count is an int"
                 )
-            # 1e-9 lifts products such as 100 * .145 = 14.499999999999998 to the half they stand for.
-            return max(1, math.floor(n_or_fraction * total + 0.5 + 1e-9))
+            return share_of(n_or_fraction, total)
         if isinstance(n_or_fraction, bool):
             raise TypeError("expected a number of heads (int) or a fraction (float), not a bool")
         count = operator.index(n_or_fraction)
         if not 1 <= count <= total:
             raise ValueError(f"a count of heads lies in 1 to {total} (all heads), not {count}")
         return count
+
+
+def share_of(fraction: float, n_heads: int) -> int:
+    """The whole number of heads nearest to a fraction of `n_heads`, at least 1.
+
+    >>> share_of(0.05, 64), share_of(0.05, 4)
+    (3, 1)
+    """
+    # 1e-9 lifts products such as 100 * .145 = 14.499999999999998 to the half they stand for.
+    return max(1, math.floor(fraction * n_heads + 0.5 + 1e-9))
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:
@@ -448,19 +534,51 @@ def _pairs(heads: Heads) -> list[Any]:
     return list(heads)
 
 
-def _check_head(pair: Any, n_layers: int, n_heads: int) -> Head:
+def _checked_layers(n_layers: int, n_heads: int, heads_per_layer: Sequence[int] | None) -> tuple[int, ...]:
+    """How many heads each layer has: `n_heads` where nothing else is said."""
+    if heads_per_layer is None:
+        return (n_heads,) * n_layers
+    per_layer = tuple(map(operator.index, heads_per_layer))
+    if len(per_layer) != n_layers or not any(per_layer) or not all(0 <= n <= n_heads for n in per_layer):
+        raise ValueError(
+            f"heads_per_layer is a number from 0 to {n_heads} for each of {n_layers} layers, one at least above 0; "
+            f"got {per_layer}"
+        )
+    return per_layer
+
+
+def _exists(n_heads: int, heads_per_layer: Sequence[int]) -> Bool[Tensor, "layer head"]:
+    return torch.arange(n_heads) < torch.tensor(heads_per_layer)[:, None]
+
+
+def _size(n_heads: int, heads_per_layer: Sequence[int]) -> str:
+    if set(heads_per_layer) == {n_heads}:
+        return f"{len(heads_per_layer)} x {n_heads} heads"
+    n_with_heads = sum(count > 0 for count in heads_per_layer)
+    return f"{sum(heads_per_layer)} heads in {n_with_heads} of {len(heads_per_layer)} layers"
+
+
+def _check_head(pair: Any, n_heads: int, heads_per_layer: Sequence[int]) -> Head:
     try:
         layer, head = (_integer(part) for part in pair)
     except (TypeError, ValueError):
         raise TypeError(
             f"heads are (layer, head) pairs of integers, not {pair!r}; one head is written [(layer, head)]"
         ) from None
-    for word, index, count in (("layer", layer, n_layers), ("head", head, n_heads)):
-        if not 0 <= index < count:
-            raise IndexError(
-                f"head ({layer}, {head}): {word} {index} is out of range; the model has {n_layers} layers "
-                f"(0 to {n_layers - 1}) of {n_heads} heads (0 to {n_heads - 1})"
-            )
+    n_layers = len(heads_per_layer)
+    of = f" of {n_heads} heads (0 to {n_heads - 1})" if set(heads_per_layer) == {n_heads} else ""
+    model = f"the model has {n_layers} layers (0 to {n_layers - 1}){of}"
+    if not 0 <= layer < n_layers:
+        raise IndexError(f"head ({layer}, {head}): layer {layer} is out of range; {model}")
+    count = heads_per_layer[layer]
+    if not count:
+        others = ", ".join(str(other) for other, n in enumerate(heads_per_layer) if n)
+        raise IndexError(
+            f"head ({layer}, {head}): layer {layer} has no softmax attention; layers with heads: {others}"
+        )
+    if not 0 <= head < count:
+        here = model if of else f"layer {layer} has {count} heads (0 to {count - 1})"
+        raise IndexError(f"head ({layer}, {head}): head {head} is out of range; {here}")
     return layer, head
 
 

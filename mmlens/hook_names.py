@@ -67,11 +67,17 @@ MODEL_HOOKS: dict[str, str] = {
     "projector.hook_in": "[..., d_vision] what the projector reads",
     "projector.hook_out": "[..., d_model] what the projector gives, in the tower's order",
     "vision.deepstack.{i}.hook_out": "[image_token, d_model] deep features for language layer i, in the tower's order",
+    "blocks.{l}.attn.hook_q_input": "[batch, pos, head, d_model] what each head's queries read from the stream, "
+    "before ln1; an edit reaches that head's queries alone",
+    "blocks.{l}.attn.hook_k_input": "[batch, pos, kv_head, d_model] what each head's keys read from the stream",
+    "blocks.{l}.attn.hook_v_input": "[batch, pos, kv_head, d_model] what each head's values read from the stream",
+    "blocks.{l}.mlp.hook_post": "[batch, pos, d_mlp] neurons, gated where they have gates, as W_out reads them",
     "blocks.{l}.hook_deepstack": "[image_token, d_model] what the stream gains behind layer l, at image positions",
 }
-"""Hook points outside the layers; vision.ln_post and the deep ones only where a family has them."""
+"""Hook points outside the layers, or of language layers alone. Only where a family has them: vision.ln_post, the
+deep ones, what heads read (needs a norm before attention and projections from the stream), neurons of plain MLPs."""
 
-COSTLY_HOOKS = ("hook_result",)
+COSTLY_HOOKS = ("hook_result", "hook_q_input", "hook_k_input", "hook_v_input")
 """Left out of a cache of everything unless named: [batch, pos, head, d_model] for every layer is huge."""
 
 

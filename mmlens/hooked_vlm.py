@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,7 @@ from mmlens.taps import (
     Step,
     between_layers,
     branch,
+    forked_input,
     head_results,
     heads,
     image_rows,
@@ -45,8 +47,16 @@ from mmlens.taps import (
     scaled,
     whole,
 )
+from mmlens.token_map import TokenMapError
 from mmlens.tokens import TokenMethods
-from mmlens.weights import Block, WeightProperties, subtracts_mean
+from mmlens.weights import (
+    Block,
+    WeightProperties,
+    attends_elsewhere,
+    is_norm,
+    normalization_of,
+    reads_latent,
+)
 
 Inputs = Prompt | Mapping[str, Any]
 _PARTIAL_RUN_OPTIONS = {"start_at_layer", "stop_at_layer", "pos_slice"}
@@ -107,6 +117,11 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         self.hook_dict: dict[str, Any] = {}
         self.anatomy: Anatomy = dissect(hf_model, self.family)
         self._marks_images = bool(self.anatomy.image_token or self.family.image_positions)
+        self._batch_first = self.family.stream.startswith("[batch, pos")
+        self._shares_keys = any(
+            parts.attention is not None and "k" not in parts.attention.projections
+            for parts in self.anatomy.language
+        )
         self.cfg = _config(hf_model, self.anatomy)
         self._lay_taps(self.anatomy)
         hf_model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
@@ -127,7 +142,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return self.hf_model.device
+        return loading.input_device(self.hf_model)
 
     @property
     def attention_layers(self) -> list[int]:
@@ -135,9 +150,14 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         return list(self._attention_taps)
 
     @property
+    def heads_per_layer(self) -> tuple[int, ...]:
+        """How many heads each language layer has: none where it has no softmax attention."""
+        return tuple(parts.attention.n_heads if parts.attention else 0 for parts in self.anatomy.language)
+
+    @property
     def heads(self) -> list[tuple[int, int]]:
         """Every language head as (layer, head)."""
-        return [(layer, head) for layer in self.attention_layers for head in range(self.cfg.n_heads)]
+        return [(layer, head) for layer, count in enumerate(self.heads_per_layer) for head in range(count)]
 
     def prompt(self, questions: str | Sequence[str], images: Sequence[Any] = ()) -> Prompt:
         """Model inputs and token map for one question and its images, or for a batch of both.
@@ -146,6 +166,11 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         """
         if self.processor is None:
             raise ValueError("this HookedVLM has no processor; pass one: HookedVLM(hf_model, processor)")
+        if self.family.layout is None:
+            raise TokenMapError(
+                f"prompts of {self.family.model_type!r} have no token map: {self.family.no_layout}. Run the model on "
+                "what its processor gives: model(**inputs)"
+            )
         return make_prompt(self.processor, self.family.layout, questions, images, device=self.device)
 
     def prompt_examples(self, examples: Sequence[Example]) -> Prompt:
@@ -386,6 +411,10 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             return self.hook_names(names_filter)
         return [known for name in names_filter for known in self.hook_names(name)]
 
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """As in TransformerLens; hook_q_input and its like are there either way, and cost only while hooked."""
+        self.cfg.use_split_qkv_input = use_split_qkv_input
+
     # ------------------------------------------------------------------ plumbing
 
     def _keyword_inputs(self, inputs: Inputs | Tensor | None, more: Mapping[str, Any]) -> dict[str, Any]:
@@ -413,7 +442,9 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         image_id = getattr(self.hf_model.config, self.anatomy.image_token or "", None)
         if ids.is_floating_point():
             raise TypeError(f"token ids are integers, not {ids.dtype}")
-        if int(ids.max()) >= len(self.W_E) or (image_id is not None and bool((ids == image_id).any())):
+        # Its length alone, which an offloaded embedding has too.
+        n_known = len(self.embed.get_parameter("weight"))
+        if int(ids.max()) >= n_known or (image_id is not None and bool((ids == image_id).any())):
             raise ValueError(
                 "token ids alone bring no image, and these have visual positions: pass the prompt itself "
                 "(model.prompt(question, images)), or to an analysis tool its cache"
@@ -422,12 +453,27 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         real = torch.ones_like(ids) if pad is None else ((ids != pad).cumsum(1) > 0).long()
         return {"input_ids": ids, "attention_mask": real}
 
-    def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._n_forwards += 1
         # Image rows are found in the inputs of the run that is under way.
         given = {**({"input_ids": args[0]} if args else {}), **kwargs}
         telling = ("input_ids", self.family.image_positions)
         self._inputs = {name: given[name] for name in telling if given.get(name) is not None}
+        keep = kwargs.get("logits_to_keep")
+        if not (isinstance(keep, int) and keep and self._shares_keys and self._is_watched()):
+            return None
+        # As a number it would also drop all other positions from the layers that attend with earlier layers' keys.
+        ids = given.get("input_ids")
+        length = (given["inputs_embeds"] if ids is None else ids).shape[1]
+        return args, {**kwargs, "logits_to_keep": torch.arange(length)[-keep:]}
+
+    def _is_watched(self) -> bool:
+        """Whether a hook is set, or rows of attention are asked for."""
+        return any(point.is_live for point in self.hook_dict.values()) or any(
+            tap.rows is not None for tap in self._attention_taps.values()
+        )
 
     def image_mask(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:
         """Which positions of the inputs are visual; None where the family's text has no visual positions."""
@@ -459,7 +505,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
 
     def _lay_taps(self, anatomy: Anatomy) -> None:
         embed = [whole(self._point("hook_embed"))]
-        if self._marks_images:
+        if self._marks_images and self._batch_first:
             embed.append(image_rows(self._point("image.hook_embed"), self._image_mask))
         first: dict[int, list[Step]] = {0: embed}
         last: dict[int, list[Step]] = {}
@@ -500,7 +546,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             """The tensor, and on the language side its rows at image positions."""
             point = self._point(f"{prefix}attn.{name}" if d_head else prefix + name)
             steps = [heads(point, d_head) if d_head else whole(point)]
-            if language and self._marks_images:
+            packs = language and self._marks_images and ("resid" not in name or self._batch_first)
+            if packs:
                 steps.append(image_rows(self._point(f"{prefix}image.{name}"), self._image_mask, d_head))
             return steps
 
@@ -513,13 +560,19 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             return steps if scale is None else scaled(steps, lambda: scale_of(parts.module, scale))
 
         tap(parts.module, "input", [*first, *seen("hook_resid_pre")])
+        forks = self._forks(f"{prefix}attn.", parts) if language else {}
         if parts.norm1 is not None and parts.mixer is not None:
-            tap(parts.norm1, "input", [branch(self._point(f"{prefix}hook_attn_in"))])
+            attn_in = branch(self._point(f"{prefix}hook_attn_in"))
+            tap(parts.norm1, "input", [attn_in, *(at_norm for at_norm, _ in forks.values())])
         self._lay_norm(f"{prefix}ln1", parts.norm1)
         if parts.attention is not None:
             z = seen("hook_z", parts.attention.d_value)
             attention_tap = self._lay_attention(
-                f"{prefix}attn.", parts.attention, z, lambda: scale_of(parts.module, parts.attention_scale)
+                f"{prefix}attn.",
+                parts.attention,
+                z,
+                lambda: scale_of(parts.module, parts.attention_scale),
+                {role: at_projection for role, (_, at_projection) in forks.items()},
             )
             if language:
                 self._attention_taps[int(prefix.split(".")[1])] = attention_tap
@@ -534,10 +587,24 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             mlp_in = branch(self._point(f"{prefix}hook_mlp_in"))
             tap(parts.norm2 or parts.mlp_in, "input", [mid, mlp_in])
         self._lay_norm(f"{prefix}ln2", parts.norm2)
+        mlp = Block(prefix, parts).mlp
+        if language and mlp.is_plain:
+            tap(mlp.out, "input", [whole(self._point(f"{prefix}mlp.hook_post"))])
         self._lay_norm(f"{prefix}ln2_post", parts.post_norm2)
         if parts.mlp_output is not None:
             tap(parts.mlp_output, "output", added("hook_mlp_out", parts.mlp_scale))
         tap(parts.module, "output", [*seen("hook_resid_post"), *last])
+
+    def _forks(self, prefix: str, parts: LayerParts) -> dict[str, tuple[Step, Step]]:
+        """What each head's queries, keys and values read, where that is the stream behind ln1."""
+        attention, norm = parts.attention, parts.norm1
+        if attention is None or norm is None or not is_norm(norm):
+            return {}
+        return {
+            role: forked_input(self._point(f"{prefix}hook_{role}_input"), projection, norm)
+            for role, projection in attention.projections.items()
+            if not reads_latent(attention, projection) and (role == "q" or not attends_elsewhere(attention))
+        }
 
     def _lay_attention(
         self,
@@ -545,10 +612,11 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         parts: AttentionParts,
         z: list[Step],
         scale: Callable[[], Tensor | float | None] = lambda: None,
+        forks: Mapping[str, Step] = MappingProxyType({}),
     ) -> AttentionTap:
         for name, projection in parts.projections.items():
-            point = self._point(f"{prefix}hook_{name}")
-            ModuleTap(projection.module, "output", [projected_heads(point, projection)])
+            step = projected_heads(self._point(f"{prefix}hook_{name}"), projection)
+            ModuleTap(projection.module, "output", [forks[name], step] if name in forks else [step])
         inside = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern")
         tap = AttentionTap({name: self._point(prefix + name) for name in inside})
         tap_attention(parts.module, tap)
@@ -562,10 +630,12 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
 def _config(model: PreTrainedModel, anatomy: Anatomy) -> TransformerLensConfig:
     """What TransformerLens' tools read of a model, for the language side."""
     text = model.config.get_text_config()
-    # Layers of some families differ in their heads; the first attention layer speaks for all.
-    attention = next(layer.attention for layer in anatomy.language if layer.attention is not None)
-    final = anatomy.final_norm
-    within = next((layer.norm1 for layer in anatomy.language if layer.norm1 is not None), final)
+    # Layers of some families differ in their number of heads.
+    attention = max(
+        (layer.attention for layer in anatomy.language if layer.attention is not None),
+        key=lambda parts: parts.n_heads,
+    )
+    normalization_type, final_rms = normalization_of(anatomy)
     return TransformerLensConfig(
         d_model=text.hidden_size,
         d_head=attention.d_value,
@@ -576,15 +646,11 @@ def _config(model: PreTrainedModel, anatomy: Anatomy) -> TransformerLensConfig:
         d_mlp=getattr(text, "intermediate_size", None),
         d_vocab=text.vocab_size,
         act_fn=getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None),
-        device=str(model.device),
+        device=str(loading.input_device(model)),
         dtype=model.dtype,
         positional_embedding_type="rotary",
-        normalization_type=None
-        if final is None or within is None
-        else "LN"
-        if subtracts_mean(within)
-        else "RMS",
-        final_rms=final is not None and not subtracts_mean(final),
+        normalization_type=normalization_type,
+        final_rms=final_rms,
         gated_mlp=Block("", anatomy.language[0]).mlp.is_gated,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -66,6 +67,14 @@ def load(name_or_path: str | Path, **hf_options: Any) -> tuple[PreTrainedModel, 
     except (OSError, HfHubHTTPError) as error:
         raise ModelNotFoundError(_explain(source, error)) from error
     return model.eval(), processor
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model's inputs go: to its weights or, with a device_map, where accelerate runs its first module."""
+    placed = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    if placed is None:
+        return model.device
+    return torch.device("cuda", placed) if isinstance(placed, int) else torch.device(placed)
 
 
 def _check_takes_images(config: PretrainedConfig) -> None:

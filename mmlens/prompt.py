@@ -508,8 +508,10 @@ def _image_positions(
 ) -> Bool[Tensor, "batch pos"]:
     """Where the images' embeddings stand: marked by the processor itself, or by the id of its image token."""
     if hasattr(layout, "visual_token"):
-        visual_id = processor.tokenizer.convert_tokens_to_ids(layout.visual_token(processor))
-        return inputs["input_ids"].cpu() == visual_id
+        token = layout.visual_token(processor)
+        visual_id = None if token is None else processor.tokenizer.convert_tokens_to_ids(token)
+        ids = inputs["input_ids"].cpu()
+        return torch.zeros_like(ids, dtype=torch.bool) if visual_id is None else ids == visual_id
     if "image_embeds_position_mask" in inputs:
         return inputs["image_embeds_position_mask"].cpu() == 1
     token_id = getattr(processor, "image_token_id", None)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
+from transformers.utils import ModelOutput
 
 from mmlens.families.anatomy import Projection
 
@@ -64,7 +66,7 @@ class Step:
 
 
 class ModuleTap:
-    """Runs its live steps, in order, on the first input or the first output of `module`.
+    """Runs its live steps, in order, on the first input or the first output of `module` (on each of a list).
 
     `n_rows` says how many prompts the batch has, where steps expect [batch, pos, ...]: some layers hand their
     MLP one flat axis [batch * pos].
@@ -115,6 +117,11 @@ class ModuleTap:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         inputs = args or tuple(kwargs.values())
+        if isinstance(output, ModelOutput):
+            field = "pooler_output" if output.get("pooler_output") is not None else "last_hidden_state"
+            return type(output)(**{**output, field: self._run(output[field], inputs)})
+        if isinstance(output, list):
+            return [self._run(tensor, inputs) for tensor in output]
         if isinstance(output, tuple):
             return (self._run(output[0], inputs), *output[1:])
         return self._run(output, inputs)
@@ -191,7 +198,7 @@ def normalization(scale_point: LazyHookPoint, normalized_point: LazyHookPoint) -
     """
 
     def apply(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-        x = inputs[0].float().reshape(out.shape)
+        x = inputs[0].to(out.device).float().reshape(out.shape)
         gain, centred, eps = norm_arithmetic(module, x.shape[-1], out)
         if centred:
             x = x - x.mean(-1, keepdim=True)
@@ -221,14 +228,46 @@ def norm_arithmetic(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor, 
     )
     if eps is None:
         raise NotImplementedError(f"{type(norm).__name__} has no epsilon that mmlens knows of")
-    # `forward`, not the module itself: a probe must not fire hooks.
-    ones = torch.ones(1, 1, width, dtype=like.dtype, device=like.device)
+    weight = next(norm.parameters(), like)
+    # accelerate brings its inputs to an offloaded norm by itself.
+    ones = torch.ones(1, 1, width, dtype=like.dtype, device=like.device if weight.is_meta else weight.device)
     alternating = ones.clone()
     alternating[..., 1::2] = -1
-    plus, minus = norm.forward(alternating), norm.forward(-alternating)
-    gain, bias = (plus - minus) / 2 * alternating * (1 + eps) ** 0.5, (plus + minus) / 2
-    centred = bool((norm.forward(ones) - bias).abs().mean() < 0.1 * gain.abs().mean())
+    # `forward`, not the module itself: a probe must not fire hooks.
+    plus, minus, level = (norm.forward(x).to(like.device) for x in (alternating, -alternating, ones))
+    gain = (plus - minus) / 2 * alternating.to(like.device) * (1 + eps) ** 0.5
+    bias = (plus + minus) / 2
+    centred = bool((level - bias).abs().mean() < 0.1 * gain.abs().mean())
     return gain[0, 0], centred, eps
+
+
+def weight_of(module: nn.Module, like: Tensor) -> Tensor:
+    """The weight of a linear module on the device of `like`; one that accelerate has offloaded is loaded for it."""
+    with align_module_device(module):
+        return module.get_parameter("weight").to(like.device)
+
+
+def forked_input(point: LazyHookPoint, projection: Projection, norm: nn.Module) -> tuple[Step, Step]:
+    """hook_q_input and its like: one copy of the stream per head [..., head, d_model], read by that head alone.
+
+    The first step, on the norm's input, remembers the stream; the second, on the projection's output, adds to
+    each head W_h (norm(edited copy) - norm(stream)), which is exactly nothing where a copy was not edited.
+    """
+    stream: list[Tensor] = []
+
+    def at_norm(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        stream[:] = [x]
+        return x
+
+    def at_projection(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
+        projected, x = projection.read(out), stream.pop().unsqueeze(-2)
+        edited = point(x.expand(*x.shape[:-2], projected.shape[-2], -1).clone())
+        same = (edited == x).all(-1, keepdim=True)
+        gained = (norm.forward(edited) - norm.forward(x)).masked_fill(same, 0.0)
+        weight = projection.read(weight_of(module, out).T)
+        return projection.write(out, projected + torch.einsum("...hm,mhd->...hd", gained, weight))
+
+    return Step([point], at_norm), Step([point], at_projection)
 
 
 def head_results(
@@ -240,8 +279,8 @@ def head_results(
     """
 
     def apply(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-        z = inputs[0].unflatten(-1, (-1, d_head))
-        w_o = module.get_parameter("weight").T.unflatten(0, (-1, d_head))
+        z = inputs[0].to(out.device).unflatten(-1, (-1, d_head))
+        w_o = weight_of(module, out).T.unflatten(0, (-1, d_head))
         factor = scale()
         factor = 1.0 if factor is None else factor
         result = torch.einsum("...hd,hdm->...hm", z, w_o) * factor

@@ -218,7 +218,12 @@ class TokenMap:
         """
         grid = self._grid(image, example)
         left, top, right, bottom = checked_box(box, grid.size, f"image {image} of example {example}")
-        if len(grid) and (grid.row == NO_PATCH).all():
+        if not len(grid):
+            raise TokenMapError(
+                f"image {image} of example {example} has no position in the prompt: cross-attention reads it, and its "
+                "patches are keys of the cross-attention layers"
+            )
+        if (grid.row == NO_PATCH).all():
             raise TokenMapError(
                 f"image {image} of example {example}: its {len(grid)} tokens are learnt queries that each read a "
                 "whole view, so no box maps to some of them; take image_tokens(...), or evidence without a box"

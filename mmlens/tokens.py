@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mmlens.loading import input_device
 from mmlens.prompt import Prompt
 
 
@@ -62,7 +63,7 @@ class TokenMethods:
             padding_side=padding_side,
             return_tensors="pt",
         )
-        return encoded["input_ids"].to(self.hf_model.device)
+        return encoded["input_ids"].to(input_device(self.hf_model))
 
     def to_single_token(self, string: str) -> int:
         """The id of a text that is one token; ValueError where it is several."""

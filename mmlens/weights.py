@@ -8,6 +8,7 @@ it; `QK` and `OV` repeat them to one per query head.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ class AttentionWeights:
                 f"{self.name} has no {role} projection: {type(self.parts.module).__name__} attends with the "
                 "keys and values of an earlier layer"
             )
-        if any(getattr(self.parts.module, name, None) is projection.module for name in _LATENT):
+        if reads_latent(self.parts, projection):
             raise NoWeightError(
                 f"{self.name} has no {role} weight on the residual stream: under latent attention "
                 f"({type(self.parts.module).__name__}) it is projected from a normalized latent of "
@@ -168,6 +169,11 @@ class MLPWeights:
             raise self._other_kind("W_out")
         return module
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer has such an MLP at all."""
+        return self._find("out") is not None
+
     def _find(self, role: str) -> nn.Module | None:
         first, last = self.parts.mlp_in, self.parts.mlp_out
         if first is not last:
@@ -226,6 +232,17 @@ class Block:
     def ln2(self) -> nn.Module | None:
         """The model's own norm before the MLP."""
         return self.parts.norm2
+
+    @property
+    def submodules(self) -> dict[str, Any]:
+        """What the layer is made of, where TransformerLens' tools ask whether a head's z W_O enters the stream."""
+        post = {"ln1_post": self.parts.post_norm1} if self.parts.post_norm1 is not None else {}
+        return {"attn": self.parts.mixer, **post}
+
+    @property
+    def hook_aliases(self) -> dict[str, str]:
+        """Whose output hook_attn_out is; see `submodules`."""
+        return {"hook_attn_out": "attn.hook_out" if self.parts.post_norm1 is None else "ln1_post.hook_out"}
 
     @property
     def residual_contribution_scale(self) -> Tensor | float:
@@ -417,8 +434,10 @@ class WeightProperties:
         """
         total = torch.zeros_like(self.W_E[0])
         for block in self.blocks[:layer]:
-            total = total + block.bias(mlp=include_mlp_biases)
-        return total + self.blocks[layer].bias(mlp=False) if mlp_input else total
+            total = total + torch.as_tensor(block.bias(mlp=include_mlp_biases), device=total.device)
+        if mlp_input:
+            total = total + torch.as_tensor(self.blocks[layer].bias(mlp=False), device=total.device)
+        return total
 
     def _per_query_head(self, weight: Float[Tensor, "layer kv_head a b"]) -> Float[Tensor, "layer head a b"]:
         return weight.repeat_interleave(self.W_Q.shape[1] // weight.shape[1], dim=1)
@@ -432,6 +451,35 @@ class WeightProperties:
                 f"read model.blocks[l].{name}"
             )
         return torch.stack([weight.to(weights[0].device) for weight in weights])
+
+
+def reads_latent(parts: AttentionParts, projection: Projection) -> bool:
+    """Whether a projection reads a latent, not the (normalized) residual stream."""
+    return any(getattr(parts.module, name, None) is projection.module for name in _LATENT)
+
+
+def attends_elsewhere(parts: AttentionParts) -> bool:
+    """Whether keys and values are projected from something else than the stream (cross-attention to images)."""
+    return "cross_attention_states" in inspect.signature(parts.module.forward).parameters
+
+
+def normalization_of(anatomy: Anatomy) -> tuple[str | None, bool]:
+    """TransformerLens' normalization_type ("LN", "RMS" or None) of the layers, and whether the final norm is RMS.
+
+    The first norm of the layers speaks for all.
+    """
+    final = anatomy.final_norm
+    norms = [layer.norm1 for layer in anatomy.language if layer.norm1 is not None and is_norm(layer.norm1)]
+    if final is None or not is_norm(final):
+        return None, False
+    final_rms = not subtracts_mean(final)
+    within_rms = not subtracts_mean(norms[0]) if norms else final_rms
+    return "RMS" if within_rms else "LN", final_rms
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module in a norm's place divides by a scale (some families have gates or factors there)."""
+    return "Norm" in type(module).__name__
 
 
 @torch.no_grad()

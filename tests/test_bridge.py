@@ -93,7 +93,7 @@ DIFFERENCES = (
     Difference("ln_final.hook_*", UNWRAPPED_NORMS, "absent", "norms are not opened"),
 )
 
-OPTIONAL = ("attn.hook_result", "hook_attn_in")
+OPTIONAL = ("attn.hook_result", "hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
 """Fire in the bridge after a switch only, which changes its arithmetic; they have tests of their own."""
 
 
@@ -193,6 +193,7 @@ def test_the_model_from_a_bridge_is_the_plain_sdpa_model_on_the_bridges_own_tens
     assert torch.equal(model(inputs), reference(**inputs).logits)
     assert list(model.hf_model.state_dict()) == list(reference.state_dict())
     assert model.hf_model.config._attn_implementation == "sdpa"
+    assert not any(module.training for module in model.hf_model.modules())
     for kind in ("parameters", "buffers"):
         bridges = {id(tensor) for tensor in getattr(bridge.original_model, kind)()}
         assert all(id(tensor) in bridges for tensor in getattr(model.hf_model, kind)())
@@ -219,12 +220,14 @@ def test_hooks_stay_on_their_own_side() -> None:
 
 @torch.no_grad()
 def test_half_precision_and_training_mode_are_the_bridges() -> None:
-    hf_model = tiny.tiny_model("llava", dtype=torch.bfloat16)
+    hf_model = tiny.tiny_model("llava").to(torch.bfloat16)
+    assert hf_model.config.dtype == torch.float32
     bridge = bridge_over(hf_model.train())
     model = mmlens.from_bridge(bridge)
-    assert model.hf_model.dtype == torch.bfloat16 and all(m.training for m in model.hf_model.modules())
+    assert model.hf_model.dtype == model.hf_model.config.dtype == torch.bfloat16
+    assert all(module.training for module in model.hf_model.modules())
     inputs = tiny.cast(tiny.tiny_inputs("llava", [2]), torch.bfloat16)
-    reference = tiny.tiny_model("llava", dtype=torch.bfloat16)
+    reference = tiny.tiny_model("llava").to(torch.bfloat16)
     assert torch.equal(model(inputs), reference(**inputs).logits)
 
 
@@ -256,6 +259,8 @@ def test_a_bridge_booted_from_a_folder_brings_its_processor(
     prompt = model.prompt("Where?", images=tiny.tiny_images(2))
     with torch.no_grad():
         assert torch.equal(model(prompt), hf_model(**prompt.inputs).logits)
+    # With them asked for, transformers would not write this model's configuration.
+    model.hf_model.save_pretrained(tmp_path / "again")
 
 
 def test_a_bridge_without_processor_gives_its_tokenizer_and_a_processor_can_be_given() -> None:
@@ -420,6 +425,36 @@ def test_hook_attn_in_is_the_bridges_without_its_head_axis(family: str) -> None:
     )
 
 
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl", "qwen3_5"])
+@torch.no_grad()
+def test_what_each_heads_queries_keys_and_values_read(family: str) -> None:
+    this = pair(family)
+    names = [f"blocks.1.attn.hook_{part}_input" for part in "qkv"]
+    _, ours = this.eager.run_with_cache(this.inputs, names_filter=names)
+
+    def without_first_head(x: Tensor, hook: Any) -> Tensor:
+        return torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, 1:]], dim=2)
+
+    edits = [(name, without_first_head) for name in names]
+    edited = this.eager.run_with_hooks(this.inputs, fwd_hooks=edits)
+    assert gap(edited, this.eager(this.inputs)) > 0.1
+    try:
+        if family in DELEGATED or family in GATED:
+            with pytest.raises(NotImplementedError, match="use_split_qkv_input"):
+                this.bridge.set_use_split_qkv_input(True)
+                this.bridge(this.ids, **this.rest)
+            return
+        this.bridge.set_use_split_qkv_input(True)
+        _, theirs = this.bridge.run_with_cache(this.ids, **this.rest)
+        for name in names:
+            assert torch.equal(theirs[name], ours[name])
+        bridge_edited = this.bridge.run_with_hooks(this.ids, fwd_hooks=edits, **this.rest)
+        torch.testing.assert_close(edited, bridge_edited, rtol=1e-4, atol=1e-4)
+    finally:
+        if family not in DELEGATED:
+            this.bridge.set_use_split_qkv_input(False)
+
+
 @torch.no_grad()
 def test_the_bridge_numbers_the_positions_of_a_padded_row_from_its_first_token() -> None:
     """The plain model's forward counts padding too. Rotation is relative, so only hook_rot_q and _k can tell."""
@@ -550,6 +585,7 @@ def test_decompose_resid_of_the_bridge_also_lacks_deepstack() -> None:
     assert gap(merged[this.images], last[this.images]) > 0.1
     gained = sum(ours[f"blocks.{layer}.hook_deepstack"] for layer in (0, 1))
     torch.testing.assert_close(merged[this.images] + gained, last[this.images], rtol=1e-4, atol=1e-4)
+    assert gap(ours.decompose_resid().sum(0), last) < 1e-4
 
 
 @torch.no_grad()

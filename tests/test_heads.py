@@ -376,3 +376,173 @@ def test_bad_scores_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         HeadScores(values, kinds=kinds)
+
+
+# ---------------------------------------------------------------------- models whose layers differ in heads
+
+
+@st.composite
+def uneven_models(draw: st.DrawFn) -> tuple[int, int, tuple[int, ...]]:
+    """(n_layers, n_heads, heads_per_layer): layers without heads, and layers with fewer than others."""
+    n_layers, n_heads = draw(shapes)
+    per_layer = draw(st.lists(st.integers(0, n_heads), min_size=n_layers, max_size=n_layers).filter(any))
+    return n_layers, n_heads, tuple(per_layer)
+
+
+def existing(per_layer: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(layer, head) for layer, count in enumerate(per_layer) for head in range(count)]
+
+
+def uneven_scores(model: tuple[int, int, tuple[int, ...]], n: int, seed: int) -> HeadScores:
+    """Few different numbers, so that ties are common; NaN where there is no head."""
+    n_layers, n_heads, per_layer = model
+    drawn = np.random.default_rng(seed).integers(-3, 4, (n, n_layers, n_heads)).astype(np.float32)
+    for layer, count in enumerate(per_layer):
+        drawn[:, layer, count:] = np.nan
+    return scores_of(drawn)
+
+
+@unhurried
+@given(uneven_models(), st.data())
+def test_no_set_ever_holds_a_head_that_does_not_exist(model: Any, data: st.DataObject) -> None:
+    n_layers, n_heads, per_layer = model
+    every = existing(per_layer)
+    sizes = {"n_layers": n_layers, "n_heads": n_heads, "heads_per_layer": per_layer}
+    a, b = (HeadSet(data.draw(st.lists(st.sampled_from(every), unique=True)), **sizes) for _ in range(2))
+    assert list(HeadSet.every(n_layers, n_heads, per_layer)) == every
+    assert set(a.complement()) == set(every) - set(a) and a.complement().complement() == a
+    for combined, expected in (
+        (a | b, set(a) | set(b)),
+        (a & b, set(a) & set(b)),
+        (a - b, set(a) - set(b)),
+        (a ^ b, set(a) ^ set(b)),
+    ):
+        # The model's heads come along: a second complement is again of those alone.
+        assert set(combined) == expected and set(combined.complement()) == set(every) - expected
+    seed = data.draw(st.integers(0, 2**31))
+    if 2 * len(a) > len(every):
+        for draw in (a.random, a.matched_random):
+            with pytest.raises(ValueError, match=f"of the model's {len(every)} heads only"):
+                draw(seed)
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        controls = a.random(seed), a.matched_random(seed)
+    for control in controls:
+        assert len(control) == len(a) and set(control) <= set(every) - set(a)
+        assert set(control.complement()) == set(every) - set(control)
+
+
+@unhurried
+@given(uneven_models(), st.integers(0, 2**31), st.data())
+def test_scores_rank_only_the_heads_that_exist(model: Any, seed: int, data: st.DataObject) -> None:
+    n_layers, n_heads, per_layer = model
+    every = existing(per_layer)
+    scores = uneven_scores(model, 4, seed)
+    if max(per_layer) == n_heads:
+        assert scores.heads_per_layer == per_layer
+    values = scores.per_example.double().mean(0)
+    best_first = sorted(every, key=lambda at: (-float(values[at]), at))
+    count = data.draw(st.integers(1, len(every)))
+    assert list(scores.top(count)) == best_first[:count]
+    assert list(scores.bottom(count)) == best_first[::-1][:count]
+    assert list(scores.top(1.0)) == best_first
+    assert len(scores.top(0.05)) == max(1, int(np.floor(0.05 * len(every) + 0.5)))
+    assert set(scores.top(count).complement()) == set(best_first[count:])
+    with pytest.raises(ValueError, match=f"lies in 1 to {len(every)} "):
+        scores.top(len(every) + 1)
+    rank, (low, high) = scores.rank(), scores.rank_interval(n_resamples=20)
+    for layer, head in np.ndindex(n_layers, n_heads):
+        expected = best_first.index((layer, head)) if (layer, head) in every else -1
+        assert int(rank[layer, head]) == expected
+        assert (int(low[layer, head]) >= 0) == (int(high[layer, head]) >= 0) == ((layer, head) in every)
+    table = scores.table(n_resamples=20)
+    assert list(zip(table["layer"], table["head"], strict=True)) == best_first
+    assert not table.isna().any().any()
+
+
+def test_uneven_scores_by_kind_and_between_scores() -> None:
+    """Four heads in two of three layers: the same numbers as in a full grid of these heads alone."""
+    full = torch.rand(6, 2, 2, generator=torch.manual_seed(3))
+    uneven = torch.cat([full[:, :1], torch.full((6, 1, 2), torch.nan), full[:, 1:]], dim=1)
+    kinds = ("a", "a", "b", "b", "c", "c")
+    one, other = HeadScores(full, kinds=kinds), HeadScores(uneven, kinds=kinds)
+    assert other.heads_per_layer == (2, 0, 2)
+    rows = [0, 2]
+    for read in (
+        lambda s: s.values,
+        lambda s: s.rank(),
+        lambda s: s.rank_interval()[0],
+        lambda s: s.rank_interval()[1],
+        lambda s: s.stability(1),
+    ):
+        assert torch.equal(read(other)[rows], read(one))
+    assert other.values[1].isnan().all() and (other.stability(1)[1] == -1).all()
+    rho = one.select("a").spearman(one.select("b"))
+    assert other.select("a").spearman(other.select("b")) == rho
+    for column in ("score", "standard_error", "rank", "rank_low", "rank_high"):
+        assert one.table()[column].tolist() == other.table()[column].tolist()
+    assert repr(other) == "HeadScores(score: 4 heads in 2 of 3 layers, 6 examples)"
+    with pytest.raises(ValueError, match="is of 4 heads in 2 of 3 layers, score of 3 x 2 heads"):
+        other.spearman(HeadScores(torch.rand(2, 3, 2)))
+
+
+def test_saving_keeps_which_heads_exist(tmp_path: Path) -> None:
+    """The first and last layers have no heads, and no layer has as many as the grid is wide."""
+    scores = HeadScores(
+        uneven_scores((4, 3, (0, 1, 2, 0)), 3, 0).per_example, name="RAM", kinds=("x", "y", "x")
+    )
+    scores.save(tmp_path / "scores.parquet")
+    loaded = HeadScores.load(tmp_path / "scores.parquet")
+    torch.testing.assert_close(loaded.per_example, scores.per_example, rtol=0, atol=0, equal_nan=True)
+    assert loaded.heads_per_layer == scores.heads_per_layer == (0, 1, 2, 0)
+    assert loaded.top(1) == scores.top(1) and loaded.kinds == scores.kinds
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ((0, 1), r"head \(0, 1\): layer 0 has no softmax attention; layers with heads: 1, 2$"),
+        ((2, 2), r"head \(2, 2\): head 2 is out of range; layer 2 has 2 heads \(0 to 1\)$"),
+        ((1, 4), r"head 4 is out of range; layer 1 has 4 heads"),
+        ((1, -1), r"head -1 is out of range"),
+        ((3, 0), r"layer 3 is out of range; the model has 3 layers \(0 to 2\)$"),
+    ],
+)
+def test_a_head_that_does_not_exist_is_named_with_the_reason(head: tuple[int, int], message: str) -> None:
+    per_layer = (0, 4, 2)
+    with pytest.raises(IndexError, match=message):
+        HeadSet([head], n_layers=3, n_heads=4, heads_per_layer=per_layer)
+    with pytest.raises(IndexError, match=message):
+        as_head_set([(1, 0), head], 3, 4, per_layer)
+
+
+def test_a_set_made_for_the_full_grid_is_checked_against_the_model() -> None:
+    full = HeadSet([(0, 1)], n_layers=3, n_heads=4)
+    with pytest.raises(IndexError, match="layer 0 has no softmax attention"):
+        as_head_set(full, 3, 4, (0, 4, 2))
+    taken = as_head_set(HeadSet([(1, 1)], n_layers=3, n_heads=4), 3, 4, (0, 4, 2))
+    assert len(taken.complement()) == 5
+    assert as_head_set(taken, 3, 4) == taken != HeadSet([(1, 1)], n_layers=3, n_heads=4)
+    with pytest.raises(ValueError, match="3 x 4 heads and 6 heads in 2 of 3 layers"):
+        taken | full
+    for per_layer in ((0, 4), (0, 5, 2), (0, -1, 2), (0, 0, 0)):
+        with pytest.raises(ValueError, match="heads_per_layer is a number from 0 to 4 for each of 3 layers"):
+            HeadSet([], n_layers=3, n_heads=4, heads_per_layer=per_layer)
+
+
+def test_nan_is_an_error_wherever_a_head_exists() -> None:
+    scores = torch.rand(2, 2, 3)
+    scores[:, 1, 1:] = torch.nan
+    assert HeadScores(scores).heads_per_layer == (3, 1)
+    with pytest.raises(ValueError, match=r"score of head \(1, 1\) in example 0 is NaN"):
+        HeadScores(scores, heads_per_layer=(3, 2))
+    with pytest.raises(ValueError, match=r"head \(0, 2\) has a score in example 0, but layer 0 has 2 heads"):
+        HeadScores(scores, heads_per_layer=(2, 1))
+    in_one_example, below_another = scores.clone(), scores.clone()
+    in_one_example[1, 0, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"score of head \(0, 2\) in example 1 is NaN"):
+        HeadScores(in_one_example)
+    below_another[:, 0, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"score of head \(0, 1\) in example 0 is NaN"):
+        HeadScores(below_another)

@@ -96,47 +96,6 @@ def test_cached_activations_have_the_documented_shapes_and_values(model: mmlens.
 
 
 @torch.no_grad()
-def test_the_batch_axis_can_be_left_out_of_a_cache(model: mmlens.HookedVLM) -> None:
-    prompt = two_image_prompt(model)
-    _, cache = model.run_with_cache(prompt)
-    _, row = model.run_with_cache(prompt, remove_batch_dim=True)
-    assert not row.has_batch_dim
-    for name in (
-        "blocks.1.attn.hook_z",
-        "blocks.1.attn.hook_pattern",
-        "hook_embed",
-        "ln_final.hook_normalized",
-    ):
-        assert torch.equal(row[name], cache[name][0])
-    for name in (
-        "blocks.1.image.hook_z",
-        "image.hook_embed",
-        "vision.blocks.0.hook_resid_pre",
-        "projector.hook_out",
-    ):
-        assert torch.equal(row[name], cache[name])
-    with pytest.raises(ValueError, match="batch of one prompt, this one has 2"):
-        model.run_with_cache(padded_prompt(model), remove_batch_dim=True)
-
-
-@torch.no_grad()
-def test_transformer_lens_reads_the_cache(model: mmlens.HookedVLM) -> None:
-    """The residual stream is the sum of its parts, image positions included (deep injection counted)."""
-    prompt = two_image_prompt(model)
-    _, cache = model.run_with_cache(prompt, names_filter=lambda name: True)
-    parts = cache.decompose_resid(layer=-1).sum(0)
-    for name in cache:
-        if name.endswith("hook_deepstack"):
-            parts = parts.index_put((prompt.token_map.is_image,), cache[name], accumulate=True)
-    torch.testing.assert_close(parts, cache["resid_post", model.cfg.n_layers - 1], atol=1e-4, rtol=1e-4)
-    results = cache.stack_head_results()
-    assert len(results) == model.cfg.n_layers * model.cfg.n_heads
-    by_layer = results.unflatten(0, (model.cfg.n_layers, model.cfg.n_heads)).sum(1)
-    torch.testing.assert_close(by_layer, cache.stack_activation("attn_out"), atol=1e-4, rtol=1e-4)
-    assert cache.accumulated_resid(layer=2).shape[0] == 3
-
-
-@torch.no_grad()
 def test_deep_injection_is_what_separates_a_layer_from_the_next() -> None:
     model = hooked("qwen3_vl")
     prompt = two_image_prompt(model)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -66,12 +68,16 @@ def test_parts_of_the_stream_sum_to_it_at_image_positions_too(family: str) -> No
     assert [label for label in labels if "deepstack" in label] == deep
     assert bool(deep) == (family in ("qwen3_vl", SCALED))
     without = cache.decompose_resid(incl_embeds=False)
-    torch.testing.assert_close(without.sum(0), final - cache["embed"] - stack[len(labels) - len(deep) :].sum(0), **CLOSE)
+    torch.testing.assert_close(
+        without.sum(0), final - cache["embed"] - stack[len(labels) - len(deep) :].sum(0), **CLOSE
+    )
 
     heads = cache.stack_head_results()
     by_layer = heads.unflatten(0, (n_layers, n_heads)).sum(1)
     attn_out = cache.stack_activation("attn_out")
-    bias = torch.stack([torch.as_tensor(block.bias(mlp=False)).expand(model.cfg.d_model) for block in model.blocks])
+    bias = torch.stack(
+        [torch.as_tensor(block.bias(mlp=False)).expand(model.cfg.d_model) for block in model.blocks]
+    )
     torch.testing.assert_close(by_layer + bias[:, None, None], attn_out, **CLOSE)
     # From hook_z alone, as after a run without hook_result.
     _, plain = model.run_with_cache(prompt)
@@ -84,6 +90,13 @@ def test_parts_of_the_stream_sum_to_it_at_image_positions_too(family: str) -> No
     full, names = cache.get_full_resid_decomposition(expand_neurons=False, return_labels=True)
     assert names[: n_layers * n_heads] == model.all_head_labels and len(full) == len(names)
     torch.testing.assert_close(full.sum(0), final, **CLOSE)
+    if family in POST_NORMED:
+        with pytest.raises(ValueError, match="norm behind the MLP.*expand_neurons=False"):
+            cache.get_full_resid_decomposition()
+    else:
+        full, names = cache.get_full_resid_decomposition(return_labels=True)
+        assert "L1N5" in names and len(full) == len(names)
+        torch.testing.assert_close(full.sum(0), final, **CLOSE)
     direction = model.residual_directions(torch.tensor(7))
     projected = cache.get_full_resid_decomposition(
         expand_neurons=False, apply_ln=True, project_output_onto=direction
@@ -92,7 +105,7 @@ def test_parts_of_the_stream_sum_to_it_at_image_positions_too(family: str) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*tiny.REPRESENTATIVES, *POST_NORMED, "cohere2_vision"])
+@pytest.mark.parametrize("family", [*tiny.REPRESENTATIVES, *POST_NORMED, "aya_vision"])
 def test_logit_attribution_is_the_logit(family: str) -> None:
     """Attributions of the parts, and of heads with a remainder, sum to the model's own logit difference."""
     model = hooked(family)
@@ -111,26 +124,26 @@ def test_logit_attribution_is_the_logit(family: str) -> None:
 
 
 @torch.no_grad()
-def test_a_heads_attribution_is_what_its_removal_costs_at_a_fixed_scale() -> None:
+@pytest.mark.parametrize("family", FEW)
+def test_a_heads_attribution_is_what_its_removal_costs_at_a_fixed_scale(family: str) -> None:
     """Zero the last layer's head, hold the final norm's scale and the MLP: the logit falls by the attribution."""
-    for family in FEW:
-        model = hooked(family)
-        prompt = small_prompt(model)
-        clean, cache = model.run_with_cache(prompt, names_filter=everything)
-        last = model.cfg.n_layers - 1
-        attrs = cache.logit_attrs(cache.stack_head_results(pos_slice=-1), 7, pos_slice=-1)
-        attrs = attrs.unflatten(0, (model.cfg.n_layers, -1))[last, :, 0]
-        for head in range(model.cfg.n_heads):
+    model = hooked(family)
+    prompt = small_prompt(model)
+    clean, cache = model.run_with_cache(prompt, names_filter=everything)
+    last = model.cfg.n_layers - 1
+    attrs = cache.logit_attrs(cache.stack_head_results(pos_slice=-1), 7, pos_slice=-1)
+    attrs = attrs.unflatten(0, (model.cfg.n_layers, -1))[last, :, 0]
+    held = [
+        (name, lambda x, hook: cache[hook.name])
+        for name in ("ln_final.hook_scale", f"blocks.{last}.hook_mlp_out")
+    ]
+    for head in range(model.cfg.n_heads):
 
-            def zero(z: Tensor, hook: object, head: int = head) -> Tensor:
-                return z.index_fill(2, torch.tensor([head]), 0.0)
+        def zero(z: Tensor, hook: object, head: int = head) -> Tensor:
+            return z.index_fill(2, torch.tensor([head]), 0.0)
 
-            fixed = [
-                (name, lambda x, hook: cache[hook.name])
-                for name in ("ln_final.hook_scale", f"blocks.{last}.hook_mlp_out")
-            ]
-            under = model.run_with_hooks(prompt, fwd_hooks=[(f"blocks.{last}.attn.hook_z", zero), *fixed])
-            torch.testing.assert_close(clean[0, -1, 7] - under[0, -1, 7], attrs[head], **CLOSE)
+        under = model.run_with_hooks(prompt, fwd_hooks=[(f"blocks.{last}.attn.hook_z", zero), *held])
+        torch.testing.assert_close(clean[0, -1, 7] - under[0, -1, 7], attrs[head], **CLOSE)
 
 
 @torch.no_grad()
@@ -174,15 +187,16 @@ def test_the_batch_axis_can_be_left_out_of_a_cache(model: mmlens.HookedVLM) -> N
     _, cache = model.run_with_cache(prompt)
     _, row = model.run_with_cache(prompt, remove_batch_dim=True)
     _, later = model.run_with_cache(prompt)
-    assert later.remove_batch_dim() is later and set(later) == set(row)
+    assert later.remove_batch_dim() is later and set(later) == set(row) == set(cache)
     for removed in (row, later):
         assert isinstance(removed, ActivationCache) and not removed.has_batch_dim
-        for name, value in cache.items():
+        for name in later:
+            value = cache[name]
             language = name.startswith(("blocks.", "ln_final", "hook_"))
             packed = ".image." in name or "deepstack" in name
             assert torch.equal(removed[name], value[0] if language and not packed else value), name
-        torch.testing.assert_close(removed.decompose_resid(), cache.decompose_resid()[:, 0], **CLOSE)
-        torch.testing.assert_close(removed.stack_head_results(), cache.stack_head_results()[:, 0], **CLOSE)
+    torch.testing.assert_close(row.decompose_resid(), cache.decompose_resid()[:, 0], **CLOSE)
+    torch.testing.assert_close(row.stack_head_results(), cache.stack_head_results()[:, 0], **CLOSE)
     for run in (
         lambda: model.run_with_cache(padded_prompt(model), remove_batch_dim=True),
         lambda: model.run_with_cache(padded_prompt(model))[1].remove_batch_dim(),
@@ -256,7 +270,9 @@ def by_hand(
     for cell in cells:
         full_name = f"blocks.{cell[0]}.{name}"
 
-        def paste(x: Tensor, hook: object, cell: tuple[int, ...] = cell, full_name: str = full_name) -> Tensor:
+        def paste(
+            x: Tensor, hook: object, cell: tuple[int, ...] = cell, full_name: str = full_name
+        ) -> Tensor:
             patched = x.clone()
             patched[place(cell)] = clean[full_name][place(cell)]
             return patched
@@ -292,10 +308,18 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[mmlens.HookedVLM, Pro
     model = hooked(request.param)
     with torch.no_grad():
         clean, corrupted = two_small_prompts(model, 0), two_small_prompts(model, 5)
+        # The vision tower has run once for all patches.
+        corrupted = model.encode_images(corrupted)
         assert clean.shape == corrupted.shape
         logits, cache = model.run_with_cache(clean)
         assert (logit_gap(logits) - logit_gap(model(corrupted))).abs() > 1e-3
         yield model, corrupted, cache
+
+
+def some_positions(prompt: Prompt) -> list[int]:
+    """The first and the last visual position and the last of all."""
+    image = prompt.token_map.is_image[0].nonzero().flatten()
+    return [int(image[0]), int(image[-1]), prompt.shape[1] - 1]
 
 
 def n_heads_of(model: mmlens.HookedVLM, name: str) -> int:
@@ -304,20 +328,30 @@ def n_heads_of(model: mmlens.HookedVLM, name: str) -> int:
 
 def test_patching_the_stream(pair: tuple[mmlens.HookedVLM, Prompt, ActivationCache]) -> None:
     model, corrupted, cache = pair
-    n_layers, n_pos = model.cfg.n_layers, corrupted.shape[1]
-    cells = list(itertools.product(range(n_layers), range(n_pos)))
-    tables = []
+    cells = list(itertools.product(range(model.cfg.n_layers), some_positions(corrupted)))
+    rows = pd.DataFrame(cells, columns=["layer", "pos"])
     for function, name in STREAM.items():
-        patched = function(model, corrupted, cache, logit_gap)
+        patched = function(model, corrupted, cache, logit_gap, index_axis_names=None, index_df=rows)
         expected = by_hand(model, corrupted, cache, name, cells, lambda cell: (EVERY, cell[1]))
-        assert patched.shape == (n_layers, n_pos)
-        torch.testing.assert_close(patched.flatten(), expected, atol=1e-5, rtol=1e-5)
-        tables.append(patched)
+        torch.testing.assert_close(patched, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_patching_the_stream_in_whole() -> None:
+    model = hooked("qwen3_vl")
+    clean, corrupted = small_prompt(model, 0), model.encode_images(small_prompt(model, 5))
+    _, cache = model.run_with_cache(clean)
+    shape = (model.cfg.n_layers, corrupted.shape[1])
+    cells = list(itertools.product(*map(range, shape)))
+    every = patching.get_act_patch_block_every(model, corrupted, cache, logit_gap)
+    for table, name in zip(every, ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"), strict=True):
+        expected = by_hand(model, corrupted, cache, name, cells, lambda cell: (EVERY, cell[1]))
+        assert table.shape == shape
+        torch.testing.assert_close(table.flatten(), expected, atol=1e-5, rtol=1e-5)
     # Patches at image positions do something: that is where the two prompts differ.
-    effect = tables[0][1] - logit_gap(model(corrupted))
-    assert effect[corrupted.token_map.is_image[0]].abs().max() > 1e-4
-    block = patching.get_act_patch_block_every(model, corrupted, cache, logit_gap)
-    torch.testing.assert_close(block, torch.stack([tables[0], tables[2], tables[3]]))
+    effect = every[0, 1] - logit_gap(model(corrupted))
+    is_image = corrupted.token_map.is_image[0]
+    assert effect[is_image].abs().max() > 1e-4 and effect[: int(is_image.int().argmax())].abs().max() < 1e-6
 
 
 def test_patching_heads_at_all_positions(pair: tuple[mmlens.HookedVLM, Prompt, ActivationCache]) -> None:
@@ -338,7 +372,12 @@ def test_patching_heads_at_all_positions(pair: tuple[mmlens.HookedVLM, Prompt, A
     every = patching.get_act_patch_attn_head_all_pos_every(model, corrupted, cache, logit_gap)
     torch.testing.assert_close(every, torch.stack([*tables, patched]))
     per_example = patching.get_act_patch_attn_head_out_all_pos(
-        model, corrupted, cache, lambda logits: logits[:, -1, 7] - logits[:, -1, 11], reduce="none", baseline=True
+        model,
+        corrupted,
+        cache,
+        lambda logits: logits[:, -1, 7] - logits[:, -1, 11],
+        reduce="none",
+        baseline=True,
     )
     torch.testing.assert_close(per_example.mean(), tables[0])
 
@@ -346,8 +385,7 @@ def test_patching_heads_at_all_positions(pair: tuple[mmlens.HookedVLM, Prompt, A
 def test_patching_heads_by_position(pair: tuple[mmlens.HookedVLM, Prompt, ActivationCache]) -> None:
     """On some cells of each table (image positions, question, last): the whole has thousands."""
     model, corrupted, cache = pair
-    image = corrupted.token_map.is_image[0].nonzero().flatten()
-    positions = [int(image[0]), int(image[-1]), corrupted.shape[1] - 1]
+    positions = some_positions(corrupted)
     for function, name in BY_POS.items():
         heads = range(n_heads_of(model, name))
         cells = list(itertools.product((0, 2), positions, heads))
@@ -381,10 +419,68 @@ def test_patching_by_position_in_whole() -> None:
     _, cache = model.run_with_cache(clean)
     every = patching.get_act_patch_attn_head_by_pos_every(model, corrupted, cache, logit_gap)
     assert every.shape == (5, model.cfg.n_layers, corrupted.shape[1], model.cfg.n_heads)
-    cells = list(itertools.product(range(model.cfg.n_layers), range(corrupted.shape[1]), range(model.cfg.n_heads)))
+    cells = list(
+        itertools.product(range(model.cfg.n_layers), range(corrupted.shape[1]), range(model.cfg.n_heads))
+    )
     for table, name in ((0, "attn.hook_z"), (1, "attn.hook_q")):
         expected = by_hand(model, corrupted, cache, name, cells, lambda cell: (EVERY, cell[1], cell[2]))
         torch.testing.assert_close(every[table].flatten(), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*FEW, "fuyu"])
+def test_patching_direct_paths_between_heads(family: str) -> None:
+    """Against arithmetic by hand: W_Q of the receiving head on the norm of its own edited copy of the stream."""
+    model = hooked(family)
+    clean, corrupted = small_prompt(model, 0), small_prompt(model, 5)
+    _, clean_cache = model.run_with_cache(clean)
+    _, cache = model.run_with_cache(corrupted)
+    source = 1
+    patched = patching.get_act_patch_direct_path(
+        model, corrupted, clean_cache, cache, logit_gap, src_layer=0, src_head=source, verbose=False
+    )
+    assert not patched[0].any()
+    w_o = model.blocks[0].attn.W_O[source]
+    delta = (clean_cache["z", 0][:, :, source] - cache["z", 0][:, :, source]) @ w_o
+    for layer, head in itertools.product((1, 2), range(model.cfg.n_heads)):
+        attn = model.blocks[layer].attn
+        copy = model.blocks[layer].ln1(cache["resid_pre", layer] + delta)
+        query = copy @ attn.W_Q[head] + attn.b_Q[head]
+
+        def paste(q: Tensor, hook: object, head: int = head, query: Tensor = query) -> Tensor:
+            q = q.clone()
+            q[:, :, head] = query
+            return q
+
+        expected = model.run_with_hooks(corrupted, fwd_hooks=[(f"blocks.{layer}.attn.hook_q", paste)])
+        torch.testing.assert_close(patched[layer, head], logit_gap(expected), atol=1e-5, rtol=1e-4)
+    assert (patched[1:] - logit_gap(model(corrupted))).abs().max() > 1e-5
+    assert not model.cfg.use_split_qkv_input
+    if model.cfg.n_key_value_heads < model.cfg.n_heads:
+        with pytest.raises(ValueError, match="GQA"):
+            patching.get_act_patch_direct_path(model, corrupted, clean_cache, cache, logit_gap, 0, 0, "v")
+    else:
+        values = patching.get_act_patch_direct_path(
+            model, corrupted, clean_cache, cache, logit_gap, 0, source, "v", verbose=False
+        )
+        ln1, attn = model.blocks[1].ln1, model.blocks[1].attn
+
+        def paste_v(v: Tensor, hook: object) -> Tensor:
+            v = v.clone()
+            v[:, :, 2] = ln1(cache["resid_pre", 1] + delta) @ attn.W_V[2] + attn.b_V[2]
+            return v
+
+        expected = model.run_with_hooks(corrupted, fwd_hooks=[("blocks.1.attn.hook_v", paste_v)])
+        torch.testing.assert_close(values[1, 2], logit_gap(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_direct_paths_are_refused_where_a_norm_stands_behind_the_heads() -> None:
+    model = hooked("gemma3")
+    prompt = small_prompt(model)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(prompt)
+    with pytest.raises(ValueError, match="normalized or scaled before the residual add"):
+        patching.get_act_patch_direct_path(model, prompt, cache, cache, logit_gap, 0, 0)
 
 
 # ---------------------------------------------------------------------- tokens and heads
@@ -459,10 +555,14 @@ def test_positions_have_names(model: mmlens.HookedVLM) -> None:
     for example in range(2):
         names = model.to_str_tokens(prompt, example=example)
         places = [prompt.token_map.where(position, example) for position in range(prompt.shape[1])]
-        for name, place, token in zip(names, places, prompt.inputs["input_ids"][example].tolist(), strict=True):
+        for name, place, token in zip(
+            names, places, prompt.inputs["input_ids"][example].tolist(), strict=True
+        ):
             if place.kind == "patch":
                 assert name.endswith(f" r{place.row}c{place.col}>") and name.startswith(f"<img{place.image} ")
-                tiles = {other.tile for other in places if other.image == place.image and other.tile is not None}
+                tiles = {
+                    other.tile for other in places if other.image == place.image and other.tile is not None
+                }
                 assert (f" t{place.tile} " in name) == (len(tiles) > 1)
             elif place.kind == "separator":
                 assert name == f"<img{place.image} sep>"
@@ -482,3 +582,16 @@ def test_circuitsvis_shows_patterns_over_patches() -> None:
     assert len(labels) == pattern.shape[-1] == prompt.shape[1]
     html = attention.attention_patterns(tokens=labels, attention=pattern).show_code()
     assert "<img0 r1c1>" in html and f"{float(pattern[2, -1, 4]):.4f}"[:5] in html
+
+
+def test_the_page_about_the_tools_says_what_happens() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "transformer-lens.md").read_text()
+    section = page[page.index("## TransformerLens' tools") :].split("\n## ")[0]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.S))
+    names: dict[str, Tensor] = {}
+    with torch.no_grad():
+        exec(compile(code, "docs/transformer-lens.md", "exec"), names)
+    answer, logits = names["answer"], names["logits"]
+    torch.testing.assert_close(names["direct"].attribution.sum(), logits[0, -1, answer], **CLOSE)
+    assert names["per_head"].shape == (64, 1) and names["table"].shape == (8, 8)
+    assert names["lens"].rank_trajectory()[-1] == 0

@@ -53,7 +53,9 @@ def test_projections_are_what_their_matrices_say(family: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llava", "internvl", "qwen3_vl", "glm4v", "lfm2_vl", FUSED, "cosmos3_edge"])
+@pytest.mark.parametrize(
+    "family", ["llava", "internvl", "qwen3_vl", "glm4v", "lfm2_vl", FUSED, "cosmos3_edge"]
+)
 def test_mlp_weights_rebuild_the_mlp(family: str) -> None:
     """Separate, fused (glm4v), differently named (lfm2_vl) and ungated (fuyu, cosmos3_edge) ones."""
     model = mmlens.HookedVLM(tiny.tiny_model(family))
@@ -68,7 +70,9 @@ def test_mlp_weights_rebuild_the_mlp(family: str) -> None:
     assert model.cfg.gated_mlp == mlp.is_gated == (family not in (FUSED, "cosmos3_edge"))
     assert shares_memory(mlp.W_in, next(p for p in module.parameters() if shares_memory(mlp.W_in, p)))
     if mlp.is_gated:
-        assert model.W_gate.shape == model.W_in.shape == (model.cfg.n_layers, model.cfg.d_model, len(mlp.W_out))
+        assert (
+            model.W_gate.shape == model.W_in.shape == (model.cfg.n_layers, model.cfg.d_model, len(mlp.W_out))
+        )
     else:
         assert model.W_gate is None
         with pytest.raises(NoWeightError, match="blocks.0.mlp has no W_gate"):
@@ -119,7 +123,8 @@ def test_views_edit_the_model() -> None:
     prompt = two_image_prompt(model)
     with torch.no_grad():
         zeroed = model.run_with_hooks(
-            prompt, fwd_hooks=[("blocks.1.attn.hook_q", lambda q, hook: q * torch.tensor([1.0, 0, 1, 1])[:, None])]
+            prompt,
+            fwd_hooks=[("blocks.1.attn.hook_q", lambda q, hook: q * torch.tensor([1.0, 0, 1, 1])[:, None])],
         )
         assert not torch.equal(model(prompt), zeroed)
         model.blocks[1].attn.W_Q[1] = 0
@@ -177,7 +182,9 @@ def test_what_a_family_does_not_have_is_an_error() -> None:
     with pytest.raises(NoWeightError, match="blocks.0.mlp has no W_in: AriaTextMoELayer is made of router"):
         experts.W_in  # noqa: B018
     uneven = mmlens.HookedVLM(tiny.tiny_model(SHARED_WIDTHS))
-    with pytest.raises(NoWeightError, match=r"attn.W_Q of the layers cannot be stacked.*model.blocks\[l\].attn.W_Q"):
+    with pytest.raises(
+        NoWeightError, match=r"attn.W_Q of the layers cannot be stacked.*model.blocks\[l\].attn.W_Q"
+    ):
         uneven.W_Q  # noqa: B018
     assert uneven.blocks[0].attn.W_Q.shape != uneven.blocks[-1].attn.W_Q.shape
 

@@ -117,22 +117,35 @@ def variants(length: int) -> dict[str, Callable[[], Run]]:
     }
 
 
-def ratio(base: Run, other: Run, pairs: int) -> tuple[float, float, float]:
-    """Median, minimum and maximum of other / base over pairs run in turn (the order alternates)."""
+def wall_clock() -> float:
+    """Seconds, with what a GPU still has to do waited for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def paired_ratios(base: Run, other: Run, pairs: int, clock: Callable[[], float] = wall_clock) -> list[float]:
+    """Time of other / time of base in pairs run in turn (the order alternates), after one run of each."""
     ratios = []
     for run in (base, other):
         run()
     for pair in range(pairs):
         took = {}
         for run in (base, other) if pair % 2 else (other, base):
-            start = time.perf_counter()
+            start = clock()
             run()
-            took[run] = time.perf_counter() - start
+            took[run] = clock() - start
         ratios.append(took[other] / took[base])
+    return ratios
+
+
+def ratio(base: Run, other: Run, pairs: int) -> tuple[float, float, float]:
+    """Median, minimum and maximum of `paired_ratios`."""
+    ratios = paired_ratios(base, other, pairs)
     return float(np.median(ratios)), min(ratios), max(ratios)
 
 
-def _status(field: str) -> int:
+def process_status(field: str) -> int:
     """A field of this process's status in Linux, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
@@ -146,9 +159,9 @@ def _peak(length: int, name: str, queue: multiprocessing.Queue) -> None:
         # Give freed memory back and restart the kernel's high-water mark, so that loading does not count.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = process_status("VmRSS")
         run()
-        queue.put(_status("VmHWM") - before)
+        queue.put(process_status("VmHWM") - before)
 
 
 def peak_megabytes(length: int, name: str) -> float:

@@ -262,7 +262,7 @@ def layer_parts(layer: nn.Module, stack: Stack) -> LayerParts:
         attention_output=part("attention_output")
         if "attention_output" in names
         else _own(post_norm1) or mixer,
-        mlp_output=_own(post_norm2) or mlp_out,
+        mlp_output=part("mlp_output") if "mlp_output" in names else _own(post_norm2) or mlp_out,
         attention_scale=_name(layer, "attention_scale", ROLES, names),
         mlp_scale=_name(layer, "mlp_scale", ROLES, names),
         cross_attention=None
@@ -290,7 +290,7 @@ def attention_parts(module: nn.Module, names: Names, out: nn.Module | None = Non
     projections: dict[str, Projection] = {}
     q, k, v, fused, latent = part("q"), part("k"), part("v"), part("qkv"), part("latent_kv")
     d_head = _d_head(module, n_heads, d_value)
-    n_kv_heads = n_heads
+    n_kv_heads = n_heads // (getattr(module, "num_key_value_groups", None) or 1)
     if fused is not None:
         n_kv_heads = (_width(fused, "out_features") // d_head - n_heads) // 2
         sizes = (n_heads * d_head, n_kv_heads * d_head, n_kv_heads * d_head)
@@ -377,7 +377,8 @@ def _own(module: nn.Module | None) -> nn.Module | None:
 def _width(linear: nn.Module, name: str) -> int:
     width = getattr(linear, name, None)
     if width is None:
-        weight: Any = linear.weight
+        # A module around a linear one.
+        weight = next(weight for weight in linear.parameters() if weight.ndim == 2)
         width = weight.shape[0 if name == "out_features" else 1]
     return int(width)
 
@@ -468,7 +469,7 @@ def _image_token(model: PreTrainedModel, family: Family) -> str:
 
 def _n_read(model: PreTrainedModel, family: Family, n_layers: int) -> int:
     """How many vision layers lie before the features that the projector gets; later ones reach no logit."""
-    chosen = getattr(model.config, family.feature_layer, None) if family.feature_layer else None
+    chosen = _attribute(model.config, family.feature_layer)
     if chosen is None:
         return n_layers
     indices = [chosen] if isinstance(chosen, int) else list(chosen)

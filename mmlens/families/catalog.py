@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 from mmlens.families.layouts import (
@@ -50,6 +51,8 @@ def _q_former(layers: str) -> Stack:
 
 
 _Q_FORMER = {"qformer.": _q_former("qformer.encoder.layer")}
+_WINDOW_MERGER = {"merger.": Stack("model.vision_tower.vit_merger")}
+_NORMED_TOWER = Stack(norm="model.vision_tower.post_layernorm")
 _GLM_TOWER = Stack(norm="model.visual.post_layernorm")
 _SIGLIP_OF_DEEPSEEK = Stack("model.vision_model.encoder.layers", norm="model.vision_model.post_layernorm")
 
@@ -83,10 +86,12 @@ _NO_NORM_BEFORE = {
 }
 _MIXED = "attention and MLP read a learnt mixture of several streams"
 _HYPER_CONNECTIONS = {
-    "blocks.{l}.hook_attn_in": _MIXED,
     "blocks.{l}.hook_resid_mid": _MIXED,
     "blocks.{l}.image.hook_resid_mid": _MIXED,
     "blocks.{l}.hook_mlp_in": _MIXED,
+}
+_NO_NORMS = {
+    "blocks.{l}.hook_attn_in": _MIXED,
     "blocks.{l}.ln1.*": _MIXED,
     "blocks.{l}.ln2.*": _MIXED,
 }
@@ -105,6 +110,15 @@ def _no_tower(what: str) -> dict[str, str]:
     return {"vision.*": f"its vision side is {what}"}
 
 
+_SHARED_KEYS = {
+    f"blocks.{{l}}.attn.hook_{name}": "its last layers attend with the keys and values of earlier ones"
+    for name in ("k", "v")
+}
+_CLIPPED = "its output projection clips what it reads, so heads do not add up"
+_CONVOLUTIONS_TOO = "its short convolution layers have no softmax attention"
+_SAM = {"vision.blocks.{l}.attn.*": "SAM's relative-position attention bypasses transformers' interface"}
+_CODES = "a convolutional net turns the image into discrete codes, which the language model embeds"
+_VISUAL_CODES = {"vision.*": _CODES, "projector.*": _CODES}
 _CROSS_ATTENTION = "cross-attention reads the images: no position of the prompt is one"
 _NO_IMAGE_POSITIONS = {"image.*": _CROSS_ATTENTION, "blocks.{l}.image.*": _CROSS_ATTENTION}
 _NO_FINAL_NORM = {"ln_final.*": "the last step of its language model is no single norm"}
@@ -150,7 +164,11 @@ FAMILIES: dict[str, Family] = {
             vision=_SIGLIP_OF_DEEPSEEK,
             more_stacks={"vision.high_res.": Stack("model.high_res_vision_model.vision_encoder.layers")},
         ),
-        Family("janus", layout=fixed_grid.deepseek, vision=_SIGLIP_OF_DEEPSEEK),
+        Family(
+            "janus",
+            layout=fixed_grid.deepseek,
+            vision=replace(_SIGLIP_OF_DEEPSEEK, norm_pools=True),
+        ),
         Family(
             "perception_lm",
             layout=thumbnail_first.perception,
@@ -181,7 +199,7 @@ FAMILIES: dict[str, Family] = {
             language=Stack(names={"resid_mid": None}, norm="model.language_model.hyper_connection_mixer"),
             stream="[batch, pos, streams * d_model]",
             adds=False,
-            missing={**_hybrid("gated delta net"), **_HYPER_CONNECTIONS, **_NO_FINAL_NORM},
+            missing={**_hybrid("gated delta net"), **_HYPER_CONNECTIONS, **_NO_NORMS, **_NO_FINAL_NORM},
         ),
         Family(
             "video_llama_3",
@@ -228,40 +246,155 @@ FAMILIES: dict[str, Family] = {
             missing={**_hybrid("Mamba, MLP and expert"), **_ONE_BRANCH},
         ),
         # pooled
-        Family("gemma3", layout=stretched.gemma3),
-        Family("shieldgemma2", layout=stretched.gemma3),
+        Family("gemma3", layout=stretched.gemma3, vision=_NORMED_TOWER),
+        Family("shieldgemma2", layout=stretched.gemma3, vision=_NORMED_TOWER),
         Family(
             "gemma3n",
             no_layout="the strided convolutions of its tower mix far beyond a token's cell, and lean to one side",
+            vision=None,
+            stream="[stream, batch, pos, d_model]",
+            # Layers predict and correct several streams, and add a low-rank branch beside attention.
+            adds=False,
+            missing={**_no_tower("a timm convolutional net"), **_SHARED_KEYS},
         ),
-        Family("gemma4", layout=pooled_grid.gemma4),
-        Family("gemma4_unified", layout=pooled_grid.gemma4_unified),
-        Family("paligemma", layout=stretched.paligemma),
-        Family("aya_vision", layout=tiles.aya),
-        Family("cohere2_vision", layout=tiles.cohere2),
+        Family(
+            "gemma4",
+            layout=pooled_grid.gemma4,
+            # A per-layer embedding is added behind the MLP, and the whole stream is scaled.
+            adds=False,
+            missing={**_SHARED_KEYS, "vision.blocks.{l}.attn.hook_result": _CLIPPED},
+        ),
+        Family(
+            "gemma4_unified",
+            layout=pooled_grid.gemma4_unified,
+            vision=None,
+            adds=False,
+            missing={**_SHARED_KEYS, **_no_tower("one projection of the pixels of each patch")},
+        ),
+        Family("paligemma", layout=stretched.paligemma, vision=_NORMED_TOWER),
+        Family("aya_vision", layout=tiles.aya, missing=_PARALLEL),
+        Family("cohere2_vision", layout=tiles.cohere2, vision=_NORMED_TOWER, missing=_PARALLEL),
         Family("qianfan_ocr", layout=tiles.internvl),
-        Family("lfm2_vl", layout=tiles.lfm2),
-        Family("lfm3_vl", layout=block_grid.qwen),
-        Family("llama4", layout=tiles.llama4),
-        Family("ovis2", layout=tiles.ovis2),
-        Family("idefics2", layout=queries.idefics2),
-        Family("granite_docling", layout=tiles.granite_docling),
+        Family("lfm2_vl", layout=tiles.lfm2, vision=_NORMED_TOWER, missing=_hybrid("short convolution")),
+        Family(
+            "lfm3_vl",
+            layout=block_grid.qwen,
+            missing={**_hybrid("short convolution"), "vision.blocks.{l}.attn.*": _CONVOLUTIONS_TOO},
+        ),
+        Family("llama4", layout=tiles.llama4, vision=Stack(norm="vision_model.layernorm_post")),
+        Family(
+            "ovis2",
+            layout=tiles.ovis2,
+            vision=Stack(norm="model.vision_tower.transformer.rms_norm"),
+            projector="model.visual_embeddings_table",
+        ),
+        Family(
+            "idefics2",
+            layout=queries.idefics2,
+            vision=Stack(norm="model.vision_model.post_layernorm"),
+            more_stacks={"resampler.": Stack("model.connector.perceiver_resampler.layers")},
+        ),
+        Family(
+            "granite_docling",
+            layout=tiles.granite_docling,
+            vision=Stack(norm="model.vision_model.post_layernorm"),
+            deep_injection=DeepInjection(
+                after=lambda config: list(range(len(config.vision_config.deepstack_visual_indexes))),
+                mergers="model.vision_model.connector.coarse.deepstack_mergers",
+            ),
+        ),
         # ocr_and_others
-        Family("got_ocr2", layout=strided_grid.got_ocr2),
-        Family("pp_chart2table", layout=strided_grid.pp_chart2table),
-        Family("chameleon", layout=visual_codes.chameleon),
-        Family("emu3", layout=visual_codes.emu3),
-        Family("fuyu", layout=corner_grid.fuyu),
-        Family("molmo2", layout=overlapping_crops.molmo2),
-        Family("minicpmv4_6", layout=sliced.minicpm),
-        Family("minicpmv4_7", layout=sliced.minicpm),
-        Family("minicpm_ocr", layout=sliced.minicpm),
+        Family("got_ocr2", layout=strided_grid.got_ocr2, missing=_SAM),
+        Family("pp_chart2table", layout=strided_grid.pp_chart2table, missing=_SAM),
+        Family(
+            "chameleon",
+            layout=visual_codes.chameleon,
+            language=Stack("model.layers"),
+            vision=None,
+            projector="",
+            missing=_VISUAL_CODES,
+        ),
+        Family(
+            "emu3",
+            layout=visual_codes.emu3,
+            vision=None,
+            projector="",
+            missing={**_VISUAL_CODES, "other attention": _CODES},
+        ),
+        Family(
+            "fuyu",
+            layout=corner_grid.fuyu,
+            language=Stack(names={"qkv_order": "by_head"}),
+            vision=None,
+            projector="model.vision_embed_tokens",
+            missing=_no_tower("one projection of the pixels of each patch"),
+        ),
+        Family(
+            "molmo2",
+            layout=overlapping_crops.molmo2,
+            feature_layer="adapter_config.vision_feature_layer",
+            more_stacks={
+                "pooling.": Stack("model.multi_modal_projector", names={"attention": "image_pooling_2d"})
+            },
+        ),
+        Family(
+            "minicpmv4_6",
+            layout=sliced.minicpm,
+            vision=_NORMED_TOWER,
+            more_stacks=_WINDOW_MERGER,
+            missing=_hybrid("gated delta net"),
+        ),
+        Family(
+            "minicpmv4_7",
+            layout=sliced.minicpm,
+            vision=_NORMED_TOWER,
+            more_stacks=_WINDOW_MERGER,
+            missing=_hybrid("gated delta net"),
+        ),
+        Family(
+            "minicpm_ocr",
+            layout=sliced.minicpm,
+            vision=_NORMED_TOWER,
+            missing=_hybrid("gated delta net"),
+        ),
         Family("step3p7", layout=strided_grid.step3p7),
-        Family("deepseek_ocr2", layout=queries.deepseek_ocr2),
-        Family("unlimited_ocr", layout=strided_grid.unlimited_ocr),
+        Family(
+            "deepseek_ocr2",
+            layout=queries.deepseek_ocr2,
+            vision=Stack(
+                "model.vision_tower.vision_encoder.layers", norm="model.vision_tower.vision_encoder.norm"
+            ),
+            more_stacks={"vision.sam.": Stack("model.vision_tower.sam_encoder.layers")},
+        ),
+        Family(
+            "unlimited_ocr",
+            layout=strided_grid.unlimited_ocr,
+            vision=Stack("model.vision_tower.vision_encoder.encoder.layers"),
+            more_stacks={"vision.sam.": Stack("model.vision_tower.sam_encoder.layers")},
+        ),
         Family("aria", layout=queries.aria),
-        Family("inkling2", layout=corner_grid.inkling2),
-        Family("inkling_mm_model", layout=corner_grid.inkling),
+        Family(
+            "inkling2",
+            layout=corner_grid.inkling2,
+            language=Stack(
+                names={
+                    "resid_mid": None,
+                    "attention_output": "post_attention_convolution",
+                    "mlp_output": "post_mlp_convolution",
+                }
+            ),
+            projector="model.vision_tower.merger",
+            # Attention and MLP read a mixture of the states of earlier blocks of layers.
+            adds=False,
+        ),
+        Family(
+            "inkling_mm_model",
+            layout=corner_grid.inkling,
+            language=Stack(names={"attention_output": "attn_sconv", "mlp_output": "mlp_sconv"}),
+            vision=None,
+            projector="model.vision_tower",
+            missing=_no_tower("a stack of projections without attention"),
+        ),
         # queries_and_cross
         Family(
             "blip-2",
@@ -285,7 +418,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "mllama",
-            no_layout=_CROSS_ATTENTION,
+            layout=queries.cross_attention,
             more_stacks={
                 "vision.global.": Stack(
                     "model.vision_model.global_transformer.layers",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mmlens.families.catalog import FAMILIES
+from mmlens.families.record import Family
 from mmlens.families.refused import REFUSED
 from mmlens.hook_names import BLOCK_HOOKS, BLOCK_IMAGE_HOOKS, MODEL_HOOKS
 
@@ -47,15 +49,22 @@ def support_table() -> pd.DataFrame:
     >>> table.loc["qwen3_vl", "status"], table.loc["blip", "status"]
     ('supported', 'refused')
     """
-    rows = [_row(name) for name in sorted({*MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *FAMILIES})]
+    rows = [_row(name) for name in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)]
     return pd.DataFrame(rows, columns=["family", "status", "token_map", "notes"])
+
+
+def _token_map(family: Family) -> str:
+    if family.layout is None:
+        return f"no: {family.no_layout}"
+    images = IMAGE_PROCESSOR_MAPPING_NAMES.get(family.model_type) or {"pil": ""}
+    return "yes" if images.get("pil") is not None else "yes; its image processor needs torchvision"
 
 
 def _row(name: str) -> tuple[str, Status, str, str]:
     if name in FAMILIES:
         family = FAMILIES[name]
         notes = "; ".join(f"no {pattern}: {why}" for pattern, why in family.missing.items())
-        token_map = "yes" if family.layout is not None else f"no: {family.no_layout}"
+        token_map = _token_map(family)
         return name, "partly" if family.missing else "supported", token_map, notes
     if name in REFUSED:
         return name, "refused", "no", REFUSED[name]

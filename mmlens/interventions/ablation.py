@@ -39,10 +39,12 @@ MODES = ("zero", "mean", "resample", "uniform", "uniform_leaky", "mean_query")
 class HeadMeans:
     """Mean z and q of every head over a reference set, [position kind, layer, head, d_head]: text, then image.
 
-    Padding is left out. A set without images has no image means; they are then NaN.
+    Padding is left out. A set without images has no image means; they are then NaN. So are heads that the model
+    does not have, and what lies behind a layer's own d_head where another layer's is larger. Under latent
+    attention z (d_value) is narrower than q.
     """
 
-    z: Float[Tensor, "2 layer head d_head"]
+    z: Float[Tensor, "2 layer head d_value"]
     q: Float[Tensor, "2 layer head d_head"]
     n_examples: int
 
@@ -52,25 +54,46 @@ def mean_activations(model: HookedVLM, examples: Sequence[Example], *, batch_siz
     """The reference of `ablate(heads, "mean")` and "mean_query": one pass over `examples`, summed in float64."""
     if not examples:
         raise ValueError("mean_activations needs at least one example, got an empty list")
-    shape = (2, model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head)
-    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in ("z", "q")}
+    sums = {name: torch.full(_means_shape(model, name), torch.nan).double() for name in ("z", "q")}
+    sizes = {name: _head_sizes(model, name) for name in sums}
+    for name, of_layer in sizes.items():
+        for layer, (n_heads, width) in of_layer.items():
+            sums[name][:, layer, :n_heads, :width] = 0
     counts = torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(examples), batch_size):
         prompt = model.prompt_examples(examples[start : start + batch_size])
         masks = _position_kinds(prompt)
-        counts += torch.stack([mask.sum() for mask in masks]).double()
+        counts += torch.stack([mask.sum() for mask in masks]).double().cpu()
 
         def add(x: Tensor, hook: Any, masks: tuple[Tensor, Tensor] = masks) -> None:
             total = sums[hook.name.rsplit("_", 1)[1]]
             for kind, mask in enumerate(masks):
-                total[kind, hook.layer()] += x[mask.to(x.device)].double().sum(0).cpu()
+                total[kind, hook.layer(), : x.shape[2], : x.shape[3]] += (
+                    x[mask.to(x.device)].double().sum(0).cpu()
+                )
 
-        hooks = [
-            (block(layer, f"attn.hook_{name}"), add) for name in sums for layer in range(model.cfg.n_layers)
-        ]
+        hooks = [(block(layer, f"attn.hook_{name}"), add) for name in sums for layer in sizes[name]]
         model.run_with_hooks(prompt, fwd_hooks=hooks, logits_to_keep=1)
     means = {name: (total / counts[:, None, None, None]).float() for name, total in sums.items()}
     return HeadMeans(**means, n_examples=len(examples))
+
+
+def _head_sizes(model: HookedVLM, name: str) -> dict[int, tuple[int, int]]:
+    """{layer: (number of heads, width of z or q)} of the layers that have it."""
+    layers = enumerate(parts.attention for parts in model.anatomy.language)
+    attention = {layer: parts for layer, parts in layers if parts is not None}
+    if name == "z":
+        return {layer: (parts.n_heads, parts.d_value) for layer, parts in attention.items()}
+    return {
+        layer: (parts.n_heads, parts.projections[name].d_head)
+        for layer, parts in attention.items()
+        if name in parts.projections
+    }
+
+
+def _means_shape(model: HookedVLM, name: str) -> tuple[int, int, int, int]:
+    width = max((width for _, width in _head_sizes(model, name).values()), default=0)
+    return 2, model.cfg.n_layers, model.cfg.n_heads, width
 
 
 def ablate(
@@ -85,7 +108,8 @@ def ablate(
 
     `reference`: `mean_activations(model, examples)` for "mean" and "mean_query"; a list of examples for
     "resample", of which each prompt's rows draw one each, by `seed`. Raises ValueError for an unknown mode, a
-    reference that the mode does not take, or positions that choose none; IndexError for a head out of range.
+    reference that the mode does not take, or positions that choose none; IndexError for a head that the model does
+    not have.
 
     >>> ablate([(0, 1)], "zeroed")
     Traceback (most recent call last):
@@ -99,7 +123,7 @@ def ablate(
         heads = list(heads)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
-        chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads)
+        chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
         edit = _EDITS[mode](model, prompt, chosen, reference, seed)
         where = _where(prompt, positions)
         return [
@@ -138,14 +162,22 @@ def _uniform(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Any, s
 def _mean_of(name: str) -> Callable[..., Edit]:
     def build(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: HeadMeans, seed: int) -> Edit:
         means: Tensor = getattr(reference, name)
-        shape = (2, model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head)
+        shape, sizes = _means_shape(model, name), _head_sizes(model, name)
         if tuple(means.shape) != shape:
             raise ValueError(f"the reference means have shape {tuple(means.shape)}, this model needs {shape}")
-        if bool(prompt.token_map.is_image.any()) and bool(means[1].isnan().any()):
+        has_images = bool(prompt.token_map.is_image.any())
+        if has_images and bool(means[1].isnan().all()):
             raise ValueError("the prompt has images, but the reference means come from examples without any")
+        for layer, members in heads.by_layer().items():
+            width = sizes[layer][1] if layer in sizes else 0
+            if bool(means[: 1 + has_images, layer, members, :width].isnan().any()):
+                raise ValueError(
+                    f"the reference means of {name} are NaN for heads {members} of layer {layer}: they are of a model "
+                    "with other heads, or its activations were NaN"
+                )
 
         def edit(x: Tensor, layer: int, members: list[int], kinds: tuple[Tensor, Tensor]) -> Tensor:
-            of_text, of_image = means[:, layer, members].to(x)
+            of_text, of_image = means[:, layer, members, : x.shape[-1]].to(x)
             return torch.where(kinds[1][:, :, None, None], of_image, of_text).expand_as(x)
 
         return edit

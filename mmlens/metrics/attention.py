@@ -7,6 +7,9 @@ no position x position pattern is ever made.
 - The same mass on all visual tokens, by which the paper ranks its "vision heads": `vision_mass`.
 - Key Token Ratio and Key Token Coverage, Eq. 22-25: `key_token_ratio`, `key_token_coverage`.
 - All of these from one pass: `evidence_attention`.
+
+A [layer, head] at which the model has no head (a layer without softmax attention, or with fewer heads than others)
+is NaN throughout. Models that read images by cross-attention are refused: their keys are no positions.
 """
 
 from __future__ import annotations
@@ -33,10 +36,11 @@ def attention_mass(
 ) -> Float[Tensor, "batch layer head"]:
     """Mean over query positions of the attention summed over key positions (Eq. 1), for every head.
 
-    One forward pass. The result is float32 on the CPU, between 0 and 1.
+    One forward pass. The result is float32 on the CPU, between 0 and 1; NaN where the model has no head.
 
     Raises TypeError for queries or keys that are not boolean; ValueError where their shape is not that of
-    the inputs, where a batch row has no query or no key, or where one lies on padding.
+    the inputs, where a batch row has no query or no key, or where one lies on padding; CrossAttentionError, before
+    anything runs, for a model that reads images by cross-attention.
 
     >>> import mmlens
     >>> model = mmlens.HookedVLM.from_pretrained("micro")
@@ -46,6 +50,7 @@ def attention_mass(
     >>> bool(torch.allclose(mass, torch.ones(1, model.cfg.n_layers, model.cfg.n_heads), atol=1e-5))
     True
     """
+    _refuse_cross_attention(model)
     real = _real_positions(inputs)
     _check_positions("keys", keys, real)
     mass = _LayerBuffer(model, len(real))
@@ -81,14 +86,16 @@ def ram(
     "paper_floor" for the paper's index). Examples of like size share a batch, and `per_example` is in the
     order given.
 
-    Raises ValueError for no examples, and for examples without evidence (named).
+    Raises ValueError for no examples, and for examples without evidence (named); CrossAttentionError as
+    `attention_mass` does.
     """
+    _refuse_cross_attention(model)
     examples = _with_evidence(examples)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     for chosen, prompt in _prompts(model, examples, batch_size, progress, "RAM"):
         evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
         per_example[chosen] = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
-    return HeadScores(per_example, name="RAM", kinds=_kinds(examples))
+    return HeadScores(per_example, "RAM", _kinds(examples), model.heads_per_layer)
 
 
 @dataclass(frozen=True)
@@ -107,11 +114,12 @@ class EvidenceAttention:
     def key_token_ratio(self) -> HeadScores:
         """100 |T_top(h) & V*| / |V*| (Eq. 23), in percent; the paper calls 50 and more a hit."""
         ratio = torch.stack([100 * hits.float().mean(-1) for hits in self.hits])
-        return HeadScores(ratio, name="key token ratio", kinds=self.ram.kinds)
+        ratio = ratio.masked_fill(~self.ram.exists, torch.nan)
+        return HeadScores(ratio, "key token ratio", self.ram.kinds, self.ram.heads_per_layer)
 
     def key_token_coverage(self, heads: Heads) -> Float[Tensor, " example"]:
         """100 |union over the heads of (T_top(h) & V*)| / |V*| (Eq. 25), in percent, for every example."""
-        chosen = list(as_head_set(heads, self.ram.n_layers, self.ram.n_heads))
+        chosen = list(as_head_set(heads, self.ram.n_layers, self.ram.n_heads, self.ram.heads_per_layer))
         layers, within = [layer for layer, _ in chosen], [head for _, head in chosen]
         return torch.stack([100 * hits[layers, within].any(0).float().mean() for hits in self.hits])
 
@@ -130,6 +138,7 @@ def evidence_attention(
     prompt (padding is none of them); a head's key tokens T_top are the max(1, floor(.05 L)) positions with
     most of it, the earlier first among equals. Arguments and errors as in `ram`.
     """
+    _refuse_cross_attention(model)
     examples = _with_evidence(examples)
     shape = len(examples), model.cfg.n_layers, model.cfg.n_heads
     to_evidence, to_vision = torch.empty(shape), torch.empty(shape)
@@ -140,8 +149,8 @@ def evidence_attention(
         hits |= zip(chosen, of_batch, strict=True)
     kinds = _kinds(examples)
     return EvidenceAttention(
-        HeadScores(to_evidence, name="RAM", kinds=kinds),
-        HeadScores(to_vision, name="vision mass", kinds=kinds),
+        HeadScores(to_evidence, "RAM", kinds, model.heads_per_layer),
+        HeadScores(to_vision, "vision mass", kinds, model.heads_per_layer),
         tuple(hits[index] for index in range(len(examples))),
     )
 
@@ -153,7 +162,8 @@ def _read_evidence(
     real, is_image = _real_positions(prompt), prompt.token_map.is_image
     _check_positions("evidence", evidence, real)
     to_evidence, to_vision = _LayerBuffer(model, len(prompt)), _LayerBuffer(model, len(prompt))
-    hits: list[list[Tensor]] = [[] for _ in range(len(prompt))]
+    shape = model.cfg.n_layers, model.cfg.n_heads
+    hits = [torch.zeros(*shape, int(tokens.sum()), dtype=torch.bool) for tokens in evidence]
 
     def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
         mean = mean_of_rows(rows, query_mask)
@@ -161,10 +171,10 @@ def _read_evidence(
             mass.put(layer, torch.einsum("bhk,bk->bh", mean, keys.to(mean.device, mean.dtype)))
         top = key_tokens(mean, real.to(mean.device)).cpu()
         for row, of_example in enumerate(hits):
-            of_example.append(top[row][:, evidence[row].cpu()])
+            of_example[layer, : top.shape[1]] = top[row][:, evidence[row].cpu()]
 
     _read_rows(model, prompt, prompt.token_map.is_question, real, consume)
-    return to_evidence.take(), to_vision.take(), [torch.stack(of_example) for of_example in hits]
+    return to_evidence.take(), to_vision.take(), hits
 
 
 def key_token_ratio(
@@ -197,7 +207,7 @@ def key_token_coverage(
 
     See `evidence_attention`, which answers for any number of head sets after one pass.
     """
-    chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads)
+    chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
     return evidence_attention(
         model, examples, batch_size=batch_size, mapping=mapping, progress=progress
     ).key_token_coverage(chosen)
@@ -241,20 +251,36 @@ def key_tokens(
 
 
 class _LayerBuffer:
-    """[batch, layer, head], filled one layer at a time; refuses to be read with a layer missing."""
+    """[batch, layer, head], filled one layer at a time; refuses to be read with a layer missing.
+
+    NaN where the model has no head.
+    """
 
     def __init__(self, model: HookedVLM, batch: int) -> None:
-        self._values = torch.zeros(batch, model.cfg.n_layers, model.cfg.n_heads)
-        self._missing = set(range(model.cfg.n_layers))
+        self._values = torch.full((batch, model.cfg.n_layers, model.cfg.n_heads), torch.nan)
+        self._missing = set(model.attention_layers)
 
     def put(self, layer: int, values: Float[Tensor, "batch head"]) -> None:
-        self._values[:, layer] = values.cpu()
+        self._values[:, layer, : values.shape[1]] = values.cpu()
         self._missing.discard(layer)
 
     def take(self) -> Float[Tensor, "batch layer head"]:
         if self._missing:
             raise RuntimeError(f"layers {sorted(self._missing)} gave no attention rows in this forward pass")
         return self._values
+
+
+class CrossAttentionError(TypeError):
+    """Attention from positions to positions was asked of a model whose images are at no position."""
+
+
+def _refuse_cross_attention(model: HookedVLM) -> None:
+    if model.family.image_token == "" and not model.family.image_positions:
+        raise CrossAttentionError(
+            f"{model.family.model_type} reads images by cross-attention: the keys there are image patches, and no "
+            "position of the prompt is one, so no attention goes from the question to the image's positions. Hooks "
+            "read the patterns of those layers (attn.hook_pattern)"
+        )
 
 
 def _read_rows(

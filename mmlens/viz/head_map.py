@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 MARK = "#d55e00"
 """Outline of marked heads: the colour that the top heads have in every figure."""
 
+ABSENT = "#b8c0c8"
+"""Hatching of cells at which the model has no head."""
+
 _MOST_TICKS = 16
 
 
@@ -48,18 +52,19 @@ def plot_head_map(
 
     `scores` are HeadScores (their mean over examples is drawn, their name is on the colour bar) or an array
     [layer, head]; `label` names the quantity instead. The heads of `heads` are outlined. Scores that are all
-    >= 0 are drawn from 0 in one hue, others from blue (below 0) to red, white at 0.
+    >= 0 are drawn from 0 in one hue, others from blue (below 0) to red, white at 0. Cells of HeadScores at which
+    the model has no head are hatched, and a note below says so.
 
     Raises ValueError for another shape than [layer, head], a score that is not finite, or `heads` of a model
-    of another shape; TypeError where `heads` is no HeadSet.
+    of another shape; IndexError where one of `heads` has no score; TypeError where `heads` is no HeadSet.
 
     >>> figure = plot_head_map(np.array([[.1, .6], [.2, .3]]), label="RAM", title="two layers of two heads")
     >>> [axes.get_ylabel() for axes in figure.axes]
     ['Layer', 'RAM']
     """
-    values = _checked_scores(scores)
+    values, exists = _checked_scores(scores)
     if heads is not None:
-        _check_heads(heads, values.shape)
+        _check_heads(heads, exists)
     if label is None:
         label = scores.name if isinstance(scores, HeadScores) else "score"
     n_layers, n_heads = values.shape
@@ -70,19 +75,22 @@ def plot_head_map(
     else:
         figure = root_figure(ax)
 
-    signed = bool((values < 0).any())
+    drawn = values[exists]
+    signed = bool((drawn < 0).any())
     # Equal scores still need two ends of the colour bar.
-    norm: Normalize = CenteredNorm(0, np.abs(values).max()) if signed else Normalize(0, values.max() or 1.0)
+    norm: Normalize = CenteredNorm(0, np.abs(drawn).max()) if signed else Normalize(0, drawn.max() or 1.0)
     mesh: QuadMesh = ax.pcolormesh(
         np.arange(n_heads + 1) - 0.5,
         np.arange(n_layers + 1) - 0.5,
-        values,
+        np.ma.masked_array(values, ~exists),
         cmap="RdBu_r" if signed else "Blues",
         norm=norm,
         edgecolors=PAPER,
         linewidth=0.6 if max(values.shape) <= 16 else 0.2 if max(values.shape) <= 48 else 0,
     )
     ax.set_aspect("equal")
+    if not exists.all():
+        _hatch(ax, ~exists)
     if heads is not None:
         _outline(ax, heads)
     tidy(ax)
@@ -103,19 +111,24 @@ def plot_head_map(
     return figure
 
 
-def _checked_scores(scores: HeadScores | Tensor | ArrayLike) -> NDArray[np.float64]:
+def _checked_scores(
+    scores: HeadScores | Tensor | ArrayLike,
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Scores [layer, head], and at which of them there is a head."""
     values = as_array(scores.values if isinstance(scores, HeadScores) else scores)
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"a head map takes scores [layer, head], not an array of shape {list(values.shape)}")
-    if not np.isfinite(values).all():
-        layer, head = np.argwhere(~np.isfinite(values))[0]
+    exists = scores.exists.numpy() if isinstance(scores, HeadScores) else np.ones(values.shape, dtype=bool)
+    if not np.isfinite(values[exists]).all():
+        layer, head = np.argwhere(~np.isfinite(values) & exists)[0]
         raise ValueError(
             f"the score of head ({layer}, {head}) is {values[layer, head]}: expected a finite number"
         )
-    return values
+    return values, exists
 
 
-def _check_heads(heads: HeadSet, shape: tuple[int, ...]) -> None:
+def _check_heads(heads: HeadSet, exists: NDArray[np.bool_]) -> None:
+    shape = exists.shape
     if not isinstance(heads, HeadSet):
         raise TypeError(
             f"the marked heads are a HeadSet, not {type(heads).__name__}: HeadSet([(layer, head)], ...)"
@@ -125,6 +138,27 @@ def _check_heads(heads: HeadSet, shape: tuple[int, ...]) -> None:
             f"the marked heads are of a model with {heads.n_layers} x {heads.n_heads} heads, the scores of one "
             f"with {shape[0]} x {shape[1]} (layers x heads)"
         )
+    absent = [head for head in heads if not exists[head]]
+    if absent:
+        raise IndexError(f"the marked heads {absent} have no score: the model has no such heads")
+
+
+def _hatch(ax: Axes, absent: NDArray[np.bool_]) -> None:
+    style: dict[str, Any] = {"facecolor": PAPER, "edgecolor": ABSENT, "hatch": "////", "linewidth": 0.0}
+    cells = [Rectangle((head - 0.5, layer - 0.5), 1, 1) for layer, head in np.argwhere(absent)]
+    hatched = PatchCollection(cells, **style, zorder=0.5)
+    hatched.set_gid("absent")
+    ax.add_collection(hatched, autolim=False)
+    ax.legend(
+        handles=[Patch(**style, label="no such head")],
+        # Below the axis' label, whatever the size of the grid.
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        borderaxespad=4,
+        frameon=False,
+        fontsize=TICK_SIZE,
+        labelcolor=INK,
+    )
 
 
 def _outline(ax: Axes, heads: HeadSet) -> None:

@@ -131,7 +131,13 @@ def _describe(model: Mapping[str, Any]) -> str:
     parts = [str(model["family"])] if "family" in model else []
     if {"n_layers", "n_heads"} <= set(model):
         layers, heads = model["n_layers"], model["n_heads"]
-        parts.append(f"{layers} layers of {heads} heads ({layers * heads} heads)")
+        per_layer = model.get("heads_per_layer")
+        parts.append(
+            f"{layers} layers of {heads} heads ({layers * heads} heads)"
+            if per_layer is None
+            else f"{layers} layers, {sum(map(bool, per_layer))} of them with up to {heads} heads "
+            f"({sum(per_layer)} heads)"
+        )
     if "n_parameters" in model:
         parts.append(f"{model['n_parameters']:,} parameters")
     return ", ".join(parts)

@@ -105,7 +105,9 @@ def _model_without_vision_attention(family: str) -> nn.Module:
         if id(module) in inside_decoder or not mixes or module in windows:
             continue
         # A module around attention may add the residual stream as well, which must stay.
-        if not any(type(part).__name__.endswith(("Attention", "Attention2d")) for part in list(module.modules())[1:]):
+        if not any(
+            type(part).__name__.endswith(("Attention", "Attention2d")) for part in list(module.modules())[1:]
+        ):
             module.register_forward_hook(zeroed)
             n_zeroed += 1
     assert n_zeroed >= 3 or family in NO_VISION_ATTENTION

@@ -247,24 +247,24 @@ def test_attention_rows_are_the_full_pattern_s(model: HookedVLM) -> None:
 
 
 def test_gradients_flow_through_patterns(model: HookedVLM) -> None:
+    """From a logit back to the first attention layer of the language side and, through it, of the vision side."""
     inputs = _inputs(model.family.model_type, TWO_IMAGES)
     patterns = [name for name in model.hook_dict if name.endswith("attn.hook_pattern")]
-    vision = [name for name in patterns if not name.startswith("blocks.")][:1]
+    vision = [name for name in patterns if name.startswith("vision.")][:1]
     names = [next(name for name in patterns if name.startswith("blocks.")), *vision]
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(x: Tensor, hook: Any) -> None:
-        x.retain_grad()
+        if x.requires_grad:
+            x.retain_grad()
         kept[hook.name].append(x)
 
     with torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
         model(inputs)[0, -1].max().backward()
     model.hf_model.zero_grad()
-    for name in names:
-        grads = [x.grad for x in kept[name] if x.grad is not None]
-        assert (grads and sum(float(grad.abs().sum()) for grad in grads) > 0) or not tiny.TINY[
-            model.family.model_type
-        ].differentiable, name
+    expected = names if tiny.TINY[model.family.model_type].differentiable else names[:1]
+    for name in expected:
+        assert any(x.grad is not None and bool(x.grad.any()) for x in kept[name]), name
 
 
 @torch.no_grad()

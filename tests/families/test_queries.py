@@ -22,7 +22,9 @@ torch.set_num_threads(1)
 QUERIED = tuple(
     name
     for name in FAMILIES
-    if TINY[name].processor and getattr(family_of(name).layout, "__module__", None) == queries.__name__
+    if TINY[name].processor
+    and getattr(family_of(name).layout, "__module__", None) == queries.__name__
+    and family_of(name).layout is not queries.cross_attention
 )
 QUESTIONS = ["What colour is the letter K in the second image?", "Where?"]
 
@@ -117,3 +119,11 @@ def test_another_number_of_queries_than_the_prompt_has_is_refused() -> None:
     processor.more_queries = 7
     with pytest.raises(TokenMapError, match=r"input_ids holds 6 image token\(s\).* predicts 7"):
         make_prompt(processor, queries.per_image("more_queries"), "What?", tiny_images(1))
+
+
+def test_images_read_by_cross_attention_have_no_position() -> None:
+    prompt = _prompt("mllama", [tiny_images(2), tiny_images(1)])
+    assert [len(grids) for grids in prompt.token_map.grids] == [2, 1]
+    assert not bool(prompt.token_map.is_image.any()) and bool(prompt.token_map.is_question.any())
+    with pytest.raises(TokenMapError, match="image 1 of example 0 has no position in the prompt"):
+        prompt.token_map.box(1, (0, 0, 5, 5))

@@ -618,6 +618,8 @@ FAMILIES: tuple[TinyFamily, ...] = (
         image_text="<|img|><|imgpad|><|endofimg|>",
         processor=_dots_processor,
         cell=2 * PATCH,
+        # The merger opens with a norm, which undoes a change of scale.
+        inert=("vision.ln_post.hook_scale",),
     ),
     TinyFamily(
         "muse_glimmer",
@@ -653,5 +655,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
         image_text=GLM_IMAGE_TEXT,
         processor=_glm5_next_processor,
         cell=2 * PATCH,
+        # Queries and keys without rotation pass a norm of their latents, which undoes a change of scale.
+        inert=("blocks.2.ln1.hook_scale",),
     ),
 )

@@ -278,6 +278,8 @@ _IDEFICS = TinyFamily(
     special={"image_token": "<image>", "fake_image_token": "<fake_token_around_image>"},
     processor=_idefics_processor,
     inputs=_interleaved,
+    # Cross-attention norms its queries, which undoes a change of scale.
+    inert=("cross.blocks.*.ln1.hook_scale",),
 )
 _INSTRUCTBLIPVIDEO = TinyFamily(
     "instructblipvideo", _instructblipvideo_options, special={"video": "<video>"}, inputs=_clips
@@ -302,6 +304,8 @@ FAMILIES: tuple[TinyFamily, ...] = (
         more_tokens=("<|python_tag|>",),
         image_text="<|image|>",
         processor=_mllama_processor,
+        # Cross-attention (layers 1 and 3) norms its queries, which undoes a change of scale.
+        inert=("blocks.[13].ln1.hook_scale",),
     ),
     _IDEFICS,
     TinyFamily(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +80,27 @@ def test_bad_scores_and_heads_are_refused() -> None:
         plot_head_map(np.zeros((2, 2)), heads=other)
     with pytest.raises(TypeError, match="HeadSet"):
         plot_head_map(np.zeros((2, 2)), heads=[(0, 0)])  # type: ignore[arg-type]
+
+
+def test_cells_without_a_head_are_hatched_and_nothing_else() -> None:
+    values = torch.rand(3, 4, 3, dtype=torch.float64)
+    values[:, 1], values[:, 3, 2:] = torch.nan, torch.nan
+    scores = HeadScores(values, name="RAM")
+    figure = plot_head_map(scores, heads=scores.top(2))
+    drawn = mesh(figure).get_array()
+    assert drawn is not None
+    absent = np.ma.getmaskarray(drawn).reshape(4, 3)
+    assert np.array_equal(absent, ~scores.exists.numpy())
+    assert np.allclose(drawn.reshape(4, 3)[~absent], scores.values.numpy()[~absent])
+    assert mesh(figure).norm.vmax == pytest.approx(float(scores.values[scores.exists].max()))
+    (hatched,) = [artist for artist in figure.axes[0].collections if artist.get_gid() == "absent"]
+    corners = [path.get_extents() for path in hatched.get_paths()]
+    cells = {(round(box.y0 + 0.5), round(box.x0 + 0.5)) for box in corners}
+    assert cells == {(1, 0), (1, 1), (1, 2), (3, 2)} and hatched.get_hatch()
+    legend = figure.axes[0].get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["no such head"]
+    figure.savefig(io.BytesIO())
+    full = plot_head_map(HeadScores(torch.rand(2, 3, 3)))
+    assert full.axes[0].get_legend() is None and len(full.axes[0].collections) == 1
+    with pytest.raises(IndexError, match=r"marked heads \[\(1, 0\)\] have no score"):
+        plot_head_map(scores, heads=HeadSet([(1, 0)], n_layers=4, n_heads=3))

@@ -19,10 +19,11 @@ View = tuple[int, Intervals, Intervals]
 """A tile's number, and the original pixels that its columns and its rows show."""
 
 
-def visual_token(text: Callable[[ProcessorMixin], str]) -> Callable[[Layout], Layout]:
+def visual_token(text: Callable[[ProcessorMixin], str | None]) -> Callable[[Layout], Layout]:
     """Marks a layout whose visual positions hold another token than the processor's image_token_id names.
 
-    `text` gives that token's text; `make_prompt` reads it as `layout.visual_token`.
+    `text` gives that token's text, None where no position is visual; `make_prompt` reads it as
+    `layout.visual_token`.
     """
 
     def marked(layout: Layout) -> Layout:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Layout, Size, joined, separator
+from mmlens.families.layouts.grids import Layout, Size, joined, separator, visual_token
 from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
@@ -78,3 +78,11 @@ def deepseek_ocr2(
         crops = [query_grid(size, n_crop, range(1, n_crops + 1))] if n_crops else []
         grids.append(joined(size, [*crops, query_grid(size, n_whole), separator(size)]))
     return grids
+
+
+@visual_token(lambda processor: None)
+def cross_attention(
+    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
+) -> list[ImageGrid]:
+    """Mllama: cross-attention reads the images, and no position of the prompt is one."""
+    return [query_grid(size, 0) for size in sizes]
