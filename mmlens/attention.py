@@ -91,7 +91,7 @@ class AttentionTap:
             self.consume_rows(rows)
         if self.needs_softmax:
             mask = _additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
-            with _SoftmaxWatch(self.scores, self.pattern, _attending(attention_mask)):
+            with _SoftmaxWatch(self.scores, self.pattern, _attending(attention_mask, kwargs), key.shape[2]):
                 return eager(module, query, key, value, mask, **kwargs)
         return fast(module, query, key, value, attention_mask, **kwargs)
 
@@ -130,16 +130,21 @@ class _SoftmaxWatch(TorchFunctionMode):
     """Fires the score hook on the input of an eager function's softmax, the pattern hook on its dropout's input.
 
     Every eager attention function of transformers calls F.softmax and then F.dropout on the pattern.
-    `attending` are the rows that may attend to anything: a row that may not has no pattern, as in SDPA.
+    `attending` are the rows that may attend to anything: a row that may not has no pattern, as in SDPA. Behind
+    the `n_keys` columns some families have one for a learnt sink, which no hook sees.
     """
 
-    def __init__(self, scores: LazyHookPoint, pattern: LazyHookPoint, attending: Tensor | None) -> None:
+    def __init__(
+        self, scores: LazyHookPoint, pattern: LazyHookPoint, attending: Tensor | None, n_keys: int
+    ) -> None:
         super().__init__()
-        self._scores, self._pattern, self._attending = scores, pattern, attending
+        self._scores, self._pattern, self._attending, self._n_keys = scores, pattern, attending, n_keys
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.softmax and self._scores.is_live:
-            args = (self._scores(args[0]), *args[1:])
+            keys, sinks = args[0][..., : self._n_keys], args[0][..., self._n_keys :]
+            edited = self._scores(keys)
+            args = (torch.cat([edited, sinks], dim=-1) if sinks.shape[-1] else edited, *args[1:])
         if func is F.dropout:
             pattern = args[0] if self._attending is None else args[0] * self._attending
             args = (self._pattern(pattern) if self._pattern.is_live else pattern, *args[1:])
@@ -163,13 +168,14 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
-def _attending(mask: Tensor | None) -> Tensor | None:
+def _attending(mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
     """[batch, head or 1, query, 1] which rows of a boolean mask allow a key; None where every row does.
 
     SDPA gives a row that may attend to nothing (padding) an output of zero, where the eager softmax would spread
-    it over all keys.
+    it over all keys. With a position bias transformers hands SDPA a sum instead of a boolean mask, and there is no
+    such row.
     """
-    if mask is None or mask.dtype != torch.bool:
+    if mask is None or mask.dtype != torch.bool or kwargs.get("position_bias") is not None:
         return None
     rows = mask.any(-1, keepdim=True)
     return None if bool(rows.all()) else rows
@@ -247,7 +253,7 @@ def _rows_of_eager_pattern(
     pattern = eager(module, query, key, value, full, **kwargs)[1]
     if pattern is None:
         raise NotImplementedError(f"{type(module).__name__} gives no attention pattern to take rows from")
-    attending = _attending(mask)
+    attending = _attending(mask, kwargs)
     pattern = pattern if attending is None else pattern * attending
     index = rows.index.to(pattern.device)[:, None, :, None]
     return pattern.gather(2, index.expand(-1, pattern.shape[1], -1, pattern.shape[3])).float()

@@ -42,6 +42,7 @@ from mmlens.taps import (
     heads,
     image_rows,
     normalization,
+    of_features,
     projected_heads,
     residual_mid,
     scaled,
@@ -526,8 +527,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         pools = self.family.vision is not None and self.family.vision.norm_pools
         self._lay_norm("vision.ln_post", anatomy.vision_norm, fires=lambda x: not pools or x.ndim > 2)
         if anatomy.projector is not None:
-            ModuleTap(anatomy.projector, "input", [whole(self._point("projector.hook_in"))])
-            ModuleTap(anatomy.projector, "output", [whole(self._point("projector.hook_out"))])
+            ModuleTap(anatomy.projector, "input", [of_features(self._point("projector.hook_in"))])
+            ModuleTap(anatomy.projector, "output", [of_features(self._point("projector.hook_out"))])
         for index, merger in enumerate(anatomy.mergers):
             ModuleTap(merger, "output", [whole(self._point(f"vision.deepstack.{index}.hook_out"))])
 

@@ -136,6 +136,11 @@ def whole(point: LazyHookPoint) -> Step:
     return Step([point], lambda x, module, inputs: point(x))
 
 
+def of_features(point: LazyHookPoint) -> Step:
+    """The tensor as it is, where the module reads features: Ovis' table of visual words also embeds ids."""
+    return Step([point], lambda x, module, inputs: point(x) if inputs[0].is_floating_point() else x)
+
+
 def branch(point: LazyHookPoint) -> Step:
     """A copy that only this reader sees: an edit, in place or not, leaves the residual stream alone."""
     return Step([point], lambda x, module, inputs: point(x.clone()))

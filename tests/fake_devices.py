@@ -79,8 +79,8 @@ class _Constructors(TorchFunctionMode):
             device = kwargs.pop("device", None)
             made = func(*tree_map_only(FakeTensor, lambda x: x.held, args), **kwargs)
             return made if device is None else made.to(device)
-        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):
-            return args[0].to(args[1].device, args[1].dtype)
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            args = args[0], tuple(torch.tensor(at) if isinstance(at, list) else at for at in args[1])
         if func is F.scaled_dot_product_attention:
             return _run(func, args, kwargs)
         return func(*args, **kwargs)

@@ -123,12 +123,8 @@ def test_layers_offloaded_to_disk(family: str, tmp_path: Path) -> None:
 
 
 def on_two_devices(plain: mmlens.HookedVLM) -> mmlens.HookedVLM:
-    """The same model, with all but the first layer of each stack, the final norm and the head on a second device."""
-    far = [
-        path
-        for path in device_map(plain, lambda path: "")
-        if re.search(r"\.[1-9]$|language_model\.norm$", path)
-    ]
+    """The same model with all but the first layer of each stack, and the head, on a second device."""
+    far = [path for path in device_map(plain, lambda path: "") if re.search(r"\.[1-9]$", path)]
     if not plain.hf_model.config.tie_word_embeddings:
         far.append("lm_head")
     places = device_map(plain, lambda path: "fake:1" if path in far else "fake:0")

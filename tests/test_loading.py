@@ -49,7 +49,9 @@ def test_unknown_family_is_refused_before_its_weights_are_read(tmp_path: Path) -
     from transformers import LlamaConfig
 
     LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(UnknownFamilyError, match="'llama'; the nearest: 'llava'"):
+    with pytest.raises(
+        UnknownFamilyError, match="no image-text-to-text family 'llama'; the nearest: 'mllama', 'llama4'"
+    ):
         mmlens.HookedVLM.from_pretrained(str(tmp_path))
 
 

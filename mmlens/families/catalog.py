@@ -269,7 +269,7 @@ FAMILIES: dict[str, Family] = {
             layout=pooled_grid.gemma4_unified,
             vision=None,
             adds=False,
-            missing={**_SHARED_KEYS, **_no_tower("one projection of the pixels of each patch")},
+            missing=_no_tower("one projection of the pixels of each patch"),
         ),
         Family("paligemma", layout=stretched.paligemma, vision=_NORMED_TOWER),
         Family("aya_vision", layout=tiles.aya, missing=_PARALLEL),
@@ -384,8 +384,14 @@ FAMILIES: dict[str, Family] = {
                 }
             ),
             projector="model.vision_tower.merger",
-            # Attention and MLP read a mixture of the states of earlier blocks of layers.
+            # Attention and MLP read a mixture of the states of earlier blocks of layers; full layers have a norm
+            # for queries, keys and values each.
             adds=False,
+            missing={
+                **_HYPER_CONNECTIONS,
+                "blocks.{l}.hook_attn_in": _MIXED,
+                "blocks.{l}.ln1.*": "queries, keys and values each have a norm in its full layers",
+            },
         ),
         Family(
             "inkling_mm_model",

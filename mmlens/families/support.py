@@ -19,14 +19,20 @@ if TYPE_CHECKING:
 Status = Literal["supported", "partly", "refused", "untested"]
 
 _WHERE_THERE_ARE = ("ln1_post.", "ln2_post.")
-_OWN = ("vision.ln_post", "vision.deepstack", "blocks.{l}.hook_deepstack")
+_OWN = (
+    "vision.ln_post",
+    "vision.deepstack",
+    "blocks.{l}.hook_deepstack",
+    "blocks.{l}.mlp.hook_post",
+    *(f"blocks.{{l}}.attn.hook_{name}_input" for name in "qkv"),
+)
 
 
 def missing_hooks(model: HookedVLM) -> list[str]:
     """Hook points of the vocabulary that the model, or one of its layers, does not have; layers written {l}.
 
-    Norms behind attention and MLP, the tower's last norm and deep injection are parts that a family has or
-    has not; they are never missing.
+    Norms behind attention and MLP, the tower's last norm, deep injection, one layer of neurons (experts have
+    several) and inputs by head are parts that a family has or has not; they are never missing.
     """
     usual = [hook for hook in BLOCK_HOOKS if not hook.startswith(_WHERE_THERE_ARE)]
     missing = [name for name in MODEL_HOOKS if not name.startswith(_OWN) and name not in model.hook_dict]

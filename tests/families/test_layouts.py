@@ -18,11 +18,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import FAMILIES, REPRESENTATIVES, TINY, tiny_images, tiny_model, tiny_processor
+from tiny import FAMILIES, REPRESENTATIVES, TINY, record_of, tiny_images, tiny_model, tiny_processor
 from tiny.first import IDEFICS_SIZE, INTERNVL_SIZE
 from torch import Tensor, nn
 
-from mmlens.families.catalog import family_of
 from mmlens.families.layouts import anyres, block_grid, fixed_grid, queries, tiles, visual_codes
 from mmlens.prompt import Prompt, make_prompt
 from mmlens.token_map import WHOLE_IMAGE_TILE, TokenMap, TokenMapError
@@ -33,7 +32,7 @@ LAID_OUT = tuple(
     name
     for name in FAMILIES
     if TINY[name].processor
-    and getattr(family_of(name).layout, "__module__", None)
+    and getattr(record_of(name).layout, "__module__", None)
     not in (None, queries.__name__, visual_codes.__name__)
 )
 """Families whose tokens show patches; test_queries.py has those of learnt queries, test_visual_codes.py of codes."""
@@ -189,7 +188,7 @@ def occlusion_trials(
     n_trials: int,
 ) -> list[tuple[set[int], set[int], int]]:
     """(changed positions, expected positions, occluded position) of one example per trial."""
-    layout = family_of(family).layout
+    layout = record_of(family).layout
     clean_prompt = make_prompt(processor, layout, questions, images)
     clean = _embeddings(family, clean_prompt)
     token_map = clean_prompt.token_map
@@ -251,7 +250,7 @@ def _check(family: str, trials: list[tuple[set[int], set[int], int]], at_least: 
     for changed, expected, position in trials:
         assert position in expected
         assert changed == expected
-        if family_of(family).layout in (fixed_grid.llava, block_grid.qwen):
+        if record_of(family).layout in (fixed_grid.llava, block_grid.qwen):
             assert changed == {position}
 
 
@@ -299,7 +298,7 @@ def test_several_images_in_a_padded_batch(family: str) -> None:
 
 
 def _grids(family: str, processor: Any, images: list[Image.Image]) -> Prompt:
-    return make_prompt(processor, family_of(family).layout, "What colour is K?", images)
+    return make_prompt(processor, record_of(family).layout, "What colour is K?", images)
 
 
 def test_every_pixel_of_an_untiled_qwen_image_belongs_to_one_token() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_images, tiny_processor
+from tiny import record_of, tiny_images, tiny_processor
 
-from mmlens.families.catalog import family_of
 from mmlens.families.layouts import fixed_grid, resized_grid
 from mmlens.prompt import make_prompt
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
@@ -48,7 +47,7 @@ def _as_published(family: str) -> Any:
 
 
 def _grid(family: str, processor: Any, size: tuple[int, int]) -> ImageGrid:
-    prompt = make_prompt(processor, family_of(family).layout, "What?", tiny_images(1, sizes=[size]))
+    prompt = make_prompt(processor, record_of(family).layout, "What?", tiny_images(1, sizes=[size]))
     return prompt.token_map.grids[0][0]
 
 
@@ -120,7 +119,7 @@ def test_image_processor_settings_that_are_not_laid_out_are_refused(
     for name, value in changed.items():
         setattr(processor.image_processor, name, value)
     with pytest.raises(TokenMapError, match=message):
-        family_of(family).layout(processor, {}, [(64, 48)])
+        record_of(family).layout(processor, {}, [(64, 48)])
 
 
 def test_processor_settings_that_are_not_laid_out_are_refused() -> None:
@@ -129,7 +128,7 @@ def test_processor_settings_that_are_not_laid_out_are_refused() -> None:
     with pytest.raises(
         TokenMapError, match="num_additional_image_tokens = 0 with .*'default' is not laid out"
     ):
-        family_of("llava_next").layout(processor, {}, [(64, 48)])
+        record_of("llava_next").layout(processor, {}, [(64, 48)])
     processor = tiny_processor("mistral3")
     with pytest.raises(TokenMapError, match="40 x 24 pixels is no whole number of tokens of 16 x 16"):
-        family_of("mistral3").layout(processor, {"image_sizes": torch.tensor([[24, 40]])}, [(64, 48)])
+        record_of("mistral3").layout(processor, {"image_sizes": torch.tensor([[24, 40]])}, [(64, 48)])

@@ -129,8 +129,9 @@ def test_every_attention_call_is_reached(family: str, model: HookedVLM) -> None:
 
 
 @torch.no_grad()
-def test_every_hook_point_fires_with_its_documented_shape_and_reads_exactly(model: HookedVLM) -> None:
-    family = model.family.model_type
+def test_every_hook_point_fires_with_its_documented_shape_and_reads_exactly(
+    family: str, model: HookedVLM
+) -> None:
     inputs = _inputs(family, PADDED)
     clean = model(inputs)
     logits, cache = model.run_with_cache(inputs, names_filter=lambda name: True)
@@ -149,8 +150,8 @@ def test_every_hook_point_fires_with_its_documented_shape_and_reads_exactly(mode
 
 
 @torch.no_grad()
-def test_every_hook_point_changes_the_logits(model: HookedVLM) -> None:
-    inputs = _inputs(model.family.model_type, TWO_IMAGES)
+def test_every_hook_point_changes_the_logits(family: str, model: HookedVLM) -> None:
+    inputs = _inputs(family, TWO_IMAGES)
     clean = model(inputs)
     silent = []
     for name in model.hook_dict:
@@ -165,16 +166,16 @@ def test_every_hook_point_changes_the_logits(model: HookedVLM) -> None:
         written = model.run_with_hooks(inputs, fwd_hooks=[(name, changed)])
         if not (written - clean).abs().max() > 1e-4:
             silent.append(name)
-    inert = tiny.TINY[model.family.model_type].inert
+    inert = tiny.TINY[family].inert
     assert not [name for name in silent if not any(fnmatch(name, pattern) for pattern in inert)]
     assert all(any(fnmatch(name, pattern) for name in silent) for pattern in inert)
     assert torch.equal(model(inputs), clean)
 
 
 @torch.no_grad()
-def test_the_stream_is_the_sum_of_what_is_added_to_it(model: HookedVLM) -> None:
+def test_the_stream_is_the_sum_of_what_is_added_to_it(family: str, model: HookedVLM) -> None:
     """And an edit of hook_resid_mid reaches the stream itself, not the MLP alone."""
-    inputs = _inputs(model.family.model_type, PADDED)
+    inputs = _inputs(family, PADDED)
     _, cache = model.run_with_cache(inputs, names_filter=lambda name: not name.endswith(INSIDE_SOFTMAX))
     tolerance: dict[str, float] = {"atol": 2e-5, "rtol": 1e-4}
     for prefix, parts in _language_layers(model):
@@ -225,8 +226,8 @@ def test_a_head_ablated_at_z_equals_its_columns_of_the_output_projection_set_to_
 
 
 @torch.no_grad()
-def test_attention_rows_are_the_full_pattern_s(model: HookedVLM) -> None:
-    inputs = _inputs(model.family.model_type, PADDED)
+def test_attention_rows_are_the_full_pattern_s(family: str, model: HookedVLM) -> None:
+    inputs = _inputs(family, PADDED)
     if model.family.image_token == "" and not model.family.image_positions:
         pytest.skip("cross-attention layers have patterns over image patches")
     _, cache = model.run_with_cache(
@@ -246,9 +247,9 @@ def test_attention_rows_are_the_full_pattern_s(model: HookedVLM) -> None:
     assert seen == model.attention_layers
 
 
-def test_gradients_flow_through_patterns(model: HookedVLM) -> None:
+def test_gradients_flow_through_patterns(family: str, model: HookedVLM) -> None:
     """From a logit back to the first attention layer of the language side and, through it, of the vision side."""
-    inputs = _inputs(model.family.model_type, TWO_IMAGES)
+    inputs = _inputs(family, TWO_IMAGES)
     patterns = [name for name in model.hook_dict if name.endswith("attn.hook_pattern")]
     vision = [name for name in patterns if name.startswith("vision.")][:1]
     names = [next(name for name in patterns if name.startswith("blocks.")), *vision]
@@ -262,14 +263,14 @@ def test_gradients_flow_through_patterns(model: HookedVLM) -> None:
     with torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
         model(inputs)[0, -1].max().backward()
     model.hf_model.zero_grad()
-    expected = names if tiny.TINY[model.family.model_type].differentiable else names[:1]
+    expected = names if tiny.TINY[family].differentiable else names[:1]
     for name in expected:
         assert any(x.grad is not None and bool(x.grad.any()) for x in kept[name]), name
 
 
 @torch.no_grad()
-def test_an_exception_leaves_no_hook_behind(model: HookedVLM) -> None:
-    inputs = _inputs(model.family.model_type, TWO_IMAGES)
+def test_an_exception_leaves_no_hook_behind(family: str, model: HookedVLM) -> None:
+    inputs = _inputs(family, TWO_IMAGES)
     clean = model(inputs)
 
     def fails(x: Tensor, hook: Any) -> Tensor:
@@ -287,7 +288,7 @@ def test_an_exception_leaves_no_hook_behind(model: HookedVLM) -> None:
 # ---------------------------------------------------------------------- what the records say is missing
 
 
-def test_missing_hook_points_are_those_the_record_states(model: HookedVLM) -> None:
+def test_missing_hook_points_are_those_the_record_states(family: str, model: HookedVLM) -> None:
     missing = missing_hooks(model)
     stated = [pattern for pattern in model.family.missing if pattern != "other attention"]
     assert {name for name in missing if not any(fnmatch(name, pattern) for pattern in stated)} == set()

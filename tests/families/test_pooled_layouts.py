@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from test_layouts import SIZES, _check, _grids, occlusion_trials
-from tiny import TINY, tiny_images, tiny_processor
+from tiny import TINY, record_of, tiny_images, tiny_processor
 from tiny.pooled import SIDE
 from transformers.utils import is_torchvision_available
 
-from mmlens.families.catalog import family_of
 from mmlens.token_map import WHOLE_IMAGE_TILE, TokenMapError
 
 needs_torchvision = pytest.mark.skipif(
@@ -194,4 +193,4 @@ def test_published_settings(family: str) -> None:
         )
         seen = (*boxes.amin(dim=0)[:2].tolist(), *boxes.amax(dim=0)[2:].tolist())
         assert seen == pytest.approx((0, 0, *size), rel=0.02), TINY[family].model_type
-    assert family_of(family).layout is not None
+    assert record_of(family).layout is not None

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from tiny import FAMILIES, TINY, tiny_images, tiny_model, tiny_processor
+from tiny import FAMILIES, TINY, record_of, tiny_images, tiny_model, tiny_processor
 from torch import Tensor, nn
 
-from mmlens.families.catalog import family_of
 from mmlens.families.layouts import queries
 from mmlens.prompt import Prompt, make_prompt
 from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, TokenMapError
@@ -23,8 +22,8 @@ QUERIED = tuple(
     name
     for name in FAMILIES
     if TINY[name].processor
-    and getattr(family_of(name).layout, "__module__", None) == queries.__name__
-    and family_of(name).layout is not queries.cross_attention
+    and getattr(record_of(name).layout, "__module__", None) == queries.__name__
+    and record_of(name).layout is not queries.cross_attention
 )
 QUESTIONS = ["What colour is the letter K in the second image?", "Where?"]
 
@@ -35,7 +34,7 @@ def _rows(family: str) -> list[list[Image.Image]]:
 
 
 def _prompt(family: str, images: Sequence[Sequence[Image.Image]], processor: Any = None) -> Prompt:
-    return make_prompt(processor or tiny_processor(family), family_of(family).layout, QUESTIONS, images)
+    return make_prompt(processor or tiny_processor(family), record_of(family).layout, QUESTIONS, images)
 
 
 def _queries(prompt: Prompt, image: int, example: int) -> Tensor:

@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import FAMILIES, tiny_images, tiny_model, tiny_processor
+from tiny import FAMILIES, record_of, tiny_images, tiny_model, tiny_processor
 from torch import Tensor, nn
 
-from mmlens.families.catalog import family_of
 from mmlens.families.layouts import visual_codes
 from mmlens.prompt import Prompt, make_prompt
 
 torch.set_num_threads(1)
 
 CODED = tuple(
-    name for name in FAMILIES if getattr(family_of(name).layout, "__module__", None) == visual_codes.__name__
+    name for name in FAMILIES if getattr(record_of(name).layout, "__module__", None) == visual_codes.__name__
 )
 
 
@@ -70,7 +69,7 @@ def _painted(image: Image.Image, box: tuple[float, ...]) -> Image.Image:
 
 @pytest.mark.parametrize("family", CODED)
 def test_a_token_is_the_code_of_its_cell(family: str) -> None:
-    processor, layout, seen = tiny_processor(family), family_of(family).layout, _Seen(family)
+    processor, layout, seen = tiny_processor(family), record_of(family).layout, _Seen(family)
     questions = ["What colour is the letter K in the second image?", "and"]
     images = [tiny_images(2, seed=5, sizes=[(64, 48), (40, 72)]), tiny_images(1, seed=6, sizes=[(60, 70)])]
     clean_prompt = make_prompt(processor, layout, questions, images)
@@ -116,7 +115,7 @@ def test_a_token_is_the_code_of_its_cell(family: str) -> None:
 
 
 def test_the_end_of_a_line_belongs_to_its_image_and_shows_nothing() -> None:
-    layout = family_of("emu3").layout
+    layout = record_of("emu3").layout
     prompt = make_prompt(tiny_processor("emu3"), layout, "What?", tiny_images(1, sizes=[(64, 40)]))
     grid = prompt.token_map.grids[0][0]
     height, width = prompt.inputs["image_sizes"][0].tolist()
@@ -129,7 +128,7 @@ def test_the_end_of_a_line_belongs_to_its_image_and_shows_nothing() -> None:
 
 
 def test_chameleon_sees_the_middle_of_a_long_image() -> None:
-    layout = family_of("chameleon").layout
+    layout = record_of("chameleon").layout
     prompt = make_prompt(tiny_processor("chameleon"), layout, "What?", tiny_images(1, sizes=[(96, 24)]))
     boxes = prompt.token_map.grids[0][0].boxes
     assert (boxes[:, 0].min(), boxes[:, 2].max()) == pytest.approx((36, 60))

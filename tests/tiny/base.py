@@ -56,6 +56,8 @@ class TinyFamily:
     """Patterns of hook points whose edits cannot reach the logits by the family's own arithmetic (say why)."""
     differentiable: bool = True
     """False where no gradient reaches the vision tower's patterns (visual codes)."""
+    variant_of: str = ""
+    """The family whose record it has, where it is another shape of one: LLaVA with Pixtral's tower."""
     sizes: tuple[tuple[int, int], ...] = ()
     """(width, height) of the images of the parity suite, where the family needs particular ones."""
     most_images: int | None = None

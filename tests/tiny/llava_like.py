@@ -432,6 +432,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
         image_text="[IMG]",
         processor=_pixtral_processor(1),
         cell=PATCH,
+        variant_of="llava",
     ),
     TinyFamily(
         "mistral3",

@@ -767,6 +767,8 @@ GEMMA4_UNIFIED = TinyFamily(
     inputs=_gemma4_unified_inputs,
     cell=2 * PATCH,
     sizes=GEMMA4_SIZES,
+    # Queries, keys and values are all normed again, which undoes a change of scale.
+    inert=("blocks.*.ln1.hook_scale",),
 )
 COHERE2_VISION = TinyFamily(
     "cohere2_vision",
@@ -833,6 +835,8 @@ FAMILIES: tuple[TinyFamily, ...] = (
         processor=_gemma4_processor,
         cell=2 * PATCH,
         sizes=GEMMA4_SIZES,
+        # Queries, keys and values are all normed again, which undoes a change of scale.
+        inert=("blocks.*.ln1.hook_scale",),
     ),
     TinyFamily(
         "aya_vision",
