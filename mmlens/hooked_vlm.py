@@ -370,7 +370,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         `names_filter` None means all but hook_result (unless cfg.use_attn_result is set), and only what fires:
         a prompt without images has no image.* activations. A filter function likewise caches what fires of its
         matches. A hook point that fires several times in one forward (Qwen's vision attention, once per image
-        or window) is stacked on its first axis and padded with zeros, scores with -inf.
+        or window) is stacked on its first axis and padded with zeros, scores with -inf. With layers on several
+        devices each activation is on its own, unless `device` names one for all, as tools that stack them need.
 
         Raises HookNeverFiredError where a hook point asked for by name never fires, or nothing that a filter
         function matches does, and ValueError where remove_batch_dim meets a batch of several prompts.
@@ -581,12 +582,13 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         if parts.attention_output is not None:
             tap(parts.attention_output, "output", added("hook_attn_out", parts.attention_scale))
         if parts.cross_attention is not None:
-            z = heads(self._point(f"{prefix}cross_attn.hook_z"), parts.cross_attention.d_value)
-            self._lay_attention(f"{prefix}cross_attn.", parts.cross_attention, [z])
-        if parts.has_resid_mid:
+            z = [heads(self._point(f"{prefix}cross_attn.hook_z"), parts.cross_attention.d_value)]
+            self._lay_attention(f"{prefix}cross_attn.", parts.cross_attention, z)
+        behind = parts.norm2 or parts.mlp_in
+        if parts.has_resid_mid and behind is not None:
             mid = residual_mid(seen("hook_resid_mid"))
             mlp_in = branch(self._point(f"{prefix}hook_mlp_in"))
-            tap(parts.norm2 or parts.mlp_in, "input", [mid, mlp_in])
+            tap(behind, "input", [mid, mlp_in])
         self._lay_norm(f"{prefix}ln2", parts.norm2)
         mlp = Block(prefix, parts).mlp
         if language and mlp.is_plain:

@@ -146,7 +146,7 @@ def branch(point: LazyHookPoint) -> Step:
     return Step([point], lambda x, module, inputs: point(x.clone()))
 
 
-def scaled(steps: Sequence[Step], scale: Callable[[], Tensor | float]) -> list[Step]:
+def scaled(steps: Sequence[Step], scale: Callable[[], Tensor | float | None]) -> list[Step]:
     """Steps that see the tensor times `scale`, as it enters the residual stream; reading changes no bit."""
 
     def seen_scaled(step: Step) -> Step:

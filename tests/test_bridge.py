@@ -52,13 +52,14 @@ DELEGATED = (
     "glm4v",
     "llama4",
     "muse_glimmer",
+    "gemma4",
     "gemma4_unified",
 )
 """Families whose language attention the bridge leaves to Hugging Face's module and only watches."""
 
 FAMILIES = REBUILT + DELEGATED
 GATED = ("qwen3_5", "qwen3_5_moe")
-UNWRAPPED_NORMS = ("muse_glimmer", "gemma4_unified")
+UNWRAPPED_NORMS = ("muse_glimmer", "gemma4", "gemma4_unified")
 NO_ADAPTER = (
     "internvl",
     "qwen2_vl",

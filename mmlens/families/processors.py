@@ -201,7 +201,7 @@ def load_processor(name_or_path: str | Path, **hub_options: Any) -> ProcessorMix
     """
     processor_class = _processor_class(name_or_path, **hub_options)
     if "video_processor" in processor_class.get_attributes():
-        processor_class = without_video(processor_class)
+        processor_class = without_video(processor_class)  # type: ignore[arg-type]
     if processor_class.__name__ in _CALLED_IN_OTHER_WAYS:
         processor_class = _CALLED_IN_OTHER_WAYS[processor_class.__name__](processor_class)
     processor = processor_class.from_pretrained(name_or_path, **hub_options)
