@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
@@ -248,7 +247,7 @@ def test_attention_rows_are_the_full_pattern_s(family: str, model: HookedVLM) ->
 
 
 def test_gradients_flow_through_patterns(family: str, model: HookedVLM) -> None:
-    """From a logit back to the first attention layer of the language side and, through it, of the vision side."""
+    """From the logits back to the first attention layer of the language side and, through it, of the vision side."""
     inputs = _inputs(family, TWO_IMAGES)
     patterns = [name for name in model.hook_dict if name.endswith("attn.hook_pattern")]
     vision = [name for name in patterns if name.startswith("vision.")][:1]
@@ -256,12 +255,13 @@ def test_gradients_flow_through_patterns(family: str, model: HookedVLM) -> None:
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(x: Tensor, hook: Any) -> None:
-        if x.requires_grad:
-            x.retain_grad()
+        if not x.requires_grad:
+            x.requires_grad_()  # a tower that transformers freezes (Idefics)
+        x.retain_grad()
         kept[hook.name].append(x)
 
     with torch.enable_grad(), model.hooks(fwd_hooks=[(name, keep) for name in names]):
-        model(inputs)[0, -1].max().backward()
+        model(inputs)[0].square().mean().backward()
     model.hf_model.zero_grad()
     expected = names if tiny.TINY[family].differentiable else names[:1]
     for name in expected:
@@ -322,30 +322,24 @@ def _documented_sizes(model: HookedVLM, inputs: dict[str, Tensor]) -> dict[str, 
     """Hook point of a language layer -> the sizes its documentation promises."""
     batch, pos = inputs["input_ids"].shape
     mask = model.image_mask(inputs)
-    text = model.hf_model.config.get_text_config()
-    sizes: dict[str, int] = {"batch": batch, "pos": pos, "d_model": text.hidden_size, "1": 1}
+    d_model = model.hf_model.config.get_text_config().hidden_size
+    sizes: dict[str, int] = {"batch": batch, "pos": pos, "d_model": d_model, "1": 1}
     sizes |= {"query": pos, "key": pos, "image_token": 0 if mask is None else int(mask.sum())}
     found = {}
+    documented = {**hook_names.BLOCK_HOOKS, **hook_names.BLOCK_IMAGE_HOOKS}
     for prefix, parts in _language_layers(model):
         attention = parts.attention
-        for hook, text_ in {**hook_names.BLOCK_HOOKS, **hook_names.BLOCK_IMAGE_HOOKS}.items():
-            name = prefix + hook
+        crosses = "CrossAttention" in type(parts.mixer).__name__
+        for hook, text in documented.items():
+            name, axes = prefix + hook, text[1 : text.index("]")].split(", ")
             if name not in model.hook_dict or ("resid" in name and model.family.stream != hook_names.STREAM):
                 continue
+            if crosses and {"key", "kv_head"} & set(axes):
+                continue  # its keys are image patches
             if attention is not None:
+                projection = attention.projections.get(hook.removeprefix("attn.hook_"))
+                width = attention.d_value if hook.endswith("hook_z") else attention.d_head
+                sizes["d_head"] = width if projection is None else projection.d_head
                 sizes |= {"head": attention.n_heads, "kv_head": attention.n_kv_heads}
-                kind = hook.removeprefix("attn.hook_")
-                sizes["d_head"] = (
-                    attention.d_value if kind in ("z",) or hook.endswith("_z") else attention.d_head
-                )
-                if kind in attention.projections:
-                    sizes["d_head"] = attention.projections[kind].d_head
-            axes = re.match(r"\[([^]]*)\]", text_).group(1).split(", ")
-            if (
-                attention is not None
-                and attention.module.__class__.__name__.endswith("CrossAttention")
-                and {"key"} & set(axes)
-            ):
-                continue
             found[name] = [sizes[axis] for axis in axes]
     return found
