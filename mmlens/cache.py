@@ -93,7 +93,11 @@ class VLMActivationCache(ActivationCache):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Labelled:
-        """As in TransformerLens; behind the layers come the deep injections, which count as embeddings."""
+        """As in TransformerLens; behind the layers come the deep injections, which count as embeddings.
+
+        Raises ValueError in families whose layers do more than add to the stream: no parts sum to it there.
+        """
+        self._check_adds()
         stack, labels = super().decompose_resid(
             layer, mlp_input, mode, False, pos_slice, incl_embeds, return_labels=True
         )
@@ -114,8 +118,10 @@ class VLMActivationCache(ActivationCache):
         """As in TransformerLens: what each head adds to the stream, [layer * head, ..., d_model].
 
         Where a norm stands behind attention, a head's part is its hook_result centred and divided as the norm did
-        to the sum, times the norm's gain. Raises ValueError for layers without softmax attention.
+        to the sum, times the norm's gain. Raises ValueError for layers without softmax attention, or with fewer heads
+        than others, and in families whose layers do more than add to the stream.
         """
+        self._check_adds()
         parts = self.model.anatomy.language
         n = len(parts) if layer in (None, -1) else layer
         without = [index for index in range(n) if parts[index].attention is None]
@@ -123,6 +129,12 @@ class VLMActivationCache(ActivationCache):
             raise ValueError(
                 f"layers {without} have no attention heads, so the stream is no sum of heads; decompose_resid "
                 "has what their mixers add"
+            )
+        uneven = [index for index in range(n) if parts[index].attention.n_heads != self.model.cfg.n_heads]
+        if uneven:
+            raise ValueError(
+                f"layers {uneven} have another number of heads than cfg.n_heads = {self.model.cfg.n_heads}; read "
+                "blocks.{layer}.attn.hook_result layer by layer"
             )
         self._ensure_head_results()
         results = {
@@ -144,7 +156,8 @@ class VLMActivationCache(ActivationCache):
         return_labels: bool = False,
         project_output_onto: Tensor | None = None,
     ) -> Labelled:
-        """As in TransformerLens; behind its parts come the deep injections."""
+        """As in TransformerLens; behind its parts come the deep injections. Raises ValueError as `decompose_resid`."""
+        self._check_adds()
         stack, labels = super().get_full_resid_decomposition(
             layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto
         )
@@ -170,6 +183,14 @@ class VLMActivationCache(ActivationCache):
         return super().stack_neuron_results(layer, *args, **kwargs)
 
     # ------------------------------------------------------------------ plumbing
+
+    def _check_adds(self) -> None:
+        family = self.model.family
+        if not family.adds:
+            raise ValueError(
+                f"the layers of {family.model_type!r} do more than add to the residual stream, so it is no sum of "
+                "their outputs; accumulated_resid gives the stream itself"
+            )
 
     def _batch_size(self) -> int:
         return next((len(value) for name, value in self.cache_dict.items() if is_batched(name)), 1)

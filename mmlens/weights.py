@@ -414,7 +414,11 @@ class WeightProperties:
     @property
     def all_head_labels(self) -> list[str]:
         """["L0H0", "L0H1", ...], as `stack_head_results` orders heads."""
-        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+        return [
+            f"L{layer}H{head}"
+            for layer, parts in enumerate(self.anatomy.language)
+            for head in range(parts.attention.n_heads if parts.attention else 0)
+        ]
 
     def residual_directions(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape d_model"]:
         """The directions d_t = g * W_U[:, t], where g is the final norm's own gain.

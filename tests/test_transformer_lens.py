@@ -595,3 +595,31 @@ def test_the_page_about_the_tools_says_what_happens() -> None:
     torch.testing.assert_close(names["direct"].attribution.sum(), logits[0, -1, answer], **CLOSE)
     assert names["per_head"].shape == (64, 1) and names["table"].shape == (8, 8)
     assert names["lens"].rank_trajectory()[-1] == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "decomposes", "message"),
+    [
+        ("muse_spark", False, "layers of 'muse_spark' do more than add"),
+        ("gemma4", False, "layers of 'gemma4' do more than add"),
+        ("qwen3_5", True, "have no attention heads"),
+        ("step3p7", True, "have another number of heads than cfg.n_heads"),
+    ],
+)
+def test_parts_that_do_not_sum_to_the_stream_are_refused(family: str, decomposes: bool, message: str) -> None:
+    model = mmlens.HookedVLM(tiny.tiny_model(family))
+    _, cache = model.run_with_cache(
+        tiny.tiny_inputs(family), names_filter=lambda name: name.startswith(("blocks.", "hook_"))
+    )
+    with pytest.raises(ValueError, match=message):
+        cache.stack_head_results()
+    if decomposes:
+        total = cache.decompose_resid(layer=-1).sum(0)
+        torch.testing.assert_close(total, cache["resid_post", model.cfg.n_layers - 1], atol=1e-4, rtol=1e-4)
+    else:
+        with pytest.raises(ValueError, match=message):
+            cache.decompose_resid()
+        with pytest.raises(ValueError, match=message):
+            cache.get_full_resid_decomposition()
+    assert len(model.all_head_labels) == len(model.heads)
