@@ -121,6 +121,9 @@ _CODES = "a convolutional net turns the image into discrete codes, which the lan
 _VISUAL_CODES = {"vision.*": _CODES, "projector.*": _CODES}
 _CROSS_ATTENTION = "cross-attention reads the images: no position of the prompt is one"
 _NO_IMAGE_POSITIONS = {"image.*": _CROSS_ATTENTION, "blocks.{l}.image.*": _CROSS_ATTENTION}
+_STREAMS_FIRST = (
+    "its stream is several, stacked in front of the batch: read hook_resid_* at the positions wanted"
+)
 _NO_FINAL_NORM = {"ln_final.*": "the last step of its language model is no single norm"}
 
 
@@ -255,7 +258,12 @@ FAMILIES: dict[str, Family] = {
             stream="[stream, batch, pos, d_model]",
             # Layers predict and correct several streams, and add a low-rank branch beside attention.
             adds=False,
-            missing={**_no_tower("a timm convolutional net"), **_SHARED_KEYS},
+            missing={
+                **_no_tower("a timm convolutional net"),
+                **_SHARED_KEYS,
+                "image.hook_embed": _STREAMS_FIRST,
+                "blocks.{l}.image.hook_resid_*": _STREAMS_FIRST,
+            },
         ),
         Family(
             "gemma4",
