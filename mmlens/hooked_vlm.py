@@ -184,17 +184,47 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         """The same prompt with the vision tower and projector already run: language-side runs then repeat neither.
 
         Logits are the same to the bit. Hooks on vision.* and projector.* no longer fire, which is an error where
-        one is set. A prompt without images comes back as it is.
+        one is set. A prompt without images comes back as it is, and so does every prompt of a family whose tower
+        transformers does not run apart (Mllama, BLIP-2, DeepSeek-VL ...): its runs repeat it.
         """
         inputs = self._keyword_inputs(prompt, {})
         pixels = [name for name in inputs if name.startswith("pixel_")]
         if not pixels or prompt.image_features is not None:
             return prompt
-        taken = inspect.signature(self.hf_model.get_image_features).parameters
-        given = {name: value for name, value in inputs.items() if name in taken and name != "input_ids"}
+        given = self._tower_inputs(inputs)
+        if given is None:
+            return prompt
         features = self.hf_model.get_image_features(**given, return_dict=True)
         kept = {name: value for name, value in inputs.items() if name not in pixels}
         return replace(prompt.to(self.device), inputs=kept, image_features=features)
+
+    def _tower_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What get_image_features takes of the inputs; None where the tower cannot be run apart from them."""
+        encode: Any = getattr(self.hf_model, "get_image_features", None)
+        forwards = [
+            inspect.signature(module.forward).parameters
+            for module in (self.hf_model, getattr(self.hf_model, "model", self.hf_model))
+        ]
+        needs_pixels = any(
+            name.startswith("pixel_") and parameter.default is inspect.Parameter.empty
+            for name, parameter in forwards[0].items()
+        )
+        if encode is None or needs_pixels or not any("mm_encoder_outputs" in taken for taken in forwards):
+            return None
+        taken = dict(inspect.signature(encode).parameters)
+        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        taken = {
+            name: parameter
+            for name, parameter in taken.items()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        }
+        given = {
+            name: value
+            for name, value in inputs.items()
+            if name != "input_ids" and (name in taken or (passes_on and name.startswith("image_")))
+        }
+        required = {name for name, parameter in taken.items() if parameter.default is parameter.empty}
+        return given if required <= given.keys() else None
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*shape d_model"]:
         """`residual_directions` of a text that is one token, of a token id, or of ids of any shape.
@@ -536,7 +566,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
     def _lay_norm(
         self, name: str, norm: nn.Module | None, fires: Callable[[Tensor], bool] = lambda x: True
     ) -> None:
-        if norm is not None and "Norm" in type(norm).__name__:
+        if norm is not None and is_norm(norm):
             step = normalization(self._point(f"{name}.hook_scale"), self._point(f"{name}.hook_normalized"))
             steps = [Step(step.hook_points, lambda x, *args: step.apply(x, *args) if fires(x) else x)]
             ModuleTap(norm, "output", steps, self._n_rows if name.startswith("blocks.") else lambda: None)

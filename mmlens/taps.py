@@ -152,18 +152,22 @@ def scaled(steps: Sequence[Step], scale: Callable[[], Tensor | float | None]) ->
     def seen_scaled(step: Step) -> Step:
         def apply(x: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
             factor = torch.as_tensor(scale(), dtype=x.dtype, device=x.device)
-            change = step.apply(x * factor, module, inputs) - x * factor
-            shut = factor == 0
-            if bool(shut.any()) and bool((change * shut).any()):
-                raise ValueError(
-                    f"what {type(module).__name__} adds to the stream is multiplied by a gate of exactly 0: it can be "
-                    "read, but no edit of it can reach the stream"
-                )
-            return x + change / factor.masked_fill(shut, 1)
+            return x + _before(factor, step.apply(x * factor, module, inputs) - x * factor, module)
 
         return Step(step.hook_points, apply)
 
     return [seen_scaled(step) for step in steps]
+
+
+def _before(factor: Tensor, change: Tensor, module: nn.Module) -> Tensor:
+    """The change of a branch's output that becomes `change` once it is multiplied by the layer's factor."""
+    shut = factor == 0
+    if bool(shut.any()) and bool((change * shut).any()):
+        raise ValueError(
+            f"what {type(module).__name__} adds to the stream is multiplied by a gate of exactly 0: it can be "
+            "read, but no edit of it can reach the stream"
+        )
+    return change / factor.masked_fill(shut, 1)
 
 
 def heads(point: LazyHookPoint, d_head: int) -> Step:
@@ -286,11 +290,11 @@ def head_results(
     def apply(out: Tensor, module: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
         z = inputs[0].to(out.device).unflatten(-1, (-1, d_head))
         w_o = weight_of(module, out).T.unflatten(0, (-1, d_head))
-        factor = scale()
-        factor = 1.0 if factor is None else factor
+        known = scale()
+        factor = torch.as_tensor(1.0 if known is None else known, dtype=out.dtype, device=out.device)
         result = torch.einsum("...hd,hdm->...hm", z, w_o) * factor
         clean = result.sum(-2)
-        return out + (point(result).sum(-2) - clean) / factor
+        return out + _before(factor, point(result).sum(-2) - clean, module)
 
     return Step([point], apply)
 

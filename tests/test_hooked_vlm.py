@@ -281,3 +281,17 @@ def test_vision_attention_called_per_image_is_stacked_in_the_cache() -> None:
     torch.testing.assert_close(
         pattern[:1, :, : patches[0], : patches[0]], single["vision.blocks.0.attn.hook_pattern"]
     )
+
+
+@torch.no_grad()
+def test_a_gate_of_zero_is_read_exactly_and_refuses_edits() -> None:
+    plain = tiny.tiny_model("mllama")
+    model = mmlens.HookedVLM(plain)
+    model.anatomy.language[1].module.cross_attn_attn_gate.zero_()
+    inputs = tiny.tiny_inputs("mllama")
+    clean = model(inputs)
+    for hook in ("attn.hook_result", "hook_attn_out"):
+        name = f"blocks.1.{hook}"
+        assert torch.equal(model.run_with_hooks(inputs, fwd_hooks=[(name, lambda x, hook: x)]), clean)
+        with pytest.raises(ValueError, match="a gate of exactly 0"):
+            model.run_with_hooks(inputs, fwd_hooks=[(name, lambda x, hook: x + 1)])

@@ -68,5 +68,3 @@ class Family:
     missing: Mapping[str, str] = field(default_factory=dict)
     """Pattern of hook points (layer numbers written {l}) that this family, or some of its layers, does not have
     -> why. "other attention" stands for attention that has no hook points at all."""
-    untested: bool = False
-    """True for a family met for the first time."""

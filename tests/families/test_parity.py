@@ -106,6 +106,20 @@ def test_generate_is_the_plain_model_s_and_hooks_act_on_every_token(family: str)
     assert torch.equal(model.generate(inputs, **options), expected)
 
 
+@torch.no_grad()
+def test_encoding_images_once_changes_no_bit(family: str) -> None:
+    if tiny.TINY[family].processor is None or tiny.record_of(family).layout is None:
+        pytest.skip("no prompt can be made here")
+    plain = tiny.tiny_model(family, attn_implementation=tiny.TINY[family].attention[0])
+    model = HookedVLM(plain, tiny.tiny_processor(family))
+    n_images = tiny.TINY[family].most_images or 2
+    images = tiny.tiny_images(n_images, seed=1, sizes=tiny.TINY[family].sizes or None)
+    prompt = model.prompt("What colour is K?", images=images)
+    encoded = model.encode_images(prompt)
+    assert encoded is prompt or not any(name.startswith("pixel_") for name in encoded.inputs)
+    assert torch.equal(model(encoded), model(prompt))
+
+
 # ---------------------------------------------------------------------- every hook point
 
 

@@ -9,6 +9,7 @@ from transformers import ProcessorMixin
 
 from mmlens.families.layouts import resized_grid
 from mmlens.families.layouts.grids import (
+    Intervals,
     Size,
     cells,
     grid_side,
@@ -43,9 +44,7 @@ def llava(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[
         shown = resized_size(image_processor, size) if image_processor.do_resize else size
         intervals = []
         for original, resized, seen in zip(size, shown, (seen_width, seen_height), strict=True):
-            scale = original / resized
-            start = -((resized - seen) // 2) * scale
-            intervals.append(pixels(cells(seen // patch, patch), scale, start=start, limit=original))
+            intervals.append(centre_cropped(original, resized, seen, cells(seen // patch, patch)))
         grid = image_grid(size, [(WHOLE_IMAGE_TILE, intervals[0], intervals[1])])
         if n_extra > 0:
             # Class tokens that the model keeps: they stand before the patches and show none.
@@ -86,6 +85,12 @@ def deepseek(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequen
             )
         grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, intervals[0], intervals[1])]))
     return grids
+
+
+def centre_cropped(original: int, resized: int, seen: int, shown: Intervals) -> Intervals:
+    """Original pixels of intervals of the `seen` pixels that were cut (or padded) at the centre of `resized`."""
+    scale = original / resized
+    return pixels(shown, scale, start=-((resized - seen) // 2) * scale, limit=original)
 
 
 def resized_size(image_processor: Any, size: Size) -> Size:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from transformers import ProcessorMixin
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from mmlens.families.layouts.grids import (
     Size,
@@ -25,7 +24,7 @@ from mmlens.families.layouts.grids import (
     square_edge,
     tiled,
 )
-from mmlens.families.layouts.tiles import image_options
+from mmlens.families.layouts.tiles import image_options, stretched_tiles
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
@@ -34,17 +33,8 @@ def got_ocr2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequen
     the whole once more (tile 0)."""
     if not sizes:
         return []
-    option = image_options(processor)
-    side, tile = grid_side(processor.num_image_tokens, "num_image_tokens"), square_edge(option("size"))
-    grids = []
-    for size in sizes:
-        across, down = 1, 1
-        if option("crop_to_patches") and option("max_patches") > 1:
-            across, down = get_optimal_tiled_canvas(
-                (size[1], size[0]), (tile, tile), option("min_patches"), option("max_patches")
-            )
-        grids.append(image_grid(size, tiled(size, across, down, (tile, tile), side)))
-    return grids
+    square_edge(image_options(processor)("size"))
+    return stretched_tiles(processor, sizes, grid_side(processor.num_image_tokens, "num_image_tokens"))
 
 
 def pp_chart2table(

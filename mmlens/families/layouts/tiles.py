@@ -37,12 +37,12 @@ def internvl(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequen
     """
     if not sizes:
         return []
-    return _stretched(processor, sizes, grid_side(processor.image_seq_length, "image_seq_length"))
+    return stretched_tiles(processor, sizes, grid_side(processor.image_seq_length, "image_seq_length"))
 
 
 def aya(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Aya Vision: InternVL's tiles and thumbnail; img_size and patch_size say how many tokens a tile has."""
-    return _stretched(processor, sizes, processor.img_size // processor.patch_size)
+    return stretched_tiles(processor, sizes, processor.img_size // processor.patch_size)
 
 
 def cohere2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
@@ -55,10 +55,10 @@ def cohere2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
     # The image processor's module needs torchvision, and so does the processor that was given.
     from transformers.models.cohere2_vision import image_processing_cohere2_vision as cohere2_images
 
-    return _stretched(processor, sizes, processor.patch_size, cohere2_images.get_optimal_tiled_canvas)
+    return stretched_tiles(processor, sizes, processor.patch_size, cohere2_images.get_optimal_tiled_canvas)
 
 
-def _stretched(
+def stretched_tiles(
     processor: ProcessorMixin, sizes: Sequence[Size], side: int, canvas: Canvas = get_optimal_tiled_canvas
 ) -> list[ImageGrid]:
     """Tiles of `side` x `side` tokens over the canvas that `canvas` chooses for each image."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.fixed_grid import resized_size
+from mmlens.families.layouts.fixed_grid import centre_cropped, resized_size
 from mmlens.families.layouts.grids import (
     Size,
     cells,
@@ -32,12 +32,10 @@ def chameleon(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Seque
     seen = square_edge(image_processor.crop_size)
     grids = []
     for size in sizes:
-        axes = []
-        for length, resized in zip(size, resized_size(image_processor, size), strict=True):
-            scale = length / resized
-            axes.append(
-                pixels(cells(side, seen / side), scale, start=-((resized - seen) // 2) * scale, limit=length)
-            )
+        axes = [
+            centre_cropped(length, resized, seen, cells(side, seen / side))
+            for length, resized in zip(size, resized_size(image_processor, size), strict=True)
+        ]
         grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, axes[0], axes[1])]))
     return grids
 
