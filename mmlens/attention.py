@@ -31,6 +31,9 @@ from mmlens.taps import LazyHookPoint
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
+Around = Callable[[AttentionFunction, Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], tuple[Tensor, Any]]
+"""(attend, query, key, value, mask, the other arguments) -> what attention gives."""
+
 # Keyword arguments with which softmax(q k^T scale + mask) is not the family's pattern.
 _PATTERN_CHANGING_ARGUMENTS = ("softcap", "s_aux", "position_bias")
 
@@ -64,6 +67,8 @@ class AttentionTap:
         self.pattern = hook_points["hook_pattern"]
         self.rows: QueryRows | None = None
         self.consume_rows: Callable[[Tensor], None] | None = None
+        self.around: Around | None = None
+        """Stands between the module and `attend` where set: a partial run records and completes calls by it."""
 
     @property
     def needs_softmax(self) -> bool:
@@ -78,6 +83,22 @@ class AttentionTap:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        attend = functools.partial(self.attend, fast, eager, module)
+        if self.around is not None:
+            return self.around(attend, query, key, value, attention_mask, kwargs)
+        return attend(query, key, value, attention_mask, **kwargs)
+
+    def attend(
+        self,
+        fast: AttentionFunction,
+        eager: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if self.rot_q.is_live:

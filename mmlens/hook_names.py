@@ -7,6 +7,7 @@ queries; scores and patterns have one block of rows per query head.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 STREAM = "[batch, pos, d_model]"
@@ -88,6 +89,39 @@ def block(layer: int, hook: str) -> str:
     'blocks.3.attn.hook_z'
     """
     return f"blocks.{layer}.{hook}"
+
+
+def axes_of(name: str) -> tuple[str, ...]:
+    """The axes of a hook point's activation, as the lists above name them.
+
+    Raises KeyError for a name that is in none of the lists.
+
+    >>> axes_of("blocks.2.attn.hook_pattern"), axes_of("blocks.2.image.hook_z")
+    (('batch', 'head', 'query', 'key'), ('image_token', 'head', 'd_head'))
+    """
+    general = re.sub(r"\.\d+\.", lambda match: ".{i}." if "deepstack" in name else ".{l}.", name)
+    within = name.split("blocks.", 1)[-1].split(".", 1)[-1].replace("cross_attn.", "attn.")
+    for hooks, key in (
+        (MODEL_HOOKS, general),
+        (MODEL_HOOKS, f"blocks.{{l}}.{within}"),
+        (BLOCK_HOOKS, within),
+        (BLOCK_IMAGE_HOOKS, within),
+    ):
+        if key in hooks:
+            return tuple(hooks[key][1:].split("]")[0].split(", "))
+    if name.endswith("hook_embed"):
+        return axes_of("vision.hook_embed")
+    raise KeyError(f"{name!r} is in no list of hook points")
+
+
+def layer_of(name: str) -> int | None:
+    """The language layer of a hook point; None outside the language layers.
+
+    >>> layer_of("blocks.12.hook_resid_pre"), layer_of("vision.blocks.3.hook_resid_pre")
+    (12, None)
+    """
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "blocks" else None
 
 
 def unknown_name_message(kind: str, given: str, known: Iterable[str]) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -71,6 +72,13 @@ Intervention = Callable[["HookedVLM", Prompt], Sequence[Hook]]
 """Anything that turns (model, prompt) into forward hooks; composing is concatenating."""
 
 
+class Span(NamedTuple):
+    """A run of positions: `first`, and how many."""
+
+    first: int
+    length: int
+
+
 class UnknownHookError(KeyError):
     """A hook name that does not exist, or a filter that matches nothing."""
 
@@ -80,6 +88,10 @@ class UnknownHookError(KeyError):
 
 class HookNeverFiredError(RuntimeError):
     """The model ran, and a hook set for that run never fired."""
+
+
+class NoChangeWarning(UserWarning):
+    """An intervention fired and changed nothing."""
 
 
 class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
@@ -112,6 +124,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         # Analysis tools ask the whole tree of modules whether it is in evaluation mode.
         self.training = hf_model.training
         self._n_forwards = 0
+        self.span = Span(0, 0)
+        """Which positions the run under way computes: all of a prompt, or, while decoding, the newest."""
         self._inputs: Mapping[str, Any] = {}
         self._attention_taps: dict[int, AttentionTap] = {}
         self.mod_dict: dict[str, nn.Module] = {}
@@ -126,6 +140,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         self.cfg = _config(hf_model, self.anatomy)
         self._lay_taps(self.anatomy)
         hf_model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
+        self.anatomy.decoder.register_forward_pre_hook(self._on_decoder, with_kwargs=True)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, **hf_options: Any) -> HookedVLM:
@@ -345,7 +360,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         """Hooks that live as long as the block, as in TransformerLens.
 
         Raises UnknownHookError before anything runs where a name means nothing, and HookNeverFiredError at
-        the end where the model ran inside the block and a forward hook never fired.
+        the end where the model ran inside the block and a forward hook never fired. Warns (NoChangeWarning)
+        where hooks are an intervention's edits, fired, and none of them changed anything.
         """
         silent: dict[int, str] = {}
 
@@ -370,6 +386,10 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
                 f"{', '.join(sorted(set(silent.values()))[:5])}. Hooks on image.*, vision.* and projector.* "
                 "fire only where the prompt has an image"
             )
+        # Edits count their calls and keep the size of what they changed; other functions are not known to edit.
+        edits = [hook for _, hook in fwd_hooks if getattr(hook, "fired", 0) and hasattr(hook, "size")]
+        if edits and not any(hook.size for hook in edits):
+            warnings.warn(f"the intervention changed nothing: {edits[:3]}", NoChangeWarning, stacklevel=3)
 
     def run_with_hooks(
         self,
@@ -500,6 +520,14 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         ids = given.get("input_ids")
         length = (given["inputs_embeds"] if ids is None else ids).shape[1]
         return args, {**kwargs, "logits_to_keep": torch.arange(length)[-keep:]}
+
+    def _on_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("inputs_embeds")
+        if given is None:
+            given = args[0] if args else kwargs.get("input_ids")
+        known = kwargs.get("past_key_values")
+        first = 0 if known is None else int(known.get_seq_length())
+        self.span = Span(first, 0 if given is None else given.shape[1])
 
     def _is_watched(self) -> bool:
         """Whether a hook is set, or rows of attention are asked for."""

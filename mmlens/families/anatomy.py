@@ -177,6 +177,9 @@ class LayerParts:
 class Anatomy:
     """Where everything is."""
 
+    decoder: nn.Module
+    """The module that runs the language layers, one after the other."""
+    layers: nn.ModuleList
     language: list[LayerParts]
     unread: list[nn.Module]
     """Vision layers behind the one that the features are taken from: they reach no logit."""
@@ -214,6 +217,8 @@ def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
         stacks[prefix] = [layer_parts(layer, stack) for layer in _all_at(model, stack.layers or "")]
     deep = family.deep_injection
     return Anatomy(
+        decoder=_submodule(model, path.rpartition(".")[0]),
+        layers=layers,
         language=language,
         unread=unread,
         stacks=stacks,

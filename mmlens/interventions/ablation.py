@@ -16,21 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from mmlens.data.examples import Example
 from mmlens.heads import HeadSet, as_head_set
 from mmlens.hook_names import block, unknown_name_message
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention
+from mmlens.interventions.edits import Edit, Here, Positions, positions_mask
 from mmlens.prompt import Prompt
-
-Positions = Bool[Tensor, "batch pos"] | Callable[[Prompt], Bool[Tensor, "batch pos"]] | None
-"""Where an intervention acts: a mask of the prompt's positions, a function that gives one, or everywhere."""
 
 MODES = ("zero", "mean", "resample", "uniform", "uniform_leaky", "mean_query")
 
@@ -125,33 +124,33 @@ def ablate(
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
         edit = _EDITS[mode](model, prompt, chosen, reference, seed)
-        where = _where(prompt, positions)
-        return [
-            (block(layer, _HOOK[mode]), _at_heads(edit, layer, members, prompt, where, _QUERY_AXIS[mode]))
-            for layer, members in chosen.by_layer().items()
-        ]
+        where = positions_mask(prompt, positions)
+        hooks: list[Hook] = []
+        for layer, members in chosen.by_layer().items():
+            name = block(layer, _HOOK[mode])
+            change = partial(edit, layer=layer, members=members)
+            hooks.append((name, Edit(model, prompt, name, change, positions=where, heads=members)))
+        return hooks
 
     return intervention
 
 
-Edit = Callable[[Tensor, int, list[int], tuple[Tensor, Tensor]], Tensor]
-"""(the heads' activation, layer, heads, (text, image) masks of its positions) -> what stands in its place."""
+HeadChange = Callable[..., Tensor]
+"""(the heads' activation, what it covers, layer=, members=) -> what stands in its place."""
 
 _HOOK = dict.fromkeys(("zero", "mean", "resample"), "attn.hook_z") | {
     "uniform": "attn.hook_attn_scores",
     "uniform_leaky": "attn.hook_attn_scores",
     "mean_query": "attn.hook_q",
 }
-# hook_z and hook_q are [batch, pos, head, d_head], scores [batch, head, query, key].
-_QUERY_AXIS = {mode: 2 if hook.endswith("scores") else 1 for mode, hook in _HOOK.items()}
 
 
-def _zero(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Any, seed: int) -> Edit:
-    return lambda x, layer, members, kinds: torch.zeros_like(x)
+def _zero(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Any, seed: int) -> HeadChange:
+    return lambda x, here, layer, members: torch.zeros_like(x)
 
 
-def _uniform(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Any, seed: int) -> Edit:
-    def edit(scores: Tensor, layer: int, members: list[int], kinds: tuple[Tensor, Tensor]) -> Tensor:
+def _uniform(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Any, seed: int) -> HeadChange:
+    def edit(scores: Tensor, here: Here, layer: int, members: list[int]) -> Tensor:
         # A masked score has the mask's huge negative number in it; no real score comes near half of it.
         masked = scores < torch.finfo(scores.dtype).min / 2
         return torch.where(masked, scores, torch.zeros_like(scores))
@@ -159,8 +158,10 @@ def _uniform(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Any, s
     return edit
 
 
-def _mean_of(name: str) -> Callable[..., Edit]:
-    def build(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: HeadMeans, seed: int) -> Edit:
+def _mean_of(name: str) -> Callable[..., HeadChange]:
+    def build(
+        model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: HeadMeans, seed: int
+    ) -> HeadChange:
         means: Tensor = getattr(reference, name)
         shape, sizes = _means_shape(model, name), _head_sizes(model, name)
         if tuple(means.shape) != shape:
@@ -176,9 +177,9 @@ def _mean_of(name: str) -> Callable[..., Edit]:
                     "with other heads, or its activations were NaN"
                 )
 
-        def edit(x: Tensor, layer: int, members: list[int], kinds: tuple[Tensor, Tensor]) -> Tensor:
+        def edit(x: Tensor, here: Here, layer: int, members: list[int]) -> Tensor:
             of_text, of_image = means[:, layer, members, : x.shape[-1]].to(x)
-            return torch.where(kinds[1][:, :, None, None], of_image, of_text).expand_as(x)
+            return torch.where(here.is_image.to(x.device)[:, :, None, None], of_image, of_text).expand_as(x)
 
         return edit
 
@@ -187,7 +188,7 @@ def _mean_of(name: str) -> Callable[..., Edit]:
 
 def _resample(
     model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Sequence[Example], seed: int
-) -> Edit:
+) -> HeadChange:
     """z of another example: text positions are matched from the prompt's end, image positions likewise.
 
     In prompts of equal layout that is position by position; where the other example has fewer positions of
@@ -205,10 +206,10 @@ def _resample(
     index = _matched_positions(_position_kinds(prompt), _position_kinds(other))
     last = other.last.cpu().int().argmax(-1, keepdim=True)
 
-    def edit(z: Tensor, layer: int, members: list[int], kinds: tuple[Tensor, Tensor]) -> Tensor:
+    def edit(z: Tensor, here: Here, layer: int, members: list[int]) -> Tensor:
         source = cache[block(layer, "attn.hook_z")][:, :, members].to(z)
         # A generated token has no counterpart in the other prompt: it takes the last position's z.
-        of_run = _of_run(index, prompt, z.shape[1], last).to(source.device)
+        of_run = here.of_prompt(index, last).to(source.device)
         return source.gather(1, of_run[:, :, None, None].expand(-1, -1, *source.shape[2:]))
 
     return edit
@@ -228,7 +229,7 @@ def _matched_positions(here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]
     return index
 
 
-_EDITS: dict[str, Callable[..., Edit]] = {
+_EDITS: dict[str, Callable[..., HeadChange]] = {
     "zero": _zero,
     "mean": _mean_of("z"),
     "resample": _resample,
@@ -238,67 +239,10 @@ _EDITS: dict[str, Callable[..., Edit]] = {
 }
 
 
-def _at_heads(
-    edit: Edit, layer: int, members: list[int], prompt: Prompt, where: Tensor | None, query_axis: int
-) -> Callable[..., Tensor]:
-    """The hook: `edit` at the chosen heads and positions, the activation as it is everywhere else."""
-    head_axis = 3 - query_axis
-
-    def hook(x: Tensor, hook: Any) -> Tensor:
-        n_queries = x.shape[query_axis]
-        heads = torch.tensor(members, device=x.device)
-        chosen = x.index_select(head_axis, heads)
-        edited = edit(chosen, layer, members, _kinds_of_run(prompt, n_queries, x.device))
-        if where is not None:
-            here = _of_run(where, prompt, n_queries, torch.zeros(len(where), 1, dtype=torch.bool)).to(
-                x.device
-            )
-            here = here[:, :, None, None] if query_axis == 1 else here[:, None, :, None]
-            edited = torch.where(here, edited, chosen)
-        return x.index_copy(head_axis, heads, edited.to(x.dtype))
-
-    return hook
-
-
 def _position_kinds(prompt: Prompt) -> tuple[Tensor, Tensor]:
     """Masks [batch, pos] of text and of image positions; padding is neither."""
     token_map = prompt.token_map
     return ~token_map.is_image & ~token_map.is_padding, token_map.is_image
-
-
-def _kinds_of_run(prompt: Prompt, n_queries: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    text, image = _position_kinds(prompt)
-    no = torch.zeros(len(text), 1, dtype=torch.bool)
-    return _of_run(text, prompt, n_queries, ~no).to(device), _of_run(image, prompt, n_queries, no).to(device)
-
-
-def _of_run(values: Tensor, prompt: Prompt, n_queries: int, generated: Tensor) -> Tensor:
-    """[batch, pos] values of a prompt, for a forward that runs the prompt, a generated token, or both.
-
-    `generated` [batch, 1] is the value at generated positions.
-    """
-    n_prompt = values.shape[1]
-    if n_queries == 1 and n_prompt > 1:
-        return generated
-    if n_queries < n_prompt:
-        raise ValueError(
-            f"the forward runs {n_queries} positions of a prompt of {n_prompt}: prefill in chunks cannot be ablated"
-        )
-    return torch.cat([values.cpu(), generated.expand(-1, n_queries - n_prompt)], dim=1)
-
-
-def _where(prompt: Prompt, positions: Positions) -> Tensor | None:
-    if positions is None:
-        return None
-    mask = positions(prompt) if callable(positions) else positions
-    shape = tuple(prompt.token_map.is_image.shape)
-    if tuple(mask.shape) != shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"positions is a boolean mask [batch, pos] = {shape}, got {mask.dtype} {tuple(mask.shape)}"
-        )
-    if not bool(mask.any()):
-        raise ValueError("positions chooses no position of the prompt: the ablation would do nothing")
-    return mask
 
 
 def _check_reference(mode: str, reference: Any) -> None:

@@ -1,0 +1,201 @@
+"""An edit: the hook function every intervention is made of.
+
+It changes an activation at chosen positions and heads of a prompt, whichever of them the run under way computes
+(the whole prompt, its end, a generated token), and remembers how often it fired and how much it changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mmlens.hook_names import axes_of, layer_of, unknown_name_message
+from mmlens.hooked_vlm import HookedVLM, Span
+from mmlens.prompt import Prompt
+
+Mask = Bool[Tensor, "batch pos"]
+Positions = Mask | str | Callable[[Prompt], Mask] | None
+"""Where an intervention acts: a mask of the prompt's positions, one of NAMED_POSITIONS, a function from a prompt
+to a mask, or everywhere (generated tokens too)."""
+
+NAMED_POSITIONS: dict[str, Callable[[Prompt], Mask]] = {
+    "last": lambda prompt: prompt.last,
+    "question": lambda prompt: prompt.token_map.is_question,
+    "image": lambda prompt: prompt.token_map.is_image,
+    "text": lambda prompt: ~prompt.token_map.is_image & ~prompt.token_map.is_padding,
+    "prompt": lambda prompt: ~prompt.token_map.is_padding,
+}
+"""Position masks by name."""
+
+_POSITION_AXES = ("pos", "query", "key")
+_HEAD_AXES = ("head", "kv_head")
+_OTHER_STACKS = ("vision.", "projector.")
+
+
+def positions_mask(prompt: Prompt, positions: Positions) -> Mask | None:
+    """The mask that `positions` means for this prompt; None for everywhere.
+
+    Raises ValueError for an unknown name, a mask of another shape or type, and one that chooses no position.
+    """
+    if positions is None:
+        return None
+    if isinstance(positions, str):
+        if positions not in NAMED_POSITIONS:
+            raise ValueError(unknown_name_message("named positions", positions, NAMED_POSITIONS))
+        mask = NAMED_POSITIONS[positions](prompt)
+    else:
+        mask = positions(prompt) if callable(positions) else positions
+    shape = tuple(prompt.shape)
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape or mask.dtype != torch.bool:
+        given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"positions is a boolean mask [batch, pos] = {shape}, got {given}")
+    if not bool(mask.any()):
+        named = f" ({positions!r})" if isinstance(positions, str) else ""
+        raise ValueError(f"positions{named} chooses no position of the prompt: the edit would do nothing")
+    return mask
+
+
+@dataclass(frozen=True)
+class Here:
+    """What part of a prompt the activation in hand covers: `span` positions, of which some may be generated."""
+
+    prompt: Prompt
+    span: Span
+
+    def of_prompt(self, values: Tensor, generated: Tensor | float | bool) -> Tensor:
+        """Values [batch, pos, ...] of the prompt, at the positions in hand; `generated` at those behind it.
+
+        `generated` is one value, or a tensor [batch, 1, ...].
+        """
+        first, stop = self.span.first, self.span.first + self.span.length
+        known = values[:, first:stop]
+        n_more = self.span.length - known.shape[1]
+        if not n_more:
+            return known
+        behind = torch.as_tensor(generated, dtype=values.dtype, device=values.device)
+        shape = (len(values), n_more, *values.shape[2:])
+        return torch.cat([known, behind.expand(shape)], dim=1)
+
+    @property
+    def is_image(self) -> Bool[Tensor, "batch span"]:
+        return self.of_prompt(self.prompt.token_map.is_image, False)
+
+    @property
+    def is_text(self) -> Bool[Tensor, "batch span"]:
+        """Text positions, generated ones included; padding is neither text nor image."""
+        return self.of_prompt(NAMED_POSITIONS["text"](self.prompt), True)
+
+
+Change = Callable[[Tensor, Here], Tensor]
+"""(the activation at the chosen heads, what it covers) -> what stands in its place; the edit keeps it at the chosen
+positions only."""
+
+
+class Edit:
+    """A TransformerLens hook function that changes one hook point's activation for one prompt.
+
+    `fired` counts its calls, `size` is the largest absolute change that it made so far. Heads index the hook
+    point's own head axis (key-value heads for k and v). A partial or a cached run computes some of the prompt's
+    positions; the edit then acts on those of its positions that are there.
+    """
+
+    def __init__(
+        self,
+        model: HookedVLM,
+        prompt: Prompt,
+        name: str,
+        change: Change,
+        *,
+        positions: Positions = None,
+        heads: Sequence[int] | None = None,
+        generated: bool | None = None,
+    ) -> None:
+        """`generated`: whether it acts on generated tokens; by default where no positions are chosen.
+
+        Raises UnknownHookError for a name that the model does not have, ValueError for positions or heads on a
+        hook point whose activation has no such axis, IndexError for a head that there is not.
+        """
+        model.hook_names(name)
+        self.model, self.prompt, self.name, self.change = model, prompt, name, change
+        self.axes = axes_of(name)
+        self.is_language = layer_of(name) is not None or name.startswith(("hook_embed", "image.", "ln_final"))
+        self.mask = positions_mask(prompt, positions)
+        self.generated = self.mask is None if generated is None else generated
+        if not self.is_language and not (self.mask is None and self.generated):
+            raise ValueError(
+                f"{name} does not run over the prompt's positions, so positions cannot be chosen there; edit "
+                "image.hook_embed (the same embeddings as they enter the language model) at image positions"
+            )
+        self.heads = None if heads is None else list(heads)
+        if heads is not None and not set(_HEAD_AXES) & set(self.axes):
+            raise ValueError(f"{name} is [{', '.join(self.axes)}]: it has no heads to choose")
+        self.fired = 0
+        self._size: Tensor | float = 0.0
+
+    @property
+    def size(self) -> float:
+        """The largest absolute change of one element so far."""
+        return float(self._size)
+
+    @property
+    def first_position(self) -> int:
+        """The first position that it can change, over the batch."""
+        if not self.is_language or self.mask is None:
+            return 0
+        return int(self.mask.any(0).int().argmax()) if bool(self.mask.any()) else self.mask.shape[1]
+
+    def __repr__(self) -> str:
+        heads = "" if self.heads is None else f", heads {self.heads}"
+        where = "" if self.mask is None else f", {int(self.mask.sum())} positions"
+        return f"Edit({self.name}{heads}{where}: fired {self.fired} times, size {self.size:.3g})"
+
+    def __call__(self, x: Tensor, hook: Any) -> Tensor:
+        here = Here(self.prompt, self._span(x))
+        head_axis = next((axis for axis, name in enumerate(self.axes) if name in _HEAD_AXES), 0)
+        chosen, index = x, None
+        if self.heads is not None:
+            n_heads = x.shape[head_axis]
+            if min(self.heads) < 0 or max(self.heads) >= n_heads:
+                raise IndexError(f"heads {self.heads} of {self.name}: it has heads 0 to {n_heads - 1}")
+            index = torch.tensor(self.heads, device=x.device)
+            chosen = x.index_select(head_axis, index)
+        edited = self.change(chosen, here).to(x.dtype)
+        where = self._where(x, here)
+        if where is not None:
+            edited = torch.where(where, edited, chosen)
+        self.fired += 1
+        if edited.numel():
+            change = (edited.detach() - chosen.detach()).abs()
+            # Masked scores are infinite on some paths: what stays masked did not change.
+            self._size = change.nan_to_num(0.0).max().clamp_min(self._size)
+        return (
+            edited.expand_as(x) if index is None else x.index_copy(head_axis, index, edited.expand_as(chosen))
+        )
+
+    def _span(self, x: Tensor) -> Span:
+        span = self.model.span
+        if "key" in self.axes and "query" not in self.axes:
+            # Keys reach back to the prompt's start, or as far as a sliding window's cache does.
+            n_keys = x.shape[self.axes.index("key")]
+            return Span(span.first + span.length - n_keys, n_keys)
+        return span
+
+    def _where(self, x: Tensor, here: Here) -> Tensor | None:
+        if not self.is_language or (self.mask is None and self.generated):
+            return None
+        mask = torch.ones(tuple(self.prompt.shape), dtype=torch.bool) if self.mask is None else self.mask
+        where = here.of_prompt(mask, self.generated).to(x.device)
+        if self.axes[0] == "image_token":
+            is_image = self.model.image_mask(self.prompt)
+            assert is_image is not None
+            rows = where[here.of_prompt(is_image, False).to(x.device)]
+            return rows.reshape(-1, *[1] * (x.ndim - 1))
+        axis = next(axis for axis, name in enumerate(self.axes) if name in _POSITION_AXES)
+        shape = [1] * x.ndim
+        shape[0], shape[axis] = where.shape
+        return where.reshape(shape)
