@@ -1,7 +1,17 @@
-"""Intervals for the means of per-example numbers; scipy does the work.
+"""Intervals, tests and power for the means of per-example numbers; scipy does the work.
 
 Examples are the sampling unit throughout. Examples that share a document or an image are not independent:
-average them first, or the interval is too narrow.
+average them first, or intervals are too narrow and p-values too small.
+
+Which is used when:
+
+- How large is a mean, or a change on the same examples: `mean_interval`, `paired_difference_interval`. They are
+  what `Effect` shows.
+- What share of a drop does an intervention bring back: `ratio_interval`, as `Effect.recovered` shows it.
+- Is there a change at all: `paired_permutation_test`. It gives a p-value, and takes many heads only together with
+- `benjamini_hochberg`: which of many heads (layers, positions) changed, with a bound on the share of false ones.
+- Before the run: `minimal_detectable_effect` for numbers such as logit differences, and
+  `minimal_detectable_change` for outcomes that are 0 or 1, say what n examples can show.
 """
 
 from __future__ import annotations
@@ -10,9 +20,12 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import scipy.optimize
 import scipy.stats
+from jaxtyping import Float
 from torch import Tensor
 
 Values = Sequence[float] | Sequence[int] | np.ndarray | Tensor
@@ -110,6 +123,214 @@ def paired_difference_interval(
     return bootstrap_interval(sample - reference, level=level, n_resamples=n_resamples, seed=seed)
 
 
+def ratio_interval(
+    numerator: Values,
+    denominator: Values,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 9999,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval (BCa) of mean(numerator) / mean(denominator), both of the same examples in the same order.
+
+    Examples are drawn with both of their numbers. Warns where mean(denominator) lies within about two of its
+    standard errors of zero: the ratio is then hardly determined, and the interval is (-inf, inf) where some draw
+    has a denominator of zero at a bound. Warns likewise where every example has the same ratio, so that the
+    interval has no width. Raises ValueError for different numbers of examples, fewer than 2, a number that is not
+    finite, or a mean denominator of zero.
+
+    >>> low, high = ratio_interval([1.0, 2.0, 3.5, 3.0], [2.0, 4.0, 6.0, 7.0])
+    >>> 0.4 < low < 0.5 < high < 0.6
+    True
+    """
+    above = _sample(numerator, "a ratio of means", at_least=2)
+    below = _sample(denominator, "a ratio of means", at_least=2)
+    _check_level(level)
+    if len(above) != len(below):
+        raise ValueError(f"paired values are of the same examples: got {len(above)} and {len(below)}")
+    if below.mean() == 0:
+        raise ValueError("a ratio of means needs a denominator whose mean is not zero")
+    ratio = float(above.mean() / below.mean())
+    reach = scipy.stats.norm.ppf(0.5 + level / 2) * below.std(ddof=1) / math.sqrt(len(below))
+    if abs(below.mean()) <= reach:
+        warnings.warn(
+            f"the denominator's mean {below.mean():.4g} is not told from zero ({len(below)} examples, about "
+            f"+- {reach:.4g} at level {level:g}): the ratio {ratio:.4g} is hardly determined",
+            stacklevel=2,
+        )
+    if np.abs(above - ratio * below).max() <= 1e-9 * max(np.abs(above).max(), np.abs(ratio * below).max()):
+        warnings.warn(
+            f"all {len(above)} examples have the same ratio {ratio:g}: its bootstrap interval has no width and says "
+            "nothing about values that were not met",
+            stacklevel=2,
+        )
+        return Interval(ratio, ratio, level)
+
+    def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.asarray(x.mean(axis) / y.mean(axis))
+
+    # A draw of equal examples can have a denominator of zero; where that reaches a bound, the bound is not finite.
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        result = scipy.stats.bootstrap(
+            (above, below),
+            statistic,
+            paired=True,
+            vectorized=True,
+            confidence_level=level,
+            n_resamples=n_resamples,
+            batch=1000,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    if not (np.isfinite(result.low) and np.isfinite(result.high)):
+        return Interval(-math.inf, math.inf, level)
+    return Interval(float(result.low), float(result.high), level)
+
+
+Alternative = Literal["two-sided", "less", "greater"]
+
+
+def paired_permutation_test(
+    values: Values,
+    baseline: Values,
+    *,
+    alternative: Alternative = "two-sided",
+    n_resamples: int = 9999,
+    seed: int = 0,
+) -> float:
+    """P-value of mean(values - baseline) under sign flips of the per-example differences (Fisher's test).
+
+    The null hypothesis: an example's two numbers could as well be exchanged. "less" and "greater" test whether
+    `values` are lower or higher. Only examples that differ count. It is exact where at most log2(n_resamples) of
+    them do (13 by default; all sign flips are counted, by scipy.stats.permutation_test), and where the differences
+    all have one size, as those of outcomes that are 0 or 1 have (McNemar's exact test, by scipy.stats.binomtest).
+    Otherwise `n_resamples` flips are drawn, and no p-value is below 2 / (n_resamples + 1), two-sided; with many
+    heads to test, `benjamini_hochberg` at q may need n_resamples > 2 heads / q.
+
+    Raises ValueError for different numbers of examples, none, or a number that is not finite.
+
+    >>> paired_permutation_test([1.0, 2.0, 3.0, 5.0, 8.0], [0.0] * 5)  # 2 of 2^5 signs
+    0.0625
+    """
+    sample = _sample(values, "a paired test", at_least=1)
+    reference = _sample(baseline, "a paired test", at_least=1)
+    if len(sample) != len(reference):
+        raise ValueError(f"paired values are of the same examples: got {len(sample)} and {len(reference)}")
+    if alternative not in ("two-sided", "less", "greater"):
+        raise ValueError(f"alternative is 'two-sided', 'less' or 'greater', not {alternative!r}")
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples is at least 1, not {n_resamples}")
+    differences = sample - reference
+    differences = differences[differences != 0]
+    if not len(differences):
+        return 1.0
+    if np.ptp(np.abs(differences)) == 0:
+        n_higher = int((differences > 0).sum())
+        return float(scipy.stats.binomtest(n_higher, len(differences), alternative=alternative).pvalue)
+    return float(
+        scipy.stats.permutation_test(
+            (differences,),
+            np.sum,
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=n_resamples,
+            batch=1000,
+            alternative=alternative,
+            rng=np.random.default_rng(seed),
+        ).pvalue
+    )
+
+
+def benjamini_hochberg(
+    p_values: Float[Tensor, "*shape"] | Float[np.ndarray, "*shape"] | Sequence[float],
+) -> Float[np.ndarray, "*shape"]:
+    """P-values adjusted for the false discovery rate, in the same shape (scipy.stats.false_discovery_control).
+
+    Benjamini and Hochberg 1995: calling what is at most q a discovery keeps the expected share of false ones among
+    them at q or below, for tests that are independent or positively dependent. Hand over every head that was
+    tested, not those that look best. NaN is a head that does not exist: it stays NaN and does not count as a test.
+
+    Raises ValueError for numbers outside 0 to 1, and where there is no number.
+
+    >>> benjamini_hochberg([0.01, 0.02, float("nan"), 0.5]).tolist()
+    [0.03, 0.03, nan, 0.5]
+    """
+    given = p_values.detach().cpu().numpy() if isinstance(p_values, Tensor) else np.asarray(p_values)
+    adjusted = np.array(given, dtype=np.float64)
+    tested = ~np.isnan(adjusted)
+    if not tested.any():
+        raise ValueError(f"no p-value given: {adjusted.size} number(s), none but NaN")
+    outside = tested & ~((adjusted >= 0) & (adjusted <= 1))
+    if outside.any():
+        raise ValueError(f"p-values lie between 0 and 1, got {adjusted[outside][0]:g}")
+    adjusted[tested] = scipy.stats.false_discovery_control(adjusted[tested], method="bh")
+    return adjusted
+
+
+def minimal_detectable_effect(n: int, sd: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest true mean difference that a two-sided paired t-test of n examples finds with `power`.
+
+    `sd` is the standard deviation of the per-example differences (from a pilot), and the result is in its unit.
+    Solved from the noncentral t distribution: P(|T| > t) = power, T with n - 1 degrees of freedom and noncentrality
+    sqrt(n) effect / sd, t the two-sided critical value at `alpha` (Cohen, Statistical Power Analysis, 1988, ch. 2).
+    The permutation test and the bootstrap have close to the same power unless n is small or tails are heavy. For
+    m heads at once, alpha / m is a bound that is always safe.
+
+    Raises ValueError for fewer than 2 examples, an sd that is not positive, alpha outside (0, 1) and power that
+    does not lie between alpha and 1.
+
+    >>> round(minimal_detectable_effect(34, sd=1.0), 2)  # half a standard deviation takes 34 examples
+    0.5
+    """
+    _check_n(n, at_least=2)
+    _check_power(power, alpha)
+    if not (math.isfinite(sd) and sd > 0):
+        raise ValueError(f"sd is the standard deviation of the per-example differences, above 0, not {sd}")
+    critical = scipy.stats.t.isf(alpha / 2, n - 1)
+
+    def excess(shift: float) -> float:
+        # Both tails at once, as T^2 is noncentral F; scipy's noncentral t is NaN far out in its lower tail.
+        return float(scipy.stats.ncf.sf(critical**2, 1, n - 1, shift**2)) - power
+
+    high = 1.0
+    while excess(high) < 0:
+        high *= 2
+    shift = scipy.optimize.brentq(excess, 0, high, xtol=1e-12)
+    return float(shift) * sd / math.sqrt(n)
+
+
+def minimal_detectable_change(n: int, discordant: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest change of a share (accuracy) that McNemar's two-sided test of n examples finds with `power`.
+
+    `discordant` is the share of examples whose outcome, 0 or 1, differs between the two runs. The change d solves
+    sqrt(n) d = z(1 - alpha / 2) sqrt(discordant) + z(power) sqrt(discordant - d^2), the normal approximation
+    (Connor, Biometrics 43, 1987); the exact test needs a little more. A change cannot exceed `discordant`.
+
+    Raises ValueError for fewer than 2 examples, a share outside (0, 1], power or alpha as in
+    `minimal_detectable_effect`, and where n examples are too few for even a change of `discordant`.
+
+    >>> round(minimal_detectable_change(200, discordant=0.2), 3)
+    0.088
+    """
+    _check_n(n, at_least=2)
+    _check_power(power, alpha)
+    if not 0 < discordant <= 1:
+        raise ValueError(f"discordant is a share of the examples, above 0 and at most 1, not {discordant}")
+    z_alpha, z_power = scipy.stats.norm.isf(alpha / 2), scipy.stats.norm.ppf(power)
+
+    def excess(change: float) -> float:
+        spread = math.sqrt(max(discordant - change * change, 0.0))
+        return math.sqrt(n) * change - z_alpha * math.sqrt(discordant) - z_power * spread
+
+    if excess(discordant) < 0:
+        raise ValueError(
+            f"{n} examples of which {discordant:g} differ cannot show a change with power {power:g} at alpha "
+            f"{alpha:g}, not even where all of them differ the same way: use more examples"
+        )
+    return float(scipy.optimize.brentq(excess, 0, discordant, xtol=1e-12))
+
+
 def is_binary(values: Values) -> bool:
     """Whether every value is 0 or 1."""
     return bool(np.isin(np.asarray(values), (0, 1)).all())
@@ -148,6 +369,18 @@ def _sample(values: Values, what: str, *, at_least: int) -> np.ndarray:
     if not np.isfinite(sample).all():
         raise ValueError(f"{what} needs finite numbers, got {sample[~np.isfinite(sample)][0]}")
     return sample
+
+
+def _check_n(n: int, *, at_least: int) -> None:
+    if n < at_least:
+        raise ValueError(f"n is a number of examples, at least {at_least}, not {n}")
+
+
+def _check_power(power: float, alpha: float) -> None:
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha is a share between 0 and 1, not {alpha}")
+    if not alpha < power < 1:
+        raise ValueError(f"power lies between alpha ({alpha}) and 1, not {power}")
 
 
 def _check_level(level: float) -> None:

@@ -1,11 +1,17 @@
-"""What an intervention does to a metric: per example, against the clean run, with intervals."""
+"""What an intervention does to a metric: per example, against the clean run, with intervals.
+
+`effect` runs the prompts clean and under the intervention, hands each metric what it reads (mmlens.metrics.outcomes:
+logits, the clean run's logits too, or generated answers), and watches every hook: how often it fired, and how much it
+changed (`Effect.report`).
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import overload
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 import pandas as pd
 import torch
@@ -14,12 +20,142 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmlens.data.examples import Example
-from mmlens.hooked_vlm import HookedVLM, Intervention
+from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention
+from mmlens.interventions.edits import Edit
+from mmlens.metrics.outcomes import DEFAULT_MAX_NEW_TOKENS, Metric, evaluate, what_reads
 from mmlens.prompt import Prompt
-from mmlens.statistics import Interval, mean_interval, paired_difference_interval
+from mmlens.statistics import Interval, mean_interval, paired_difference_interval, ratio_interval
 
-Metric = Callable[[Tensor, Prompt], Tensor]
 Metrics = Mapping[str, Metric] | Sequence[Metric]
+
+
+# ---------------------------------------------------------------------- what hooks did
+
+
+@dataclass(eq=False)
+class WatchedHook:
+    """A hook and what it did: `fired` counts its calls, `size` is the largest absolute change of one element.
+
+    `hook` is what to set in its place. Masking a score (to -inf) has size inf.
+    """
+
+    name: str
+    hook: Hook
+    _fired: int = 0
+    _sizes: list[Tensor] = field(default_factory=list)
+    _edit: Edit | None = None
+
+    @property
+    def fired(self) -> int:
+        return self._fired if self._edit is None else self._edit.fired
+
+    @property
+    def size(self) -> float:
+        if self._edit is not None:
+            return self._edit.size
+        return max((float(size) for size in self._sizes), default=0.0)
+
+
+def watched(hooks: Sequence[Hook]) -> list[WatchedHook]:
+    """Each hook with a count of its calls and the size of its changes; set `[each.hook for each in watched(hooks)]`.
+
+    An `Edit` that has not fired yet counts for itself. Any other function is wrapped: what it returns, or the tensor
+    that it edited in place, is compared with a copy taken before. A hook set by a filter goes by the filter's name.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> hooks = watched([("hook_embed", lambda x, hook: x + 2)])
+    >>> _ = model.run_with_hooks(model.prompt("What colour is K"), fwd_hooks=[each.hook for each in hooks])
+    >>> hooks[0].name, hooks[0].fired, round(hooks[0].size, 3)
+    ('hook_embed', 1, 2.0)
+    """
+    return [_watch(name, function) for name, function in hooks]
+
+
+def _watch(point: HookName, function: Callable[..., Any]) -> WatchedHook:
+    name = point if isinstance(point, str) else getattr(point, "__name__", repr(point))
+    # One that has fired before would report that too.
+    if isinstance(function, Edit) and not function.fired:
+        return WatchedHook(name, (point, function), _edit=function)
+    this = WatchedHook(name, (point, function))
+
+    def measured(tensor: Tensor, **kwargs: Any) -> Any:
+        before = tensor.detach().clone()
+        result = function(tensor, **kwargs)
+        after = result if isinstance(result, Tensor) else tensor
+        if after.shape != before.shape:
+            raise ValueError(
+                f"the hook on {name} gave a tensor {list(after.shape)} for an activation {list(before.shape)}"
+            )
+        this._fired += 1
+        if before.numel():
+            this._sizes.append(_largest_change(before, after.detach()))
+        return result
+
+    this.hook = (point, measured)
+    return this
+
+
+def _largest_change(before: Tensor, after: Tensor) -> Float[Tensor, ""]:
+    """Largest |after - before|: 0 where both are one infinity or both NaN, infinite where one of them is NaN."""
+    dtype = torch.promote_types(before.dtype, torch.float32)
+    before, after = before.to(dtype), after.to(device=before.device, dtype=dtype)
+    alike = (after == before) | (after.isnan() & before.isnan())
+    change = (after - before).abs().masked_fill(alike, 0.0)
+    return change.nan_to_num(nan=torch.inf, posinf=torch.inf).max()
+
+
+def hook_report(of_prompts: Iterable[Sequence[tuple[str, int, float]]]) -> pd.DataFrame:
+    """One row per hook - hook, fired, size - from the (name, fired, size) of every prompt's hooks.
+
+    `fired` is summed over prompts, `size` is the largest. The second hook that a prompt has on one point is the same
+    row as the second that another prompt has there.
+
+    >>> hook_report([[("hook_embed", 1, 0.5)], [("hook_embed", 1, 2.0)]]).to_dict("records")
+    [{'hook': 'hook_embed', 'fired': 2, 'size': 2.0}]
+    """
+    totals: dict[tuple[str, int], tuple[int, float]] = {}
+    for hooks in of_prompts:
+        seen: Counter[str] = Counter()
+        for name, fired, size in hooks:
+            seen[name] += 1
+            before, largest = totals.get((name, seen[name]), (0, 0.0))
+            totals[name, seen[name]] = before + fired, max(largest, size)
+    rows = [(name, fired, size) for (name, _), (fired, size) in totals.items()]
+    return pd.DataFrame(rows, columns=["hook", "fired", "size"])
+
+
+def _no_report() -> pd.DataFrame:
+    return hook_report([])
+
+
+# ---------------------------------------------------------------------- the effect
+
+
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """How much of the gap between corrupted and clean prompts an intervention closes; see `Effect.recovered`.
+
+    `gain` is what the intervention adds to the metric of each corrupted prompt, `gap` what its clean prompt has more;
+    `fraction` is the ratio of their means. `per_example` is NaN where the example has no gap.
+    """
+
+    fraction: float
+    per_example: Float[Tensor, " example"]
+    gain: Float[Tensor, " example"]
+    gap: Float[Tensor, " example"]
+    level: float = 0.95
+
+    def __repr__(self) -> str:
+        return f"Recovered({self.fraction:.4g} of {float(self.gap.mean()):.4g}, {len(self.gap)} examples)"
+
+    @property
+    def interval(self) -> Interval:
+        """Bootstrap interval of `fraction`, examples drawn with both numbers (`statistics.ratio_interval`).
+
+        ValueError for a single example.
+        """
+        return ratio_interval(self.gain, self.gap, level=self.level)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +163,16 @@ class Effect:
     """A metric's value for every example under an intervention (`values`) and without it (`clean`).
 
     Intervals are Wilson's (the difference: Newcombe's paired) where every value is 0 or 1 and bootstrap
-    intervals (BCa) of the examples otherwise; see mmlens.statistics.
+    intervals (BCa) of the examples otherwise; see mmlens.statistics. `report` says what the intervention did, one
+    row per hook: `hook` (the hook point), `fired` (calls, over all prompts and runs) and `size` (the largest absolute
+    change of one element of the activation). It is empty without an intervention.
     """
 
     values: Float[Tensor, " example"]
     clean: Float[Tensor, " example"]
     metric: str = "metric"
     level: float = 0.95
+    report: pd.DataFrame = field(default_factory=_no_report)
 
     def __post_init__(self) -> None:
         if self.values.shape != self.clean.shape or self.values.ndim != 1 or not len(self.values):
@@ -79,7 +218,54 @@ class Effect:
     def select(self, examples: Sequence[int] | Tensor) -> Effect:
         """The same for some of the examples (indices, or a boolean mask)."""
         chosen = torch.as_tensor(examples)
-        return Effect(self.values[chosen], self.clean[chosen], self.metric, self.level)
+        return Effect(self.values[chosen], self.clean[chosen], self.metric, self.level, self.report)
+
+    def recovered(self, target: Effect | Float[Tensor, " example"]) -> Recovered:
+        """For denoising: the share of the gap that the intervention closes, 0 for none and 1 for all of it.
+
+        This effect is of corrupted prompts (`clean` is the corrupted run without the intervention). `target` holds
+        the metric on the clean prompts, example by example: an Effect, of which the run without intervention
+        (`clean`) is taken, or a tensor. For noising - an effect of clean prompts, corrupted ones as target - the same
+        number is the share of the damage that the intervention does.
+
+        fraction = (mean(values) - mean(clean)) / (mean(target) - mean(clean)), and per example the same without
+        means; NaN there where the gap is below 1e-5 of the two numbers' size, which is rounding.
+
+        Raises ValueError for a target of another metric or number of examples, numbers that are not finite, and where
+        the means of target and corrupted prompts coincide (to 1e-5), so that there is nothing to recover.
+
+        >>> patched = Effect(torch.tensor([3.0, 1.0, 2.5]), clean=torch.tensor([1.0, 0.0, 2.0]))
+        >>> recovered = patched.recovered(torch.tensor([5.0, 4.0, 3.0]))
+        >>> recovered, recovered.per_example.tolist()
+        (Recovered(0.3889 of 3, 3 examples), [0.5, 0.25, 0.5])
+        """
+        goal = target
+        if isinstance(target, Effect):
+            if target.metric != self.metric:
+                raise ValueError(f"the target is of metric {target.metric}, this effect of {self.metric}")
+            goal = target.clean
+        if not isinstance(goal, Tensor) or goal.shape != self.values.shape:
+            given = list(goal.shape) if isinstance(goal, Tensor) else type(goal).__name__
+            raise ValueError(
+                f"the target is an Effect or a tensor of the same {len(self)} examples, clean; got {given}"
+            )
+        corrupted, aim = self.clean.double(), goal.detach().cpu().double()
+        if not all(bool(part.isfinite().all()) for part in (self.values, corrupted, aim)):
+            raise ValueError(f"{self.metric}: a share of a gap needs finite numbers, and one of these is not")
+        gain, gap = self.values.double() - corrupted, aim - corrupted
+        if abs(float(gap.mean())) <= 1e-5 * max(abs(float(aim.mean())), abs(self.clean_mean)):
+            raise ValueError(
+                f"{self.metric}: its mean is {float(aim.mean()):.6g} on the target prompts and {self.clean_mean:.6g} "
+                "on the corrupted ones, so there is nothing to recover"
+            )
+        no_gap = gap.abs() <= 1e-5 * torch.maximum(aim.abs(), corrupted.abs())
+        return Recovered(
+            fraction=float(gain.mean() / gap.mean()),
+            per_example=(gain / gap).masked_fill(no_gap, torch.nan).float(),
+            gain=gain,
+            gap=gap,
+            level=self.level,
+        )
 
     def table(self) -> pd.DataFrame:
         """One row per example: example, value, clean, difference."""
@@ -137,40 +323,45 @@ def effect(
     `batch_size` at a time. `intervention` None is the clean run alone. Several metrics - a list of
     functions, or {name: function} - share the runs and give {name: Effect}.
 
-    `clean`, an earlier result on the same prompts in the same order, saves running them clean again: its
-    `clean` values are taken. The model gives logits for the last `logits_to_keep` positions only, 0 for
-    all of them.
+    Metrics that read answers generate them greedily (`HookedVLM.answer`), clean and under the same hooks, once for
+    each number of new tokens; without a metric of logits nothing else is run.
 
-    Warns where the intervention sets no hook, or changed no logit of any prompt (with `clean` given, the
-    second goes unseen). Raises ValueError for no prompts, a metric that does not give one finite-or-infinite
-    number per example, or a `clean` of other metrics or another number of examples; TypeError for prompts
-    that are neither Prompt nor Example.
+    `clean`, an earlier result on the same prompts in the same order, saves running them clean again: its
+    `clean` values are taken. Only metrics that read the clean run's logits still need that run. The model gives
+    logits for the last `logits_to_keep` positions only, 0 for all of them.
+
+    Warns where the intervention sets no hook, changed no activation (every size in `Effect.report` is 0), or changed
+    no logit of any prompt (seen where clean logits are there to compare with). Raises HookNeverFiredError for a hook
+    that never fired; ValueError for no prompts, a metric that does not give one finite-or-infinite number per example,
+    or a `clean` of other metrics or another number of examples; TypeError for prompts that are neither Prompt nor
+    Example.
     """
-    metrics = _named(metric)
+    metrics = named_metrics(metric)
     earlier = None if clean is None else _earlier(clean, metrics)
+    runs = MetricRuns(model, metrics, logits_to_keep)
     values: dict[str, list[Tensor]] = {name: [] for name in metrics}
     clean_values: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    any_hook = changed = False
-
-    def measure(into: dict[str, list[Tensor]], logits: Tensor, prompt: Prompt) -> None:
-        for name, function in metrics.items():
-            into[name].append(_checked(name, function(logits, prompt), prompt))
-
-    for prompt in _prompts(model, prompts, batch_size, progress):
+    did: list[list[tuple[str, int, float]]] = []
+    moved: list[bool] = []
+    for prompt in prompt_batches(model, prompts, batch_size, progress):
         clean_logits = None
+        if earlier is None or (runs.compares and intervention is not None):
+            clean_logits = runs.logits(prompt, [])
         if earlier is None:
-            clean_logits = model.run_with_hooks(prompt, fwd_hooks=[], logits_to_keep=logits_to_keep)
-            measure(clean_values, clean_logits, prompt)
+            answers = runs.answers(prompt, [])
+            runs.measure(clean_values, prompt, clean_logits, clean_logits, answers)
         if intervention is None:
             continue
-        hooks = list(intervention(model, prompt))
-        any_hook = any_hook or bool(hooks)
-        logits = model.run_with_hooks(prompt, fwd_hooks=hooks, logits_to_keep=logits_to_keep)
-        measure(values, logits, prompt)
-        changed = changed or clean_logits is None or not torch.equal(logits, clean_logits)
-    if intervention is not None and not (any_hook and changed):
-        what = "changed no logit of any prompt" if any_hook else "set no hook on any prompt"
-        warnings.warn(f"the intervention {what}: its effect is that of the clean run", stacklevel=2)
+        watching = watched(list(intervention(model, prompt)))
+        hooks = [each.hook for each in watching]
+        logits = runs.logits(prompt, hooks)
+        runs.measure(values, prompt, logits, clean_logits, runs.answers(prompt, hooks))
+        did.append([(each.name, each.fired, each.size) for each in watching])
+        if logits is not None and clean_logits is not None:
+            moved.append(not torch.equal(logits, clean_logits))
+    report = hook_report(did)
+    if intervention is not None:
+        _warn_of_nothing(report, moved)
 
     effects = {}
     for name in metrics:
@@ -181,11 +372,64 @@ def effect(
                 f"`clean` holds {len(without)} examples, these prompts {len(under)}: "
                 "it must come from the same prompts"
             )
-        effects[name] = Effect(under, without, name, level)
+        effects[name] = Effect(under, without, name, level, report)
     return effects[next(iter(metrics))] if callable(metric) else effects
 
 
-def _named(metric: Metric | Metrics) -> dict[str, Metric]:
+class MetricRuns:
+    """The runs that a set of metrics needs of each prompt, and what the metrics make of them."""
+
+    def __init__(self, model: HookedVLM, metrics: Mapping[str, Metric], logits_to_keep: int) -> None:
+        self.model, self.metrics, self.logits_to_keep = model, metrics, logits_to_keep
+        read = {name: what_reads(function) for name, function in metrics.items()}
+        self.compares = "clean logits" in read.values()
+        self._reads_logits = self.compares or "logits" in read.values()
+        self._n_tokens = {
+            name: getattr(metrics[name], "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+            for name, what in read.items()
+            if what == "answers"
+        }
+
+    def logits(self, prompt: Prompt, hooks: list[Hook]) -> Tensor | None:
+        if not self._reads_logits:
+            return None
+        return self.model.run_with_hooks(prompt, fwd_hooks=hooks, logits_to_keep=self.logits_to_keep)
+
+    def answers(self, prompt: Prompt, hooks: list[Hook]) -> dict[int, list[str]]:
+        """{number of new tokens: the generated texts}"""
+        texts = {}
+        for n_tokens in sorted(set(self._n_tokens.values())):
+            with self.model.hooks(fwd_hooks=hooks):
+                texts[n_tokens] = self.model.answer(prompt, max_new_tokens=n_tokens, do_sample=False)
+        return texts
+
+    def measure(
+        self,
+        into: dict[str, list[Tensor]],
+        prompt: Prompt,
+        logits: Tensor | None,
+        clean_logits: Tensor | None,
+        answers: Mapping[int, Sequence[str]],
+    ) -> None:
+        for name, function in self.metrics.items():
+            texts = answers.get(self._n_tokens.get(name, 0))
+            value = evaluate(function, name, prompt, logits=logits, clean_logits=clean_logits, answers=texts)
+            into[name].append(value.detach())
+
+
+def _warn_of_nothing(report: pd.DataFrame, moved: Sequence[bool]) -> None:
+    if report.empty:
+        what = "set no hook on any prompt"
+    elif not (report["size"] > 0).any():
+        what = "changed no activation of any prompt (the size of every edit is 0)"
+    elif moved and not any(moved):
+        what = "changed no logit of any prompt"
+    else:
+        return
+    warnings.warn(f"the intervention {what}: its effect is that of the clean run", stacklevel=4)
+
+
+def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:
     if isinstance(metric, Mapping):
         metrics = dict(metric)
     else:
@@ -206,19 +450,7 @@ def _earlier(clean: Effect | Mapping[str, Effect], metrics: Mapping[str, Metric]
     return {name: given[name] for name in metrics}
 
 
-def _checked(name: str, values: Tensor, prompt: Prompt) -> Float[Tensor, " example"]:
-    if not isinstance(values, Tensor) or tuple(values.shape) != (len(prompt),):
-        given = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"metric {name} gives one number per example, a tensor of shape [{len(prompt)}], not {given}"
-        )
-    values = values.detach().cpu().float()
-    if bool(values.isnan().any()):
-        raise ValueError(f"metric {name} is NaN for example {int(values.isnan().nonzero()[0])} of a batch")
-    return values
-
-
-def _prompts(
+def prompt_batches(
     model: HookedVLM, prompts: Prompt | Sequence[Prompt] | Sequence[Example], batch_size: int, progress: bool
 ) -> Iterator[Prompt]:
     items: list[Prompt | Example] = [prompts] if isinstance(prompts, Prompt) else list(prompts)

@@ -1,17 +1,117 @@
-"""Outcome metrics: functions of (logits, prompt) that give one number per example.
+"""Outcome metrics: functions that give one number per example of a prompt.
 
-They look at the last position, where the answer's first token is predicted, and at first tokens only: an
-answer of several tokens counts by its first. The prompt carries the token ids, as `model.prompt_examples`
-makes it: `answer_ids` [batch], and `candidate_ids`, one tensor per example.
+What a metric reads stands on the function itself, as `metric.reads`:
+
+- "logits", the default: called as metric(logits, prompt), logits [batch, pos, vocab];
+- "clean logits": metric(logits, prompt, clean_logits), with those of the run without the intervention;
+- "answers": metric(texts, prompt), with the text generated after each prompt, of at most `metric.max_new_tokens`
+  tokens (mmlens.metrics.answers has these).
+
+Any function of yours is a metric; `reads` marks one that needs more than logits. `evaluate` calls them all.
+
+The metrics of this file look at the last position, where the answer's first token is predicted, and at first
+tokens only: an answer of several tokens counts by its first. The prompt carries the token ids, as
+`model.prompt_examples` makes it: `answer_ids` [batch], and `candidate_ids`, one tensor per example. Log
+probabilities, logit differences and KL can be backpropagated through; accuracy, rank and `invalid` are steps,
+whose gradient is zero or none.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mmlens.hook_names import unknown_name_message
+from mmlens.hooked_vlm import HookedVLM
 from mmlens.prompt import Prompt
+
+Metric = Callable[..., Tensor]
+"""A function that gives one number per example: a tensor [batch]."""
+
+Reads = Literal["logits", "clean logits", "answers"]
+DEFAULT_MAX_NEW_TOKENS = 16
+_AnyMetric = TypeVar("_AnyMetric", bound=Metric)
+
+
+def _check_reads(what: str, where: str) -> None:
+    if what not in get_args(Reads):
+        raise ValueError(f"{where}: {unknown_name_message('thing a metric reads', what, get_args(Reads))}")
+
+
+def reads(what: Reads, *, max_new_tokens: int | None = None) -> Callable[[_AnyMetric], _AnyMetric]:
+    """Decorator: says what a metric reads, and for "answers" how many tokens are generated (16 by default).
+
+    Raises ValueError for another word, fewer than one token, or a number of tokens for what generates none.
+
+    >>> @reads("answers", max_new_tokens=4)
+    ... def length(texts, prompt):
+    ...     return torch.tensor([float(len(text)) for text in texts])
+    >>> length.reads, length.max_new_tokens
+    ('answers', 4)
+    """
+    _check_reads(what, "reads(...)")
+    if max_new_tokens is not None and (what != "answers" or max_new_tokens < 1):
+        raise ValueError(
+            f"max_new_tokens is a number from 1 on, of a metric that reads 'answers'; got {max_new_tokens} for {what!r}"
+        )
+
+    def mark(metric: _AnyMetric) -> _AnyMetric:
+        marked: Any = metric
+        marked.reads = what
+        if what == "answers":
+            marked.max_new_tokens = max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        return metric
+
+    return mark
+
+
+def what_reads(metric: Metric) -> Reads:
+    """What the metric reads: its attribute `reads`, or "logits" where it has none. ValueError for another word."""
+    what: Any = getattr(metric, "reads", "logits")
+    _check_reads(what, getattr(metric, "__name__", repr(metric)))
+    return what
+
+
+def evaluate(
+    metric: Metric,
+    name: str,
+    prompt: Prompt,
+    *,
+    logits: Float[Tensor, "batch pos vocab"] | None = None,
+    clean_logits: Float[Tensor, "batch clean_pos vocab"] | None = None,
+    answers: Sequence[str] | None = None,
+) -> Float[Tensor, " example"]:
+    """The metric's values for the prompt's examples, float32 on the CPU, from what it reads.
+
+    What it does not read is left aside; a gradient is kept. Raises ValueError (with the metric's `name`) where what
+    it reads was not given, a number of answers is not the prompt's, or the metric gives anything but one number
+    per example, or NaN.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> prompt = model.prompt_examples(mmlens.scene_examples("objects", 2, seed=0))
+    >>> evaluate(accuracy, "accuracy", prompt, logits=model(prompt)).shape
+    torch.Size([2])
+    """
+    what = what_reads(metric)
+    if what == "answers":
+        if answers is None:
+            raise ValueError(f"metric {name} reads generated answers: none were given")
+        texts = list(answers)
+        if len(texts) != len(prompt):
+            raise ValueError(f"metric {name}: {len(texts)} answer(s) for a prompt of {len(prompt)}")
+        return _checked(name, metric(texts, prompt), prompt)
+    if logits is None:
+        raise ValueError(f"metric {name} reads logits: none were given")
+    if what == "logits":
+        return _checked(name, metric(logits, prompt), prompt)
+    if clean_logits is None:
+        raise ValueError(f"metric {name} reads the clean run's logits too: none were given")
+    return _checked(name, metric(logits, prompt, clean_logits), prompt)
 
 
 def accuracy(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
@@ -51,6 +151,73 @@ def logit_difference(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -
     return torch.stack(differences)
 
 
+def logit_difference_of(
+    model: HookedVLM, answer: str | int, wrong: str | int | Sequence[str | int]
+) -> Metric:
+    """The logit difference between tokens of your choice, the same for every prompt: a metric to hand to `effect`.
+
+    Logit of `answer` minus the highest logit among `wrong`, at the last position; prompts need no answers. A token
+    is its id, or a text that is one token exactly as it follows the prompt: many tokenizers tell " red" from "red".
+
+    Raises ValueError for a text that is several tokens, an id outside the vocabulary, no wrong token, and an
+    answer that is among the wrong ones.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> red_or_blue = logit_difference_of(model, "red", "blue")
+    >>> mmlens.effect(model, model.prompt("What colour is K", images=[]), None, red_or_blue).metric
+    "logit_difference_of('red', 'blue')"
+    """
+    given = [wrong] if isinstance(wrong, str | int) else list(wrong)
+    right, others = _token_id(model, answer), [_token_id(model, token) for token in given]
+    if not others:
+        raise ValueError("logit_difference_of needs at least one wrong token")
+    if right in others:
+        raise ValueError(f"the answer {answer!r} and a wrong token are the same token ({right})")
+
+    def difference(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
+        last = _last_logits(logits, prompt)
+        return last[:, right] - last[:, others].amax(-1)
+
+    difference.__name__ = f"logit_difference_of({answer!r}, {wrong!r})"
+    return difference
+
+
+def answer_rank(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
+    """Rank of the answer's first token among the whole vocabulary: 1 is the most likely next token.
+
+    1 + the number of tokens with a higher logit, so that tokens of equal logits share the best of their ranks
+    (common in half precision).
+    """
+    last = _last_logits(logits, prompt)
+    own = last.gather(-1, _answer_ids(prompt, last)[:, None])
+    return 1 + (last > own).sum(-1).to(last.dtype)
+
+
+@reads("clean logits")
+def kl_to_clean(
+    logits: Float[Tensor, "batch pos vocab"],
+    prompt: Prompt,
+    clean_logits: Float[Tensor, "batch clean_pos vocab"],
+) -> Float[Tensor, " batch"]:
+    """KL(clean || intervened), in nats, between the next-token distributions at the last position.
+
+    Sum over the vocabulary of p_clean (log p_clean - log p_intervened), in float64; 0 where the intervention
+    changed no probability, infinite where it takes a token away that the clean run allows. It needs no answers.
+    Its gradient at the clean run is zero: gradient methods see nothing there.
+    """
+    clean = _last_logits(clean_logits, prompt).detach().double().log_softmax(-1)
+    under = _last_logits(logits, prompt).double().log_softmax(-1)
+    if clean.shape != under.shape:
+        raise ValueError(
+            f"kl_to_clean: the clean run has logits {list(clean_logits.shape)}, this one {list(logits.shape)}"
+        )
+    share = clean.exp()
+    # A token of probability 0 adds nothing, though its log probability is infinite.
+    surprise = (clean - under).masked_fill(share == 0, 0.0)
+    return (share * surprise).sum(-1).clamp(min=0).float()
+
+
 def invalid(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
     """1 where the most likely next token begins no candidate, nor the answer; else 0.
 
@@ -67,6 +234,26 @@ def invalid(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[T
             )
         outcomes.append(not bool((ids == greedy).any()) and bool(greedy != answers[row]))
     return torch.tensor(outcomes, dtype=last.dtype, device=last.device)
+
+
+def _token_id(model: HookedVLM, token: str | int) -> int:
+    if isinstance(token, str):
+        return model.to_single_token(token)
+    if not 0 <= token < model.cfg.d_vocab:
+        raise ValueError(f"token id {token} lies outside the vocabulary, 0 to {model.cfg.d_vocab - 1}")
+    return token
+
+
+def _checked(name: str, values: Tensor, prompt: Prompt) -> Float[Tensor, " example"]:
+    if not isinstance(values, Tensor) or tuple(values.shape) != (len(prompt),):
+        given = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"metric {name} gives one number per example, a tensor of shape [{len(prompt)}], not {given}"
+        )
+    values = values.cpu().float()
+    if bool(values.isnan().any()):
+        raise ValueError(f"metric {name} is NaN for example {int(values.isnan().nonzero()[0])} of a batch")
+    return values
 
 
 def _last_logits(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, "batch vocab"]:

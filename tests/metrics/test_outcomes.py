@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import jaxtyping
+import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +20,20 @@ from tiny import tiny_model, tiny_processor
 
 from mmlens.data.examples import Example
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.outcomes import accuracy, answer_log_probability, invalid, logit_difference
+from mmlens.metrics.outcomes import (
+    accuracy,
+    answer_log_probability,
+    answer_rank,
+    evaluate,
+    invalid,
+    kl_to_clean,
+    logit_difference,
+    logit_difference_of,
+    reads,
+)
 from mmlens.prompt import Prompt
 
-METRICS = (accuracy, answer_log_probability, invalid, logit_difference)
+METRICS = (accuracy, answer_log_probability, answer_rank, invalid, logit_difference)
 
 
 @functools.cache
@@ -119,3 +135,145 @@ def test_padding_at_the_end_is_refused() -> None:
     for metric in METRICS:
         with pytest.raises(ValueError, match=r"batch row\(s\) \[0\] end in padding"):
             metric(logits_with({}, {}), replace(prompt(), inputs=flipped))
+
+
+def test_rank_of_the_answer() -> None:
+    logits = logits_with({"red": 5, "blue": 7, "green": 6}, {"white": 9, "blue": 1})
+    assert answer_rank(logits, prompt()).tolist() == [3, 1]
+    # Equal logits share the best of their ranks; all tokens but the named ones have logit 0.
+    tied = logits_with({"red": 7, "blue": 7, "green": 8}, {"white": 0, "blue": 1})
+    assert answer_rank(tied, prompt()).tolist() == [2, 2]
+    below = logits_with({"red": -1}, {"white": 0})
+    assert answer_rank(below, prompt()).tolist() == [model().cfg.d_vocab, 1]
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**31))
+def test_rank_equals_sorting_and_scipys_minimum_rank(seed: int) -> None:
+    logits = torch.randint(-3, 4, (2, 1, model().cfg.d_vocab), generator=torch.manual_seed(seed)).float()
+    for row, answer in enumerate(("red", "white")):
+        ranks = scipy.stats.rankdata(-logits[row, 0].numpy(), method="min")
+        assert answer_rank(logits, prompt())[row] == ranks[first_token(answer)]
+
+
+def test_kl_to_the_clean_run() -> None:
+    """Against scipy's relative entropy, at the last position and in the right direction."""
+    rng = torch.manual_seed(0)
+    under, clean = (3 * torch.randn(2, 4, model().cfg.d_vocab, generator=rng) for _ in range(2))
+    found = kl_to_clean(under, prompt(), clean)
+    for row in range(2):
+        p, q = (scipy.special.softmax(x[row, -1].double().numpy()) for x in (clean, under))
+        assert float(found[row]) == pytest.approx(scipy.stats.entropy(p, q), rel=1e-5)
+    assert kl_to_clean(clean + 7, prompt(), clean).tolist() == pytest.approx([0, 0], abs=1e-10)
+    assert kl_to_clean.reads == "clean logits"
+    # Differences that single precision would lose in its rounding: about half the variance of the change.
+    near = clean.clone()
+    near[:, -1] += 1e-4 * torch.randn(2, model().cfg.d_vocab, generator=rng)
+    for row, value in enumerate(kl_to_clean(near, prompt(), clean).tolist()):
+        p = scipy.special.softmax(clean[row, -1].double().numpy())
+        change = (near - clean)[row, -1].double().numpy()
+        variance = np.sum(p * change**2) - np.sum(p * change) ** 2
+        assert value == pytest.approx(variance / 2, rel=0.01)
+
+
+def test_kl_where_tokens_are_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = torch.zeros(2, 1, model().cfg.d_vocab)
+    clean[:, :, 10:] = -torch.inf
+    under = clean.clone()
+    under[0, 0, 3] = 1.0
+    under[1, 0, 3] = -torch.inf
+    found = kl_to_clean(under, prompt(), clean)
+    assert float(found[0]) == pytest.approx(math.log((9 + math.e) / 10) - 0.1)
+    assert float(found[1]) == math.inf
+    # The tests' type checker would refuse other shapes before mmlens can.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="the clean run has logits"):
+        kl_to_clean(under, prompt(), clean[:, :, :-1])
+
+
+def test_logit_difference_of_given_tokens() -> None:
+    logits = logits_with({"red": 5, "blue": 3, "green": 4}, {"white": 2, "blue": 1, "red": -1})
+    plain = replace(prompt(), answers=None, candidates=None, answer_ids=None, candidate_ids=None)
+    red = logit_difference_of(model(), "?", ["!", 7])
+    question, other = (int(model().to_single_token(text)) for text in "?!")
+    logits[:, -1, [question, other, 7]] = torch.tensor([[1.5, 1.0, -2.0], [0.0, 1.0, 4.0]])
+    assert red(logits, plain).tolist() == [0.5, -4.0]
+    assert logit_difference_of(model(), question, other)(logits, plain).tolist() == [0.5, -1.0]
+    assert red.__name__ == "logit_difference_of('?', ['!', 7])"
+    for arguments, message in [
+        (("a long text", "?"), "tokens, not one"),
+        (("?", []), "at least one wrong"),
+        (("?", ["!", question]), "the same token"),
+        (("?", model().cfg.d_vocab), "outside the vocabulary"),
+        ((-1, "?"), "outside the vocabulary"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            logit_difference_of(model(), *arguments)
+
+
+@pytest.mark.parametrize("name", ["log probability", "difference", "given", "kl"])
+def test_gradients_equal_finite_differences(name: str) -> None:
+    rng = torch.manual_seed(1)
+    clean = torch.randn(2, 2, model().cfg.d_vocab, generator=rng)
+    metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "log probability": lambda x: answer_log_probability(x, prompt()),
+        "difference": lambda x: logit_difference(x, prompt()),
+        "given": lambda x: logit_difference_of(model(), first_token("red"), first_token("blue"))(x, prompt()),
+        "kl": lambda x: evaluate(kl_to_clean, "kl", prompt(), logits=x, clean_logits=clean),
+    }
+    logits = torch.randn(clean.shape, generator=rng).requires_grad_()
+    step = torch.randn(clean.shape, generator=rng)
+    value = metrics[name](logits)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    with torch.no_grad():
+        ahead, behind = (metrics[name](logits + sign * 1e-2 * step) for sign in (1, -1))
+    along = (gradient * step).sum((1, 2))
+    torch.testing.assert_close(along, (ahead - behind) / 2e-2, atol=1e-3, rtol=1e-3)
+    assert float(along.abs().min()) > 5e-3
+    assert not gradient[:, 0].any()
+
+
+def test_evaluate_calls_each_metric_with_what_it_reads() -> None:
+    @reads("answers", max_new_tokens=3)
+    def lengths(texts: Any, prompt: Prompt) -> torch.Tensor:
+        return torch.tensor([float(len(text)) for text in texts])
+
+    def plain(logits: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        return logits[:, -1, 0].double()
+
+    logits = torch.arange(2.0)[:, None, None].expand(2, 1, model().cfg.d_vocab)
+    given: dict[str, Any] = {"logits": logits, "clean_logits": logits, "answers": ["a", "bcd"]}
+    values = evaluate(plain, "plain", prompt(), **given)
+    assert values.tolist() == [0, 1]
+    assert values.dtype == torch.float32
+    assert evaluate(lengths, "lengths", prompt(), **given).tolist() == [1, 3]
+    assert evaluate(kl_to_clean, "kl", prompt(), **given).tolist() == [0, 0]
+
+    def misread(logits: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        return logits
+
+    misread.reads = "clean logit"  # type: ignore[attr-defined]
+    for metric, missing, message in [
+        (plain, "logits", "metric m reads logits: none"),
+        (kl_to_clean, "clean_logits", "metric m reads the clean run's logits too"),
+        (lengths, "answers", "metric m reads generated answers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            evaluate(metric, "m", prompt(), **{**given, missing: None})
+    with pytest.raises(ValueError, match=r"1 answer\(s\) for a prompt of 2"):
+        evaluate(lengths, "m", prompt(), answers=["a"])
+    with pytest.raises(
+        ValueError, match="misread: there is no .* 'clean logit'; the nearest: 'clean logits'"
+    ):
+        evaluate(misread, "m", prompt(), **given)
+
+
+def test_a_metric_may_only_read_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tests' type checker would refuse a wrong word before mmlens can.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="'answer'; the nearest: 'answers'"):
+        reads("answer")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got 0 for 'answers'"):
+        reads("answers", max_new_tokens=0)
+    with pytest.raises(ValueError, match="got 5 for 'logits'"):
+        reads("logits", max_new_tokens=5)
