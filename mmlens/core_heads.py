@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from mmlens.data.examples import Example
 from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.interventions.ablation import HeadMeans, ablate, mean_activations
+from mmlens.interventions.ablation import Means, ablate, mean_activations
 from mmlens.metrics.attention import EvidenceAttention, evidence_attention
 from mmlens.metrics.effects import Effect, effect
 from mmlens.metrics.outcomes import accuracy, invalid, logit_difference
@@ -213,7 +213,7 @@ def _arms(
     return arms, moved
 
 
-def _reference(mode: str, means: HeadMeans | None, selection: Sequence[Example]) -> Any:
+def _reference(mode: str, means: Means | None, selection: Sequence[Example]) -> Any:
     return {"mean": means, "mean_query": means, "resample": list(selection)}.get(mode)
 
 

@@ -31,7 +31,7 @@ from mmlens.core_heads_report import question_attention, write_core_heads_report
 from mmlens.data.examples import Evidence, Example
 from mmlens.data.scenes import KINDS, TEXT_KINDS
 from mmlens.hook_names import block
-from mmlens.interventions.ablation import HeadMeans, mean_activations
+from mmlens.interventions.ablation import Means, mean_activations
 from mmlens.metrics.attention import CrossAttentionError, attention_mass, evidence_attention, ram, vision_mass
 from mmlens.prompt import Prompt
 from mmlens.token_map import TokenMap
@@ -170,7 +170,7 @@ def activations(family: str, inputs: dict[str, Tensor]) -> dict[tuple[str, int],
 
 
 @functools.cache
-def reference_of(family: str) -> HeadMeans:
+def reference_of(family: str) -> Means:
     """`mean_activations` where the reference set is the padded batch itself."""
     model, prompt = hooked(family), prompt_of(family)
     model.prompt_examples = lambda examples: prompt  # type: ignore[method-assign]
@@ -310,19 +310,12 @@ def test_mean_reference_is_the_mean_of_the_plain_model_s_heads(uneven: str) -> N
     reference, prompt = reference_of(uneven), prompt_of(uneven)
     is_image, is_padding = prompt.token_map.is_image, prompt.token_map.is_padding
     seen = activations(uneven, prompt.inputs)
-    for name in ("q", "z"):
-        found = getattr(reference, name)
-        n_found = 0
-        for layer in FAMILIES[uneven].layers:
-            x = seen[name, layer]
-            for kind, mask in enumerate((~is_image & ~is_padding, is_image)):
-                mean = x[mask].mean(0)
-                n_found += mean.numel()
-                torch.testing.assert_close(
-                    found[kind, layer, : x.shape[2], : x.shape[3]], mean, atol=1e-5, rtol=1e-4
-                )
-        # Everything else is marked as absent.
-        assert int((~found.isnan()).sum()) == n_found
+    # Of every head that there is, and of nothing else.
+    assert reference.keys() == {block(layer, f"attn.hook_{name}") for name, layer in seen}
+    for (name, layer), x in seen.items():
+        found = reference[block(layer, f"attn.hook_{name}")]
+        for kind, mask in enumerate((~is_image & ~is_padding, is_image)):
+            torch.testing.assert_close(found[kind], x[mask].mean(0), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -436,16 +429,18 @@ def test_controls_of_a_model_hold_only_heads_that_it_has(uneven: str) -> None:
             mmlens.ablate([(layer, head)])(model, prompt)
 
 
+@torch.no_grad()
 def test_means_of_a_model_with_other_heads_are_refused() -> None:
     model, prompt = hooked("qwen3_5"), prompt_of("qwen3_5")
-    z, q = torch.zeros(2, 3, 4, 16), torch.zeros(2, 3, 4, 16)
-    z[:, 1:] = torch.nan
-    elsewhere = HeadMeans(z, q, 1)
-    with pytest.raises(ValueError, match=r"means of z are NaN for heads \[2\] of layer 1: .* other heads"):
-        mmlens.ablate([(1, 2)], "mean", reference=elsewhere)(model, prompt)
-    narrow = HeadMeans(torch.zeros(2, 3, 4, 24), torch.zeros(2, 3, 4, 24), 1)
-    with pytest.raises(ValueError, match=r"\(2, 3, 4, 24\), this model needs \(2, 3, 4, 16\)"):
-        mmlens.ablate([(0, 0)], "mean", reference=narrow)(hooked("kimi_k25"), prompt_of("kimi_k25"))
+    elsewhere = {"blocks.1.attn.hook_z": torch.zeros(2, 2, 16)}
+    with pytest.raises(ValueError, match=r"blocks.1.attn.hook_z have shape \[2, 2, 16\]; .* 4 heads"):
+        mmlens.ablate([(1, 1)], "mean", reference=elsewhere)(model, prompt)
+    with pytest.raises(ValueError, match=r"no means of \['blocks.2.attn.hook_z'\]"):
+        mmlens.ablate([(2, 1)], "mean", reference=elsewhere)(model, prompt)
+    narrow = {"blocks.0.attn.hook_z": torch.zeros(2, 4, 24)}
+    hooks = mmlens.ablate([(0, 0)], "mean", reference=narrow)(hooked("kimi_k25"), prompt_of("kimi_k25"))
+    with pytest.raises(ValueError, match=r"end in \[1, 24\], .* in \[1, 16\]"):
+        hooked("kimi_k25").run_with_hooks(prompt_of("kimi_k25"), fwd_hooks=hooks)
 
 
 # ---------------------------------------------------------------------- the experiment

@@ -1,114 +1,126 @@
-"""Head ablation: take away what a head does, in one of six ways, and leave every other head alone.
+"""Ablation: take away what a part of the model does, in one of six ways, and leave every other part alone.
 
-| mode | what the head does instead |
+| mode | what stands in the component's place |
 |---|---|
-| zero | z = 0 |
-| mean | z = its mean over a reference set, text and image positions apart |
-| resample | z = the same head's z in another example |
-| uniform | attends alike to every key it may see (the paper's masking, within the causal and padding mask) |
-| uniform_leaky | all scores 0 after the mask: sees future and padding keys too (Algorithm 2, literally) |
-| mean_query | q = its mean over a reference set (before rotation), text and image positions apart |
+| zero | 0 |
+| mean | its mean over a reference set, text and image positions apart |
+| resample | its activation in another example |
+| uniform | attention alike to every key it may see (the paper's masking, within the causal and padding mask) |
+| uniform_leaky | all scores 0 after the mask: it sees future and padding keys too (Algorithm 2, literally) |
+| mean_query | what follows from q = its mean over a reference set (before rotation), text and image positions apart |
 
-Source: arXiv 2606.05843, Algorithm 2, for the uniform modes; which reading is meant, it does not say.
+The last three are for heads of the language model. Components are heads, neurons, outputs of attention and MLP, image
+embeddings, and their like in the vision tower: see mmlens/interventions/components.py. Source of the uniform modes:
+arXiv 2606.05843, Algorithm 2; which reading is meant, it does not say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor
 
 from mmlens.data.examples import Example
-from mmlens.heads import HeadSet, as_head_set
-from mmlens.hook_names import block, unknown_name_message
-from mmlens.hooked_vlm import Hook, HookedVLM, Intervention
-from mmlens.interventions.edits import Edit, Here, Positions, positions_mask
+from mmlens.heads import HeadSet
+from mmlens.hook_names import axes_of, layer_of, unknown_name_message
+from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention
+from mmlens.interventions.components import Component, Specs
+from mmlens.interventions.components import components as components_of
+from mmlens.interventions.edits import Change, Edit, Here, Mask, Positions, positions_mask
 from mmlens.prompt import Prompt
 
 MODES = ("zero", "mean", "resample", "uniform", "uniform_leaky", "mean_query")
 
+Means = Mapping[str, Tensor]
+"""Hook name -> its mean activation [kind, ...] over a reference set, as `mean_activations` gives it."""
 
-@dataclass(frozen=True)
-class HeadMeans:
-    """Mean z and q of every head over a reference set, [position kind, layer, head, d_head]: text, then image.
-
-    Padding is left out. A set without images has no image means; they are then NaN. So are heads that the model
-    does not have, and what lies behind a layer's own d_head where another layer's is larger. Under latent
-    attention z (d_value) is narrower than q.
-    """
-
-    z: Float[Tensor, "2 layer head d_value"]
-    q: Float[Tensor, "2 layer head d_head"]
-    n_examples: int
+_HEAD_MODES = {"uniform": "hook_attn_scores", "uniform_leaky": "hook_attn_scores", "mean_query": "hook_q"}
+"""Modes of language heads alone, and where they edit: the other modes edit z."""
 
 
 @torch.no_grad()
-def mean_activations(model: HookedVLM, examples: Sequence[Example], *, batch_size: int = 16) -> HeadMeans:
-    """The reference of `ablate(heads, "mean")` and "mean_query": one pass over `examples`, summed in float64."""
+def mean_activations(
+    model: HookedVLM,
+    examples: Sequence[Example],
+    *,
+    hooks: HookName | Sequence[str] | None = None,
+    batch_size: int = 16,
+) -> dict[str, Float[Tensor, "kind ..."]]:
+    """Mean activations over a reference set: the reference of `ablate(components, "mean")` and "mean_query".
+
+    One pass over `examples`, summed in float64. `hooks` are hook names or a filter of them, by default z and q of
+    every language head. Where an activation runs over the prompt's positions, `kind` is text, then image; padding
+    is left out, and a set without images has no image mean: it is NaN. Of other hook points (image.*, the vision
+    tower) there is one kind: the mean is over all image tokens, or all patches that the tower runs (where it pads
+    images, padding too); examples without images do not count.
+
+    Raises ValueError for no examples, hook points whose activations run over queries and keys, and ones that need
+    images where no example has any; UnknownHookError for a name that there is not.
+
+    >>> model = HookedVLM.from_pretrained("micro")
+    >>> means = mean_activations(model, [Example("What?", "x")], hooks=["blocks.0.hook_mlp_out"])
+    >>> means["blocks.0.hook_mlp_out"].shape == (2, model.cfg.d_model)
+    True
+    """
     if not examples:
         raise ValueError("mean_activations needs at least one example, got an empty list")
-    sums = {name: torch.full(_means_shape(model, name), torch.nan).double() for name in ("z", "q")}
-    sizes = {name: _head_sizes(model, name) for name in sums}
-    for name, of_layer in sizes.items():
-        for layer, (n_heads, width) in of_layer.items():
-            sums[name][:, layer, :n_heads, :width] = 0
-    counts = torch.zeros(2, dtype=torch.float64)
+    names = _mean_hooks(model, hooks)
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
     for start in range(0, len(examples), batch_size):
         prompt = model.prompt_examples(examples[start : start + batch_size])
         masks = _position_kinds(prompt)
-        counts += torch.stack([mask.sum() for mask in masks]).double().cpu()
 
-        def add(x: Tensor, hook: Any, masks: tuple[Tensor, Tensor] = masks) -> None:
-            total = sums[hook.name.rsplit("_", 1)[1]]
-            for kind, mask in enumerate(masks):
-                total[kind, hook.layer(), : x.shape[2], : x.shape[3]] += (
-                    x[mask.to(x.device)].double().sum(0).cpu()
-                )
+        def add(x: Tensor, hook: Any, masks: tuple[Mask, Mask] = masks) -> None:
+            groups = (
+                [x[mask.to(x.device)] for mask in masks] if _has_kinds(hook.name) else [_rows(x, hook.name)]
+            )
+            total = torch.stack([group.double().sum(0).cpu() for group in groups])
+            count = torch.tensor([len(group) for group in groups], dtype=torch.float64)
+            sums[hook.name] = sums.get(hook.name, 0) + total
+            counts[hook.name] = counts.get(hook.name, 0) + count
 
-        hooks = [(block(layer, f"attn.hook_{name}"), add) for name in sums for layer in sizes[name]]
-        model.run_with_hooks(prompt, fwd_hooks=hooks, logits_to_keep=1)
-    means = {name: (total / counts[:, None, None, None]).float() for name, total in sums.items()}
-    return HeadMeans(**means, n_examples=len(examples))
-
-
-def _head_sizes(model: HookedVLM, name: str) -> dict[int, tuple[int, int]]:
-    """{layer: (number of heads, width of z or q)} of the layers that have it."""
-    layers = enumerate(parts.attention for parts in model.anatomy.language)
-    attention = {layer: parts for layer, parts in layers if parts is not None}
-    if name == "z":
-        return {layer: (parts.n_heads, parts.d_value) for layer, parts in attention.items()}
+        fire = [name for name in names if _has_kinds(name) or any(prompt.images)]
+        if fire:
+            model.run_with_hooks(prompt, fwd_hooks=[(name, add) for name in fire], logits_to_keep=1)
+    missing = [name for name in names if name not in sums]
+    if missing:
+        raise ValueError(f"no example has an image, so there is no mean of {missing[:5]}")
     return {
-        layer: (parts.n_heads, parts.projections[name].d_head)
-        for layer, parts in attention.items()
-        if name in parts.projections
+        name: (total / counts[name].view(-1, *[1] * (total.ndim - 1))).float() for name, total in sums.items()
     }
 
 
-def _means_shape(model: HookedVLM, name: str) -> tuple[int, int, int, int]:
-    width = max((width for _, width in _head_sizes(model, name).values()), default=0)
-    return 2, model.cfg.n_layers, model.cfg.n_heads, width
-
-
 def ablate(
-    heads: HeadSet | Iterable[tuple[int, int]],
+    components: Specs,
     mode: str = "zero",
     *,
-    reference: HeadMeans | Sequence[Example] | None = None,
+    reference: Means | Sequence[Example] | None = None,
     positions: Positions = None,
     seed: int = 0,
 ) -> Intervention:
-    """Ablate `heads` in the given mode, at `positions` of the prompt (None: everywhere, generated tokens too).
+    """Ablate `components` in the given mode, at `positions` of the prompt (None: everywhere, generated tokens too).
+
+    `components`: a HeadSet, or a list of (layer, head), (layer, "attn"), (layer, "mlp"), (layer, "layer"),
+    (layer, "mlp", neuron), ("vision", layer, head) and "image"; the vision tower has no positions to choose.
+    "image" replaces image embeddings where they enter the language model and wherever the family adds visual
+    features to them again (DeepStack): with positions of a region, that region alone.
 
     `reference`: `mean_activations(model, examples)` for "mean" and "mean_query"; a list of examples for
-    "resample", of which each prompt's rows draw one each, by `seed`. Raises ValueError for an unknown mode, a
-    reference that the mode does not take, or positions that choose none; IndexError for a head that the model does
-    not have.
+    "resample", of which each prompt's rows draw one each, by `seed`. Text positions take what stands at the other
+    example's text position as far from the end, image positions likewise; the vision tower takes patch by patch,
+    from examples whose images are of the same sizes.
+
+    Raises ValueError for an unknown mode, a mode that a component does not take, a reference that the mode does
+    not take, or positions that choose none; and what `component` raises (IndexError for a head that the model does
+    not have).
 
     >>> ablate([(0, 1)], "zeroed")
     Traceback (most recent call last):
@@ -118,104 +130,202 @@ def ablate(
     if mode not in MODES:
         raise ValueError(unknown_name_message("ablation mode", mode, MODES))
     _check_reference(mode, reference)
-    if not isinstance(heads, HeadSet):
-        heads = list(heads)
+    if not isinstance(components, str | HeadSet | np.ndarray | Tensor):
+        components = list(components)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
-        chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
-        edit = _EDITS[mode](model, prompt, chosen, reference, seed)
+        targets = _targets(components_of(model, components), mode)
         where = positions_mask(prompt, positions)
-        hooks: list[Hook] = []
-        for layer, members in chosen.by_layer().items():
-            name = block(layer, _HOOK[mode])
-            change = partial(edit, layer=layer, members=members)
-            hooks.append((name, Edit(model, prompt, name, change, positions=where, heads=members)))
-        return hooks
+        _check_image_positions(model, prompt, targets, where)
+        changes = _CHANGES[mode](model, prompt, targets, reference, seed)
+        return [
+            (target.hook, target.edit(model, prompt, change, where))
+            for target, change in zip(targets, changes, strict=True)
+        ]
 
     return intervention
 
 
-HeadChange = Callable[..., Tensor]
-"""(the heads' activation, what it covers, layer=, members=) -> what stands in its place."""
+@dataclass(frozen=True)
+class _Target:
+    """What is ablated at one hook point: all of it, or some heads or neurons."""
 
-_HOOK = dict.fromkeys(("zero", "mean", "resample"), "attn.hook_z") | {
-    "uniform": "attn.hook_attn_scores",
-    "uniform_leaky": "attn.hook_attn_scores",
-    "mean_query": "attn.hook_q",
-}
+    hook: str
+    parts: list[Component]
+
+    @property
+    def index(self) -> list[int] | None:
+        chosen = [part.index for part in self.parts if part.index is not None]
+        return chosen or None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The ablated heads or neurons of the activation, or of what has the same last axes."""
+        if self.index is None:
+            return x
+        return x.index_select(self.parts[0].axis, torch.tensor(self.index, device=x.device))
+
+    def edit(self, model: HookedVLM, prompt: Prompt, change: Change, where: Mask | None) -> Edit:
+        if self.parts[0].kind == "head" and layer_of(self.hook) is not None:
+            return Edit(model, prompt, self.hook, change, positions=where, heads=self.index)
+        if self.index is None:
+            return Edit(model, prompt, self.hook, change, positions=where)
+
+        def whole(x: Tensor, here: Here) -> Tensor:
+            chosen = self.of(x)
+            index = torch.tensor(self.index, device=x.device)
+            return x.index_copy(self.parts[0].axis, index, change(chosen, here).to(x.dtype).expand_as(chosen))
+
+        return Edit(model, prompt, self.hook, whole, positions=where)
 
 
-def _zero(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Any, seed: int) -> HeadChange:
-    return lambda x, here, layer, members: torch.zeros_like(x)
+def _targets(parts: Sequence[Component], mode: str) -> list[_Target]:
+    by_hook: dict[str, list[Component]] = {}
+    for part in parts:
+        if mode in _HEAD_MODES and (part.kind != "head" or part.stack):
+            raise ValueError(
+                f"mode {mode!r} is for heads of the language model; {part.label} takes 'zero', 'mean' or 'resample'"
+            )
+        for hook in part.hooks:
+            hook = hook.replace("hook_z", _HEAD_MODES.get(mode, "hook_z"))
+            by_hook.setdefault(hook, []).append(part)
+    return [_Target(hook, parts) for hook, parts in by_hook.items()]
 
 
-def _uniform(model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Any, seed: int) -> HeadChange:
-    def edit(scores: Tensor, here: Here, layer: int, members: list[int]) -> Tensor:
+def _check_image_positions(
+    model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], where: Mask | None
+) -> None:
+    if not any(_is_packed(target.hook) for target in targets):
+        return
+    images = model.image_mask(prompt)
+    if images is None or not bool(images.any()):
+        raise ValueError("the prompt has no image positions, so there are no image embeddings to ablate")
+    if where is not None and not bool((where.cpu() & images.cpu()).any()):
+        raise ValueError("positions chooses no image position: there are no image embeddings to ablate there")
+
+
+# ---------------------------------------------------------------------- what stands in a component's place
+
+
+def _zero(
+    model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], reference: None, seed: int
+) -> list[Change]:
+    return [lambda x, here: torch.zeros_like(x)] * len(targets)
+
+
+def _uniform(
+    model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], reference: None, seed: int
+) -> list[Change]:
+    def change(scores: Tensor, here: Here) -> Tensor:
         # A masked score has the mask's huge negative number in it; no real score comes near half of it.
         masked = scores < torch.finfo(scores.dtype).min / 2
         return torch.where(masked, scores, torch.zeros_like(scores))
 
-    return edit
+    return [change] * len(targets)
 
 
-def _mean_of(name: str) -> Callable[..., HeadChange]:
-    def build(
-        model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: HeadMeans, seed: int
-    ) -> HeadChange:
-        means: Tensor = getattr(reference, name)
-        shape, sizes = _means_shape(model, name), _head_sizes(model, name)
-        if tuple(means.shape) != shape:
-            raise ValueError(f"the reference means have shape {tuple(means.shape)}, this model needs {shape}")
-        has_images = bool(prompt.token_map.is_image.any())
-        if has_images and bool(means[1].isnan().all()):
+def _mean(
+    model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], reference: Means, seed: int
+) -> list[Change]:
+    has_images = bool(prompt.token_map.is_image.any())
+    absent = [target.hook for target in targets if target.hook not in reference]
+    if absent:
+        raise ValueError(
+            f"the reference holds no means of {absent[:5]} ({len(absent)} of the {len(targets)} hook points that are "
+            "ablated): take them of this model by mean_activations(model, examples, hooks=[every hook point])"
+        )
+    changes: list[Change] = []
+    for target in targets:
+        means, first = reference[target.hook], target.parts[0]
+        if first.index is not None and means.shape[first.axis] != first.size:
+            raise ValueError(
+                f"the reference means of {target.hook} have shape {list(means.shape)}; this model has "
+                f"{first.size} {first.kind}s there"
+            )
+        means = target.of(means)
+        if _has_kinds(target.hook) and has_images and bool(means[1].isnan().all()):
             raise ValueError("the prompt has images, but the reference means come from examples without any")
-        for layer, members in heads.by_layer().items():
-            width = sizes[layer][1] if layer in sizes else 0
-            if bool(means[: 1 + has_images, layer, members, :width].isnan().any()):
-                raise ValueError(
-                    f"the reference means of {name} are NaN for heads {members} of layer {layer}: they are of a model "
-                    "with other heads, or its activations were NaN"
-                )
+        if bool(means[: 1 + has_images].isnan().any()):
+            raise ValueError(f"the reference means of {target.hook} are NaN: its activations were")
+        changes.append(partial(_to_mean, means=means, hook=target.hook))
+    return changes
 
-        def edit(x: Tensor, here: Here, layer: int, members: list[int]) -> Tensor:
-            of_text, of_image = means[:, layer, members, : x.shape[-1]].to(x)
-            return torch.where(here.is_image.to(x.device)[:, :, None, None], of_image, of_text).expand_as(x)
 
-        return edit
-
-    return build
+def _to_mean(x: Tensor, here: Here, *, means: Float[Tensor, "kind ..."], hook: str) -> Tensor:
+    features = means.shape[1:]
+    if x.shape[x.ndim - len(features) :] != features:
+        raise ValueError(
+            f"the reference means of {hook} end in {list(features)}, this model's activation in "
+            f"{list(x.shape[-len(features) :])}: they are of another model"
+        )
+    means = means.to(x)
+    if len(means) == 1:
+        return means[0].expand_as(x)
+    is_image = here.is_image.to(x.device)
+    return torch.where(is_image.view(*is_image.shape, *[1] * len(features)), means[1], means[0])
 
 
 def _resample(
-    model: HookedVLM, prompt: Prompt, heads: HeadSet, reference: Sequence[Example], seed: int
-) -> HeadChange:
-    """z of another example: text positions are matched from the prompt's end, image positions likewise.
+    model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], reference: Sequence[Example], seed: int
+) -> list[Change]:
+    """Activations of another example: text positions are matched from the prompt's end, image positions likewise.
 
     In prompts of equal layout that is position by position; where the other example has fewer positions of
     a kind, its own are used again from the end.
     """
     rng = np.random.default_rng([seed, *_fingerprint(prompt)])
+    same_sizes = not all(_has_kinds(target.hook) or _is_packed(target.hook) for target in targets)
     drawn = [
-        _another(reference, question, images, rng)
+        _another(reference, question, images, rng, same_sizes)
         for question, images in zip(prompt.questions, prompt.images, strict=True)
     ]
     other = model.prompt_examples(drawn)
-    names = [block(layer, "attn.hook_z") for layer in heads.by_layer()]
     with torch.no_grad():
-        _, cache = model.run_with_cache(other, names_filter=names, logits_to_keep=1)
-    index = _matched_positions(_position_kinds(prompt), _position_kinds(other))
-    last = other.last.cpu().int().argmax(-1, keepdim=True)
+        _, cache = model.run_with_cache(
+            other, names_filter=[target.hook for target in targets], logits_to_keep=1
+        )
+    sources = [target.of(cache[target.hook]) for target in targets]
+    return [
+        _to_prompt_values(model, prompt, other, source)
+        if _has_kinds(target.hook)
+        else _to_image_values(model, prompt, other, source)
+        if _is_packed(target.hook)
+        else partial(_to_same_patches, source=source, hook=target.hook)
+        for target, source in zip(targets, sources, strict=True)
+    ]
 
-    def edit(z: Tensor, here: Here, layer: int, members: list[int]) -> Tensor:
-        source = cache[block(layer, "attn.hook_z")][:, :, members].to(z)
-        # A generated token has no counterpart in the other prompt: it takes the last position's z.
-        of_run = here.of_prompt(index, last).to(source.device)
-        return source.gather(1, of_run[:, :, None, None].expand(-1, -1, *source.shape[2:]))
 
-    return edit
+def _to_prompt_values(model: HookedVLM, prompt: Prompt, other: Prompt, source: Tensor) -> Change:
+    rows = torch.arange(len(source), device=source.device)[:, None]
+    index = _matched_positions(_position_kinds(prompt), _position_kinds(other)).to(source.device)
+    # A generated token has no counterpart in the other prompt: it takes what stands at the last position.
+    last = other.last.int().argmax(-1, keepdim=True).to(source.device)
+    values, behind = source[rows, index], source[rows, last]
+    return lambda x, here: here.of_prompt(values, behind).to(x)
 
 
-def _matched_positions(here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]) -> Tensor:
+def _to_image_values(model: HookedVLM, prompt: Prompt, other: Prompt, source: Tensor) -> Change:
+    here_mask, there_mask = (model.image_mask(each) for each in (prompt, other))
+    assert here_mask is not None and there_mask is not None
+    here_mask, there_mask = here_mask.to(source.device), there_mask.to(source.device)
+    unpacked = source.new_zeros(*there_mask.shape, *source.shape[1:])
+    unpacked[there_mask] = source
+    rows = torch.arange(len(unpacked), device=source.device)[:, None]
+    values = unpacked[rows, _matched_positions([here_mask], [there_mask]).to(source.device)]
+    return lambda x, here: here.of_prompt(values, 0.0)[here.of_prompt(here_mask, False)].to(x)
+
+
+def _to_same_patches(x: Tensor, here: Here, *, source: Tensor, hook: str) -> Tensor:
+    if x.shape != source.shape:
+        raise ValueError(
+            f"resample: {hook} is {list(x.shape)} here and {list(source.shape)} in the reference run, so their patches "
+            "cannot be matched (a tower that runs several times in one forward pass cannot be resampled)"
+        )
+    return source.to(x)
+
+
+def _matched_positions(
+    here: Sequence[Bool[Tensor, "batch pos"]], there: Sequence[Bool[Tensor, "batch other_pos"]]
+) -> Int[Tensor, "batch pos"]:
     """For every position of a prompt the position of the other prompt that it is matched with (padding: 0)."""
     index = torch.zeros(here[0].shape, dtype=torch.long)
     for row in range(len(index)):
@@ -229,36 +339,74 @@ def _matched_positions(here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor]
     return index
 
 
-_EDITS: dict[str, Callable[..., HeadChange]] = {
+_CHANGES: dict[str, Callable[..., list[Change]]] = {
     "zero": _zero,
-    "mean": _mean_of("z"),
+    "mean": _mean,
     "resample": _resample,
     "uniform": _uniform,
     "uniform_leaky": _zero,
-    "mean_query": _mean_of("q"),
+    "mean_query": _mean,
 }
+"""(model, prompt, targets, reference, seed) -> for each target what becomes of its ablated part."""
 
 
-def _position_kinds(prompt: Prompt) -> tuple[Tensor, Tensor]:
+# ---------------------------------------------------------------------- axes and references
+
+
+def _is_packed(hook: str) -> bool:
+    """Whether an activation of the language model holds image positions only, packed [image_token, ...]."""
+    return axes_of(hook)[0] == "image_token" and not hook.startswith("vision.")
+
+
+def _has_kinds(hook: str) -> bool:
+    """Whether an activation runs over all the prompt's positions, text and image."""
+    in_language = layer_of(hook) is not None or hook.startswith(("hook_embed", "ln_final."))
+    return in_language and not _is_packed(hook)
+
+
+_ROW_AXES = {"batch", "pos", "key", "image", "patch", "..."}
+
+
+def _rows(x: Tensor, hook: str) -> Tensor:
+    """An activation of the vision side, one row per patch or image token."""
+    n_features = x.ndim - 1 if _is_packed(hook) else sum(axis not in _ROW_AXES for axis in axes_of(hook))
+    return x.flatten(0, x.ndim - n_features - 1)
+
+
+def _mean_hooks(model: HookedVLM, hooks: HookName | Sequence[str] | None) -> list[str]:
+    if hooks is None:
+        names = [name for name in model.hook_dict if name.endswith(("attn.hook_z", "attn.hook_q"))]
+        return [name for name in names if layer_of(name) is not None]
+    given = [hooks] if isinstance(hooks, str) or callable(hooks) else hooks
+    names = [name for match in given for name in model.hook_names(match)]
+    for name in names:
+        if "query" in axes_of(name):
+            raise ValueError(
+                f"{name} is [{', '.join(axes_of(name))}]: a mean over positions of queries and keys is none of a head"
+            )
+    return names
+
+
+def _position_kinds(prompt: Prompt) -> tuple[Mask, Mask]:
     """Masks [batch, pos] of text and of image positions; padding is neither."""
     token_map = prompt.token_map
     return ~token_map.is_image & ~token_map.is_padding, token_map.is_image
 
 
 def _check_reference(mode: str, reference: Any) -> None:
-    if mode in ("mean", "mean_query") and not isinstance(reference, HeadMeans):
+    if mode in ("mean", "mean_query") and not isinstance(reference, Mapping):
         raise ValueError(
-            f"ablate(heads, {mode!r}) needs reference=mean_activations(model, examples), "
+            f"ablate(..., {mode!r}) needs reference=mean_activations(model, examples), "
             f"got {type(reference).__name__}"
         )
     if mode == "resample" and not (
         isinstance(reference, Sequence) and reference and all(isinstance(e, Example) for e in reference)
     ):
         raise ValueError(
-            f"ablate(heads, 'resample') needs reference=[examples to draw from], got {type(reference).__name__}"
+            f"ablate(..., 'resample') needs reference=[examples to draw from], got {type(reference).__name__}"
         )
     if mode in ("zero", "uniform", "uniform_leaky") and reference is not None:
-        raise ValueError(f"ablate(heads, {mode!r}) takes no reference, got {type(reference).__name__}")
+        raise ValueError(f"ablate(..., {mode!r}) takes no reference, got {type(reference).__name__}")
 
 
 def _fingerprint(prompt: Prompt) -> list[int]:
@@ -268,16 +416,28 @@ def _fingerprint(prompt: Prompt) -> list[int]:
 
 
 def _another(
-    reference: Sequence[Example], question: str, images: Sequence[Any], rng: np.random.Generator
+    reference: Sequence[Example],
+    question: str,
+    images: Sequence[Image.Image],
+    rng: np.random.Generator,
+    same_sizes: bool,
 ) -> Example:
-    """A reference example with as many images where there is one, and not the prompt's own."""
-    others = [e for e in reference if (e.question, len(e.images)) != (question, len(images))]
-    alike = [e for e in others if len(e.images) == len(images)] or [
-        e for e in others if bool(e.images) == bool(images)
-    ]
+    """A reference example with as many images where there is one, and not the prompt's own.
+
+    With `same_sizes`, one with other images of the same sizes, whatever it asks.
+    """
+    if same_sizes:
+        sizes, pixels = [image.size for image in images], [image.tobytes() for image in images]
+        sized = [e for e in reference if [image.size for image in e.images] == sizes]
+        alike = [e for e in sized if [image.convert("RGB").tobytes() for image in e.images] != pixels]
+    else:
+        others = [e for e in reference if (e.question, len(e.images)) != (question, len(images))]
+        alike = [e for e in others if len(e.images) == len(images)] or [
+            e for e in others if bool(e.images) == bool(images)
+        ]
     if not alike:
         raise ValueError(
             f"resample: no reference example but the prompt's own for the question {question!r} "
-            f"with {len(images)} image(s)"
+            f"with {len(images)} image(s)" + (f" of sizes {sizes}" if same_sizes else "")
         )
     return alike[int(rng.integers(len(alike)))]

@@ -135,12 +135,12 @@ class Edit:
         if heads is not None and not set(_HEAD_AXES) & set(self.axes):
             raise ValueError(f"{name} is [{', '.join(self.axes)}]: it has no heads to choose")
         self.fired = 0
-        self._size: Tensor | float = 0.0
+        self._sizes: list[Tensor] = []
 
     @property
     def size(self) -> float:
         """The largest absolute change of one element so far."""
-        return float(self._size)
+        return max(map(float, self._sizes), default=0.0)
 
     @property
     def first_position(self) -> int:
@@ -156,7 +156,9 @@ class Edit:
 
     def __call__(self, x: Tensor, hook: Any) -> Tensor:
         here = Here(self.prompt, self._span(x))
-        head_axis = next((axis for axis, name in enumerate(self.axes) if name in _HEAD_AXES), 0)
+        # From the end: Qwen's towers pack images and patches into one axis.
+        axes = range(-len(self.axes), 0)
+        head_axis = next((axis for axis in axes if self.axes[axis] in _HEAD_AXES), 0)
         chosen, index = x, None
         if self.heads is not None:
             n_heads = x.shape[head_axis]
@@ -164,15 +166,16 @@ class Edit:
                 raise IndexError(f"heads {self.heads} of {self.name}: it has heads 0 to {n_heads - 1}")
             index = torch.tensor(self.heads, device=x.device)
             chosen = x.index_select(head_axis, index)
-        edited = self.change(chosen, here).to(x.dtype)
+        # The change may work in place; what was there is still needed.
+        edited = self.change(chosen.clone(), here).to(x.dtype)
         where = self._where(x, here)
         if where is not None:
             edited = torch.where(where, edited, chosen)
         self.fired += 1
         if edited.numel():
-            change = (edited.detach() - chosen.detach()).abs()
+            change = (edited.detach().float() - chosen.detach().float()).abs()
             # Masked scores are infinite on some paths: what stays masked did not change.
-            self._size = change.nan_to_num(0.0).max().clamp_min(self._size)
+            self._sizes.append(change.nan_to_num(0.0).max())
         return (
             edited.expand_as(x) if index is None else x.index_copy(head_axis, index, edited.expand_as(chosen))
         )
