@@ -15,7 +15,7 @@ and a registered name of our own would silently drop theirs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,7 +31,9 @@ from mmlens.taps import LazyHookPoint
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
-Around = Callable[[AttentionFunction, Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], tuple[Tensor, Any]]
+Around = Callable[
+    [AttentionFunction, Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], tuple[Tensor, Any]
+]
 """(attend, query, key, value, mask, the other arguments) -> what attention gives."""
 
 # Keyword arguments with which softmax(q k^T scale + mask) is not the family's pattern.
@@ -73,6 +75,11 @@ class AttentionTap:
     @property
     def needs_softmax(self) -> bool:
         return self.scores.is_live or self.pattern.is_live
+
+    def is_plain(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether softmax(q k^T scaling + mask) v is all that this call does: no hook inside, no cap, sink or bias."""
+        is_hooked = self.needs_softmax or self.rot_q.is_live or self.rot_k.is_live
+        return not is_hooked and all(kwargs.get(name) is None for name in _PATTERN_CHANGING_ARGUMENTS)
 
     def run(
         self,
@@ -185,8 +192,9 @@ def _check_readable(module: nn.Module, mask: Any) -> None:
         )
 
 
-def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
-    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+def is_causal(module: nn.Module | None, stated: bool | None) -> bool:
+    """Whether an attention call without a mask is causal: as its arguments state, or as its module does."""
+    return bool(getattr(module, "is_causal", True) if stated is None else stated)
 
 
 def _attending(mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
@@ -203,7 +211,7 @@ def _attending(mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def _additive_mask(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool | None
 ) -> Tensor | None:
     """The mask that an eager function adds to the scores, from what the fast path was given.
 
@@ -211,7 +219,7 @@ def _additive_mask(
     """
     q_length, k_length = query.shape[2], key.shape[2]
     if mask is None:
-        if q_length == 1 or not _is_causal(module, is_causal):
+        if q_length == 1 or not is_causal(module, causal):
             return None
         mask = torch.ones(q_length, k_length, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask.dtype == torch.bool:
@@ -253,7 +261,7 @@ def _attention_rows(
             scores = scores.masked_fill(~picked, torch.finfo(scores.dtype).min)
             return scores.softmax(-1) * picked.any(-1, keepdim=True)
         scores = scores + picked.float()
-    elif query.shape[2] > 1 and _is_causal(module, kwargs.get("is_causal")):
+    elif query.shape[2] > 1 and is_causal(module, kwargs.get("is_causal")):
         future = torch.arange(k_length, device=index.device) > index[..., None]
         scores = scores.masked_fill(future[:, None], torch.finfo(scores.dtype).min)
     return scores.softmax(-1)

@@ -126,6 +126,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         self._n_forwards = 0
         self.span = Span(0, 0)
         """Which positions the run under way computes: all of a prompt, or, while decoding, the newest."""
+        self._whole_inputs: Mapping[str, Any] = {}
         self._inputs: Mapping[str, Any] = {}
         self._attention_taps: dict[int, AttentionTap] = {}
         self.mod_dict: dict[str, nn.Module] = {}
@@ -512,7 +513,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         # Image rows are found in the inputs of the run that is under way.
         given = {**({"input_ids": args[0]} if args else {}), **kwargs}
         telling = ("input_ids", self.family.image_positions)
-        self._inputs = {name: given[name] for name in telling if given.get(name) is not None}
+        self._whole_inputs = {name: given[name] for name in telling if given.get(name) is not None}
+        self._inputs = self._whole_inputs
         keep = kwargs.get("logits_to_keep")
         if not (isinstance(keep, int) and keep and self._shares_keys and self._is_watched()):
             return None
@@ -529,10 +531,20 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         first = 0 if known is None else int(known.get_seq_length())
         self.span = Span(first, 0 if given is None else given.shape[1])
 
+    def narrow_inputs(self, first: int, copies: int) -> None:
+        """For a partial run: hooks see the inputs' positions from `first` on, and the batch `copies` times."""
+        self._inputs = {
+            name: value[:, first:].repeat(copies, 1) for name, value in self._whole_inputs.items()
+        }
+
+    def attention_tap(self, layer: int) -> AttentionTap:
+        """The attention of a language layer, for whoever stands around its calls."""
+        return self._attention_taps[layer]
+
     def _is_watched(self) -> bool:
-        """Whether a hook is set, or rows of attention are asked for."""
+        """Whether a hook is set, rows of attention are asked for, or a clean run is recorded."""
         return any(point.is_live for point in self.hook_dict.values()) or any(
-            tap.rows is not None for tap in self._attention_taps.values()
+            tap.rows is not None or tap.around is not None for tap in self._attention_taps.values()
         )
 
     def image_mask(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:

@@ -1,0 +1,543 @@
+"""Partial runs: the end of a forward pass, from one layer and one position on, for many interventions at once.
+
+1. `CleanRun.of` runs the prompt once and keeps what partial runs start from: the residual stream into every layer, what
+   the stream gains between layers, keys and values as attention used them, and attention's output.
+2. `CleanRun.partial` runs the model again with a stand-in for every layer. Stand-ins before the first layer do nothing;
+   the others call the real layer on the stream in hand, cut to the positions from the first one on and stacked once per
+   intervention. The model itself makes masks, rotations, logits - all that a layer is given - so nothing of a family is
+   written here. Attention gets the clean keys and values of the positions before.
+3. A partial run in which nothing is edited must give the clean logits; `CleanRun.check` compares. What is not exact
+   is not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmlens.attention import AttentionFunction, AttentionTap, is_causal
+from mmlens.hooked_vlm import Hook, HookedVLM, Span
+from mmlens.prompt import Prompt
+from mmlens.sweep.shared_keys import shared_key_attention
+
+_MOST_SCORES = 2**26
+"""More scores than this at once are left to the model's own attention function, which needs no room for them."""
+
+
+class NotExactError(RuntimeError):
+    """A partial run without edits that did not give the clean logits."""
+
+
+@dataclass
+class CleanRun:
+    """One prompt's clean run, in the pieces that partial runs start from."""
+
+    model: HookedVLM
+    prompt: Prompt
+    logits_to_keep: int
+    logits: Float[Tensor, "batch kept vocab"]
+    streams: list[Tensor]
+    """What enters each layer, and at the end what leaves the last one."""
+    gains: dict[int, Tensor]
+    """What the stream gains between a layer and the next, where it gains anything (deep injection)."""
+    outputs: list[Any]
+    """What each layer gives, without the stream: a tuple's further entries, or None where it gives the stream alone."""
+    calls: dict[int, list[AttentionCall]]
+    """Calls of the attention function by layer."""
+    attention: dict[int, AttentionEnd]
+    """How each attention module ended, where it ends with W_O."""
+    cuts: list[bool] = field(default_factory=list)
+    """For every position whether no earlier one attends to it or to a later one: where a run may be cut."""
+    no_cut: str = ""
+    """Why runs cannot be cut at positions, where they cannot."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, positions)."""
+        batch, length = self.prompt.shape
+        return batch, length
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.streams) - 1
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: HookedVLM, prompt: Prompt, logits_to_keep: int = 1) -> CleanRun:
+        """Run the prompt with no hook and keep the pieces. Raises ValueError where a layer does not run once."""
+        recorder = _Recorder(model)
+        with recorder.recording():
+            logits = model(prompt, logits_to_keep=logits_to_keep, use_cache=False)
+        streams, gains = recorder.streams_and_gains()
+        run = cls(
+            model=model,
+            prompt=prompt,
+            logits_to_keep=logits_to_keep,
+            logits=logits[:, -logits_to_keep:],
+            streams=streams,
+            gains=gains,
+            outputs=[output[1:] if isinstance(output, tuple) else None for output in recorder.outputs],
+            calls=recorder.calls,
+            attention=recorder.attention_ends(),
+        )
+        run.no_cut = run._why_no_cut()
+        run.cuts = (
+            [True] + [False] * (run.shape[1] - 1) if run.no_cut else _cuts(recorder.calls, run.shape[1])
+        )
+        return run
+
+    def cut_before(self, position: int) -> int:
+        """The last position at or before `position` at which a run may be cut; 0 where there is none."""
+        latest = self.shape[1] - max(self.logits_to_keep, 1)
+        return next(at for at in range(min(position, latest), -1, -1) if self.cuts[at])
+
+    def partial(
+        self,
+        layer: int,
+        first: int,
+        hooks: Sequence[Sequence[Hook]],
+        *,
+        attention_is_clean: bool = False,
+        may_trim: bool = False,
+    ) -> Float[Tensor, "intervention batch kept vocab"]:
+        """Logits under each of several interventions, from layer `layer` and position `first` on.
+
+        `hooks[i]` are intervention i's, which must touch nothing before. `attention_is_clean`: none of them touches
+        layer `layer` before attention's output, which is then taken from the clean run. `may_trim`: the functions on
+        the last layer know which positions they are given, so that it may run at the kept positions alone.
+        """
+        return _Replay(self, layer, first, hooks, attention_is_clean, may_trim).run()
+
+    def check(self, layer: int, first: int, tolerance: float) -> None:
+        """Raise NotExactError unless a partial run without edits gives the clean logits, to `tolerance` of their
+        largest value."""
+        try:
+            logits = self.partial(layer, first, [()], may_trim=True)[0]
+        except Exception as error:
+            raise NotExactError(f"{type(error).__name__}: {error}") from error
+        if logits.shape != self.logits.shape:
+            raise NotExactError(f"logits {list(logits.shape)} instead of {list(self.logits.shape)}")
+        keep = self.logits.shape[1]
+        real = ~self.prompt.token_map.is_padding[:, -keep:].to(self.logits.device)
+        difference = (logits - self.logits)[real].abs().max()
+        if not bool(difference <= tolerance * self.logits[real].abs().max()):
+            raise NotExactError(f"a run without edits is off by {float(difference):.2g}")
+
+    def _why_no_cut(self) -> str:
+        batch, length = self.shape
+        if self.logits_to_keep == 0:
+            return "the metric reads the logits of all positions"
+        if batch == length:
+            return "as many examples as positions"
+        for layer, parts in enumerate(self.model.anatomy.language):
+            calls = self.calls.get(layer, [])
+            if parts.attention is None:
+                return f"layer {layer} mixes positions without softmax attention"
+            if len(calls) != 1:
+                return f"layer {layer} calls attention {len(calls)} times"
+            if calls[0].key.shape[2] != length:
+                return f"layer {layer} attends to {calls[0].key.shape[2]} keys, not to the prompt's positions"
+        return ""
+
+
+@dataclass
+class AttentionCall:
+    """One call of an attention function in the clean run."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+
+
+@dataclass
+class AttentionEnd:
+    """The last step of an attention module: `out` (W_O) read `z`, and what it gave is what the module gives."""
+
+    module: nn.Module
+    out: nn.Module
+    z: Tensor
+    output: Any
+
+    def again(self, z: Tensor) -> Any:
+        """What the module gives where W_O reads another z."""
+        attended = self.out(z)
+        return (attended, *self.output[1:]) if isinstance(self.output, tuple) else attended
+
+
+# ---------------------------------------------------------------------- recording
+
+
+class _Recorder:
+    def __init__(self, model: HookedVLM) -> None:
+        self.model = model
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Any] = []
+        self.calls: dict[int, list[AttentionCall]] = {}
+        self.given: dict[nn.Module, Tensor] = {}
+        self.gave: dict[nn.Module, Any] = {}
+
+    def attention_ends(self) -> dict[int, AttentionEnd]:
+        ends = {}
+        for layer, parts in enumerate(self.model.anatomy.language):
+            if parts.attention is None or len(self.calls.get(layer, ())) != 1:
+                continue
+            module, out = parts.attention.module, parts.attention.out
+            z, given, output = self.given.get(out), self.gave.get(out), self.gave.get(module)
+            last = _stream_out(output)
+            if z is None or not isinstance(given, Tensor) or not isinstance(last, Tensor):
+                continue
+            if _is_plain(module) and last.shape == given.shape and torch.equal(last, given):
+                ends[layer] = AttentionEnd(module, out, z, output)
+        return ends
+
+    def _on_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.gave[module] = output
+        if args and isinstance(args[0], Tensor):
+            self.given[module] = args[0]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        handles = []
+        try:
+            for layer in self.model.anatomy.layers:
+                handles.append(layer.register_forward_pre_hook(self._on_input, with_kwargs=True))
+                handles.append(layer.register_forward_hook(self._on_output))
+            for parts in self.model.anatomy.language:
+                if parts.attention is not None:
+                    for module in (parts.attention.module, parts.attention.out):
+                        handles.append(module.register_forward_hook(self._on_attention))
+            with _around_attention(
+                self.model, {layer: self._attention(layer) for layer in self.model.attention_layers}
+            ):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A model may write into the stream behind a layer, so it is copied.
+        self.inputs.append(_stream_in(args, kwargs).clone())
+
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        stream = _stream_out(output).clone()
+        self.outputs.append((stream, *output[1:]) if isinstance(output, tuple) else stream)
+
+    def _attention(self, layer: int) -> Callable[..., tuple[Tensor, Any]]:
+        def around(
+            attend: AttentionFunction,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None,
+            kwargs: dict[str, Any],
+        ) -> tuple[Tensor, Any]:
+            parts = self.model.anatomy.language[layer].attention
+            causal = is_causal(parts.module if parts else None, kwargs.get("is_causal"))
+            self.calls.setdefault(layer, []).append(AttentionCall(key, value, mask, causal))
+            return attend(query, key, value, mask, **kwargs)
+
+        return around
+
+    def streams_and_gains(self) -> tuple[list[Tensor], dict[int, Tensor]]:
+        n_layers = len(self.model.anatomy.layers)
+        if len(self.inputs) != n_layers or len(self.outputs) != n_layers:
+            raise ValueError(f"{len(self.outputs)} layer calls in a model of {n_layers} layers")
+        streams = [*self.inputs, _stream_out(self.outputs[-1])]
+        gains = {}
+        for layer, output in enumerate(self.outputs[:-1]):
+            gained = streams[layer + 1].to(_stream_out(output).device) - _stream_out(output)
+            if bool(gained.any()):
+                gains[layer] = gained
+        return streams, gains
+
+
+def _cuts(calls: Mapping[int, Sequence[AttentionCall]], length: int) -> list[bool]:
+    """For every position whether no position before it attends to it or further on, in any layer."""
+    possible = torch.ones(length, dtype=torch.bool)
+    seen: set[tuple[int, bool]] = set()
+    for own in calls.values():
+        mask, is_causal = own[0].mask, own[0].is_causal
+        if (id(mask), is_causal) in seen:
+            continue
+        seen.add((id(mask), is_causal))
+        if mask is None:
+            if not is_causal:
+                possible[1:] = False
+            continue
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        # [query, key] over examples and heads; the furthest key that a position or one before it sees.
+        allowed = allowed.flatten(0, -3).any(0)[:, :length].cpu()
+        furthest = (allowed * torch.arange(1, length + 1)).amax(-1).cummax(0).values
+        possible[1:] &= furthest[:-1] <= torch.arange(1, length)
+    return possible.tolist()
+
+
+# ---------------------------------------------------------------------- replaying
+
+
+class _StopAtAttentionError(Exception):
+    """Raised inside a layer once its keys and values are known."""
+
+
+class _StandIn(nn.Module):
+    """Stands in the list of layers in a layer's place; its attributes are the layer's."""
+
+    def __init__(self, layer: nn.Module, call: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        # Not registered as a submodule: the layer is not this module's.
+        self.__dict__["stands_for"], self.__dict__["call"] = layer, call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["stands_for"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["call"](args, kwargs)
+
+
+class _Replay:
+    def __init__(
+        self,
+        clean: CleanRun,
+        layer: int,
+        first: int,
+        hooks: Sequence[Sequence[Hook]],
+        attention_is_clean: bool,
+        may_trim: bool,
+    ) -> None:
+        self.clean, self.layer, self.first, self.n = clean, layer, first, len(hooks)
+        self.model = clean.model
+        self.hooks = hooks
+        self.attention_is_clean = attention_is_clean
+        length, keep = clean.shape[1], clean.logits_to_keep
+        self.kept_from = length - keep if may_trim and keep and not clean.no_cut else first
+        if not (clean.cuts[self.kept_from] and _is_plain(self.model.anatomy.layers[-1])):
+            self.kept_from = first
+        self.state: Tensor | None = None
+
+    @torch.no_grad()
+    def run(self) -> Float[Tensor, "intervention batch kept vocab"]:
+        hooks = stacked_hooks(self.model, self.hooks)
+        keep = self.clean.logits_to_keep
+        with self._standing_in(), self.model.hooks(fwd_hooks=hooks) if hooks else nullcontext():
+            logits = self.model(self.clean.prompt, logits_to_keep=keep, use_cache=False)
+        # Some families give the logits of all positions, whatever is asked for.
+        return logits[:, -keep:].unflatten(0, (self.n, self.clean.shape[0]))
+
+    @contextmanager
+    def _standing_in(self) -> Iterator[None]:
+        layers = self.model.anatomy.layers
+        real = list(layers)
+        try:
+            for index, layer in enumerate(real):
+                layers[index] = _StandIn(layer, self._call(index, layer))
+            yield
+        finally:
+            for index, layer in enumerate(real):
+                layers[index] = layer
+
+    def _call(self, index: int, layer: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+        clean, is_last = self.clean, index == self.clean.n_layers - 1
+
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = _stream_in(args, kwargs)
+            if index >= self.layer:
+                if self.state is None:
+                    self.state = self._stacked(clean.streams[index][:, self.first :])
+                self._run_layer(index, layer, args, kwargs)
+                if index in clean.gains:
+                    self.state = self.state + self._stacked(clean.gains[index][:, self.first :])
+            stream: Tensor | None = given
+            if is_last:
+                if self.state is None:
+                    self._place(self.first)
+                    self.state = self._stacked(clean.streams[-1][:, self.first :])
+                stream = self.state
+            rest = clean.outputs[index]
+            return stream if rest is None else (stream, *rest)
+
+        return call
+
+    def _run_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        known = self.clean.calls[index][0] if index in self.clean.calls else None
+        first, own = self.first, None
+        end = self.clean.attention.get(index) if index == self.layer and self.attention_is_clean else None
+        if index == self.clean.n_layers - 1 and self.kept_from > first:
+            first = self.kept_from
+            if end is None:
+                own = self._keys_and_values(index, layer, args, kwargs, first)
+            assert self.state is not None
+            self.state = self.state[:, first - self.first :]
+        around: Callable[..., tuple[Tensor, Any]] | None = None
+        if known is not None and first and end is None:
+            around = self._attention(self.model.attention_tap(index), known, own, first)
+        self._place(first)
+        with _around_attention(self.model, {} if around is None else {index: around}):
+            given_args, given_kwargs = self._given(args, kwargs, first)
+            with nullcontext() if end is None else _ending(end, self._stacked(end.z[:, first:])):
+                self.state = _stream_out(layer(*given_args, **given_kwargs))
+
+    def _keys_and_values(
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values at the positions up to `stop` that run; the layer is left before it attends."""
+        found: list[Tensor] = []
+
+        def around(attend: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Any]:
+            found[:] = [key, value]
+            raise _StopAtAttentionError
+
+        self._place(self.first)
+        given_args, given_kwargs = self._given(args, kwargs, self.first)
+        with _around_attention(self.model, {index: around}), suppress(_StopAtAttentionError):
+            layer(*given_args, **given_kwargs)
+        key, value = (x[:, :, : stop - self.first] for x in found)
+        return key, value
+
+    def _attention(
+        self, tap: AttentionTap, known: AttentionCall, own: tuple[Tensor, Tensor] | None, first: int
+    ) -> Callable[..., tuple[Tensor, Any]]:
+        """Attention to the clean keys before `self.first`, the stacked runs' own keys behind, and those at hand."""
+        clean_key, clean_value = known.key[:, :, : self.first], known.value[:, :, : self.first]
+
+        def around(
+            attend: AttentionFunction,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            mask: Tensor | None,
+            kwargs: dict[str, Any],
+        ) -> tuple[Tensor, Any]:
+            if own is not None:
+                key, value = torch.cat([own[0], key], 2), torch.cat([own[1], value], 2)
+            n_scores = query.shape[:3].numel() * self.first
+            if self.first and n_scores <= _MOST_SCORES and tap.is_plain(kwargs):
+                scaling = kwargs.get("scaling")
+                z = shared_key_attention(query, clean_key, clean_value, key, value, mask, scaling)
+                return z, None
+            key = torch.cat([self._stacked(clean_key), key], 2)
+            value = torch.cat([self._stacked(clean_value), value], 2)
+            if mask is None and query.shape[2] > 1:
+                mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+                mask = mask.tril(first)[None, None]
+                kwargs = {**kwargs, "is_causal": False} if "is_causal" in kwargs else kwargs
+            return attend(query, key, value, mask, **kwargs)
+
+        return around
+
+    def _stacked(self, x: Tensor) -> Tensor:
+        """[batch, ...] once per intervention, intervention by intervention."""
+        return x.repeat(self.n, *[1] * (x.ndim - 1))
+
+    def _place(self, first: int) -> None:
+        """Tell the model which rows and positions the hooks that fire next see."""
+        self.model.span = Span(first, self.clean.shape[1] - first)
+        self.model.narrow_inputs(first, self.n)
+
+    def _given(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], first: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a layer is called with: the stream in hand, and all else cut to positions and rows."""
+
+        def cut(value: Any) -> Any:
+            return _cut(value, self.clean.shape, first, self.n)
+
+        if args:
+            return (self.state, *map(cut, args[1:])), {name: cut(value) for name, value in kwargs.items()}
+        name = next(iter(kwargs))
+        return (), {**{key: cut(value) for key, value in kwargs.items()}, name: self.state}
+
+
+def _cut(value: Any, shape: tuple[int, int], first: int, n: int) -> Any:
+    """A layer's argument made for [batch, pos], for positions from `first` on and the batch `n` times.
+
+    The position axis is the first as long as the prompt (of a mask's two: the queries'); the batch axis stands right
+    before it, or first of all.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cut(entry, shape, first, n) for entry in value)
+    if not isinstance(value, Tensor) or not value.ndim:
+        return value
+    batch, length = shape
+    axes = [axis for axis, size in enumerate(value.shape) if size == length]
+    is_mask = value.ndim > 2 and axes[-2:] == [value.ndim - 2, value.ndim - 1]
+    position = value.ndim - 2 if is_mask else axes[0] if axes else None
+    row = 0 if is_mask or position is None else position - 1
+    if position is not None:
+        value = value.narrow(position, first, length - first)
+    if n == 1 or row < 0 or value.shape[row] != batch or (position is None and value.ndim == 1):
+        return value
+    if batch == 1:
+        sizes = list(value.shape)
+        sizes[row] = n
+        return value.expand(sizes)
+    repeats = [1] * value.ndim
+    repeats[row] = n
+    return value.repeat(repeats)
+
+
+def stacked_hooks(model: HookedVLM, hooks: Sequence[Sequence[Hook]]) -> list[Hook]:
+    """One function per hook point that gives each intervention its own rows of the stacked batch."""
+    by_name: dict[str, list[tuple[int, Callable[..., Any]]]] = {}
+    for row, own in enumerate(hooks):
+        for match, function in own:
+            for name in model.hook_names(match):
+                by_name.setdefault(name, []).append((row, function))
+    return [(name, _stacked_function(entries, len(hooks))) for name, entries in by_name.items()]
+
+
+def _stacked_function(entries: list[tuple[int, Callable[..., Any]]], n: int) -> Callable[..., Tensor]:
+    def function(x: Tensor, hook: Any) -> Tensor:
+        out = x.clone()
+        rows = out.unflatten(0, (n, -1))
+        for row, own in entries:
+            edited = own(rows[row], hook=hook)
+            if edited is not None and edited is not rows[row]:
+                rows[row] = edited
+        return out
+
+    return function
+
+
+# ---------------------------------------------------------------------- plumbing
+
+
+@contextmanager
+def _around_attention(model: HookedVLM, arounds: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
+    taps = {layer: model.attention_tap(layer) for layer in arounds}
+    try:
+        for layer, tap in taps.items():
+            tap.around = arounds[layer]
+        yield
+    finally:
+        for tap in taps.values():
+            tap.around = None
+
+
+@contextmanager
+def _ending(end: AttentionEnd, z: Tensor) -> Iterator[None]:
+    """The attention module does its last step alone, on `z`."""
+    end.module.forward = lambda *args, **kwargs: end.again(z)
+    try:
+        yield
+    finally:
+        del end.module.forward
+
+
+def _stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _stream_out(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether leaving the layer midway leaves nothing undone: accelerate brings weights in and out around it."""
+    return not any(hasattr(module, "_hf_hook") for module in layer.modules())

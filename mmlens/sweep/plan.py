@@ -1,0 +1,190 @@
+"""What a sweep may reuse: where each intervention starts, and which of them run together.
+
+An intervention that first touches layer l and position p leaves everything before both as it was in the clean run:
+layers before l whole, and in the layers from l on the keys and values of positions before p. Interventions with near
+starts run as one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mmlens.hook_names import BLOCK_HOOKS, layer_of
+from mmlens.hooked_vlm import Hook, HookedVLM
+from mmlens.interventions.edits import Edit
+from mmlens.sweep.partial import CleanRun, NotExactError
+
+_FIRST_BEHIND_ATTENTION = "attn.hook_z"
+_BEHIND_ATTENTION = set(list(BLOCK_HOOKS)[list(BLOCK_HOOKS).index(_FIRST_BEHIND_ATTENTION) :]) | {
+    "mlp.hook_post",
+    "hook_deepstack",
+}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far, of the largest logit, a partial run without edits may be from the clean run: kernels that split work in
+another way round in another way."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an intervention's run starts.
+
+    `attention_is_clean`: it touches `layer` behind attention only. `may_trim`: its last-layer functions know their
+    positions. `whole` says why everything has to run, tower included, where it has to; `reason` why no position is
+    reused.
+    """
+
+    layer: int = 0
+    first: int = 0
+    attention_is_clean: bool = False
+    may_trim: bool = False
+    whole: str = ""
+    reason: str = ""
+    needs_images: bool = False
+    """It touches the vision tower or projector, which then has to run."""
+
+
+def start_of(model: HookedVLM, clean: CleanRun, hooks: Sequence[Hook]) -> Start:
+    """The first layer and position that the hooks touch, at which the run can be cut."""
+    touched = [(name, function) for match, function in hooks for name in model.hook_names(match)]
+    if not touched:
+        return Start(whole="it sets no hook")
+    layers = []
+    for name, _ in touched:
+        layer = _layer(name, clean.n_layers)
+        if layer is None:
+            return Start(whole=f"it touches {name}, outside the language layers", needs_images=True)
+        layers.append(layer)
+    layer = min(layers)
+    firsts = [_first_position(function) for _, function in touched]
+    known = [first for first in firsts if first is not None]
+    reason = "" if len(known) == len(firsts) else "the positions that a hook function touches are not known"
+    wanted = 0 if reason else min(known)
+    first = clean.cut_before(wanted)
+    if wanted and not reason:
+        reason = clean.no_cut or (
+            f"positions {first} to {wanted} are attended to from before" if first < wanted else ""
+        )
+    at_start = [name for (name, _), own in zip(touched, layers, strict=True) if own == layer]
+    at_end = [
+        function for (_, function), own in zip(touched, layers, strict=True) if own >= clean.n_layers - 1
+    ]
+    return Start(
+        layer=layer,
+        first=first,
+        attention_is_clean=layer < clean.n_layers and all(map(_is_behind_attention, at_start)),
+        may_trim=all(_first_position(function) is not None for function in at_end),
+        reason=reason,
+    )
+
+
+def _layer(name: str, n_layers: int) -> int | None:
+    if name in ("hook_embed", "image.hook_embed"):
+        return 0
+    return n_layers if name.startswith("ln_final.") else layer_of(name)
+
+
+def _first_position(function: Callable[..., Any]) -> int | None:
+    """None for a function that is no edit: it may touch any position."""
+    edit = function if isinstance(function, Edit) else getattr(function, "edit", None)
+    return edit.first_position if isinstance(edit, Edit) else None
+
+
+def _is_behind_attention(name: str) -> bool:
+    return name.startswith("blocks.") and name.split(".", 2)[2].removeprefix("image.") in _BEHIND_ATTENTION
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What partial runs of one prompt may take from its clean run, tried out on runs without edits."""
+
+    depth: bool
+    position: bool
+    batch: bool
+    reason: str = ""
+    """Why not more."""
+
+    def of(self, start: Start) -> Start:
+        """The start that is left of a wanted one."""
+        if start.whole:
+            return start
+        if not self.batch:
+            return replace(start, whole=self.reason)
+        lost = "; ".join(filter(None, [start.reason, "" if self.depth and self.position else self.reason]))
+        return Start(
+            layer=start.layer if self.depth else 0,
+            first=start.first if self.position else 0,
+            attention_is_clean=start.attention_is_clean and self.depth,
+            may_trim=start.may_trim and self.position,
+            reason=lost,
+        )
+
+
+def reuse_of(clean: CleanRun, starts: Iterable[Start]) -> Reuse:
+    """The most that gives the clean logits where nothing is edited, tried from the most to the least."""
+    partial = [start for start in starts if not start.whole]
+    if not partial:
+        return Reuse(True, True, True)
+    layers = sorted({start.layer for start in partial})
+    first = max(start.first for start in partial)
+    tolerance = TOLERANCE.get(clean.logits.dtype, 1e-1)
+    reason = ""
+    for depth, position in ((True, True), (True, False), (False, True), (False, False)):
+        at = {(layer if depth else 0, first if position else 0) for layer in (layers[0], layers[-1])}
+        try:
+            for layer, cut in sorted(at):
+                clean.check(layer, cut, tolerance)
+        except NotExactError as error:
+            reason = reason or str(error).split("\n")[0]
+        else:
+            return Reuse(depth, position, batch=True, reason=reason)
+    return Reuse(False, False, False, reason=f"no partial run is exact here: {reason}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Interventions (by number) that run as one batch."""
+
+    members: tuple[int, ...]
+    start: Start
+
+
+def groups_of(starts: Sequence[Start], length: int, most: Callable[[int], int]) -> list[Group]:
+    """Interventions that start at the same layer run together, from the first position of any of them.
+
+    Running one from further ahead than it needs costs positions; a further batch costs about what `overhead`
+    positions do. `most(first)` is the largest batch that memory allows.
+    """
+    overhead = 64 + length // 16
+    groups: list[Group] = []
+    whole = [index for index, start in enumerate(starts) if start.whole]
+    partial = [index for index, start in enumerate(starts) if not start.whole]
+    order = sorted(
+        partial,
+        key=lambda i: (starts[i].layer, starts[i].attention_is_clean, starts[i].may_trim, -starts[i].first),
+    )
+    batch: list[int] = []
+
+    def close() -> None:
+        if batch:
+            groups.append(Group(tuple(batch), starts[batch[-1]]))
+            batch.clear()
+
+    for index in order:
+        start = starts[index]
+        if batch:
+            before = starts[batch[-1]]
+            alike = (start.layer, start.attention_is_clean, start.may_trim) == (
+                before.layer,
+                before.attention_is_clean,
+                before.may_trim,
+            )
+            more = len(batch) * (before.first - start.first)
+            if not alike or more > overhead or len(batch) >= most(start.first):
+                close()
+        batch.append(index)
+    close()
+    return [*groups, *(Group((index,), starts[index]) for index in whole)]

@@ -1,0 +1,268 @@
+"""`sweep`: many interventions on many prompts as one table, at the price of what differs between them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmlens.data.examples import Example
+from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, NoChangeWarning
+from mmlens.metrics.effects import (
+    Metric,
+    MetricRuns,
+    Metrics,
+    WatchedHook,
+    named_metrics,
+    prompt_batches,
+    watched,
+)
+from mmlens.prompt import Prompt
+from mmlens.sweep.partial import CleanRun
+from mmlens.sweep.plan import Group, Reuse, Start, groups_of, reuse_of, start_of
+
+_POSITIONS_AT_ONCE = 1024
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@torch.no_grad()
+def sweep(
+    model: HookedVLM,
+    prompts: Prompt | Sequence[Prompt] | Sequence[Example],
+    interventions: Mapping[Any, Intervention],
+    metric: Metric | Metrics,
+    *,
+    batch_size: int = 16,
+    memory: float = 1.0,
+    logits_to_keep: int = 1,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """`metric` on every prompt under every intervention, each alone: what `effect` gives, one by one, but faster.
+
+    One row per intervention, example and metric: intervention (its label), example, metric, value, clean.
+    `table.attrs["reuse"]` says, for every intervention and prompt, from which layer and position it was run, in a
+    batch of how many, and why not from later; `reuse_table` shows it.
+
+    Every prompt is run once without an intervention. An intervention then runs from the first layer and the first
+    position that it touches, on the clean run's residual stream, keys and values; interventions that start together
+    run as one batch; images are encoded once. All this is taken only where a run without edits gives the clean
+    logits. Hook functions that are not the library's edits may touch any position, so they reuse layers only.
+
+    `prompts` and `batch_size` are as for `effect`; `memory` bounds, in GiB, what the stacked runs hold beside
+    model and clean run (an estimate; out of memory halves the batch). `logits_to_keep` is the number of last
+    positions whose logits the metric reads (0: all, which gives up the reuse of positions). Metrics that read
+    generated answers run `generate` under one intervention after the other.
+
+    Raises ValueError for no interventions, and HookNeverFiredError where one of an intervention's hooks never fired;
+    warns (NoChangeWarning) of interventions that changed nothing on any prompt.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> examples = mmlens.scene_examples("objects", 4, seed=0)
+    >>> heads = {head: mmlens.ablate([head], positions="last") for head in model.heads[:3]}
+    >>> table = sweep(model, examples, heads, mmlens.answer_log_probability, progress=False)
+    >>> list(table.columns), len(table)
+    (['intervention', 'example', 'metric', 'value', 'clean'], 12)
+    """
+    if not interventions:
+        raise ValueError("sweep needs at least one intervention, as {label: intervention}")
+    metrics = named_metrics(metric)
+    collected = _Collected(list(interventions), list(metrics))
+    checked: dict[Hashable, Reuse] = {}
+    with tqdm(
+        total=len(interventions) * _n_batches(prompts, batch_size), disable=not progress, unit="run"
+    ) as bar:
+        for prompt in prompt_batches(model, prompts, batch_size, progress=False):
+            own = _PromptSweep(model, prompt, MetricRuns(model, metrics, logits_to_keep), memory, checked)
+            hooks = [watched(list(intervention(model, prompt))) for intervention in interventions.values()]
+            for index, values, note in own.run(hooks):
+                collected.add(index, values, own.clean_values, {**note, **_done(hooks[index])})
+                bar.update()
+            collected.next_prompt(len(prompt))
+    collected.warn_of_nothing()
+    return collected.table()
+
+
+def reuse_table(table: pd.DataFrame) -> pd.DataFrame:
+    """What each run of a sweep reused: intervention, example (the first of its batch), layer, position, batch,
+    fired, size of the largest change, and why not more."""
+    if "reuse" not in table.attrs:
+        raise ValueError(
+            "this table is not a sweep's, or has lost its attrs on the way: no 'reuse' in table.attrs"
+        )
+    return pd.DataFrame(table.attrs["reuse"])
+
+
+class _PromptSweep:
+    """All interventions on one prompt."""
+
+    def __init__(
+        self,
+        model: HookedVLM,
+        prompt: Prompt,
+        runs: MetricRuns,
+        memory: float,
+        checked: dict[Hashable, Reuse],
+    ) -> None:
+        self.model, self.prompt, self.runs, self.memory, self.checked = model, prompt, runs, memory, checked
+        self.encoded = model.encode_images(prompt)
+        self.clean: CleanRun | None = None
+        try:
+            self.clean = CleanRun.of(model, self.encoded, runs.logits_to_keep)
+            self.clean_logits = self.clean.logits
+        except ValueError as error:
+            self.why_no_partial = str(error)
+            self.clean_logits = model(self.encoded, logits_to_keep=runs.logits_to_keep)
+        self.clean_values = self._values(self.clean_logits, [])
+
+    def run(
+        self, hooks: Sequence[Sequence[WatchedHook]]
+    ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Any]]]:
+        """(number, {metric: values}, what was reused) of every intervention, as they are done."""
+        functions = [[each.hook for each in own] for own in hooks]
+        starts = self._starts(functions)
+        waiting = groups_of(starts, self.prompt.shape[1], self._most)
+        while waiting:
+            group = waiting.pop(0)
+            try:
+                logits = self._logits(group, [functions[member] for member in group.members])
+            except (MemoryError, RuntimeError) as error:
+                if len(group.members) == 1 or not _is_out_of_memory(error):
+                    raise
+                half = (len(group.members) + 1) // 2
+                waiting[:0] = [
+                    replace(group, members=part) for part in (group.members[:half], group.members[half:])
+                ]
+                continue
+            note = {
+                "layer": group.start.layer,
+                "position": group.start.first,
+                "batch": len(group.members),
+                "images": "once" if self.encoded.image_features is not None else "with every batch",
+                "why_not_more": group.start.whole or group.start.reason,
+            }
+            for member, own in zip(group.members, logits, strict=True):
+                yield member, self._values(own, functions[member]), note
+
+    def _starts(self, functions: Sequence[Sequence[Hook]]) -> list[Start]:
+        if self.clean is None:
+            return [Start(whole=self.why_no_partial)] * len(functions)
+        wanted = [start_of(self.model, self.clean, own) for own in functions]
+        token_map = self.prompt.token_map
+        kind = bool(token_map.is_image.any()), bool(token_map.is_padding.any()), len(self.prompt) == 1
+        if kind not in self.checked:
+            self.checked[kind] = reuse_of(self.clean, wanted)
+        return [self.checked[kind].of(start) for start in wanted]
+
+    def _logits(
+        self, group: Group, hooks: Sequence[Sequence[Hook]]
+    ) -> Float[Tensor, "intervention batch kept vocab"]:
+        start = group.start
+        if not start.whole:
+            assert self.clean is not None
+            return self.clean.partial(
+                start.layer,
+                start.first,
+                hooks,
+                attention_is_clean=start.attention_is_clean,
+                may_trim=start.may_trim,
+            )
+        prompt = self.prompt if start.needs_images else self.encoded
+        return self.model.run_with_hooks(prompt, fwd_hooks=hooks[0], logits_to_keep=self.runs.logits_to_keep)[
+            None
+        ]
+
+    def _values(self, logits: Tensor, hooks: list[Hook]) -> dict[str, Tensor]:
+        values: dict[str, list[Tensor]] = {name: [] for name in self.runs.metrics}
+        answers = self.runs.answers(self.prompt, hooks)
+        self.runs.measure(values, self.prompt, logits, self.clean_logits, answers)
+        return {name: own[0] for name, own in values.items()}
+
+    def _most(self, first: int) -> int:
+        """How many interventions from position `first` on fit into `memory`, by the sizes of what a layer holds."""
+        cfg, (batch, length) = self.model.cfg, self.prompt.shape
+        d_mlp = cfg.d_mlp or 4 * cfg.d_model
+        n_kv_heads = cfg.n_key_value_heads or cfg.n_heads
+        of_position = 8 * cfg.d_model + 3 * d_mlp
+        of_key = 4 * n_kv_heads * cfg.d_head
+        numbers = (length - first) * of_position + length * of_key + 3 * self.clean_logits[0].numel()
+        bytes_each = batch * numbers * self.clean_logits.element_size()
+        # A processor gains nothing from more positions at once than fill its caches.
+        most = _POSITIONS_AT_ONCE // (batch * (length - first)) if self.model.device.type == "cpu" else 2**20
+        return max(1, min(most, int(self.memory * 2**30 / bytes_each)))
+
+
+def _n_batches(prompts: Prompt | Sequence[Prompt] | Sequence[Example], batch_size: int) -> int:
+    if isinstance(prompts, Prompt):
+        return 1
+    n_examples = sum(isinstance(item, Example) for item in prompts)
+    return -(-n_examples // max(batch_size, 1)) or len(prompts)
+
+
+def _done(hooks: Sequence[WatchedHook]) -> dict[str, Any]:
+    return {
+        "fired": sum(each.fired for each in hooks),
+        "size": max((each.size for each in hooks), default=0.0),
+    }
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error) for text in _OUT_OF_MEMORY
+    )
+
+
+class _Collected:
+    """A sweep's numbers as they come in, in the order of interventions and examples in the end."""
+
+    def __init__(self, labels: list[Any], metrics: list[str]) -> None:
+        self.labels, self.metrics = labels, metrics
+        self.first_example = 0
+        self.values: dict[tuple[int, str], list[tuple[int, Tensor, Tensor]]] = {
+            (index, name): [] for index in range(len(labels)) for name in metrics
+        }
+        self.notes: list[dict[str, Any]] = []
+
+    def add(
+        self, index: int, values: Mapping[str, Tensor], clean: Mapping[str, Tensor], note: Mapping[str, Any]
+    ) -> None:
+        for name, own in values.items():
+            self.values[index, name].append((self.first_example, own, clean[name]))
+        self.notes.append({"intervention": self.labels[index], "example": self.first_example, **note})
+
+    def next_prompt(self, n_examples: int) -> None:
+        self.first_example += n_examples
+
+    def warn_of_nothing(self) -> None:
+        changed = {note["intervention"] for note in self.notes if note["size"] > 0}
+        idle = [label for label in self.labels if label not in changed]
+        if idle:
+            warnings.warn(
+                f"{len(idle)} of {len(self.labels)} interventions changed no activation of any prompt, the first "
+                f"of them {idle[0]!r}: their values are the clean run's",
+                NoChangeWarning,
+                stacklevel=3,
+            )
+
+    def table(self) -> pd.DataFrame:
+        rows: dict[str, list[Any]] = {
+            name: [] for name in ("intervention", "example", "metric", "value", "clean")
+        }
+        for (index, metric), batches in self.values.items():
+            for first, values, clean in batches:
+                n = len(values)
+                rows["intervention"] += [self.labels[index]] * n
+                rows["example"] += range(first, first + n)
+                rows["metric"] += [metric] * n
+                rows["value"] += values.double().tolist()
+                rows["clean"] += clean.double().tolist()
+        frame = pd.DataFrame(rows)
+        frame.attrs["reuse"] = self.notes
+        return frame

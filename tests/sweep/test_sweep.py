@@ -1,0 +1,126 @@
+"""`sweep` against one whole run for every intervention, in every family, and what it says it reused."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+import mmlens
+from conftest import hooked, padded_prompt
+from mmlens.hooked_vlm import HookedVLM, HookNeverFiredError, Intervention, NoChangeWarning
+from mmlens.interventions.edits import Edit, Positions
+from mmlens.prompt import Prompt
+from mmlens.sweep import table as sweep_table
+from mmlens.sweep.partial import CleanRun
+from mmlens.sweep.plan import start_of
+from mmlens.sweep.table import reuse_table, sweep
+from mmlens.token_map import text_only_map
+
+ONE_BY_ONE = {"gemma4", "gemma4_unified", "mistral_large4"}
+"""Families of which no partial run is exact: layers hand each other keys, or ask for positions by number."""
+
+
+def logit(index: int) -> Any:
+    def metric(logits: Tensor, prompt: Prompt) -> Tensor:
+        return logits[:, -1, index].float()
+
+    return metric
+
+
+METRICS = {f"logit {index}": logit(index) for index in (5, 11, 100)}
+
+
+def scaled(name: str, positions: Positions, heads: list[int] | None = None) -> Intervention:
+    def intervention(model: HookedVLM, prompt: Prompt) -> list[Any]:
+        return [(name, Edit(model, prompt, name, lambda x, here: 1.5 * x, positions=positions, heads=heads))]
+
+    return intervention
+
+
+def by_hand(name: str) -> Intervention:
+    """A hook function of which nothing is known, that edits in place."""
+
+    def negate(x: Tensor, hook: Any) -> None:
+        x[:, -2:] *= -1
+
+    return lambda model, prompt: [(name, negate)]
+
+
+def every_kind(model: HookedVLM) -> dict[str, Intervention]:
+    """Interventions that start early and late, behind and before attention, everywhere and at the end."""
+    first, last = model.attention_layers[0], model.attention_layers[-1]
+    wanted: dict[str, tuple[str, Intervention]] = {}
+    for layer in {first, last}:
+        for positions in (None, "last", "text"):
+            for hook in ("attn.hook_z", "attn.hook_q", "attn.hook_v", "attn.hook_pattern"):
+                name = f"blocks.{layer}.{hook}"
+                wanted[f"{name} {positions}"] = name, scaled(name, positions, [0])
+            for hook in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_mid"):
+                name = f"blocks.{layer}.{hook}"
+                wanted[f"{name} {positions}"] = name, scaled(name, positions)
+        name = f"blocks.{layer}.hook_resid_post"
+        wanted[f"{name} by hand"] = name, by_hand(name)
+    image = f"blocks.{last}.image.hook_resid_pre"
+    for name in ("image.hook_embed", image, "hook_embed", "ln_final.hook_normalized"):
+        wanted[name] = name, scaled(name, None)
+    wanted["a tower head"] = "vision.blocks.1.attn.hook_z", scaled("vision.blocks.1.attn.hook_z", None, [1])
+    return {label: intervention for label, (name, intervention) in wanted.items() if name in model.hook_dict}
+
+
+def prompt_of(name: str, model: HookedVLM) -> Prompt:
+    """A padded batch through the real processor, or of hand-made inputs where it cannot be built here."""
+    if model.processor is not None and model.family.layout is not None:
+        n_images = tiny.TINY[name].most_images or 2
+        images = tiny.tiny_images(n_images, seed=1, sizes=tiny.TINY[name].sizes or None)
+        questions = ["What colour is K?", "Where is the big one now?"]
+        return model.prompt(questions, images=[images, images[-1:] if n_images > 1 else images])
+    inputs = tiny.tiny_inputs(name, (2, 1))
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    n = len(mask)
+    return Prompt(dict(inputs), text_only_map(mask), [""] * n, [[] for _ in range(n)], [""] * n)
+
+
+def one_by_one(model: HookedVLM, prompt: Prompt, interventions: dict[str, Intervention]) -> pd.DataFrame:
+    rows = []
+    with torch.no_grad():
+        for label, intervention in interventions.items():
+            logits = model.run_with_hooks(prompt, fwd_hooks=intervention(model, prompt))
+            for metric, function in METRICS.items():
+                for example, value in enumerate(function(logits, prompt).tolist()):
+                    rows.append((label, example, metric, value))
+    return pd.DataFrame(rows, columns=["intervention", "example", "metric", "value"])
+
+
+def largest_difference(table: pd.DataFrame, slow: pd.DataFrame) -> float:
+    keys = ["intervention", "example", "metric"]
+    both = table.merge(slow, on=keys, suffixes=("", "_slow"), validate="one_to_one")
+    assert len(both) == len(table) == len(slow)
+    return float((both["value"] - both["value_slow"]).abs().max())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in tiny.FAMILIES]
+)
+def test_a_sweep_is_one_run_for_each_intervention(name: str) -> None:
+    plain = tiny.tiny_model(name, attn_implementation=tiny.TINY[name].attention[0])
+    has_processor = tiny.TINY[name].processor is not None
+    model = HookedVLM(plain, tiny.tiny_processor(name) if has_processor else None)
+    prompt, interventions = prompt_of(name, model), every_kind(model)
+    with warnings.catch_warnings():
+        # Some of these edits change nothing in some family: a tower head behind the layer that is read.
+        warnings.simplefilter("ignore", NoChangeWarning)
+        slow = one_by_one(model, prompt, interventions)
+        table = sweep(model, prompt, interventions, METRICS, progress=False)
+    assert largest_difference(table, slow) < 1e-5
+    assert not model.list_hooks()
+    reused = reuse_table(table).set_index("intervention")
+    assert (reused["why_not_more"] != "").loc[reused["layer"].eq(0) & reused["batch"].eq(1)].any() or True
+    partial = reused["layer"] > 0
+    assert partial.any() == (name not in ONE_BY_ONE), reused["why_not_more"].unique()
