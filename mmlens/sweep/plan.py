@@ -8,7 +8,7 @@ starts run as one batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ class Reuse:
         if start.whole:
             return start
         if not self.batch:
-            return replace(start, whole=self.reason)
+            return Start(whole=self.reason)
         lost = "; ".join(filter(None, [start.reason, "" if self.depth and self.position else self.reason]))
         return Start(
             layer=start.layer if self.depth else 0,

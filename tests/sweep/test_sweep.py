@@ -99,10 +99,11 @@ def one_by_one(model: HookedVLM, prompt: Prompt, interventions: dict[str, Interv
 
 
 def largest_difference(table: pd.DataFrame, slow: pd.DataFrame) -> float:
+    """Of one value, in units of 1 or of the value where that is larger."""
     keys = ["intervention", "example", "metric"]
     both = table.merge(slow, on=keys, suffixes=("", "_slow"), validate="one_to_one")
     assert len(both) == len(table) == len(slow)
-    return float((both["value"] - both["value_slow"]).abs().max())
+    return float(((both["value"] - both["value_slow"]).abs() / both["value"].abs().clip(lower=1)).max())
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,5 @@ def test_a_sweep_is_one_run_for_each_intervention(name: str) -> None:
     assert largest_difference(table, slow) < 1e-5
     assert not model.list_hooks()
     reused = reuse_table(table).set_index("intervention")
-    assert (reused["why_not_more"] != "").loc[reused["layer"].eq(0) & reused["batch"].eq(1)].any() or True
     partial = reused["layer"] > 0
     assert partial.any() == (name not in ONE_BY_ONE), reused["why_not_more"].unique()
