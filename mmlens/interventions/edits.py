@@ -199,6 +199,11 @@ class Edit:
             rows = where[here.of_prompt(is_image, False).to(x.device)]
             return rows.reshape(-1, *[1] * (x.ndim - 1))
         axis = next(axis for axis, name in enumerate(self.axes) if name in _POSITION_AXES)
+        if x.shape[axis] != where.shape[1]:
+            raise ValueError(
+                f"{self.name} covers {x.shape[axis]} places in a run of {where.shape[1]} positions: it is not over the "
+                "prompt's positions here (keys and values of cross-attention are not), so positions cannot be chosen"
+            )
         shape = [1] * x.ndim
         shape[0], shape[axis] = where.shape
         return where.reshape(shape)

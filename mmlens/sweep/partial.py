@@ -6,8 +6,8 @@
    the others call the real layer on the stream in hand, cut to the positions from the first one on and stacked once per
    intervention. The model itself makes masks, rotations, logits - all that a layer is given - so nothing of a family is
    written here. Attention gets the clean keys and values of the positions before.
-3. A partial run in which nothing is edited must give the clean logits; `CleanRun.check` compares. What is not exact
-   is not taken.
+3. A partial run without edits must give the clean logits, and one with an edit what it gives in a whole run:
+   `check` and `check_edited` compare. What is not exact is not taken.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmlens.attention import AttentionFunction, AttentionTap, is_causal
+from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Span
+from mmlens.interventions.edits import Edit
 from mmlens.prompt import Prompt
 from mmlens.sweep.shared_keys import shared_key_attention
 
@@ -56,6 +58,8 @@ class CleanRun:
     """For every position whether no earlier one attends to it or to a later one: where a run may be cut."""
     no_cut: str = ""
     """Why runs cannot be cut at positions, where they cannot."""
+    whole: str = ""
+    """Why there are no partial runs at all, where there are none."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,7 +90,8 @@ class CleanRun:
             calls=recorder.calls,
             attention=recorder.attention_ends(),
         )
-        run.no_cut = run._why_no_cut()
+        run.whole = run._why_whole()
+        run.no_cut = run.whole or run._why_no_cut()
         run.cuts = (
             [True] + [False] * (run.shape[1] - 1) if run.no_cut else _cuts(recorder.calls, run.shape[1])
         )
@@ -94,7 +99,7 @@ class CleanRun:
 
     def cut_before(self, position: int) -> int:
         """The last position at or before `position` at which a run may be cut; 0 where there is none."""
-        latest = self.shape[1] - max(self.logits_to_keep, 1)
+        latest = max(self.shape[1] - max(self.logits_to_keep, 1), 0)
         return next(at for at in range(min(position, latest), -1, -1) if self.cuts[at])
 
     def partial(
@@ -114,20 +119,51 @@ class CleanRun:
         """
         return _Replay(self, layer, first, hooks, attention_is_clean, may_trim).run()
 
-    def check(self, layer: int, first: int, tolerance: float) -> None:
-        """Raise NotExactError unless a partial run without edits gives the clean logits, to `tolerance` of their
-        largest value."""
+    def check(self, layer: int, first: int, copies: int, tolerance: float) -> None:
+        """Raise NotExactError unless `copies` stacked runs without edits all give the clean logits, to `tolerance` of
+        their largest value."""
+        self._compare(self._tried(layer, first, [()] * copies), [self.logits] * copies, tolerance)
+
+    def check_edited(self, first: int, copies: int, tolerance: float) -> None:
+        """Raise NotExactError unless an edit at layer 0 gives what it gives in a whole run, and leaves the runs
+        stacked with it alone. It reaches all that depends on the stream."""
+        name = block(0, "hook_resid_pre")
+        mask = ~self.prompt.token_map.is_padding
+        mask[:, :first] = False
+        edit = Edit(self.model, self.prompt, name, lambda x, here: 1.5 * x, positions=mask)
+        hooks: list[Hook] = [(name, edit)]
+        with torch.no_grad():
+            whole = self.model.run_with_hooks(
+                self.prompt, fwd_hooks=hooks, logits_to_keep=self.logits_to_keep, use_cache=False
+            )
+        rows = [hooks, *[()] * (copies - 1)]
+        expected = [whole[:, -self.logits.shape[1] :], *[self.logits] * (copies - 1)]
+        self._compare(self._tried(0, first, rows), expected, tolerance)
+
+    def _tried(self, layer: int, first: int, hooks: Sequence[Sequence[Hook]]) -> Tensor:
         try:
-            logits = self.partial(layer, first, [()], may_trim=True)[0]
+            return self.partial(layer, first, hooks, may_trim=True)
         except Exception as error:
             raise NotExactError(f"{type(error).__name__}: {error}") from error
-        if logits.shape != self.logits.shape:
-            raise NotExactError(f"logits {list(logits.shape)} instead of {list(self.logits.shape)}")
-        keep = self.logits.shape[1]
-        real = ~self.prompt.token_map.is_padding[:, -keep:].to(self.logits.device)
-        difference = (logits - self.logits)[real].abs().max()
-        if not bool(difference <= tolerance * self.logits[real].abs().max()):
-            raise NotExactError(f"a run without edits is off by {float(difference):.2g}")
+
+    def _compare(self, logits: Tensor, expected: Sequence[Tensor], tolerance: float) -> None:
+        if logits.shape[1:] != self.logits.shape:
+            raise NotExactError(f"logits {list(logits.shape[1:])} instead of {list(self.logits.shape)}")
+        real = ~self.prompt.token_map.is_padding[:, -self.logits.shape[1] :].to(self.logits.device)
+        for own, true in zip(logits, expected, strict=True):
+            difference = (own - true)[real].abs().max()
+            if not bool(difference <= tolerance * true[real].abs().max()):
+                raise NotExactError(f"its logits are off by {float(difference):.2g}")
+
+    def _why_whole(self) -> str:
+        """Why no partial run can be exact however it is tried: edits would not reach what passes beside the stream."""
+        own = sorted(set(self.gains) - set(self.model.anatomy.deep_after))
+        if own:
+            return f"the model itself changes the stream between layers {own[0]} and {own[0] + 1}"
+        for layer, output in enumerate(self.outputs):
+            if any(isinstance(entry, Tensor) for entry in output or ()):
+                return f"layer {layer} hands on more than the stream"
+        return ""
 
     def _why_no_cut(self) -> str:
         batch, length = self.shape
@@ -143,6 +179,9 @@ class CleanRun:
                 return f"layer {layer} calls attention {len(calls)} times"
             if calls[0].key.shape[2] != length:
                 return f"layer {layer} attends to {calls[0].key.shape[2]} keys, not to the prompt's positions"
+            mask = calls[0].mask
+            if mask is not None and not (isinstance(mask, Tensor) and mask.shape[-2:] == (length, length)):
+                return f"layer {layer} has a mask that says less than its attention does"
         return ""
 
 
@@ -523,11 +562,14 @@ def _around_attention(model: HookedVLM, arounds: Mapping[int, Callable[..., Any]
 @contextmanager
 def _ending(end: AttentionEnd, z: Tensor) -> Iterator[None]:
     """The attention module does its last step alone, on `z`."""
+    attributes = vars(end.module)
+    own = {name: attributes[name] for name in ("forward",) if name in attributes}
     end.module.forward = lambda *args, **kwargs: end.again(z)
     try:
         yield
     finally:
         del end.module.forward
+        attributes.update(own)
 
 
 def _stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -7,9 +7,10 @@ starts run as one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -69,14 +70,13 @@ def start_of(model: HookedVLM, clean: CleanRun, hooks: Sequence[Hook]) -> Start:
             f"positions {first} to {wanted} are attended to from before" if first < wanted else ""
         )
     at_start = [name for (name, _), own in zip(touched, layers, strict=True) if own == layer]
-    at_end = [
-        function for (_, function), own in zip(touched, layers, strict=True) if own >= clean.n_layers - 1
-    ]
     return Start(
         layer=layer,
         first=first,
         attention_is_clean=layer < clean.n_layers and all(map(_is_behind_attention, at_start)),
-        may_trim=all(_first_position(function) is not None for function in at_end),
+        may_trim=all(
+            _may_trim(name, function, clean.n_layers, clean.logits_to_keep) for name, function in touched
+        ),
         reason=reason,
     )
 
@@ -97,13 +97,31 @@ def _is_behind_attention(name: str) -> bool:
     return name.startswith("blocks.") and name.split(".", 2)[2].removeprefix("image.") in _BEHIND_ATTENTION
 
 
+def _may_trim(name: str, function: Callable[..., Any], n_layers: int, n_kept: int) -> bool:
+    """Whether the last layer may run at the kept positions alone, what stands before its attention twice.
+
+    An edit of other positions would not fire there, and seem to change nothing.
+    """
+    layer = _layer(name, n_layers)
+    if layer is None or layer < n_layers - 1:
+        # What the stream gains behind a layer is seen at the next one's input.
+        return not (layer == n_layers - 2 and name.endswith("hook_deepstack"))
+    if not isinstance(function, Edit) or ".image." in name:
+        return False
+    if function.mask is not None and not bool(function.mask[:, -n_kept:].any()):
+        return False
+    return layer == n_layers or _is_behind_attention(name)
+
+
 @dataclass(frozen=True)
 class Reuse:
     """What partial runs of one prompt may take from its clean run, tried out on runs without edits."""
 
-    depth: bool
-    position: bool
-    batch: bool
+    partial: bool = True
+    """Whether any partial run is exact."""
+    depth: bool = True
+    position: bool = True
+    batch: bool = True
     reason: str = ""
     """Why not more."""
 
@@ -111,37 +129,90 @@ class Reuse:
         """The start that is left of a wanted one."""
         if start.whole:
             return start
-        if not self.batch:
+        if not self.partial:
             return Start(whole=self.reason)
-        lost = "; ".join(filter(None, [start.reason, "" if self.depth and self.position else self.reason]))
         return Start(
             layer=start.layer if self.depth else 0,
             first=start.first if self.position else 0,
             attention_is_clean=start.attention_is_clean and self.depth,
             may_trim=start.may_trim and self.position,
-            reason=lost,
+            reason="; ".join(filter(None, [start.reason, self.reason])),
         )
 
 
+_TRIED = [
+    Reuse(depth=depth, position=position, batch=batch)
+    for depth, position in ((True, True), (True, False), (False, True), (False, False))
+    for batch in (True, False)
+]
+"""From the most to the least."""
+
+
+@dataclass
+class _Tried:
+    """What has been found exact for one model and one kind of prompt."""
+
+    level: int = 0
+    """The first of _TRIED that has not failed."""
+    layers: set[int] = field(default_factory=set)
+    """Start layers at which it was tried."""
+    is_edited: bool = False
+    """Whether an edited run was tried too."""
+    reason: str = ""
+
+
+_FOUND: WeakKeyDictionary[HookedVLM, dict[Hashable, _Tried]] = WeakKeyDictionary()
+
+
 def reuse_of(clean: CleanRun, starts: Iterable[Start]) -> Reuse:
-    """The most that gives the clean logits where nothing is edited, tried from the most to the least."""
+    """The most that is exact, tried out at every layer at which a run is to start.
+
+    What was found holds for the model's later prompts of the same kind: as many examples, with images and padding or
+    without.
+    """
+    if clean.whole:
+        return Reuse(partial=False, reason=f"no partial run is exact here: {clean.whole}")
     partial = [start for start in starts if not start.whole]
     if not partial:
-        return Reuse(True, True, True)
-    layers = sorted({start.layer for start in partial})
+        return Reuse()
+    tried = _FOUND.setdefault(clean.model, {}).setdefault(_kind(clean), _Tried())
     first = max(start.first for start in partial)
     tolerance = TOLERANCE.get(clean.logits.dtype, 1e-1)
-    reason = ""
-    for depth, position in ((True, True), (True, False), (False, True), (False, False)):
-        at = {(layer if depth else 0, first if position else 0) for layer in (layers[0], layers[-1])}
+    wanted = {start.layer for start in partial}
+    while tried.level < len(_TRIED):
+        reuse = _TRIED[tried.level]
+        copies, cut = (2 if reuse.batch else 1), (first if reuse.position else 0)
         try:
-            for layer, cut in sorted(at):
-                clean.check(layer, cut, tolerance)
+            for layer in sorted(wanted - tried.layers if reuse.depth else {0} - tried.layers):
+                clean.check(layer, cut, copies, tolerance)
+                tried.layers.add(layer)
+            if not tried.is_edited:
+                middle = clean.cut_before(clean.shape[1] // 2) if reuse.position else 0
+                clean.check_edited(middle, copies, tolerance)
+                tried.is_edited = True
         except NotExactError as error:
-            reason = reason or str(error).split("\n")[0]
+            reason = tried.reason or str(error).split("\n")[0]
+            tried.level, tried.layers, tried.is_edited, tried.reason = tried.level + 1, set(), False, reason
         else:
-            return Reuse(depth, position, batch=True, reason=reason)
-    return Reuse(False, False, False, reason=f"no partial run is exact here: {reason}")
+            return replace(reuse, reason=tried.reason)
+    return Reuse(partial=False, reason=f"no partial run is exact here: {tried.reason}")
+
+
+def _kind(clean: CleanRun) -> Hashable:
+    """Prompts alike in this are alike in what is exact: the batch, images, padding, and sizes that may be confused."""
+    model, token_map, (batch, length) = clean.model, clean.prompt.token_map, clean.shape
+    cfg = model.cfg
+    sizes = (cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, cfg.d_model, cfg.d_mlp, cfg.n_layers)
+    return (
+        batch,
+        bool(token_map.is_image.any()),
+        bool(token_map.is_padding.any()),
+        length if length in sizes else None,
+        clean.logits_to_keep,
+        clean.logits.dtype,
+        model.hf_model.config._attn_implementation,
+        bool(clean.no_cut),
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from mmlens.metrics.effects import (
 )
 from mmlens.prompt import Prompt
 from mmlens.sweep.partial import CleanRun
-from mmlens.sweep.plan import Group, Reuse, Start, groups_of, reuse_of, start_of
+from mmlens.sweep.plan import Group, Start, groups_of, reuse_of, start_of
 
 _POSITIONS_AT_ONCE = 1024
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -75,12 +75,11 @@ def sweep(
         raise ValueError("sweep needs at least one intervention, as {label: intervention}")
     metrics = named_metrics(metric)
     collected = _Collected(list(interventions), list(metrics))
-    checked: dict[Hashable, Reuse] = {}
     with tqdm(
         total=len(interventions) * _n_batches(prompts, batch_size), disable=not progress, unit="run"
     ) as bar:
         for prompt in prompt_batches(model, prompts, batch_size, progress=False):
-            own = _PromptSweep(model, prompt, MetricRuns(model, metrics, logits_to_keep), memory, checked)
+            own = _PromptSweep(model, prompt, MetricRuns(model, metrics, logits_to_keep), memory)
             hooks = [watched(list(intervention(model, prompt))) for intervention in interventions.values()]
             for index, values, note in own.run(hooks):
                 collected.add(index, values, own.clean_values, {**note, **_done(hooks[index])})
@@ -109,17 +108,22 @@ class _PromptSweep:
         prompt: Prompt,
         runs: MetricRuns,
         memory: float,
-        checked: dict[Hashable, Reuse],
     ) -> None:
-        self.model, self.prompt, self.runs, self.memory, self.checked = model, prompt, runs, memory, checked
+        self.model, self.prompt, self.runs, self.memory = model, prompt, runs, memory
         self.encoded = model.encode_images(prompt)
+        self.stacks = True
         self.clean: CleanRun | None = None
+        live = [name for name, point in model.hook_dict.items() if point.is_live]
         try:
+            if live:
+                # They would see cut and stacked activations, and act on the recorded ones a second time.
+                raise ValueError(f"hooks are set on the model already, at {live[0]}")
             self.clean = CleanRun.of(model, self.encoded, runs.logits_to_keep)
             self.clean_logits = self.clean.logits
         except ValueError as error:
             self.why_no_partial = str(error)
-            self.clean_logits = model(self.encoded, logits_to_keep=runs.logits_to_keep)
+            keep = runs.logits_to_keep
+            self.clean_logits = model(self.encoded, logits_to_keep=keep)[:, -keep:]
         self.clean_values = self._values(self.clean_logits, [])
 
     def run(
@@ -155,11 +159,9 @@ class _PromptSweep:
         if self.clean is None:
             return [Start(whole=self.why_no_partial)] * len(functions)
         wanted = [start_of(self.model, self.clean, own) for own in functions]
-        token_map = self.prompt.token_map
-        kind = bool(token_map.is_image.any()), bool(token_map.is_padding.any()), len(self.prompt) == 1
-        if kind not in self.checked:
-            self.checked[kind] = reuse_of(self.clean, wanted)
-        return [self.checked[kind].of(start) for start in wanted]
+        reuse = reuse_of(self.clean, wanted)
+        self.stacks = reuse.batch
+        return [reuse.of(start) for start in wanted]
 
     def _logits(
         self, group: Group, hooks: Sequence[Sequence[Hook]]
@@ -174,10 +176,8 @@ class _PromptSweep:
                 attention_is_clean=start.attention_is_clean,
                 may_trim=start.may_trim,
             )
-        prompt = self.prompt if start.needs_images else self.encoded
-        return self.model.run_with_hooks(prompt, fwd_hooks=hooks[0], logits_to_keep=self.runs.logits_to_keep)[
-            None
-        ]
+        prompt, keep = self.prompt if start.needs_images else self.encoded, self.runs.logits_to_keep
+        return self.model.run_with_hooks(prompt, fwd_hooks=hooks[0], logits_to_keep=keep)[None, :, -keep:]
 
     def _values(self, logits: Tensor, hooks: list[Hook]) -> dict[str, Tensor]:
         values: dict[str, list[Tensor]] = {name: [] for name in self.runs.metrics}
@@ -187,6 +187,8 @@ class _PromptSweep:
 
     def _most(self, first: int) -> int:
         """How many interventions from position `first` on fit into `memory`, by the sizes of what a layer holds."""
+        if not self.stacks:
+            return 1
         cfg, (batch, length) = self.model.cfg, self.prompt.shape
         d_mlp = cfg.d_mlp or 4 * cfg.d_model
         n_kv_heads = cfg.n_key_value_heads or cfg.n_heads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any
 
@@ -12,19 +11,16 @@ import tiny
 import torch
 from torch import Tensor
 
-import mmlens
-from conftest import hooked, padded_prompt
-from mmlens.hooked_vlm import HookedVLM, HookNeverFiredError, Intervention, NoChangeWarning
+from mmlens.hooked_vlm import HookedVLM, Intervention, NoChangeWarning
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.prompt import Prompt
-from mmlens.sweep import table as sweep_table
-from mmlens.sweep.partial import CleanRun
-from mmlens.sweep.plan import start_of
 from mmlens.sweep.table import reuse_table, sweep
 from mmlens.token_map import text_only_map
+from mmlens.weights import attends_elsewhere
 
-ONE_BY_ONE = {"gemma4", "gemma4_unified", "mistral_large4"}
-"""Families of which no partial run is exact: layers hand each other keys, or ask for positions by number."""
+ONE_BY_ONE = {"gemma4", "mistral_large4", "glm5_next", "idefics"}
+"""Families of which no partial run is exact: layers hand each other more than the stream, or something stands
+between them."""
 
 
 def logit(index: int) -> Any:
@@ -59,7 +55,9 @@ def every_kind(model: HookedVLM) -> dict[str, Intervention]:
     wanted: dict[str, tuple[str, Intervention]] = {}
     for layer in {first, last}:
         for positions in (None, "last", "text"):
-            for hook in ("attn.hook_z", "attn.hook_q", "attn.hook_v", "attn.hook_pattern"):
+            attention = model.anatomy.language[layer].attention
+            own_keys = [] if attention is None or attends_elsewhere(attention) else ["attn.hook_v"]
+            for hook in ("attn.hook_z", "attn.hook_q", *own_keys, "attn.hook_pattern"):
                 name = f"blocks.{layer}.{hook}"
                 wanted[f"{name} {positions}"] = name, scaled(name, positions, [0])
             for hook in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_mid"):
