@@ -20,10 +20,11 @@ from mmlens.interventions.ablation import mean_activations as mean_activations
 from mmlens.interventions.attention_edges import knockout as knockout
 from mmlens.interventions.attention_edges import scale_heads as scale_heads
 from mmlens.interventions.attention_edges import steer as steer
+from mmlens.interventions.compose import by_layer as by_layer
 from mmlens.interventions.compose import compose as compose
 from mmlens.interventions.compose import during as during
+from mmlens.interventions.compose import edit_report as edit_report
 from mmlens.interventions.compose import relay as relay
-from mmlens.interventions.compose import report as report
 from mmlens.interventions.corruptions import CorruptionError as CorruptionError
 from mmlens.interventions.corruptions import blank_region as blank_region
 from mmlens.interventions.corruptions import corrupted_prompt as corrupted_prompt

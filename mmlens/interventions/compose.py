@@ -447,7 +447,7 @@ def _same_positions(source: Tensor, span: Span, name: str, wanted: Span) -> Tens
 # ---------------------------------------------------------------------- report
 
 
-def report(hooks: Sequence[Hook]) -> pd.DataFrame:
+def edit_report(hooks: Sequence[Hook]) -> pd.DataFrame:
     """Where the hooks of an intervention acted and how large their edits were, one row per hook.
 
     Columns: `hook`; `heads` (None: no choice of heads); `positions`, how many of the batch's prompt positions it may
@@ -461,7 +461,7 @@ def report(hooks: Sequence[Hook]) -> pd.DataFrame:
     >>> hooks = ablate([(0, 1), (1, 2)], positions="last")(model, prompt)
     >>> with model.hooks(fwd_hooks=hooks):
     ...     logits = model(prompt)
-    >>> report(hooks)[["hook", "heads", "positions", "fired"]]
+    >>> edit_report(hooks)[["hook", "heads", "positions", "fired"]]
                        hook heads  positions  fired
     0  blocks.0.attn.hook_z  (1,)          1      1
     1  blocks.1.attn.hook_z  (2,)          1      1

@@ -362,7 +362,9 @@ class _Replay:
 
     @torch.no_grad()
     def run(self) -> Float[Tensor, "intervention batch kept vocab"]:
-        hooks = stacked_hooks(self.model, self.hooks)
+        at = dict(stacked_hooks(self.model, self.hooks))
+        # As one hook: of the points that a filter means, not all need fire.
+        hooks: list[Hook] = [(at.__contains__, lambda x, hook: at[hook.name](x, hook))] if at else []
         keep = self.clean.logits_to_keep
         with self._standing_in(), self.model.hooks(fwd_hooks=hooks) if hooks else nullcontext():
             logits = self.model(self.clean.prompt, logits_to_keep=keep, use_cache=False)
@@ -521,7 +523,9 @@ def _cut(value: Any, shape: tuple[int, int], first: int, n: int) -> Any:
     return value.repeat(repeats)
 
 
-def stacked_hooks(model: HookedVLM, hooks: Sequence[Sequence[Hook]]) -> list[Hook]:
+def stacked_hooks(
+    model: HookedVLM, hooks: Sequence[Sequence[Hook]]
+) -> list[tuple[str, Callable[..., Tensor]]]:
     """One function per hook point that gives each intervention its own rows of the stacked batch."""
     by_name: dict[str, list[tuple[int, Callable[..., Any]]]] = {}
     for row, own in enumerate(hooks):

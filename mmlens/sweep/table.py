@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmlens.data.examples import Example
-from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, NoChangeWarning
+from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, NoChangeWarning
 from mmlens.metrics.effects import (
     Metric,
     MetricRuns,
@@ -152,6 +152,11 @@ class _PromptSweep:
                 "images": "once" if self.encoded.image_features is not None else "with every batch",
                 "why_not_more": group.start.whole or group.start.reason,
             }
+            silent = [each.name for member in group.members for each in hooks[member] if not each.fired]
+            if silent:
+                raise HookNeverFiredError(
+                    f"the model ran, but these hooks never fired: {', '.join(sorted(set(silent))[:5])}"
+                )
             for member, own in zip(group.members, logits, strict=True):
                 yield member, self._values(own, functions[member]), note
 
@@ -250,7 +255,8 @@ class _Collected:
                 f"{len(idle)} of {len(self.labels)} interventions changed no activation of any prompt, the first "
                 f"of them {idle[0]!r}: their values are the clean run's",
                 NoChangeWarning,
-                stacklevel=3,
+                # Behind this method, `sweep` and torch.no_grad's wrapper.
+                stacklevel=4,
             )
 
     def table(self) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from mmlens.data.examples import Example
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention
 from mmlens.interventions.ablation import mean_activations
 from mmlens.interventions.attention_edges import knockout, scale_heads, steer
-from mmlens.interventions.compose import by_layer, compose, during, relay, report
+from mmlens.interventions.compose import by_layer, compose, during, edit_report, relay
 from mmlens.interventions.edits import Edit, Here
 from mmlens.prompt import Prompt
 
@@ -488,13 +488,13 @@ def test_a_report_says_where_edits_fired_and_how_large_they_were() -> None:
         knockout("last", "image", layers=0),
         lambda model, prompt: [("blocks.0.hook_resid_pre", lambda x, hook: None)],
     )(model, prompt)
-    table = report(hooks)
+    table = edit_report(hooks)
     assert list(table["hook"]) == [name, "blocks.0.attn.hook_attn_scores", "blocks.0.hook_resid_pre"]
     assert list(table["fired"][:2]) == [0, 0] and pd.isna(table["fired"][2])
     with model.hooks(fwd_hooks=hooks[:1]):
         model(prompt)
         model(prompt)
-    row = report(hooks).iloc[0]
+    row = edit_report(hooks).iloc[0]
     expected = 2 * clean["z", 1][prompt.token_map.is_question][:, 2].abs().max()
     assert row["fired"] == 2 and row["size"] == pytest.approx(float(expected))
     assert (row["heads"], row["positions"], row["generated"], row["measure"]) == (
@@ -503,5 +503,5 @@ def test_a_report_says_where_edits_fired_and_how_large_they_were() -> None:
         False,
         "element",
     )
-    assert report(hooks).iloc[1]["measure"] == "attention mass"
-    assert list(report([]).columns) == list(table.columns)
+    assert edit_report(hooks).iloc[1]["measure"] == "attention mass"
+    assert list(edit_report([]).columns) == list(table.columns)
