@@ -5,7 +5,8 @@
 2. A module that no HookedVLM has tapped, or whose tap is idle, runs exactly what transformers would have run.
 3. hook_rot_q and hook_rot_k see the rotated queries and keys and stay on the fast path.
 4. A layer whose hook_attn_scores or hook_pattern is live leaves the fast path, alone: the family's own eager
-   function runs, watched at its softmax, so that every quirk of the family stays exact.
+   function runs, watched at its softmax, so that every quirk of the family stays exact. Where all hooks say which
+   queries they touch, as edits do, the rows before the first of these stay on the fast path.
 5. A few rows of the pattern come from q, k and the mask: softmax(q[rows] k^T scale + mask[rows]).
 
 The name of the implementation stays "sdpa" or "eager": some families read it to decide what mask to build,
@@ -15,9 +16,10 @@ and a registered name of our own would silently drop theirs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,6 +61,13 @@ class QueryRows:
         return cls(order[:, :width], torch.arange(width, device=queries.device) < counts[:, None])
 
 
+class RunsPositions(Protocol):
+    """A model that knows which positions the run under way computes."""
+
+    span: Any
+    """(first, length), a named tuple."""
+
+
 class AttentionTap:
     """The hook points of one attention layer, and whoever wants rows of its pattern."""
 
@@ -69,6 +78,8 @@ class AttentionTap:
         self.pattern = hook_points["hook_pattern"]
         self.rows: QueryRows | None = None
         self.consume_rows: Callable[[Tensor], None] | None = None
+        self.runs: RunsPositions | None = None
+        """The model whose positions the queries are; None in towers."""
         self.around: Around | None = None
         """Stands between the module and `attend` where set: a partial run records and completes calls by it."""
 
@@ -117,11 +128,43 @@ class AttentionTap:
         if self.rows is not None and self.consume_rows is not None:
             rows = _attention_rows(self.rows, eager, module, query, key, value, attention_mask, kwargs)
             self.consume_rows(rows)
-        if self.needs_softmax:
-            mask = _additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"))
-            with _SoftmaxWatch(self.scores, self.pattern, _attending(attention_mask, kwargs), key.shape[2]):
-                return eager(module, query, key, value, mask, **kwargs)
-        return fast(module, query, key, value, attention_mask, **kwargs)
+        if not self.needs_softmax:
+            return fast(module, query, key, value, attention_mask, **kwargs)
+        first = self._first_hooked(query, kwargs)
+        mask = _additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"), first)
+        attending = _attending(attention_mask, kwargs, first)
+        with self._running_from(first), _SoftmaxWatch(self.scores, self.pattern, attending, key.shape[2]):
+            output, weights = eager(module, query[:, :, first:], key, value, mask, **kwargs)
+        if not first:
+            return output, weights
+        before, _ = fast(module, query, key, value, attention_mask, **kwargs)
+        return torch.cat([before[:, :first], output], dim=1), None
+
+    def _first_hooked(self, query: Tensor, kwargs: Mapping[str, Any]) -> int:
+        """The first query, in the run under way, that hooks on scores and pattern touch.
+
+        The rows before it stay on the fast path, where every hook says which positions it touches.
+        """
+        if self.runs is None or kwargs.get("position_bias") is not None:
+            return 0
+        start, length = self.runs.span
+        if query.shape[2] != length:
+            return 0
+        first = min(point.first_position for point in (self.scores, self.pattern) if point.is_live)
+        return min(max(first - start, 0), length - 1)
+
+    @contextmanager
+    def _running_from(self, first: int) -> Iterator[None]:
+        """Hooks see the queries from `first` on."""
+        if self.runs is None or not first:
+            yield
+            return
+        span = self.runs.span
+        self.runs.span = span._replace(first=span.first + first, length=span.length - first)
+        try:
+            yield
+        finally:
+            self.runs.span = span
 
 
 _TAPS: WeakKeyDictionary[nn.Module, AttentionTap] = WeakKeyDictionary()
@@ -197,7 +240,7 @@ def is_causal(module: nn.Module | None, stated: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if stated is None else stated)
 
 
-def _attending(mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+def _attending(mask: Tensor | None, kwargs: dict[str, Any], first: int = 0) -> Tensor | None:
     """[batch, head or 1, query, 1] which rows of a boolean mask allow a key; None where every row does.
 
     SDPA gives a row that may attend to nothing (padding) an output of zero, where the eager softmax would spread
@@ -206,14 +249,19 @@ def _attending(mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
     """
     if mask is None or mask.dtype != torch.bool or kwargs.get("position_bias") is not None:
         return None
-    rows = mask.any(-1, keepdim=True)
+    rows = _from(mask, first).any(-1, keepdim=True)
     return None if bool(rows.all()) else rows
 
 
+def _from(mask: Tensor, first: int) -> Tensor:
+    """A mask's rows from query `first` on; a mask with one row has it for all queries."""
+    return mask[..., first:, :] if mask.shape[-2] > 1 else mask
+
+
 def _additive_mask(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool | None
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool | None, first: int = 0
 ) -> Tensor | None:
-    """The mask that an eager function adds to the scores, from what the fast path was given.
+    """The mask that an eager function adds to the scores of queries from `first` on, from what the fast path was given.
 
     SDPA takes a boolean mask (True = attend) or none at all, with causality as a flag of the module.
     """
@@ -221,7 +269,10 @@ def _additive_mask(
     if mask is None:
         if q_length == 1 or not is_causal(module, causal):
             return None
-        mask = torch.ones(q_length, k_length, dtype=torch.bool, device=query.device).tril()[None, None]
+        rows = torch.ones(q_length - first, k_length, dtype=torch.bool, device=query.device)
+        mask = rows.tril(first)[None, None]
+    else:
+        mask = _from(mask, first)
     if mask.dtype == torch.bool:
         blocked = torch.finfo(query.dtype).min
         return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, blocked)

@@ -371,6 +371,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
                 silent.pop(key, None)
                 return hook_(tensor, **kwargs)
 
+            stated: Any = fire
+            stated.first_position = getattr(hook, "first_position", 0)
             return fire
 
         forward = [(self.hook_names(name), hook) for name, hook in fwd_hooks]
@@ -647,6 +649,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
                 {role: at_projection for role, (_, at_projection) in forks.items()},
             )
             if language:
+                attention_tap.runs = self
                 self._attention_taps[int(prefix.split(".")[1])] = attention_tap
         self._lay_norm(f"{prefix}ln1_post", parts.post_norm1)
         if parts.attention_output is not None:

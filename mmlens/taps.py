@@ -37,6 +37,13 @@ class LazyHookPoint(HookPoint):
     def is_live(self) -> bool:
         return bool(self.fwd_hooks or self.bwd_hooks)
 
+    @property
+    def first_position(self) -> int:
+        """The first position of the prompt that a hook may touch, as the hooks state; 0 where one states none."""
+        if self.bwd_hooks:
+            return 0
+        return min((getattr(handle.user_hook, "first_position", 0) for handle in self.fwd_hooks), default=0)
+
     def add_hook(self, *args: Any, **kwargs: Any) -> LensHandle:
         handle = super().add_hook(*args, **kwargs)
         for tap in self.taps:

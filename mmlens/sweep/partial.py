@@ -545,6 +545,8 @@ def _stacked_function(entries: list[tuple[int, Callable[..., Any]]], n: int) -> 
                 rows[row] = edited
         return out
 
+    stated: Any = function
+    stated.first_position = min(getattr(own, "first_position", 0) for _, own in entries)
     return function
 
 

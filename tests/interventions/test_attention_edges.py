@@ -17,6 +17,7 @@ from conftest import QUESTION, hooked, padded_prompt, two_image_prompt
 from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
 from mmlens.interventions.attention_edges import knockout, scale_heads, steer
 from mmlens.interventions.compose import during
+from mmlens.interventions.edits import Edit, Here
 from mmlens.prompt import Prompt
 from mmlens.token_map import TokenMap
 
@@ -433,3 +434,24 @@ def test_layers_that_attend_to_the_image_itself_are_left_out_or_refused() -> Non
         knockout("last", early, layers=[0, 1])(model, prompt)
     with pytest.raises(ValueError, match="cross-attention"):
         steer([(3, 0)], early, 1.0)(model, prompt)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ("llava", "qwen3_vl", "gemma3"))
+def test_rows_before_the_first_edited_query_stay_on_the_fast_path(family: str) -> None:
+    """The edit is handed its own rows alone; beside a function that may touch any row, it is handed all of them."""
+    model = hooked(family)
+    prompt = padded_prompt(model)
+    name = "blocks.1.attn.hook_attn_scores"
+    seen: list[int] = []
+
+    def halved(scores: Tensor, here: Here) -> Tensor:
+        seen.append(scores.shape[2])
+        return torch.where(scores > -1e4, scores / 2, scores)
+
+    edit = Edit(model, prompt, name, halved, positions="last")
+    alone = model.run_with_hooks(prompt, fwd_hooks=[(name, edit)])
+    beside = model.run_with_hooks(prompt, fwd_hooks=[(name, edit), (name, lambda scores, hook: None)])
+    assert seen == [1, prompt.shape[1]]
+    real = ~prompt.token_map.is_padding
+    torch.testing.assert_close(alone[real], beside[real], atol=1e-5, rtol=1e-5)
