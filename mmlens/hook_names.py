@@ -124,6 +124,15 @@ def layer_of(name: str) -> int | None:
     return int(parts[1]) if parts[0] == "blocks" else None
 
 
+def runs_over_positions(name: str) -> bool:
+    """Whether the activation runs over the positions of the language model, all of them or the visual ones.
+
+    >>> runs_over_positions("image.hook_embed"), runs_over_positions("projector.hook_out")
+    (True, False)
+    """
+    return layer_of(name) is not None or name.startswith(("hook_embed", "image.", "ln_final."))
+
+
 def unknown_name_message(kind: str, given: str, known: Iterable[str]) -> str:
     """What was given, and the nearest right names.
 

@@ -268,6 +268,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gemma4",
             layout=pooled_grid.gemma4,
+            past_the_stream="what its layers read beside the stream is projected from the embeddings themselves",
             # A per-layer embedding is added behind the MLP, and the whole stream is scaled.
             adds=False,
             missing={**_SHARED_KEYS, "vision.blocks.{l}.attn.hook_result": _CLIPPED},
@@ -392,6 +393,7 @@ FAMILIES: dict[str, Family] = {
                 }
             ),
             projector="model.vision_tower.merger",
+            past_the_stream="its later layers read the embeddings themselves beside the stream",
             # Attention and MLP read a mixture of the states of earlier blocks of layers; full layers have a norm
             # for queries, keys and values each.
             adds=False,

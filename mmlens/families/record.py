@@ -63,6 +63,8 @@ class Family:
     """The configuration's attribute (of a layer or a list of layers) after which the features are taken."""
     stream: str = STREAM
     """The axes of the residual stream between layers, where it is no single vector per position."""
+    past_the_stream: str = ""
+    """How the embeddings reach later layers past the residual stream, where they do."""
     adds: bool = True
     """Whether a layer's output is its input plus hook_attn_out plus hook_mlp_out, and nothing more."""
     missing: Mapping[str, str] = field(default_factory=dict)

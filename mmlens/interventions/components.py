@@ -45,11 +45,6 @@ _OUTPUTS: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "mlp": ("mlp", ("hook_mlp_out",)),
     "layer": ("layer", ("hook_attn_out", "hook_mlp_out")),
 }
-_READS_EMBEDDINGS_ELSEWHERE = {
-    "gemma4": "what enters each of its layers beside the stream is projected from the embeddings themselves",
-    "inkling2": "its later layers read the embeddings themselves beside the stream",
-}
-"""Families in which an edit of the embeddings that enter the first layer leaves another way from image to logits."""
 _WAYS = (
     "(layer, head), (layer, 'attn'), (layer, 'mlp'), (layer, 'layer'), (layer, 'mlp', neuron), "
     "('vision', layer, head) or 'image'"
@@ -104,7 +99,7 @@ def component(model: HookedVLM, spec: Spec) -> Component:
     if isinstance(spec, str):
         if spec != "image":
             raise ValueError(f"there is no component {spec!r}; components are a list of {_WAYS}")
-        why = _READS_EMBEDDINGS_ELSEWHERE.get(model.family.model_type)
+        why = model.family.past_the_stream
         if why:
             raise UnknownHookError(
                 f"{model.family.model_type} has no component 'image': {why}, so no hook point holds all of them"

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mmlens.hook_names import BLOCK_HOOKS, axes_of, layer_of, unknown_name_message
+from mmlens.hook_names import BLOCK_HOOKS, axes_of, layer_of, runs_over_positions, unknown_name_message
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, Span
 from mmlens.interventions.edits import Edit, Here, Positions, positions_mask
 from mmlens.prompt import Prompt
@@ -223,8 +223,7 @@ def _restricted(
 
 def _covers_positions(name: str) -> bool:
     """Whether the activation runs over the positions of the language model, generated ones included."""
-    in_language = layer_of(name) is not None or name.startswith(("hook_embed", "ln_final."))
-    return in_language and axes_of(name)[0] != "image_token"
+    return runs_over_positions(name) and axes_of(name)[0] != "image_token"
 
 
 def _fresh(edit: Edit) -> Edit:

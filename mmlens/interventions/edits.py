@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mmlens.hook_names import axes_of, layer_of, unknown_name_message
+from mmlens.hook_names import axes_of, runs_over_positions, unknown_name_message
 from mmlens.hooked_vlm import HookedVLM, Span
 from mmlens.prompt import Prompt
 
@@ -34,7 +34,6 @@ NAMED_POSITIONS: dict[str, Callable[[Prompt], Mask]] = {
 
 _POSITION_AXES = ("pos", "query", "key")
 _HEAD_AXES = ("head", "kv_head")
-_OTHER_STACKS = ("vision.", "projector.")
 
 
 def positions_mask(prompt: Prompt, positions: Positions) -> Mask | None:
@@ -123,7 +122,7 @@ class Edit:
         model.hook_names(name)
         self.model, self.prompt, self.name, self.change = model, prompt, name, change
         self.axes = axes_of(name)
-        self.is_language = layer_of(name) is not None or name.startswith(("hook_embed", "image.", "ln_final"))
+        self.is_language = runs_over_positions(name)
         self.mask = positions_mask(prompt, positions)
         self.generated = self.mask is None if generated is None else generated
         if not self.is_language and not (self.mask is None and self.generated):

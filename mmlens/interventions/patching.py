@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from mmlens.hook_names import axes_of, layer_of, unknown_name_message
+from mmlens.hook_names import axes_of, runs_over_positions, unknown_name_message
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, UnknownHookError
 from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.edits import Change, Edit, Here, Positions, positions_mask
@@ -110,7 +110,7 @@ def patch(
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         model.hook_names(hook)
         origin = shared.origins(model, prompt, [hook])[hook]
-        if not _runs_over_positions(hook):
+        if not runs_over_positions(hook):
             if source_positions is not None:
                 raise ValueError(
                     f"{hook} does not run over the prompt's positions: it takes no source_positions"
@@ -176,7 +176,7 @@ class SharedSource:
         """
         values = {}
         for hook, origin in self.origins(model, prompt, hooks).items():
-            if _runs_over_positions(hook):
+            if runs_over_positions(hook):
                 _laid_over(model, prompt, hook, origin, None, None)
                 values[hook] = _with_batch_axis(hook, origin, len(prompt))
             else:
@@ -302,10 +302,6 @@ def _of_activations(given: ActivationCache | Mapping[str, Tensor], hooks: Sequen
 
 
 # ---------------------------------------------------------------------- over the prompt's positions
-
-
-def _runs_over_positions(hook: str) -> bool:
-    return layer_of(hook) is not None or hook.startswith(("hook_embed", "image.", "ln_final"))
 
 
 def _packed_mask(model: HookedVLM, prompt: Prompt, hook: str) -> Bool[Tensor, "batch pos"] | None:
