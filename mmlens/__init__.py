@@ -53,8 +53,8 @@ from mmlens.metrics.attention import key_token_ratio as key_token_ratio
 from mmlens.metrics.attention import ram as ram
 from mmlens.metrics.attention import vision_mass as vision_mass
 from mmlens.metrics.attribution import attribute as attribute
-from mmlens.metrics.attribution import attribute_edges as attribute_edges
-from mmlens.metrics.attribution import compare_with_patching as compare_with_patching
+from mmlens.metrics.attribution_check import compare_with_patching as compare_with_patching
+from mmlens.metrics.attribution_edges import attribute_edges as attribute_edges
 from mmlens.metrics.effects import Effect as Effect
 from mmlens.metrics.effects import effect as effect
 from mmlens.metrics.outcomes import accuracy as accuracy

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mmlens.data.examples import Example
 from mmlens.heads import HeadScores, HeadSet, share_of

@@ -464,7 +464,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             return [name for name in self.hook_dict if not name.endswith(costly)]
         if isinstance(names_filter, str) or callable(names_filter):
             return self.hook_names(names_filter)
-        return [known for name in names_filter for known in self.hook_names(name)]
+        return list(dict.fromkeys(known for name in names_filter for known in self.hook_names(name)))
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
         """As in TransformerLens; hook_q_input and its like are there either way, and cost only while hooked."""

@@ -279,7 +279,9 @@ def forked_input(point: LazyHookPoint, projection: Projection, norm: nn.Module) 
         projected, x = projection.read(out), stream.pop().unsqueeze(-2)
         edited = point(x.expand(*x.shape[:-2], projected.shape[-2], -1).clone())
         same = (edited == x).all(-1, keepdim=True)
-        gained = (norm.forward(edited) - norm.forward(x)).masked_fill(same, 0.0)
+        gained = norm.forward(edited) - norm.forward(x)
+        # Rounding is taken away where nothing was edited, but not the gradient.
+        gained = gained - gained.detach().masked_fill(~same, 0.0)
         weight = projection.read(weight_of(module, out).T)
         return projection.write(out, projected + torch.einsum("...hm,mhd->...hd", gained, weight))
 

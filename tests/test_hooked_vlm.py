@@ -295,3 +295,45 @@ def test_a_gate_of_zero_is_read_exactly_and_refuses_edits() -> None:
         assert torch.equal(model.run_with_hooks(inputs, fwd_hooks=[(name, lambda x, hook: x)]), clean)
         with pytest.raises(ValueError, match="a gate of exactly 0"):
             model.run_with_hooks(inputs, fwd_hooks=[(name, lambda x, hook: x + 1)])
+
+
+@torch.no_grad()
+def test_a_name_given_twice_is_cached_once() -> None:
+    model, name = hooked("llava"), "blocks.1.attn.hook_z"
+    prompt = padded_prompt(model)
+    _, once = model.run_with_cache(prompt, names_filter=[name])
+    _, twice = model.run_with_cache(prompt, names_filter=[name, name])
+    assert list(twice) == [name] and torch.equal(once[name], twice[name])
+
+
+@pytest.mark.parametrize("role", ["q", "k", "v"])
+def test_what_heads_read_has_a_gradient(role: str) -> None:
+    """A backward hook sees the derivative of the logits, known by finite differences; the logits change by no bit."""
+    model = hooked("qwen2_5_vl")
+    inputs, head, name = padded_prompt(model).inputs, 1, f"blocks.1.attn.hook_{role}_input"
+    seen: list[Tensor] = []
+
+    def save(gradient: Tensor, hook: object) -> None:
+        seen.append(gradient)
+
+    clean = model(inputs)
+    with model.hooks(bwd_hooks=[(name, save)]):
+        logits = model(inputs)
+        logits[:, -1, 5].sum().backward()
+    model.hf_model.zero_grad(set_to_none=True)
+    assert torch.equal(logits, clean)
+    direction = torch.randn(seen[0].shape, generator=torch.Generator().manual_seed(0))
+    direction[:, :, [i for i in range(direction.shape[2]) if i != head]] = 0
+
+    @torch.no_grad()
+    def slope(step: float) -> Tensor:
+        ends = [
+            model.run_with_hooks(inputs, fwd_hooks=[(name, lambda x, hook, part=part: x + part * direction)])
+            for part in (step, -step)
+        ]
+        return (ends[0] - ends[1])[:, -1, 5].sum() / (2 * step)
+
+    # Of two widths, exact to the fourth order.
+    exact = (4 * slope(0.01) - slope(0.02)) / 3
+    torch.testing.assert_close((seen[0] * direction).sum(), exact, rtol=1e-2, atol=1e-4)
+    assert exact.abs() > 1e-2

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mmlens.data.examples import Example
 from mmlens.heads import Heads, HeadScores, as_head_set

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mmlens.data.examples import Example
 from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention

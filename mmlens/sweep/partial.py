@@ -32,6 +32,9 @@ _MOST_SCORES = 2**26
 """More scores than this at once are left to the model's own attention function, which needs no room for them."""
 
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
 class NotExactError(RuntimeError):
     """A partial run without edits that did not give the clean logits."""
 
@@ -144,6 +147,8 @@ class CleanRun:
         try:
             return self.partial(layer, first, hooks, may_trim=True)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise NotExactError(f"{type(error).__name__}: {error}") from error
 
     def _compare(self, logits: Tensor, expected: Sequence[Tensor], tolerance: float) -> None:
@@ -551,6 +556,13 @@ def _stacked_function(entries: list[tuple[int, Callable[..., Any]]], n: int) -> 
 
 
 # ---------------------------------------------------------------------- plumbing
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory is full, as CPU allocators do in words alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error) for text in _OUT_OF_MEMORY
+    )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from mmlens.data.examples import Example
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, NoChangeWarning
@@ -25,11 +25,10 @@ from mmlens.metrics.effects import (
     watched,
 )
 from mmlens.prompt import Prompt
-from mmlens.sweep.partial import CleanRun
+from mmlens.sweep.partial import CleanRun, is_out_of_memory
 from mmlens.sweep.plan import Group, Start, groups_of, reuse_of, start_of
 
 _POSITIONS_AT_ONCE = 1024
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @torch.no_grad()
@@ -138,7 +137,7 @@ class _PromptSweep:
             try:
                 logits = self._logits(group, [functions[member] for member in group.members])
             except (MemoryError, RuntimeError) as error:
-                if len(group.members) == 1 or not _is_out_of_memory(error):
+                if len(group.members) == 1 or not is_out_of_memory(error):
                     raise
                 half = (len(group.members) + 1) // 2
                 waiting[:0] = [
@@ -218,12 +217,6 @@ def _done(hooks: Sequence[WatchedHook]) -> dict[str, Any]:
         "fired": sum(each.fired for each in hooks),
         "size": max((each.size for each in hooks), default=0.0),
     }
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        text in str(error) for text in _OUT_OF_MEMORY
-    )
 
 
 class _Collected:

@@ -17,20 +17,14 @@ from torch import Tensor, nn
 import mmlens
 from conftest import QUESTION, hooked
 from mmlens.hooked_vlm import HookedVLM, HookNeverFiredError, UnknownHookError
-from mmlens.metrics.attribution import (
-    Attribution,
-    PatchingComparison,
-    Site,
-    _key_changes,
-    _score_factor,
-    attribute,
-    attribute_edges,
-    compare_with_patching,
-)
+from mmlens.metrics.attribution import Attribution, attribute
+from mmlens.metrics.attribution_check import PatchingComparison, compare_with_patching
+from mmlens.metrics.attribution_edges import EdgeAttribution, Site, attribute_edges
+from mmlens.metrics.attribution_patterns import _key_changes, _score_factor
 from mmlens.prompt import Prompt
 
-FAMILIES = (*tiny.REPRESENTATIVES, "gemma3")
-"""Gemma 3 has norms behind attention and MLP."""
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3")
+"""Qwen3-VL has deep image features, Idefics3 tiles, Gemma 3 norms behind attention and MLP."""
 
 
 def contrast(logits: Tensor, prompt: Prompt) -> Tensor:
@@ -206,7 +200,7 @@ def test_integrated_activation_sums_to_the_exact_effect(family: str) -> None:
     model, prompt, source = setting(family)
     names = ["blocks.1.attn.hook_z", "blocks.2.hook_mlp_out"]
     attribution = attribute(
-        model, prompt, source, contrast, nodes=names, method="integrated_activation", steps=24
+        model, prompt, source, contrast, nodes=names, method="integrated_activation", steps=12
     )
     there, clean = cached(model, source, *names), measured(model, prompt)
     for name in names:
@@ -247,7 +241,7 @@ def test_integrated_is_the_mean_slope_along_the_embeddings(family: str) -> None:
     close(attribution.scores[name].sum(-1), torch.stack(slopes).mean(0))
     # Without DeepStack the embeddings are all that changes, and theirs sum to the whole difference.
     if not model.anatomy.deep_after:
-        fine = attribute(model, prompt, source, contrast, nodes="embed", method="integrated", steps=50)
+        fine = attribute(model, prompt, source, contrast, nodes="embed", method="integrated", steps=24)
         exact = measured(model, source) - measured(model, prompt)
         close(fine.scores["hook_embed"], exact, rtol=3e-2, atol=3e-2)
 
@@ -259,11 +253,13 @@ def test_integrated_refuses_a_path_that_does_not_reach_the_source() -> None:
         attribute(model, prompt, source, contrast, nodes="head", method="integrated")
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "granite4_vision"])
+@pytest.mark.parametrize("family", ["gemma3", "granite4_vision"])
 def test_graddrop_is_the_mean_slope_with_one_layer_frozen(family: str) -> None:
     """A layer that passes no gradient is one whose contributions stay at their clean values."""
     model, prompt, source = setting(family)
-    names = ["blocks.0.attn.hook_z", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_mid", "hook_embed"]
+    names = ["blocks.0.attn.hook_z", "blocks.1.hook_resid_mid", "hook_embed"]
+    # Granite 4 Vision multiplies what its layers add, and its runs are slow.
+    names = names[:1] if family == "granite4_vision" else names
     attribution = attribute(model, prompt, source, contrast, nodes=names, method="graddrop")
     added = [
         f"blocks.{layer}.{hook}"
@@ -271,7 +267,7 @@ def test_graddrop_is_the_mean_slope_with_one_layer_frozen(family: str) -> None:
         for hook in ("hook_attn_out", "hook_mlp_out")
     ]
     clean, there = cached(model, prompt, *names, *added), cached(model, source, *names)
-    within = {"blocks.0.attn.hook_z": 0, "blocks.1.hook_mlp_out": 1}
+    within = {"blocks.0.attn.hook_z": 0}
     for name in names:
         change = there[name] - clean[name]
         if name.endswith("hook_z"):
@@ -385,7 +381,7 @@ def test_qk_fix_is_refused_where_a_pattern_is_no_softmax_of_q_k() -> None:
 # ---------------------------------------------------------------------- edges
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_edges_are_slopes_at_what_the_receiver_reads(family: str) -> None:
     """The receiver's input moves towards what it would read if the sender's output came from the source."""
     model, prompt, source = setting(family)
@@ -435,12 +431,14 @@ def write_change(model: HookedVLM, prompt: Prompt, source: Prompt, sender: Site)
     return slope(stream).float()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["gradient", "integrated"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*((family, "gradient") for family in FAMILIES), ("qwen3_vl", "integrated"), ("gemma3", "integrated")],
+)
 def test_edges_of_a_sender_sum_to_its_node(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt, source = setting(family)
     # Few positions at a time, which no sum over positions may notice.
-    monkeypatch.setattr("mmlens.metrics.attribution._SENDER_CHUNK_BYTES", 4 * 2 * 17 * 64 * 16)
+    monkeypatch.setattr("mmlens.metrics.attribution_edges._SENDER_CHUNK_BYTES", 4 * 2 * 17 * 64 * 16)
     edges = attribute_edges(
         model, prompt, source, contrast, senders=("embed", "head", "mlp"), method=method, steps=2
     )
@@ -548,7 +546,7 @@ def test_a_cache_is_a_source() -> None:
     for given in (cache, cache.cache_dict):
         scores = attribute(model, prompt, given, contrast).scores["blocks.1.attn.hook_z"]
         close(scores, by_prompt.scores["blocks.1.attn.hook_z"], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"holds no \['blocks.0.attn.hook_z'"):
+    with pytest.raises(UnknownHookError, match=r"no activation in the source 'blocks.0.attn.hook_z'"):
         attribute(model, prompt, {"blocks.0.hook_mlp_out": torch.zeros(1)}, contrast)
 
 
@@ -635,6 +633,128 @@ def test_estimates_agree_with_exact_patching_on_the_micro_model(micro: HookedVLM
     assert agreement["q", "qk_fix"] > max(0.75, agreement["q", "gradient"] + 0.1)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_compared_edges_are_those_of_plain_hooks(family: str) -> None:
+    """The sender's write is known from a run with its output patched, and added to what the receiver reads."""
+    model, prompt, source = setting(family)
+    pairs: list[tuple[Site, Site]] = [
+        (Site("head", 0, 1), Site("q", 1, 2)),
+        (Site("head", 0, 3), Site("k", 2, 1)),
+        (Site("mlp", 0), Site("v", 2, 1)),
+        (Site("attention", 0), Site("mlp", 0)),
+        (Site("head", 1, 2), Site("attention", 2)),
+        (Site("image"), Site("v", 0, 1)),
+        (Site("embed"), Site("k", 0, 0)),
+        (Site("head", 2, 0), Site("logits")),
+    ]
+    pairs += [(Site("deepstack", 0), Site("mlp", 1))] if model.anatomy.deep_after else []
+    hooks = {"mlp": "hook_mlp_in", "attention": "hook_attn_in"}
+    outputs = {
+        "head": "attn.hook_z",
+        "mlp": "hook_mlp_out",
+        "deepstack": "hook_deepstack",
+        "attention": "hook_attn_out",
+    }
+    streams = {"mlp": "hook_resid_post", "head": "hook_resid_mid", "attention": "hook_resid_mid"}
+    clean, truths = measured(model, prompt), []
+    for sender, receiver in pairs:
+        write_at = f"blocks.{sender.layer}.{outputs[sender.kind]}" if sender.layer is not None else ""
+        write_at = write_at or {"image": "image.hook_embed", "embed": "hook_embed"}[sender.kind]
+        stream_layer = 1 if sender.kind == "deepstack" else sender.layer or 0
+        stream = f"blocks.{stream_layer}.{streams.get(sender.kind, 'hook_resid_pre')}"
+        there = cached(model, source, write_at)[write_at]
+
+        def patch(x: Tensor, hook: Any, sender: Site = sender, there: Tensor = there) -> Tensor:
+            (x if sender.head is None else x[:, :, sender.head])[:] = (
+                there if sender.head is None else there[:, :, sender.head]
+            )
+            return x
+
+        before = cached(model, prompt, stream)[stream]
+        with model.hooks(fwd_hooks=[(write_at, patch)]):
+            write = cached(model, prompt, stream)[stream] - before
+        read_at = f"blocks.{receiver.layer}.{hooks.get(receiver.kind, f'attn.hook_{receiver.kind}_input')}"
+        read_at = "blocks.2.hook_resid_post" if receiver.kind == "logits" else read_at
+
+        def add(x: Tensor, hook: Any, write: Tensor = write, head: int | None = receiver.head) -> Tensor:
+            (x if head is None else x[:, :, head])[:] += write
+            return x
+
+        truth = measured(model, prompt, (read_at, add)) - clean
+        truths.append(truth)
+        assert truth.abs().max() > 1e-3
+    scores = torch.full((2, len(pairs), len(pairs)), torch.nan)
+    scores.diagonal(dim1=1, dim2=2).zero_()
+    senders, receivers = zip(*pairs, strict=True)
+    edges = EdgeAttribution(scores, senders, receivers, "gradient")
+    table = compare_with_patching(model, prompt, source, contrast, edges, n=None).table
+    assert list(table["sender"])[::2] == [*map(str, senders)]
+    assert list(table["receiver"])[::2] == [*map(str, receivers)]
+    np.testing.assert_allclose(table["exact"], torch.cat(truths), atol=2e-5)
+
+
+def test_edges_from_the_embeddings_fall_off_a_cliff(micro: HookedVLM) -> None:
+    """The estimate of such an edge is the right slope; its effect is another thing, unlike those of heads."""
+    examples = mmlens.scene_examples("objects", 4, seed=0)
+    prompt, source = micro.prompt_examples(examples[:2]), micro.prompt_examples(examples[2:])
+    name, metric = "hook_embed", mmlens.logit_difference
+    change = cached(micro, source, name)[name] - cached(micro, prompt, name)[name]
+
+    @torch.no_grad()
+    def value(part: float) -> Tensor:
+        def move(x: Tensor, hook: Any) -> Tensor:
+            x[:, :, 2] += part * change
+            return x
+
+        hooks = [("blocks.0.attn.hook_v_input", move)]
+        return metric(micro.run_with_hooks(prompt, fwd_hooks=hooks, logits_to_keep=1), prompt).double()
+
+    edges = attribute_edges(micro, prompt, source, metric)
+    receiver = edges.receivers.index(Site("v", 0, 2))
+    score = edges.scores[:, edges.senders.index(Site("embed")), receiver]
+    close(score, slope(value, h=5e-3), rtol=2e-2, atol=2e-2)
+    effect = value(1.0) - value(0.0)
+    assert float((effect - score).min()) < -20
+    of_heads = attribute_edges(micro, prompt, source, metric, senders=("head", "mlp"))
+    compared = compare_with_patching(micro, prompt, source, metric, of_heads, n=32)
+    assert compared.pearson > 0.9 and compared.spearman > 0.9
+
+
+def test_sources_are_those_of_patch() -> None:
+    """A corruption, and a run under an intervention, give what their activations give."""
+    model, prompt, source = setting("qwen3_vl")
+    plain = attribute(model, prompt, source, contrast, nodes=("head", "image"))
+    made = attribute(model, prompt, lambda model, prompt: source, contrast, nodes=("head", "image"))
+    for name, scores in plain.scores.items():
+        assert torch.equal(made.scores[name], scores)
+    corruption = mmlens.blank_region((0, 0, 20, 20), fill="grey")
+    blanked = corruption(model, prompt)
+    for method in ("gradient", "integrated"):
+        by_prompt, by_function = (
+            attribute_edges(model, prompt, one, contrast, receivers="mlp", method=method, steps=2)
+            for one in (blanked, corruption)
+        )
+        assert torch.equal(by_prompt.scores.nan_to_num(), by_function.scores.nan_to_num())
+    ablated = mmlens.Source(under=mmlens.ablate([(0, 1)]))
+    name = "blocks.0.attn.hook_z"
+    scores = attribute(model, prompt, ablated, contrast, nodes="head").scores[name]
+    zeros = {name: cached(model, prompt, name)[name]}
+    zeros[name][:, :, 1] = 0
+    close(scores, attribute(model, prompt, zeros, contrast, nodes=name).scores[name], atol=1e-5)
+    assert not scores[:, [0, 2, 3]].any() and scores[:, 1].all()
+
+
+def test_a_metric_that_reads_the_clean_run() -> None:
+    model, prompt, source = setting("llava")
+    name = "blocks.2.hook_mlp_out"
+    attribution = attribute(
+        model, prompt, source, mmlens.kl_to_clean, nodes=name, method="integrated_activation", steps=12
+    )
+    compared = compare_with_patching(model, prompt, source, mmlens.kl_to_clean, attribution)
+    np.testing.assert_allclose(compared.table["estimate"], compared.table["exact"], rtol=5e-2)
+    assert compared.table["exact"].min() > 1e-3
+
+
 # ---------------------------------------------------------------------- errors
 
 
@@ -660,7 +780,9 @@ def test_bad_arguments_are_errors() -> None:
         attribute(model, prompt, source, lambda logits, prompt: logits.sum())
     with pytest.raises(ValueError, match="NaN for example 0"):
         attribute(model, prompt, source, lambda logits, prompt: logits[:, -1, 0] * torch.nan)
-    with pytest.raises(ValueError, match="Prompt as its source"):
+    with pytest.raises(ValueError, match="generated answers, which have no gradient"):
+        attribute(model, prompt, source, mmlens.exact_match)
+    with pytest.raises(UnknownHookError, match="hook_resid_post"):
         attribute(
             model, prompt, cached(model, source, "hook_embed"), contrast, nodes="embed", method="integrated"
         )
@@ -680,10 +802,10 @@ def test_sources_of_another_layout_are_errors() -> None:
     model, prompt, _ = setting("llava_onevision")
     images = tiny.tiny_images(3, seed=1)
     longer = model.prompt(["Describe the scene. " * 6 + QUESTION, "Where?"], images=[images[:2], images[2:]])
-    with pytest.raises(ValueError, match=r"\[batch, pos\]"):
+    with pytest.raises(ValueError, match="example 0 has 61 positions .* and 115"):
         attribute(model, prompt, longer, contrast)
     swapped = model.prompt(["Where?", QUESTION], images=[images[2:], images[:2]])
-    with pytest.raises(ValueError, match="differ in layout: is_padding at position 0"):
+    with pytest.raises(ValueError, match="laid out differently: example 0 has"):
         attribute(model, prompt, swapped, contrast)
     activations = {"blocks.0.hook_mlp_out": torch.zeros(2, 3, 64)}
     with pytest.raises(ValueError, match=r"\[2, 3, 64\], the prompt's"):

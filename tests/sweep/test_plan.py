@@ -49,9 +49,13 @@ def test_a_run_starts_at_the_first_layer_and_position_that_is_touched(
         ([edit(model, prompt, "blocks.1.hook_resid_pre")], 1, 0),
         ([edit(model, prompt, "hook_embed", "last")], 0, length - 1),
         ([edit(model, prompt, "ln_final.hook_normalized", "last")], 3, length - 1),
-        ([edit(model, prompt, f"blocks.{n}.hook_mlp_out", p) for n, p in ((2, "question"), (1, "last"))], 1, question),
+        (
+            [edit(model, prompt, f"blocks.{n}.hook_mlp_out", p) for n, p in ((2, "question"), (1, "last"))],
+            1,
+            question,
+        ),
         ([edit(model, prompt, "blocks.2.hook_mlp_out", "last"), ("blocks.2.attn.hook_q", plain)], 2, 0),
-        ([(lambda name: name.endswith("hook_q"), plain)], 0, 0),
+        ([(lambda name: name.startswith("blocks") and name.endswith("hook_q"), plain)], 0, 0),
     ):
         start = start_of(model, clean, hooks)
         assert (start.layer, start.first, start.whole) == (layer, first, "")
@@ -84,7 +88,7 @@ def test_what_cannot_run_in_part(llava: tuple[HookedVLM, Prompt, CleanRun]) -> N
         ("attn.hook_pattern", False),
         ("image.hook_resid_pre", False),
         ("attn.hook_z", True),
-        ("image.hook_z", True),
+        ("image.hook_attn_out", True),
         ("attn.hook_result", True),
         ("hook_resid_mid", True),
         ("mlp.hook_post", True),

@@ -88,9 +88,7 @@ def test_it_is_what_sdpa_gives_on_keys_laid_side_by_side(case: Case) -> None:
         mask = mask[None, None]
     full = mask.repeat(rows // len(mask), 1, 1, 1).expand(-1, n_heads, -1, -1)
     expected = F.scaled_dot_product_attention(query, keys, values, full, scale=scaling, enable_gqa=True)
-    torch.testing.assert_close(
-        shared_key_attention(*case), expected.transpose(1, 2), atol=2e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(shared_key_attention(*case), expected.transpose(1, 2), atol=2e-6, rtol=1e-5)
 
 
 @given(cases())
