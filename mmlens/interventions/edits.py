@@ -130,6 +130,12 @@ class Edit:
                 f"{name} does not run over the prompt's positions, so positions cannot be chosen there; edit "
                 "image.hook_embed (the same embeddings as they enter the language model) at image positions"
             )
+        if self.axes[0] == "image_token" and self.mask is not None:
+            is_image = model.image_mask(prompt)
+            if is_image is None or not bool((self.mask.to(is_image.device) & is_image).any()):
+                raise ValueError(
+                    f"{name} has rows of visual positions alone, and positions chooses none of these"
+                )
         self.heads = None if heads is None else list(heads)
         if heads is not None and not set(_HEAD_AXES) & set(self.axes):
             raise ValueError(f"{name} is [{', '.join(self.axes)}]: it has no heads to choose")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmlens.data.examples import Example
-from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention
+from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention, NoChangeWarning
 from mmlens.interventions.edits import Edit
 from mmlens.metrics.outcomes import DEFAULT_MAX_NEW_TOKENS, Metric, evaluate, what_reads
 from mmlens.prompt import Prompt
@@ -376,6 +377,14 @@ def effect(
     return effects[next(iter(metrics))] if callable(metric) else effects
 
 
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """What changes nothing on one prompt may change something on another: that is judged at the end."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoChangeWarning)
+        yield
+
+
 class MetricRuns:
     """The runs that a set of metrics needs of each prompt, and what the metrics make of them."""
 
@@ -383,7 +392,7 @@ class MetricRuns:
         self.model, self.metrics, self.logits_to_keep = model, metrics, logits_to_keep
         read = {name: what_reads(function) for name, function in metrics.items()}
         self.compares = "clean logits" in read.values()
-        self._reads_logits = self.compares or "logits" in read.values()
+        self.reads_logits = self.compares or "logits" in read.values()
         self._n_tokens = {
             name: getattr(metrics[name], "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
             for name, what in read.items()
@@ -391,15 +400,16 @@ class MetricRuns:
         }
 
     def logits(self, prompt: Prompt, hooks: list[Hook]) -> Tensor | None:
-        if not self._reads_logits:
+        if not self.reads_logits:
             return None
-        return self.model.run_with_hooks(prompt, fwd_hooks=hooks, logits_to_keep=self.logits_to_keep)
+        with _unwarned():
+            return self.model.run_with_hooks(prompt, fwd_hooks=hooks, logits_to_keep=self.logits_to_keep)
 
     def answers(self, prompt: Prompt, hooks: list[Hook]) -> dict[int, list[str]]:
         """{number of new tokens: the generated texts}"""
         texts = {}
         for n_tokens in sorted(set(self._n_tokens.values())):
-            with self.model.hooks(fwd_hooks=hooks):
+            with _unwarned(), self.model.hooks(fwd_hooks=hooks):
                 texts[n_tokens] = self.model.answer(prompt, max_new_tokens=n_tokens, do_sample=False)
         return texts
 
@@ -426,7 +436,8 @@ def _warn_of_nothing(report: pd.DataFrame, moved: Sequence[bool]) -> None:
         what = "changed no logit of any prompt"
     else:
         return
-    warnings.warn(f"the intervention {what}: its effect is that of the clean run", stacklevel=4)
+    message = f"the intervention {what}: its effect is that of the clean run"
+    warnings.warn(message, NoChangeWarning, stacklevel=4)
 
 
 def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:

@@ -65,7 +65,9 @@ def start_of(model: HookedVLM, clean: CleanRun, hooks: Sequence[Hook]) -> Start:
     reason = "" if len(known) == len(firsts) else "the positions that a hook function touches are not known"
     wanted = 0 if reason else min(known)
     first = clean.cut_before(wanted)
-    if wanted and not reason:
+    if wanted and not reason and wanted > clean.shape[1] - clean.logits_to_keep:
+        reason = f"the metric reads the last {clean.logits_to_keep} positions" if first < wanted else ""
+    elif wanted and not reason:
         reason = clean.no_cut or (
             f"positions {first} to {wanted} are attended to from before" if first < wanted else ""
         )
@@ -94,7 +96,8 @@ def _first_position(function: Callable[..., Any]) -> int | None:
 
 
 def _is_behind_attention(name: str) -> bool:
-    return name.startswith("blocks.") and name.split(".", 2)[2].removeprefix("image.") in _BEHIND_ATTENTION
+    within = name.split(".", 2)[2] if name.startswith("blocks.") else ""
+    return within.replace("image.hook_z", "attn.hook_z").removeprefix("image.") in _BEHIND_ATTENTION
 
 
 def _may_trim(name: str, function: Callable[..., Any], n_layers: int, n_kept: int) -> bool:

@@ -20,7 +20,7 @@ def shared_key_attention(
 
     The keys' positions are the shared ones, then the row's own; queries are the last of them. `mask` is boolean
     (True: attend) or additive, [batch or 1, head or 1, query, shared + own] or with all rows first; None means causal.
-    A row of a boolean mask that allows nothing gives zero, as in SDPA. Scores and softmax are float32.
+    A row of a boolean mask that allows nothing gives zero, as in SDPA. The softmax is float32.
     """
     rows, n_heads, n_queries, d_head = query.shape
     batch, n_kv_heads, n_shared, _ = shared_key.shape

@@ -28,7 +28,8 @@ from mmlens.prompt import Prompt
 from mmlens.sweep.partial import CleanRun, is_out_of_memory
 from mmlens.sweep.plan import Group, Start, groups_of, reuse_of, start_of
 
-_POSITIONS_AT_ONCE = 1024
+_NUMBERS_AT_ONCE = 2**20
+"""Of the stream, on a CPU: 2,048 positions of width 512."""
 
 
 @torch.no_grad()
@@ -52,7 +53,8 @@ def sweep(
     Every prompt is run once without an intervention. An intervention then runs from the first layer and the first
     position that it touches, on the clean run's residual stream, keys and values; interventions that start together
     run as one batch; images are encoded once. All this is taken only where a run without edits gives the clean
-    logits. Hook functions that are not the library's edits may touch any position, so they reuse layers only.
+    logits (to 1e-5 in fp32; in half precision other kernels round otherwise). Hook functions that are not the
+    library's edits may touch any position, so they reuse layers only.
 
     `prompts` and `batch_size` are as for `effect`; `memory` bounds, in GiB, what the stacked runs hold beside
     model and clean run (an estimate; out of memory halves the batch). `logits_to_keep` is the number of last
@@ -70,6 +72,8 @@ def sweep(
     >>> list(table.columns), len(table)
     (['intervention', 'example', 'metric', 'value', 'clean'], 12)
     """
+    if memory <= 0:
+        raise ValueError(f"memory is a number of GiB above 0, not {memory}")
     if not interventions:
         raise ValueError("sweep needs at least one intervention, as {label: intervention}")
     metrics = named_metrics(metric)
@@ -112,6 +116,7 @@ class _PromptSweep:
         self.encoded = model.encode_images(prompt)
         self.stacks = True
         self.clean: CleanRun | None = None
+        self.edits_scores = False
         live = [name for name, point in model.hook_dict.items() if point.is_live]
         try:
             if live:
@@ -144,26 +149,44 @@ class _PromptSweep:
                     replace(group, members=part) for part in (group.members[:half], group.members[half:])
                 ]
                 continue
-            note = {
-                "layer": group.start.layer,
-                "position": group.start.first,
-                "batch": len(group.members),
-                "images": "once" if self.encoded.image_features is not None else "with every batch",
-                "why_not_more": group.start.whole or group.start.reason,
-            }
-            silent = [each.name for member in group.members for each in hooks[member] if not each.fired]
-            if silent:
-                raise HookNeverFiredError(
-                    f"the model ran, but these hooks never fired: {', '.join(sorted(set(silent))[:5])}"
-                )
             for member, own in zip(group.members, logits, strict=True):
-                yield member, self._values(own, functions[member]), note
+                values = self._values(own, functions[member])
+                silent = [each.name for each in hooks[member] if not each.fired]
+                if silent:
+                    raise HookNeverFiredError(
+                        f"the model ran, but these hooks never fired: {', '.join(sorted(set(silent))[:5])}"
+                    )
+                yield member, values, self._note(group, starts[member])
+
+    def _note(self, group: Group, own: Start) -> dict[str, Any]:
+        start = group.start
+        images = (
+            "once" if self.encoded.image_features is not None and not start.needs_images else "with every run"
+        )
+        beside = f"it ran beside one that starts at position {start.first}" if start.first < own.first else ""
+        return {
+            "layer": start.layer,
+            "position": start.first,
+            "batch": len(group.members),
+            "images": images if bool(self.prompt.token_map.is_image.any()) else "none",
+            "why_not_more": start.whole or "; ".join(filter(None, [own.reason, beside])),
+        }
 
     def _starts(self, functions: Sequence[Sequence[Hook]]) -> list[Start]:
-        if self.clean is None:
-            return [Start(whole=self.why_no_partial)] * len(functions)
+        why = self.why_no_partial if self.clean is None else ""
+        if not self.runs.reads_logits:
+            why = "the metrics read generated answers, for which every run is whole"
+        if self.clean is None or why:
+            return [Start(whole=why)] * len(functions)
         wanted = [start_of(self.model, self.clean, own) for own in functions]
-        reuse = reuse_of(self.clean, wanted)
+        names = {name for own in functions for match, _ in own for name in self.model.hook_names(match)}
+        self.edits_scores = any(name.endswith(("hook_attn_scores", "hook_pattern")) for name in names)
+        try:
+            reuse = reuse_of(self.clean, wanted)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return [Start(whole="there was no memory to try partial runs")] * len(functions)
         self.stacks = reuse.batch
         return [reuse.of(start) for start in wanted]
 
@@ -181,7 +204,8 @@ class _PromptSweep:
                 may_trim=start.may_trim,
             )
         prompt, keep = self.prompt if start.needs_images else self.encoded, self.runs.logits_to_keep
-        return self.model.run_with_hooks(prompt, fwd_hooks=hooks[0], logits_to_keep=keep)[None, :, -keep:]
+        logits = self.runs.logits(prompt, list(hooks[0]))
+        return (self.clean_logits if logits is None else logits)[None, :, -keep:]
 
     def _values(self, logits: Tensor, hooks: list[Hook]) -> dict[str, Tensor]:
         values: dict[str, list[Tensor]] = {name: [] for name in self.runs.metrics}
@@ -198,11 +222,15 @@ class _PromptSweep:
         n_kv_heads = cfg.n_key_value_heads or cfg.n_heads
         of_position = 8 * cfg.d_model + 3 * d_mlp
         of_key = 4 * n_kv_heads * cfg.d_head
+        if self.edits_scores:
+            of_key += 3 * cfg.n_heads * (length - first)
         numbers = (length - first) * of_position + length * of_key + 3 * self.clean_logits[0].numel()
         bytes_each = batch * numbers * self.clean_logits.element_size()
-        # A processor gains nothing from more positions at once than fill its caches.
-        most = _POSITIONS_AT_ONCE // (batch * (length - first)) if self.model.device.type == "cpu" else 2**20
-        return max(1, min(most, int(self.memory * 2**30 / bytes_each)))
+        most = int(self.memory * 2**30 / bytes_each)
+        if self.model.device.type == "cpu":
+            # A processor gains nothing from more at once than fills its caches.
+            most = min(most, _NUMBERS_AT_ONCE // (batch * (length - first) * cfg.d_model))
+        return max(1, most)
 
 
 def _n_batches(prompts: Prompt | Sequence[Prompt] | Sequence[Example], batch_size: int) -> int:
@@ -264,6 +292,6 @@ class _Collected:
                 rows["metric"] += [metric] * n
                 rows["value"] += values.double().tolist()
                 rows["clean"] += clean.double().tolist()
-        frame = pd.DataFrame(rows)
+        frame = pd.DataFrame({**rows, "intervention": pd.Series(rows["intervention"], dtype=object)})
         frame.attrs["reuse"] = self.notes
         return frame

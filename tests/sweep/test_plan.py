@@ -116,6 +116,7 @@ def test_what_the_last_layer_may_leave_out(llava: tuple[HookedVLM, Prompt, Clean
         (edit(model, prompt, f"blocks.{LAST}.hook_mlp_out", "image"), False),
         (edit(model, prompt, f"blocks.{LAST}.attn.hook_k", "question"), False),
         (edit(model, prompt, f"blocks.{LAST}.image.hook_z"), False),
+        (edit(model, prompt, f"blocks.{LAST}.image.hook_mlp_out"), False),
         ((f"blocks.{LAST}.attn.hook_z", plain), False),
         ((f"blocks.{LAST - 1}.attn.hook_z", plain), True),
         (edit(model, prompt, "ln_final.hook_normalized", "last"), True),

@@ -292,8 +292,8 @@ def test_it_warns_of_those_alone_that_changed_nothing_anywhere(llava: tuple[Hook
 
 def test_a_hook_that_never_fires_is_an_error_in_any_company(llava: tuple[HookedVLM, Prompt]) -> None:
     model, _ = llava
-    wanted = {"z": HEADS[1, None], "image": scaled("blocks.1.image.hook_z"), "more": HEADS[2, None]}
-    with pytest.raises(HookNeverFiredError, match=r"blocks\.1\.image\.hook_z"):
+    wanted = {"z": HEADS[1, None], "image": scaled("blocks.1.image.hook_mlp_out"), "more": HEADS[2, None]}
+    with pytest.raises(HookNeverFiredError, match=r"blocks\.1\.image\.hook_mlp_out"):
         sweep(model, model.prompt("Hi"), wanted, last_logits, progress=False)
 
 
