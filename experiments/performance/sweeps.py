@@ -13,11 +13,12 @@ A language model of 8 layers x 16 heads, d_model 512, behind a small image tower
     python experiments/performance/sweeps.py                              # everything
     python experiments/performance/sweeps.py --only heads-question paths  # some cases
 
-A pair is half of the sampled full runs, the sweep, and the other half, in one process. The sweep is everything that
-the user calls, the clean run and the source's run included; the other side is the mean of its sampled runs times the
-number of interventions, without its preparation (clean and source runs, caches). A full run is what `mmlens.effect`
-does for one intervention without its clean run; for paths it is the two frozen runs of the plain Hugging Face model
-under plain hooks. Values of all sampled runs must equal the sweep's before a ratio is printed.
+A pair is half of the sampled full runs, the sweep, and the other half, in one process. The first sweep of a model
+also tries out which partial runs are exact, which holds for its later ones; its ratio (of CPU time) stands apart. The
+sweep is everything that the user calls, the clean run and the source's run included; the other side is the mean of its
+sampled runs times the number of interventions, without its preparation (clean and source runs, caches). A full run is
+what `mmlens.effect` does for one intervention without its clean run; for paths it is the two frozen runs of the plain
+Hugging Face model under plain hooks. Values of all sampled runs must equal the sweep's before a ratio is printed.
 
 The limit is the ratio of multiplications and additions in layers and unembedding: full runs over one clean run and,
 for every intervention, what lies behind its first layer and first position - of its first layer the part behind
@@ -38,7 +39,8 @@ import platform
 import random
 import time
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,7 +71,6 @@ QUESTION, LAST = slice(-20, -4), 32
 RECEIVER = (6, 3)
 TOLERANCE = 1e-4
 
-Label = Hashable
 Values = list[float]
 
 
@@ -200,7 +201,8 @@ def swept(
     with warnings.catch_warnings():
         # At the last layer, positions before the last do nothing to its logits.
         warnings.simplefilter("ignore", NoChangeWarning)
-        table = sweep(model, prompt, make(), margin, progress=False)
+        # A prompt of its own, for which no earlier sweep's runs are still kept.
+        table = sweep(model, dataclasses.replace(prompt), make(), margin, progress=False)
     return dict(zip(table["intervention"], table["value"], strict=True))
 
 
@@ -252,18 +254,23 @@ class FrozenRuns:
         def frozen(value: Tensor, module: Any, args: Any, output: Tensor) -> Tensor:
             return value
 
-        def attention(value: Tensor, module: Any, args: Any, output: Tensor) -> Tensor:
-            return torch.nn.functional.linear(value, module.weight)
+        def replaced(value: Tensor, module: Any, args: Any) -> tuple[Tensor]:
+            return (value,)
 
         def received(module: Any, args: Any, output: Tensor) -> Tensor:
             output = output.clone()
             output[..., of_receiver] = read[0]
             return output
 
-        with hooked(
-            *((self.layers[at].self_attn.o_proj, partial(attention, z[at])) for at in range(N_LAYERS)),
-            *((self.layers[at].mlp, partial(frozen, self.mlp[at])) for at in range(N_LAYERS)),
-            (query, lambda module, args, output: read.append(output[..., of_receiver])),
+        with (
+            hooked(
+                *((self.layers[at].self_attn.o_proj, partial(replaced, z[at])) for at in range(N_LAYERS)),
+                before=True,
+            ),
+            hooked(
+                *((self.layers[at].mlp, partial(frozen, self.mlp[at])) for at in range(N_LAYERS)),
+                (query, lambda module, args, output: read.append(output[..., of_receiver])),
+            ),
         ):
             self.model(**self.inputs, logits_to_keep=1, use_cache=False)
         with hooked((query, received)):
@@ -271,9 +278,12 @@ class FrozenRuns:
 
 
 @contextmanager
-def hooked(*hooks: tuple[torch.nn.Module, Callable[..., Any]]) -> Any:
-    """Plain forward hooks."""
-    handles = [module.register_forward_hook(function) for module, function in hooks]
+def hooked(*hooks: tuple[torch.nn.Module, Callable[..., Any]], before: bool = False) -> Iterator[None]:
+    """Plain hooks behind modules, or before them."""
+    handles = [
+        module.register_forward_pre_hook(function) if before else module.register_forward_hook(function)
+        for module, function in hooks
+    ]
     try:
         yield
     finally:
@@ -379,7 +389,8 @@ def positions_case(length: int, *, with_image: bool) -> Case:
     prompt, source = (prompt_of(length, with_image=with_image, other=other) for other in (False, True))
 
     def make() -> dict[Any, Intervention]:
-        return patch_layers_positions(model, prompt, source, positions=last_positions(length))
+        own = dataclasses.replace(source)
+        return patch_layers_positions(model, prompt, own, positions=last_positions(length))
 
     made, work = make(), Work(length)
     partial_runs = [work.partial(layer, first, behind_attention=False) for layer, first in made]
@@ -399,7 +410,8 @@ def paths_case(name: str, length: int) -> Case:
     first = length + QUESTION.start if positions else 0
 
     def make() -> dict[Any, Intervention]:
-        return {head: path_patch([head], [(*RECEIVER, "q")], source, positions=positions) for head in senders}
+        own = dataclasses.replace(source)
+        return {head: path_patch([head], [(*RECEIVER, "q")], own, positions=positions) for head in senders}
 
     partial_runs = [Work(length).partial(RECEIVER[0], first, behind_attention=False)] * len(senders)
     return Case(
@@ -445,7 +457,9 @@ def took(run: Callable[[], Any]) -> tuple[Any, np.ndarray]:
 
 
 def ratios(case: Case, pairs: int, samples: Mapping[str, int]) -> tuple[dict[str, np.ndarray], float, float]:
-    """[pair, (wall, CPU)] of every other side, the largest difference of values, and how far values spread.
+    """[1 + pairs, (wall, CPU)] of every other side, the largest difference of values, and how far values spread.
+
+    The first row is of the model's first sweep.
 
     Raises AssertionError where a sampled value is not the sweep's.
     """
@@ -453,7 +467,7 @@ def ratios(case: Case, pairs: int, samples: Mapping[str, int]) -> tuple[dict[str
     largest = spread = 0.0
     for name in case.others:
         case.others[name](case.labels[:1])
-    for pair in range(pairs):
+    for pair in range(1 + pairs):
         chosen = {name: random.Random(pair).sample(case.labels, samples[name]) for name in case.others}
         values: dict[str, Values] = {name: [] for name in case.others}
         seconds = {name: np.zeros(2) for name in case.others}
@@ -471,7 +485,7 @@ def ratios(case: Case, pairs: int, samples: Mapping[str, int]) -> tuple[dict[str
         for name, own in values.items():
             labels = chosen[name][::2] + chosen[name][1::2]
             off = max(abs(table[label] - value) for label, value in zip(labels, own, strict=True))
-            assert off <= TOLERANCE and off <= 1e-2 * spread, (
+            assert off <= TOLERANCE and off <= 5e-2 * spread, (
                 f"{name} is off by {off:.2g} where values spread {spread:.2g}"
             )
             largest = max(largest, off)
@@ -479,7 +493,8 @@ def ratios(case: Case, pairs: int, samples: Mapping[str, int]) -> tuple[dict[str
     return {name: np.array(own) for name, own in found.items()}, largest, spread
 
 
-def _peak(name: str, length: int, side: str | None, queue: multiprocessing.Queue) -> None:
+def _peak(name: str, length: int, side: str | None) -> int:
+    """In kB, of this process."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     with torch.no_grad():
@@ -489,18 +504,13 @@ def _peak(name: str, length: int, side: str | None, queue: multiprocessing.Queue
         Path("/proc/self/clear_refs").write_text("5")
         before = process_status("VmRSS")
         case.sweep() if side is None else case.others[side](case.labels[:1])
-        queue.put(process_status("VmHWM") - before)
+        return process_status("VmHWM") - before
 
 
 def peak_megabytes(name: str, length: int, side: str | None) -> float:
     """Peak memory of the sweep, or of one run of another side, above the loaded models in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_peak, args=(name, length, side, queue))
-    process.start()
-    kilobytes = queue.get()
-    process.join()
-    return kilobytes / 1024
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak, name, length, side).result() / 1024
 
 
 @torch.no_grad()
@@ -528,19 +538,21 @@ def main() -> None:
         print(
             f"\n{name}: {len(case.labels)} interventions; largest difference {off:.1g}, values spread {spread:.2g}"
         )
-        print(
-            f"{'':26s}{'wall':>8s}{'single pairs':>18s}{'CPU':>8s}{'single pairs':>18s}{'limit':>8s}{'peak MB':>10s}"
-        )
+        head = f"{'':26s}" + 2 * f"{{:>8s}}{'single pairs':>18s}" + "{:>8s}{:>8s}{:>10s}"
+        print(head.format("wall", "CPU", "first", "limit", "peak MB"))
         for at, (side, own) in enumerate(found.items()):
             columns = []
-            for column in own.T:
+            for column in own[1:].T:
                 columns += [f"x{np.median(column):.1f}", f"{column.min():.1f} to {column.max():.1f}"]
             wall, wall_spread, cpu, cpu_spread = columns
+            first = f"x{own[0, 1]:.1f}"
             memory = "" if arguments.no_memory else f"{peak_megabytes(name, arguments.length, side):.0f}"
             most = f"x{case.limit:.1f}" if at == 0 else ""
-            print(f"{side:26s}{wall:>8s}{wall_spread:>18s}{cpu:>8s}{cpu_spread:>18s}{most:>8s}{memory:>10s}")
+            print(
+                f"{side:26s}{wall:>8s}{wall_spread:>18s}{cpu:>8s}{cpu_spread:>18s}{first:>8s}{most:>8s}{memory:>10s}"
+            )
         if not arguments.no_memory:
-            print(f"{'the sweep':86s}{peak_megabytes(name, arguments.length, None):10.0f}", flush=True)
+            print(f"{'the sweep':94s}{peak_megabytes(name, arguments.length, None):10.0f}", flush=True)
 
 
 if __name__ == "__main__":

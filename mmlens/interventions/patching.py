@@ -194,7 +194,9 @@ class SharedSource:
         if self._latest is None or not self._latest.is_of(model, prompt):
             self._latest = None
             self._latest = self._start(model, prompt)
-        wanted = [*hooks, *(name for names in self.wanted.values() for name in names)]
+        wanted = hooks
+        if not self._latest.activations.keys() >= set(hooks):
+            wanted = [*hooks, *(name for names in self.wanted.values() for name in names)]
         return self._read(self._latest, model, prompt, hooks, wanted)
 
     def _start(self, model: HookedVLM, prompt: Prompt) -> _Latest:

@@ -190,8 +190,8 @@ def reuse_of(clean: CleanRun, starts: Iterable[Start]) -> Reuse:
                 clean.check(layer, cut, copies, tolerance)
                 tried.layers.add(layer)
             if not tried.is_edited:
-                middle = clean.cut_before(clean.shape[1] // 2) if reuse.position else 0
-                clean.check_edited(middle, copies, tolerance)
+                near_end = clean.cut_before(clean.shape[1] * 15 // 16) if reuse.position else 0
+                clean.check_edited(near_end, copies, tolerance)
                 tried.is_edited = True
         except NotExactError as error:
             reason = tried.reason or str(error).split("\n")[0]
@@ -226,13 +226,16 @@ class Group:
     start: Start
 
 
-def groups_of(starts: Sequence[Start], length: int, most: Callable[[int], int]) -> list[Group]:
+_OVERHEAD = 64
+"""Positions of one layer's run that cost about what a further batch costs."""
+
+
+def groups_of(starts: Sequence[Start], most: Callable[[int], int]) -> list[Group]:
     """Interventions that start at the same layer run together, from the first position of any of them.
 
-    Running one from further ahead than it needs costs positions; a further batch costs about what `overhead`
-    positions do. `most(first)` is the largest batch that memory allows.
+    Running one from further ahead than it needs costs positions; a further batch costs what `_OVERHEAD` of them do.
+    `most(first)` is the largest batch that memory allows.
     """
-    overhead = 64 + length // 16
     groups: list[Group] = []
     whole = [index for index, start in enumerate(starts) if start.whole]
     partial = [index for index, start in enumerate(starts) if not start.whole]
@@ -256,8 +259,8 @@ def groups_of(starts: Sequence[Start], length: int, most: Callable[[int], int]) 
                 before.attention_is_clean,
                 before.may_trim,
             )
-            more = len(batch) * (before.first - start.first)
-            if not alike or more > overhead or len(batch) >= most(start.first):
+            more = sum(starts[member].first - start.first for member in batch)
+            if not alike or more > _OVERHEAD or len(batch) >= most(start.first):
                 close()
         batch.append(index)
     close()

@@ -136,7 +136,7 @@ class _PromptSweep:
         """(number, {metric: values}, what was reused) of every intervention, as they are done."""
         functions = [[each.hook for each in own] for own in hooks]
         starts = self._starts(functions)
-        waiting = groups_of(starts, self.prompt.shape[1], self._most)
+        waiting = groups_of(starts, self._most)
         while waiting:
             group = waiting.pop(0)
             try:

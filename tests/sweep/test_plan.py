@@ -201,7 +201,7 @@ def test_a_layer_that_was_not_tried_is_tried_before_it_is_used(monkeypatch: pyte
 
 
 @st.composite
-def starts(draw: st.DrawFn) -> tuple[list[Start], int]:
+def starts(draw: st.DrawFn) -> list[Start]:
     length = draw(st.sampled_from([1, 8, 300]))
     one = st.builds(
         Start,
@@ -211,16 +211,15 @@ def starts(draw: st.DrawFn) -> tuple[list[Start], int]:
         may_trim=st.booleans(),
         whole=st.sampled_from(["", "", "", "tower"]),
     )
-    return draw(st.lists(one, max_size=30)), length
+    return draw(st.lists(one, max_size=30))
 
 
 @given(starts(), st.integers(1, 5))
 @settings(max_examples=200, deadline=None)
 def test_groups_hold_every_intervention_once_and_start_early_enough(
-    given_starts: tuple[list[Start], int], most: int
+    all_starts: list[Start], most: int
 ) -> None:
-    all_starts, length = given_starts
-    groups = groups_of(all_starts, length, lambda first: most)
+    groups = groups_of(all_starts, lambda first: most)
     members = [member for group in groups for member in group.members]
     assert sorted(members) == list(range(len(all_starts)))
     for group in groups:
@@ -237,13 +236,12 @@ def test_groups_hold_every_intervention_once_and_start_early_enough(
 
 def test_memory_is_asked_for_the_earliest_start() -> None:
     """Runs from far behind are small, and one from the front among them makes them all large."""
-    groups = groups_of([Start(1, 90), Start(1, 90), Start(1, 10)], 100, lambda first: 8 if first > 50 else 1)
+    groups = groups_of([Start(1, 90), Start(1, 90), Start(1, 10)], lambda first: 8 if first > 50 else 1)
     assert sorted(group.members for group in groups) == [(0, 1), (2,)]
 
 
 def test_grouping_does_not_run_much_more_than_is_needed() -> None:
-    length = 1000
-    groups = groups_of([Start(1, 999)] * 20 + [Start(1, 0)], length, lambda first: 100)
+    groups = groups_of([Start(1, 999)] * 20 + [Start(1, 0)], lambda first: 100)
     assert sorted(len(group.members) for group in groups) == [1, 20]
 
 

@@ -54,15 +54,21 @@ def every_kind(model: HookedVLM) -> dict[str, Intervention]:
     first, last = model.attention_layers[0], model.attention_layers[-1]
     wanted: dict[str, tuple[str, Intervention]] = {}
     for layer in {first, last}:
-        for positions in (None, "last", "text"):
-            attention = model.anatomy.language[layer].attention
-            own_keys = [] if attention is None or attends_elsewhere(attention) else ["attn.hook_v"]
-            for hook in ("attn.hook_z", "attn.hook_q", *own_keys, "attn.hook_pattern"):
-                name = f"blocks.{layer}.{hook}"
-                wanted[f"{name} {positions}"] = name, scaled(name, positions, [0])
-            for hook in ("hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_mid"):
-                name = f"blocks.{layer}.{hook}"
-                wanted[f"{name} {positions}"] = name, scaled(name, positions)
+        attention = model.anatomy.language[layer].attention
+        own_keys = attention is not None and not attends_elsewhere(attention)
+        for hook, positions, heads in (
+            ("attn.hook_z", None, [0]),
+            ("attn.hook_z", "last", [0]),
+            ("attn.hook_q", "last", [0]),
+            *([("attn.hook_v", "text", [0])] if own_keys else []),
+            ("attn.hook_pattern", "last", [0]),
+            ("hook_resid_pre", None, None),
+            ("hook_attn_out", "last", None),
+            ("hook_resid_mid", "text", None),
+            ("hook_mlp_out", None, None),
+        ):
+            name = f"blocks.{layer}.{hook}"
+            wanted[f"{name} {positions}"] = name, scaled(name, positions, heads)
         name = f"blocks.{layer}.hook_resid_post"
         wanted[f"{name} by hand"] = name, by_hand(name)
     image = f"blocks.{last}.image.hook_resid_pre"
