@@ -18,7 +18,10 @@ from mmlens.sweep.table import reuse_table, sweep
 from mmlens.token_map import text_only_map
 from mmlens.weights import attends_elsewhere
 
-ONE_BY_ONE = {"gemma4", "mistral_large4", "glm5_next", "idefics"}
+ONE_BY_ONE = {
+    *("gemma4", "mistral_large4", "glm5_next", "idefics"),
+    *("minimax_m3_vl", "dots3_note", "inkling2", "inkling_mm_model"),
+}
 """Families of which no partial run is exact: layers hand each other more than the stream, or something stands
 between them."""
 
