@@ -70,14 +70,14 @@ from mmlens.statistics import benjamini_hochberg as benjamini_hochberg
 from mmlens.statistics import minimal_detectable_change as minimal_detectable_change
 from mmlens.statistics import minimal_detectable_effect as minimal_detectable_effect
 from mmlens.statistics import paired_permutation_test as paired_permutation_test
-from mmlens.sweep.grids import grid as grid
-from mmlens.sweep.grids import patch_heads as patch_heads
-from mmlens.sweep.grids import patch_heads_qkv as patch_heads_qkv
-from mmlens.sweep.grids import patch_layers as patch_layers
-from mmlens.sweep.grids import patch_layers_positions as patch_layers_positions
-from mmlens.sweep.grids import patch_layers_regions as patch_layers_regions
-from mmlens.sweep.table import reuse_table as reuse_table
-from mmlens.sweep.table import sweep as sweep
+from mmlens.sweeps.grids import grid as grid
+from mmlens.sweeps.grids import patch_heads as patch_heads
+from mmlens.sweeps.grids import patch_heads_qkv as patch_heads_qkv
+from mmlens.sweeps.grids import patch_layers as patch_layers
+from mmlens.sweeps.grids import patch_layers_positions as patch_layers_positions
+from mmlens.sweeps.grids import patch_layers_regions as patch_layers_regions
+from mmlens.sweeps.table import reuse_table as reuse_table
+from mmlens.sweeps.table import sweep as sweep
 from mmlens.token_map import TokenMap as TokenMap
 
 __version__ = "0.1.0"

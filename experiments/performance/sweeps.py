@@ -61,8 +61,8 @@ import mmlens
 from mmlens.hooked_vlm import HookedVLM, Intervention, NoChangeWarning
 from mmlens.interventions.paths import path_patch
 from mmlens.prompt import Prompt
-from mmlens.sweep.grids import patch_layers_positions
-from mmlens.sweep.table import sweep
+from mmlens.sweeps.grids import patch_layers_positions
+from mmlens.sweeps.table import sweep
 from mmlens.token_map import text_only_map
 
 N_LAYERS, D_MODEL, N_HEADS, D_HEAD = 8, 512, 16, 32

@@ -24,7 +24,7 @@ from mmlens.metrics.attribution_edges import EdgeAttribution, Site, read_at, wri
 from mmlens.metrics.attribution_runs import difference, is_language, source_values
 from mmlens.metrics.outcomes import Metric
 from mmlens.prompt import Prompt
-from mmlens.sweep.table import sweep
+from mmlens.sweeps.table import sweep
 
 _AT_ONCE = 32
 """How many patches are built together: each may hold an activation of its own."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmlens.hooked_vlm import HookedVLM, Intervention, NoChangeWarning
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.prompt import Prompt
-from mmlens.sweep.table import reuse_table, sweep
+from mmlens.sweeps.table import reuse_table, sweep
 from mmlens.token_map import text_only_map
 from mmlens.weights import attends_elsewhere
 

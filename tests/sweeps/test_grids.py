@@ -17,7 +17,7 @@ import mmlens
 from conftest import hooked
 from mmlens.hooked_vlm import UnknownHookError
 from mmlens.prompt import Prompt
-from mmlens.sweep.grids import (
+from mmlens.sweeps.grids import (
     grid,
     patch_heads,
     patch_heads_qkv,
@@ -25,7 +25,7 @@ from mmlens.sweep.grids import (
     patch_layers_positions,
     patch_layers_regions,
 )
-from mmlens.sweep.table import sweep
+from mmlens.sweeps.table import sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore::mmlens.hooked_vlm.NoChangeWarning")
 

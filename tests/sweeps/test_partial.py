@@ -11,6 +11,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmlens.sweeps import partial
 from torch import Tensor
 
 import mmlens
@@ -18,8 +19,7 @@ from conftest import hooked, padded_prompt
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.prompt import Prompt
-from mmlens.sweep import partial
-from mmlens.sweep.partial import AttentionCall, CleanRun, NotExactError, _cut, _cuts
+from mmlens.sweeps.partial import AttentionCall, CleanRun, NotExactError, _cut, _cuts
 from mmlens.token_map import text_only_map
 
 # ---------------------------------------------------------------------- where a run may be cut

@@ -25,8 +25,8 @@ from mmlens.metrics.effects import (
     watched,
 )
 from mmlens.prompt import Prompt
-from mmlens.sweep.partial import CleanRun, is_out_of_memory
-from mmlens.sweep.plan import Group, Start, groups_of, reuse_of, start_of
+from mmlens.sweeps.partial import CleanRun, is_out_of_memory
+from mmlens.sweeps.plan import Group, Start, groups_of, reuse_of, start_of
 
 _NUMBERS_AT_ONCE = 2**20
 """Of the stream, on a CPU: 2,048 positions of width 512."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlens.sweep.shared_keys import shared_key_attention
+from mmlens.sweeps.shared_keys import shared_key_attention
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, float | None]
 

@@ -26,7 +26,7 @@ from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Span
 from mmlens.interventions.edits import Edit
 from mmlens.prompt import Prompt
-from mmlens.sweep.shared_keys import shared_key_attention
+from mmlens.sweeps.shared_keys import shared_key_attention
 
 _MOST_SCORES = 2**26
 """More scores than this at once are left to the model's own attention function, which needs no room for them."""

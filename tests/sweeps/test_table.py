@@ -21,8 +21,8 @@ from mmlens.interventions.compose import relay
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.metrics.outcomes import reads
 from mmlens.prompt import Prompt
-from mmlens.sweep.partial import CleanRun
-from mmlens.sweep.table import reuse_table, sweep
+from mmlens.sweeps.partial import CleanRun
+from mmlens.sweeps.table import reuse_table, sweep
 from mmlens.token_map import text_only_map
 
 

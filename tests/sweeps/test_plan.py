@@ -16,8 +16,8 @@ from conftest import hooked, padded_prompt
 from mmlens.hooked_vlm import Hook, HookedVLM
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.prompt import Prompt
-from mmlens.sweep.partial import CleanRun, NotExactError
-from mmlens.sweep.plan import Start, groups_of, reuse_of, start_of
+from mmlens.sweeps.partial import CleanRun, NotExactError
+from mmlens.sweeps.plan import Start, groups_of, reuse_of, start_of
 
 LAST = 2
 

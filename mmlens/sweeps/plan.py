@@ -17,7 +17,7 @@ import torch
 from mmlens.hook_names import BLOCK_HOOKS, layer_of
 from mmlens.hooked_vlm import Hook, HookedVLM
 from mmlens.interventions.edits import Edit
-from mmlens.sweep.partial import CleanRun, NotExactError
+from mmlens.sweeps.partial import CleanRun, NotExactError
 
 _FIRST_BEHIND_ATTENTION = "attn.hook_z"
 _BEHIND_ATTENTION = set(list(BLOCK_HOOKS)[list(BLOCK_HOOKS).index(_FIRST_BEHIND_ATTENTION) :]) | {
