@@ -33,10 +33,22 @@ from mmlens.taps import LazyHookPoint
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
-Around = Callable[
-    [AttentionFunction, Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], tuple[Tensor, Any]
-]
-"""(attend, query, key, value, mask, the other arguments) -> what attention gives."""
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What an attention layer asks of its function: heads before positions, `mask` and `options` as transformers has
+    them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    options: dict[str, Any]
+
+
+Attend = Callable[[AttentionCall], tuple[Tensor, Any]]
+Around = Callable[[Attend, AttentionCall], tuple[Tensor, Any]]
+"""(attend, call) -> what attention gives."""
 
 # Keyword arguments with which softmax(q k^T scale + mask) is not the family's pattern.
 _PATTERN_CHANGING_ARGUMENTS = ("softcap", "s_aux", "position_bias")
@@ -81,7 +93,7 @@ class AttentionTap:
         self.runs: RunsPositions | None = None
         """The model whose positions the queries are; None in towers."""
         self.around: Around | None = None
-        """Stands between the module and `attend` where set: a partial run records and completes calls by it."""
+        """Stands between the module and its function where set: a partial run records and completes calls by it."""
 
     @property
     def needs_softmax(self) -> bool:
@@ -103,22 +115,14 @@ class AttentionTap:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        attend = functools.partial(self.attend, fast, eager, module)
-        if self.around is not None:
-            return self.around(attend, query, key, value, attention_mask, kwargs)
-        return attend(query, key, value, attention_mask, **kwargs)
+        attend = functools.partial(self._attend, fast, eager, module)
+        call = AttentionCall(query, key, value, attention_mask, kwargs)
+        return attend(call) if self.around is None else self.around(attend, call)
 
-    def attend(
-        self,
-        fast: AttentionFunction,
-        eager: AttentionFunction,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
+    def _attend(
+        self, fast: AttentionFunction, eager: AttentionFunction, module: nn.Module, call: AttentionCall
     ) -> tuple[Tensor, Tensor | None]:
+        query, key, value, attention_mask, kwargs = call.query, call.key, call.value, call.mask, call.options
         if self.rot_q.is_live:
             query = self.rot_q(query.transpose(1, 2)).transpose(1, 2)
         if self.rot_k.is_live:
@@ -130,7 +134,8 @@ class AttentionTap:
             self.consume_rows(rows)
         if not self.needs_softmax:
             return fast(module, query, key, value, attention_mask, **kwargs)
-        first = self._first_hooked(query, kwargs)
+        # Where the fast path is the eager one, there is nothing to stay on.
+        first = 0 if fast is eager else self._first_hooked(query, kwargs)
         mask = _additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"), first)
         attending = _attending(attention_mask, kwargs, first)
         with self._running_from(first), _SoftmaxWatch(self.scores, self.pattern, attending, key.shape[2]):

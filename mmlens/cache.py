@@ -231,8 +231,7 @@ class VLMActivationCache(ActivationCache):
         if self.image_mask is None:
             raise ValueError(f"{name!r} cannot be laid over the positions: the run had no visual positions")
         rows = self[name]
-        mask = self.image_mask.to(rows.device)
-        full = rows.new_zeros(*mask.shape, *rows.shape[1:]).index_put((mask,), rows)
+        full = over_positions(rows, self.image_mask)
         return full if self.has_batch_dim else full[0]
 
 
@@ -243,6 +242,26 @@ def is_packed(name: str) -> bool:
     (True, False)
     """
     return f".{name}".find(".image.") >= 0 or name.removesuffix("_grad").endswith("hook_deepstack")
+
+
+def over_positions(
+    rows: Float[Tensor, "image_token ..."], mask: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos ..."]:
+    """The rows of a packed activation at the visual positions `mask`, in batch-major order; zeros elsewhere."""
+    mask = mask.to(rows.device)
+    return rows.new_zeros(*mask.shape, *rows.shape[1:]).index_put((mask,), rows)
+
+
+def is_masked(scores: Float[Tensor, "*rows key"], mask_dtype: torch.dtype) -> Bool[Tensor, "*rows key"]:
+    """Which attention scores hold the mask's huge negative number; no real score comes near half of it.
+
+    `mask_dtype` is the type that the mask is made in, the model's: some families add it up in float32.
+
+    >>> is_masked(torch.tensor([1e3, -65504.0]), torch.float16)
+    tensor([False,  True])
+    """
+    lowest = max(torch.finfo(scores.dtype).min, torch.finfo(mask_dtype).min)
+    return scores < lowest / 2
 
 
 def is_batched(name: str) -> bool:

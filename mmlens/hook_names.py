@@ -133,6 +133,31 @@ def runs_over_positions(name: str) -> bool:
     return layer_of(name) is not None or name.startswith(("hook_embed", "image.", "ln_final."))
 
 
+def position_axis(name: str) -> int:
+    """The axis of an activation that runs over positions, of queries where there are keys too.
+
+    Raises ValueError where there is none.
+
+    >>> position_axis("blocks.2.hook_resid_pre"), position_axis("blocks.2.attn.hook_pattern")
+    (1, 2)
+    """
+    axes = axes_of(name)
+    for axis, what in enumerate(axes):
+        if what in ("pos", "query", "key"):
+            return axis
+    raise ValueError(f"{name} is [{', '.join(axes)}]: it has no axis of positions")
+
+
+def head_axis(name: str) -> int | None:
+    """The axis of heads, counted from the end: towers that pack their images have fewer axes in front. None: no heads.
+
+    >>> head_axis("vision.blocks.0.attn.hook_z"), head_axis("blocks.2.hook_resid_pre")
+    (-2, None)
+    """
+    axes = axes_of(name)
+    return next((axis - len(axes) for axis, what in enumerate(axes) if what in ("head", "kv_head")), None)
+
+
 def unknown_name_message(kind: str, given: str, known: Iterable[str]) -> str:
     """What was given, and the nearest right names.
 

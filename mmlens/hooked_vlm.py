@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.config import TransformerLensConfig
@@ -532,6 +532,13 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         known = kwargs.get("past_key_values")
         first = 0 if known is None else int(known.get_seq_length())
         self.span = Span(first, 0 if given is None else given.shape[1])
+
+    @property
+    def running_ids(self) -> Int[Tensor, "batch pos"] | None:
+        """The token ids of the run under way, from the first on; None where it goes on from a cache or has none."""
+        ids = self._whole_inputs.get("input_ids")
+        reached = self.span.first + self.span.length
+        return None if ids is None or (self.span.first and ids.shape[1] < reached) else ids
 
     def narrow_inputs(self, first: int, copies: int) -> None:
         """For a partial run: hooks see the inputs' positions from `first` on, and the batch `copies` times."""

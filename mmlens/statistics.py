@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,16 +70,7 @@ def bootstrap_interval(
             stacklevel=2,
         )
         return Interval(float(sample[0]), float(sample[0]), level)
-    result = scipy.stats.bootstrap(
-        (sample,),
-        np.mean,
-        confidence_level=level,
-        n_resamples=n_resamples,
-        batch=1000,
-        method=method,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(float(result.low), float(result.high), level)
+    return _bootstrap((sample,), np.mean, level, n_resamples, seed, method)
 
 
 def proportion_interval(values: Values, *, level: float = 0.95) -> Interval:
@@ -113,11 +104,8 @@ def paired_difference_interval(
     Medicine 17, 1998, method 10), which keeps its width when no pair differs. Otherwise the bootstrap
     (BCa) of the per-example differences. Raises ValueError for different numbers of examples.
     """
-    sample = _sample(values, "a paired difference", at_least=1)
-    reference = _sample(baseline, "a paired difference", at_least=1)
+    sample, reference = _pairs(values, baseline, "a paired difference", at_least=1)
     _check_level(level)
-    if len(sample) != len(reference):
-        raise ValueError(f"paired values are of the same examples: got {len(sample)} and {len(reference)}")
     if is_binary(sample) and is_binary(reference):
         return _newcombe(sample, reference, level)
     return bootstrap_interval(sample - reference, level=level, n_resamples=n_resamples, seed=seed)
@@ -143,11 +131,8 @@ def ratio_interval(
     >>> 0.4 < low < 0.5 < high < 0.6
     True
     """
-    above = _sample(numerator, "a ratio of means", at_least=2)
-    below = _sample(denominator, "a ratio of means", at_least=2)
+    above, below = _pairs(numerator, denominator, "a ratio of means", at_least=2)
     _check_level(level)
-    if len(above) != len(below):
-        raise ValueError(f"paired values are of the same examples: got {len(above)} and {len(below)}")
     if below.mean() == 0:
         raise ValueError("a ratio of means needs a denominator whose mean is not zero")
     ratio = float(above.mean() / below.mean())
@@ -172,20 +157,8 @@ def ratio_interval(
     # A draw of equal examples can have a denominator of zero; where that reaches a bound, the bound is not finite.
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
-        result = scipy.stats.bootstrap(
-            (above, below),
-            statistic,
-            paired=True,
-            vectorized=True,
-            confidence_level=level,
-            n_resamples=n_resamples,
-            batch=1000,
-            method="BCa",
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-    if not (np.isfinite(result.low) and np.isfinite(result.high)):
-        return Interval(-math.inf, math.inf, level)
-    return Interval(float(result.low), float(result.high), level)
+        interval = _bootstrap((above, below), statistic, level, n_resamples, seed)
+    return interval if np.isfinite([*interval]).all() else Interval(-math.inf, math.inf, level)
 
 
 Alternative = Literal["two-sided", "less", "greater"]
@@ -213,10 +186,7 @@ def paired_permutation_test(
     >>> paired_permutation_test([1.0, 2.0, 3.0, 5.0, 8.0], [0.0] * 5)  # 2 of 2^5 signs
     0.0625
     """
-    sample = _sample(values, "a paired test", at_least=1)
-    reference = _sample(baseline, "a paired test", at_least=1)
-    if len(sample) != len(reference):
-        raise ValueError(f"paired values are of the same examples: got {len(sample)} and {len(reference)}")
+    sample, reference = _pairs(values, baseline, "a paired test", at_least=1)
     if alternative not in ("two-sided", "less", "greater"):
         raise ValueError(f"alternative is 'two-sided', 'less' or 'greater', not {alternative!r}")
     if n_resamples < 1:
@@ -283,7 +253,7 @@ def minimal_detectable_effect(n: int, sd: float, *, power: float = 0.8, alpha: f
     >>> round(minimal_detectable_effect(34, sd=1.0), 2)  # half a standard deviation takes 34 examples
     0.5
     """
-    _check_n(n, at_least=2)
+    _check_n(n)
     _check_power(power, alpha)
     if not (math.isfinite(sd) and sd > 0):
         raise ValueError(f"sd is the standard deviation of the per-example differences, above 0, not {sd}")
@@ -313,7 +283,7 @@ def minimal_detectable_change(n: int, discordant: float, *, power: float = 0.8, 
     >>> round(minimal_detectable_change(200, discordant=0.2), 3)
     0.088
     """
-    _check_n(n, at_least=2)
+    _check_n(n)
     _check_power(power, alpha)
     if not 0 < discordant <= 1:
         raise ValueError(f"discordant is a share of the examples, above 0 and at most 1, not {discordant}")
@@ -334,6 +304,29 @@ def minimal_detectable_change(n: int, discordant: float, *, power: float = 0.8, 
 def is_binary(values: Values) -> bool:
     """Whether every value is 0 or 1."""
     return bool(np.isin(np.asarray(values), (0, 1)).all())
+
+
+def _bootstrap(
+    samples: tuple[np.ndarray, ...],
+    statistic: Callable[..., np.ndarray],
+    level: float,
+    n_resamples: int,
+    seed: int,
+    method: str = "BCa",
+) -> Interval:
+    """Of a statistic of one sample, or of several whose values are of the same examples."""
+    result = scipy.stats.bootstrap(
+        samples,
+        statistic,
+        paired=len(samples) > 1,
+        vectorized=True,
+        confidence_level=level,
+        n_resamples=n_resamples,
+        batch=1000,
+        method=method,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(result.low), float(result.high), level)
 
 
 def _newcombe(sample: np.ndarray, reference: np.ndarray, level: float) -> Interval:
@@ -371,9 +364,16 @@ def _sample(values: Values, what: str, *, at_least: int) -> np.ndarray:
     return sample
 
 
-def _check_n(n: int, *, at_least: int) -> None:
-    if n < at_least:
-        raise ValueError(f"n is a number of examples, at least {at_least}, not {n}")
+def _pairs(values: Values, baseline: Values, what: str, *, at_least: int) -> tuple[np.ndarray, np.ndarray]:
+    sample, reference = (_sample(one, what, at_least=at_least) for one in (values, baseline))
+    if len(sample) != len(reference):
+        raise ValueError(f"paired values are of the same examples: got {len(sample)} and {len(reference)}")
+    return sample, reference
+
+
+def _check_n(n: int) -> None:
+    if n < 2:
+        raise ValueError(f"n is a number of examples, at least 2, not {n}")
 
 
 def _check_power(power: float, alpha: float) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import tiny
 import torch
+from torch import Tensor
 
 import mmlens
+from mmlens.hooked_vlm import Hook
 from mmlens.prompt import Prompt
 
 QUESTION = "What colour is the letter K?"
@@ -30,6 +35,23 @@ def padded_prompt(model: mmlens.HookedVLM) -> Prompt:
     """Two rows of different length: the second has one image and a shorter question."""
     images = tiny.tiny_images(3, seed=1)
     return model.prompt([QUESTION, "Where?"], images=[images[:2], images[2:]])
+
+
+def generate(
+    model: mmlens.HookedVLM, prompt: Prompt, n_tokens: int, hooks: Sequence[Hook], **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Greedy decoding of exactly `n_tokens` under hooks: the token ids, and the logits of each step."""
+    with model.hooks(fwd_hooks=list(hooks)):
+        out = model.hf_model.generate(
+            **prompt.inputs,
+            max_new_tokens=n_tokens,
+            min_new_tokens=n_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+    return out.sequences, torch.stack(out.logits)
 
 
 @pytest.fixture(params=tiny.REPRESENTATIVES)

@@ -16,6 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 # Before transformers is imported: the bridge asks the hub for a processor by the model's name, with retries.
@@ -117,6 +118,10 @@ def variants(length: int) -> dict[str, Callable[[], Run]]:
     }
 
 
+def made_variant(length: int, name: str) -> Run:
+    return variants(length)[name]()
+
+
 def wall_clock() -> float:
     """Seconds, with what a GPU still has to do waited for."""
     if torch.cuda.is_available():
@@ -151,27 +156,24 @@ def process_status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def _peak(length: int, name: str, queue: multiprocessing.Queue) -> None:
+def _peak(make: Callable[..., Run], *arguments: object) -> int:
+    """In kB, of this process."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     with torch.no_grad():
-        run = variants(length)[name]()
+        run = make(*arguments)
         # Give freed memory back and restart the kernel's high-water mark, so that loading does not count.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = process_status("VmRSS")
         run()
-        queue.put(process_status("VmHWM") - before)
+        return process_status("VmHWM") - before
 
 
-def peak_megabytes(length: int, name: str) -> float:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_peak, args=(length, name, queue))
-    process.start()
-    kilobytes = queue.get()
-    process.join()
-    return kilobytes / 1024
+def peak_megabytes(make: Callable[..., Run], *arguments: object) -> float:
+    """Peak memory of the run that make(*arguments) gives, above what it loaded, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak, make, *arguments).result() / 1024
 
 
 @torch.no_grad()
@@ -203,14 +205,14 @@ def main() -> None:
     print(f"{'':34s}{'time':>8s}{'single pairs':>18s}{'peak MB':>10s}{'memory':>9s}")
     made = variants(arguments.length)
     base = made["HF SDPA (the base)"]()
-    base_peak = peak_megabytes(arguments.length, "HF SDPA (the base)")
+    base_peak = peak_megabytes(made_variant, arguments.length, "HF SDPA (the base)")
     print(f"{'HF SDPA (the base)':34s}{'x1.00':>8s}{'':18s}{base_peak:10.0f}{'x1.00':>9s}")
     for name, make in list(made.items())[1:]:
         other = make()
         pairs = arguments.pairs if "HookedVLM" in name else 3
         median, low, high = ratio(base, other, pairs)
         del other
-        peak = peak_megabytes(arguments.length, name)
+        peak = peak_megabytes(made_variant, arguments.length, name)
         spread, memory = f"{low:.2f} to {high:.2f}", f"x{peak / base_peak:.2f}"
         print(f"{name:34s}{f'x{median:.2f}':>8s}{spread:>18s}{peak:10.0f}{memory:>9s}")
 

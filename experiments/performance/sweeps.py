@@ -30,21 +30,17 @@ could.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import importlib.util
-import multiprocessing
 import os
 import platform
 import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
@@ -52,7 +48,15 @@ os.environ["TQDM_DISABLE"] = "1"
 import numpy as np
 import pandas as pd
 import torch
-from hooked_vlm import IMAGE_TOKEN, bridge_of, inputs_of, language_heavy_llava, process_status, wall_clock
+from hooked_vlm import (
+    IMAGE_TOKEN,
+    Run,
+    bridge_of,
+    inputs_of,
+    language_heavy_llava,
+    peak_megabytes,
+    wall_clock,
+)
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
@@ -493,24 +497,10 @@ def ratios(case: Case, pairs: int, samples: Mapping[str, int]) -> tuple[dict[str
     return {name: np.array(own) for name, own in found.items()}, largest, spread
 
 
-def _peak(name: str, length: int, side: str | None) -> int:
-    """In kB, of this process."""
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    with torch.no_grad():
-        case = CASES[name](length)
-        # As in hooked_vlm.py: loading does not count.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = process_status("VmRSS")
-        case.sweep() if side is None else case.others[side](case.labels[:1])
-        return process_status("VmHWM") - before
-
-
-def peak_megabytes(name: str, length: int, side: str | None) -> float:
-    """Peak memory of the sweep, or of one run of another side, above the loaded models in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak, name, length, side).result() / 1024
+def made_side(name: str, length: int, side: str | None) -> Run:
+    """The sweep, or one run of another side."""
+    case = CASES[name](length)
+    return case.sweep if side is None else partial(case.others[side], case.labels[:1])
 
 
 @torch.no_grad()
@@ -546,13 +536,20 @@ def main() -> None:
                 columns += [f"x{np.median(column):.1f}", f"{column.min():.1f} to {column.max():.1f}"]
             wall, wall_spread, cpu, cpu_spread = columns
             first = f"x{own[0, 1]:.1f}"
-            memory = "" if arguments.no_memory else f"{peak_megabytes(name, arguments.length, side):.0f}"
+            memory = (
+                ""
+                if arguments.no_memory
+                else f"{peak_megabytes(made_side, name, arguments.length, side):.0f}"
+            )
             most = f"x{case.limit:.1f}" if at == 0 else ""
             print(
                 f"{side:26s}{wall:>8s}{wall_spread:>18s}{cpu:>8s}{cpu_spread:>18s}{first:>8s}{most:>8s}{memory:>10s}"
             )
         if not arguments.no_memory:
-            print(f"{'the sweep':94s}{peak_megabytes(name, arguments.length, None):10.0f}", flush=True)
+            print(
+                f"{'the sweep':94s}{peak_megabytes(made_side, name, arguments.length, None):10.0f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -27,13 +27,14 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
+from mmlens.cache import is_batched, is_masked, is_packed
 from mmlens.data.examples import Example
 from mmlens.heads import HeadSet
 from mmlens.hook_names import axes_of, layer_of, unknown_name_message
 from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention
 from mmlens.interventions.components import Component, Specs
 from mmlens.interventions.components import components as components_of
-from mmlens.interventions.edits import Change, Edit, Here, Mask, Positions, positions_mask
+from mmlens.interventions.edits import NAMED_POSITIONS, Change, Edit, Here, Mask, Positions, positions_mask
 from mmlens.prompt import Prompt
 
 MODES = ("zero", "mean", "resample", "uniform", "uniform_leaky", "mean_query")
@@ -80,14 +81,14 @@ def mean_activations(
 
         def add(x: Tensor, hook: Any, masks: tuple[Mask, Mask] = masks) -> None:
             groups = (
-                [x[mask.to(x.device)] for mask in masks] if _has_kinds(hook.name) else [_rows(x, hook.name)]
+                [x[mask.to(x.device)] for mask in masks] if is_batched(hook.name) else [_rows(x, hook.name)]
             )
             total = torch.stack([group.double().sum(0).cpu() for group in groups])
             count = torch.tensor([len(group) for group in groups], dtype=torch.float64)
             sums[hook.name] = sums.get(hook.name, 0) + total
             counts[hook.name] = counts.get(hook.name, 0) + count
 
-        fire = [name for name in names if _has_kinds(name) or any(prompt.images)]
+        fire = [name for name in names if is_batched(name) or any(prompt.images)]
         if fire:
             model.run_with_hooks(prompt, fwd_hooks=[(name, add) for name in fire], logits_to_keep=1)
     missing = [name for name in names if name not in sums]
@@ -165,7 +166,7 @@ class _Target:
         return x.index_select(self.parts[0].axis, torch.tensor(self.index, device=x.device))
 
     def edit(self, model: HookedVLM, prompt: Prompt, change: Change, where: Mask | None) -> Edit:
-        if self.parts[0].kind == "head" and layer_of(self.hook) is not None:
+        if self.parts[0].kind == "head":
             return Edit(model, prompt, self.hook, change, positions=where, heads=self.index)
         if self.index is None:
             return Edit(model, prompt, self.hook, change, positions=where)
@@ -194,7 +195,7 @@ def _targets(parts: Sequence[Component], mode: str) -> list[_Target]:
 def _check_image_positions(
     model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], where: Mask | None
 ) -> None:
-    if not any(_is_packed(target.hook) for target in targets):
+    if not any(is_packed(target.hook) for target in targets):
         return
     images = model.image_mask(prompt)
     if images is None or not bool(images.any()):
@@ -216,9 +217,7 @@ def _uniform(
     model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], reference: None, seed: int
 ) -> list[Change]:
     def change(scores: Tensor, here: Here) -> Tensor:
-        # A masked score has the mask's huge negative number in it; no real score comes near half of it.
-        masked = scores < torch.finfo(scores.dtype).min / 2
-        return torch.where(masked, scores, torch.zeros_like(scores))
+        return torch.where(is_masked(scores, model.hf_model.dtype), scores, torch.zeros_like(scores))
 
     return [change] * len(targets)
 
@@ -242,7 +241,7 @@ def _mean(
                 f"{first.size} {first.kind}s there"
             )
         means = target.of(means)
-        if _has_kinds(target.hook) and has_images and bool(means[1].isnan().all()):
+        if is_batched(target.hook) and has_images and bool(means[1].isnan().all()):
             raise ValueError("the prompt has images, but the reference means come from examples without any")
         if bool(means[: 1 + has_images].isnan().any()):
             raise ValueError(f"the reference means of {target.hook} are NaN: its activations were")
@@ -273,7 +272,7 @@ def _resample(
     a kind, its own are used again from the end.
     """
     rng = np.random.default_rng([seed, *_fingerprint(prompt)])
-    same_sizes = not all(_has_kinds(target.hook) or _is_packed(target.hook) for target in targets)
+    same_sizes = not all(is_batched(target.hook) or is_packed(target.hook) for target in targets)
     drawn = [
         _another(reference, question, images, rng, same_sizes)
         for question, images in zip(prompt.questions, prompt.images, strict=True)
@@ -283,12 +282,15 @@ def _resample(
         _, cache = model.run_with_cache(
             other, names_filter=[target.hook for target in targets], logits_to_keep=1
         )
-    sources = [target.of(cache[target.hook]) for target in targets]
+    sources = [
+        target.of(cache.unpacked(target.hook) if is_packed(target.hook) else cache[target.hook])
+        for target in targets
+    ]
     return [
         _to_prompt_values(model, prompt, other, source)
-        if _has_kinds(target.hook)
+        if is_batched(target.hook)
         else _to_image_values(model, prompt, other, source)
-        if _is_packed(target.hook)
+        if is_packed(target.hook)
         else partial(_to_same_patches, source=source, hook=target.hook)
         for target, source in zip(targets, sources, strict=True)
     ]
@@ -306,11 +308,9 @@ def _to_prompt_values(model: HookedVLM, prompt: Prompt, other: Prompt, source: T
 def _to_image_values(model: HookedVLM, prompt: Prompt, other: Prompt, source: Tensor) -> Change:
     here_mask, there_mask = (model.image_mask(each) for each in (prompt, other))
     assert here_mask is not None and there_mask is not None
-    here_mask, there_mask = here_mask.to(source.device), there_mask.to(source.device)
-    unpacked = source.new_zeros(*there_mask.shape, *source.shape[1:])
-    unpacked[there_mask] = source
-    rows = torch.arange(len(unpacked), device=source.device)[:, None]
-    values = unpacked[rows, _matched_positions([here_mask], [there_mask]).to(source.device)]
+    here_mask = here_mask.to(source.device)
+    rows = torch.arange(len(source), device=source.device)[:, None]
+    values = source[rows, _matched_positions([here_mask], [there_mask]).to(source.device)]
     return lambda x, here: here.of_prompt(values, 0.0)[here.of_prompt(here_mask, False)].to(x)
 
 
@@ -353,23 +353,12 @@ _CHANGES: dict[str, Callable[..., list[Change]]] = {
 # ---------------------------------------------------------------------- axes and references
 
 
-def _is_packed(hook: str) -> bool:
-    """Whether an activation of the language model holds image positions only, packed [image_token, ...]."""
-    return axes_of(hook)[0] == "image_token" and not hook.startswith("vision.")
-
-
-def _has_kinds(hook: str) -> bool:
-    """Whether an activation runs over all the prompt's positions, text and image."""
-    in_language = layer_of(hook) is not None or hook.startswith(("hook_embed", "ln_final."))
-    return in_language and not _is_packed(hook)
-
-
 _ROW_AXES = {"batch", "pos", "key", "image", "patch", "..."}
 
 
 def _rows(x: Tensor, hook: str) -> Tensor:
     """An activation of the vision side, one row per patch or image token."""
-    n_features = x.ndim - 1 if _is_packed(hook) else sum(axis not in _ROW_AXES for axis in axes_of(hook))
+    n_features = x.ndim - 1 if is_packed(hook) else sum(axis not in _ROW_AXES for axis in axes_of(hook))
     return x.flatten(0, x.ndim - n_features - 1)
 
 
@@ -389,8 +378,7 @@ def _mean_hooks(model: HookedVLM, hooks: HookName | Sequence[str] | None) -> lis
 
 def _position_kinds(prompt: Prompt) -> tuple[Mask, Mask]:
     """Masks [batch, pos] of text and of image positions; padding is neither."""
-    token_map = prompt.token_map
-    return ~token_map.is_image & ~token_map.is_padding, token_map.is_image
+    return NAMED_POSITIONS["text"](prompt), NAMED_POSITIONS["image"](prompt)
 
 
 def _check_reference(mode: str, reference: Any) -> None:

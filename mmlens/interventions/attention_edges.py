@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmlens.cache import is_masked
 from mmlens.heads import Head, Heads, HeadSet, as_head_set
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, Span
@@ -73,7 +74,7 @@ def knockout(
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
 
         def change(scores: Tensor, here: Here) -> Tensor:
-            blocked = _at_keys(is_key, here, scores) & ~_is_masked(model, scores)
+            blocked = _at_keys(is_key, here, scores) & ~is_masked(scores, model.hf_model.dtype)
             return scores.masked_fill(blocked, torch.finfo(scores.dtype).min)
 
         return [
@@ -112,7 +113,7 @@ class KnockoutEdit(Edit):
     ) -> None:
         """Raise ValueError where a row that lost keys has none left."""
         empty = torch.zeros_like(rows)
-        empty[rows] = _is_masked(self.model, scores[rows]).all(-1)
+        empty[rows] = is_masked(scores[rows], self.model.hf_model.dtype).all(-1)
         if not bool(empty.any()):
             return
         row, head, _ = empty.nonzero()[0].tolist()
@@ -157,7 +158,7 @@ def steer(
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
 
         def change(scores: Tensor, here: Here, deltas: Tensor) -> Tensor:
-            steered = _at_keys(is_key, here, scores) & ~_is_masked(model, scores)
+            steered = _at_keys(is_key, here, scores) & ~is_masked(scores, model.hf_model.dtype)
             return torch.where(steered, scores + deltas.to(scores)[:, None, None], scores)
 
         return _per_head_edits(model, prompt, chosen, _SCORES, change, deltas, where, queries is None)
@@ -334,12 +335,3 @@ def _at_keys(is_key: Mask, here: Here, scores: Tensor) -> Bool[Tensor, "batch 1 
     first = max(here.span.first + here.span.length - n_keys, 0)
     chosen = Here(here.prompt, Span(first, n_keys)).of_prompt(is_key, False)
     return chosen[:, None, None].to(scores.device)
-
-
-def _is_masked(model: HookedVLM, scores: Float[Tensor, "*rows key"]) -> Bool[Tensor, "*rows key"]:
-    """Which scores hold the mask's huge negative number; no real score comes near half of it.
-
-    The mask is made in the model's type, and some families add it up in float32.
-    """
-    lowest = max(torch.finfo(scores.dtype).min, torch.finfo(model.hf_model.dtype).min)
-    return scores < lowest / 2

@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mmlens.hook_names import BLOCK_HOOKS, axes_of, layer_of, runs_over_positions, unknown_name_message
+from mmlens.cache import is_batched, is_packed
+from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions, unknown_name_message
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, Span
 from mmlens.interventions.edits import Edit, Here, Positions, positions_mask
 from mmlens.prompt import Prompt
@@ -203,7 +204,7 @@ def during(intervention: Intervention, when: str) -> Intervention:
 def _restricted(
     model: HookedVLM, prompt: Prompt, name: str, function: Callable[..., Any], when: str
 ) -> Callable[..., Any]:
-    if not _covers_positions(name):
+    if not is_batched(name):
         if when == "decode":
             raise ValueError(
                 f"during(..., 'decode'): {name} holds the prompt's images, which no generated token is part of"
@@ -221,11 +222,6 @@ def _restricted(
     return edit
 
 
-def _covers_positions(name: str) -> bool:
-    """Whether the activation runs over the positions of the language model, generated ones included."""
-    return runs_over_positions(name) and axes_of(name)[0] != "image_token"
-
-
 def _fresh(edit: Edit) -> Edit:
     """A copy that has not fired yet."""
     fresh = copy.copy(edit)
@@ -237,7 +233,7 @@ def _of_part(
     prompt: Prompt, name: str, function: Callable[..., Any], hook: Any, when: str
 ) -> Callable[[Tensor, Here], Tensor]:
     """A hook function as an Edit's change, which hands it the prompt's positions or the generated ones alone."""
-    axis = _position_axis(name)
+    axis = position_axis(name)
 
     def change(x: Tensor, here: Here) -> Tensor:
         length = x.shape[axis]
@@ -252,11 +248,6 @@ def _of_part(
         return torch.cat(pieces, dim=axis)
 
     return change
-
-
-def _position_axis(name: str) -> int:
-    axes = axes_of(name)
-    return next(axes.index(axis) for axis in ("pos", "query", "key") if axis in axes)
 
 
 # ---------------------------------------------------------------------- by layer
@@ -389,13 +380,12 @@ def relay(
 
 def _check_relay(read: str, write: str) -> None:
     for name in (read, write):
-        if layer_of(name) is None and not name.startswith(("hook_embed", "image.", "ln_final.")):
+        if not runs_over_positions(name):
             raise ValueError(
                 f"relay: {name} is no hook point of the language model; a relay joins two hook points that fire in "
                 "every step over the same positions"
             )
-    at_images = [axes_of(name)[0] == "image_token" for name in (read, write)]
-    if at_images[0] != at_images[1]:
+    if is_packed(read) != is_packed(write):
         raise ValueError(
             f"relay: {read} and {write} are not over the same positions: one holds the image positions alone. Use "
             "the hook point of all positions, with positions='image'"
@@ -432,7 +422,7 @@ def _place(name: str) -> tuple[int, float]:
 
 def _same_positions(source: Tensor, span: Span, name: str, wanted: Span) -> Tensor:
     """The source at the positions `wanted`, which a run may have cut between the two hook points."""
-    if span == wanted or axes_of(name)[0] == "image_token":
+    if span == wanted or is_packed(name):
         return source
     start = wanted.first - span.first
     if start < 0 or start + wanted.length > span.length:
@@ -440,7 +430,7 @@ def _same_positions(source: Tensor, span: Span, name: str, wanted: Span) -> Tens
             f"relay: {name} was computed for positions {span.first} to {span.first + span.length - 1} alone, "
             f"and {wanted.first} to {wanted.first + wanted.length - 1} are to be edited"
         )
-    return source.narrow(_position_axis(name), start, wanted.length)
+    return source.narrow(position_axis(name), start, wanted.length)
 
 
 # ---------------------------------------------------------------------- report

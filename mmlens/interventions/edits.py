@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mmlens.hook_names import axes_of, runs_over_positions, unknown_name_message
+from mmlens.hook_names import axes_of, head_axis, position_axis, runs_over_positions, unknown_name_message
 from mmlens.hooked_vlm import HookedVLM, Span
 from mmlens.prompt import Prompt
 
@@ -31,9 +31,6 @@ NAMED_POSITIONS: dict[str, Callable[[Prompt], Mask]] = {
     "prompt": lambda prompt: ~prompt.token_map.is_padding,
 }
 """Position masks by name."""
-
-_POSITION_AXES = ("pos", "query", "key")
-_HEAD_AXES = ("head", "kv_head")
 
 
 def positions_mask(prompt: Prompt, positions: Positions) -> Mask | None:
@@ -65,12 +62,15 @@ class Here:
 
     prompt: Prompt
     span: Span
+    running_ids: Int[Tensor, "rows pos"] | None = None
+    """The token ids of the run under way (HookedVLM.running_ids)."""
 
     def of_prompt(self, values: Tensor, generated: Tensor | float | bool) -> Tensor:
         """Values [batch, pos, ...] of the prompt, at the positions in hand; `generated` at those behind it.
 
-        `generated` is one value, or a tensor [batch, 1, ...].
+        `generated` is one value, or a tensor [batch, 1, ...]. Raises ValueError where another prompt is being run.
         """
+        self._check_prompt()
         first, stop = self.span.first, self.span.first + self.span.length
         known = values[:, first:stop]
         n_more = self.span.length - known.shape[1]
@@ -79,6 +79,18 @@ class Here:
         behind = torch.as_tensor(generated, dtype=values.dtype, device=values.device)
         shape = (len(values), n_more, *values.shape[2:])
         return torch.cat([known, behind.expand(shape)], dim=1)
+
+    def _check_prompt(self) -> None:
+        ids, own = self.running_ids, self.prompt.inputs.get("input_ids")
+        if ids is None or own is None:
+            return
+        # Beams repeat a prompt; without a cache, generated tokens follow it.
+        fits = ids.shape[1] >= own.shape[1] and len(own) in (1, len(ids))
+        if not fits or not bool((ids[:, : own.shape[1]] == own.to(ids.device)).all()):
+            raise ValueError(
+                f"an intervention built for a prompt of [batch, pos] = {list(own.shape)} is run on another one of "
+                f"{list(ids.shape)}: interventions are built for each prompt, intervention(model, prompt)"
+            )
 
     @property
     def is_image(self) -> Bool[Tensor, "batch span"]:
@@ -137,7 +149,7 @@ class Edit:
                     f"{name} has rows of visual positions alone, and positions chooses none of these"
                 )
         self.heads = None if heads is None else list(heads)
-        if heads is not None and not set(_HEAD_AXES) & set(self.axes):
+        if heads is not None and head_axis(name) is None:
             raise ValueError(f"{name} is [{', '.join(self.axes)}]: it has no heads to choose")
         self.fired = 0
         self._sizes: list[Tensor] = []
@@ -160,17 +172,15 @@ class Edit:
         return f"Edit({self.name}{heads}{where}: fired {self.fired} times, size {self.size:.3g})"
 
     def __call__(self, x: Tensor, hook: Any) -> Tensor:
-        here = Here(self.prompt, self._span(x))
-        # From the end: Qwen's towers pack images and patches into one axis.
-        axes = range(-len(self.axes), 0)
-        head_axis = next((axis for axis in axes if self.axes[axis] in _HEAD_AXES), 0)
+        here = Here(self.prompt, self._span(x), self.model.running_ids)
+        of_heads = head_axis(self.name) or 0
         chosen, index = x, None
         if self.heads is not None:
-            n_heads = x.shape[head_axis]
+            n_heads = x.shape[of_heads]
             if min(self.heads) < 0 or max(self.heads) >= n_heads:
                 raise IndexError(f"heads {self.heads} of {self.name}: it has heads 0 to {n_heads - 1}")
             index = torch.tensor(self.heads, device=x.device)
-            chosen = x.index_select(head_axis, index)
+            chosen = x.index_select(of_heads, index)
         # The change may work in place; what was there is still needed.
         edited = self.change(chosen.clone(), here).to(x.dtype)
         where = self._where(x, here)
@@ -182,7 +192,7 @@ class Edit:
             # Masked scores are infinite on some paths: what stays masked did not change.
             self._sizes.append(change.nan_to_num(0.0).max())
         return (
-            edited.expand_as(x) if index is None else x.index_copy(head_axis, index, edited.expand_as(chosen))
+            edited.expand_as(x) if index is None else x.index_copy(of_heads, index, edited.expand_as(chosen))
         )
 
     def _span(self, x: Tensor) -> Span:
@@ -203,7 +213,7 @@ class Edit:
             assert is_image is not None
             rows = where[here.of_prompt(is_image, False).to(x.device)]
             return rows.reshape(-1, *[1] * (x.ndim - 1))
-        axis = next(axis for axis, name in enumerate(self.axes) if name in _POSITION_AXES)
+        axis = position_axis(self.name)
         if x.shape[axis] != where.shape[1]:
             raise ValueError(
                 f"{self.name} covers {x.shape[axis]} places in a run of {where.shape[1]} positions: it is not over the "

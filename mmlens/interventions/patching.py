@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from mmlens.hook_names import axes_of, runs_over_positions, unknown_name_message
+from mmlens.cache import is_packed, over_positions
+from mmlens.hook_names import axes_of, head_axis, runs_over_positions, unknown_name_message
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, UnknownHookError
 from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.edits import Change, Edit, Here, Positions, positions_mask
@@ -47,8 +48,6 @@ class Source:
     prompt: Prompt | Corruption | None = None
     under: Intervention | None = None
 
-
-_HEAD_AXES = {"head", "kv_head"}
 
 SourcePositions: TypeAlias = (
     Bool[Tensor, "source_batch source_pos"] | str | Callable[[Prompt], Bool[Tensor, "batch pos"]] | None
@@ -117,8 +116,8 @@ def patch(
                 )
             _check_equal_images(hook, prompt, origin)
             change = _whole(model, hook, origin, chosen)
-            return [(hook, Edit(model, prompt, hook, change, positions=positions))]
-        values = _laid_over(model, prompt, hook, origin, positions, source_positions)
+            return [(hook, Edit(model, prompt, hook, change, positions=positions, heads=chosen))]
+        values = laid_over(model, prompt, hook, origin, positions, source_positions)
         if "query" in axes_of(hook):
             change = _rows_of_queries(hook, values, chosen)
         else:
@@ -177,7 +176,7 @@ class SharedSource:
         values = {}
         for hook, origin in self.origins(model, prompt, hooks).items():
             if runs_over_positions(hook):
-                _laid_over(model, prompt, hook, origin, None, None)
+                laid_over(model, prompt, hook, origin)
                 values[hook] = _with_batch_axis(hook, origin, len(prompt))
             else:
                 _check_equal_images(hook, prompt, origin)
@@ -308,16 +307,16 @@ def _of_activations(given: ActivationCache | Mapping[str, Tensor], hooks: Sequen
 
 def _packed_mask(model: HookedVLM, prompt: Prompt, hook: str) -> Bool[Tensor, "batch pos"] | None:
     """The prompt's visual positions, where the hook point has their rows alone."""
-    return model.image_mask(prompt) if axes_of(hook)[0] == "image_token" else None
+    return model.image_mask(prompt) if is_packed(hook) else None
 
 
-def _laid_over(
+def laid_over(
     model: HookedVLM,
     prompt: Prompt,
     hook: str,
     origin: Origin,
-    positions: Positions,
-    source_positions: SourcePositions,
+    positions: Positions = None,
+    source_positions: SourcePositions = None,
 ) -> Float[Tensor, "batch pos ..."]:
     """The source's activation over the positions of `prompt`, behind the batch axis, whatever the hook point's axes.
 
@@ -374,8 +373,7 @@ def _unpacked(hook: str, rows: Tensor, mask: Bool[Tensor, "batch pos"] | None) -
             f"{hook}: the source has {len(rows)} visual positions, "
             f"expected {int(mask.sum())}, of batch rows with {mask.sum(1).tolist()}"
         )
-    mask = mask.to(rows.device)
-    return rows.new_zeros(*mask.shape, *rows.shape[1:]).index_put((mask,), rows)
+    return over_positions(rows, mask)
 
 
 def _check_equal_layout(
@@ -445,7 +443,7 @@ def _check_heads(hook: str, n_heads: int, heads: Sequence[int] | None) -> None:
     axes = axes_of(hook)
     if heads is None:
         return
-    if not _HEAD_AXES & set(axes):
+    if head_axis(hook) is None:
         raise ValueError(f"{hook} is [{', '.join(axes)}]: it has no heads to choose")
     if min(heads) < 0 or max(heads) >= n_heads:
         kind = "key-value heads" if "kv_head" in axes else "heads"
@@ -530,28 +528,20 @@ def _check_equal_images(hook: str, prompt: Prompt, origin: Origin) -> None:
 
 def _whole(model: HookedVLM, hook: str, origin: Origin, heads: Sequence[int] | None) -> Change:
     """All positions of the activation; where the hook point fires once per image or window, call by call."""
-    axes = axes_of(hook)
-    # Counted from the end: towers that pack their patches on one axis have no batch axis.
-    axis = next((axis - len(axes) for axis, name in enumerate(axes) if name in _HEAD_AXES), 0)
+    axis = head_axis(hook) or 0
     _check_heads(hook, origin.value.shape[axis], heads)
     values = _of_heads(origin.value, axis, heads)
     run, n_done = -1, 0
 
     def change(x: Tensor, here: Here) -> Tensor:
         nonlocal run, n_done
-        own = _of_heads(x, axis, heads)
         given = values
-        if origin.prompt is not None and own.ndim == values.ndim and len(own) < len(values):
+        if origin.prompt is not None and x.ndim == values.ndim and len(x) < len(values):
             # A cache stacks the calls of one run on the first axis, each padded to the largest.
             first = n_done % len(values) if run == model._n_forwards else 0
-            run, n_done = model._n_forwards, first + len(own)
-            given = values[first:n_done][(slice(None), *map(slice, own.shape[1:]))]
-        given = _fitting(hook, given, own)
+            run, n_done = model._n_forwards, first + len(x)
+            given = values[first:n_done][(slice(None), *map(slice, x.shape[1:]))]
         # A copy: the model may write into what it is given.
-        return (
-            given.clone()
-            if heads is None
-            else x.index_copy(axis, torch.tensor(heads, device=x.device), given)
-        )
+        return _fitting(hook, given, x).clone()
 
     return change

@@ -34,13 +34,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.cache import is_packed
 from mmlens.families.anatomy import scale_of
 from mmlens.heads import HeadSet, as_head_set
-from mmlens.hook_names import axes_of, block, layer_of, unknown_name_message
+from mmlens.hook_names import block, layer_of, unknown_name_message
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, UnknownHookError
 from mmlens.interventions.components import Component, Spec, components, why_missing
 from mmlens.interventions.edits import Change, Edit, Mask, Positions, positions_mask
-from mmlens.interventions.patching import PatchSource, SharedSource, Source, shared_source
+from mmlens.interventions.patching import PatchSource, SharedSource, Source, laid_over, shared_source
 from mmlens.prompt import Prompt
 from mmlens.weights import Block, attends_elsewhere, reads_latent
 
@@ -505,7 +506,7 @@ def _attention_frozen(path: _Path, writes: Sequence[_Write]) -> list[Hook]:
             if _depth_of(name) % 3 == _ATTENTION:
                 continue
             mask, given = path.mask, path.given(name)
-            if axes_of(name)[0] == "image_token":
+            if is_packed(name):
                 assert is_image is not None
                 mask, given = mask[is_image.to(mask.device)], given[is_image.to(given.device)]
             hooks.append((name, partial(_sent, mask=mask, given=given, part=part)))
@@ -558,13 +559,7 @@ def _frozen_downstream(path: _Path) -> list[Hook]:
 def _laid_out(
     model: HookedVLM, prompt: Prompt, shared: SharedSource, hook: str
 ) -> Float[Tensor, "batch pos ..."]:
-    value = shared.activations(model, prompt, [hook])[hook]
-    if axes_of(hook)[0] != "image_token":
-        return value
-    is_image = model.image_mask(prompt)
-    assert is_image is not None
-    is_image = is_image.to(value.device)
-    return value.new_zeros(*is_image.shape, *value.shape[1:]).index_put((is_image,), value)
+    return laid_over(model, prompt, hook, shared.origins(model, prompt, [hook])[hook])
 
 
 def _wanted(

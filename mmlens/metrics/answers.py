@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.metrics.outcomes import Metric, reads
+from mmlens.metrics.outcomes import Metric, metric_name, reads, what_reads
 from mmlens.prompt import Prompt
 
 TOLERANCE = Decimal("0.05")
@@ -39,11 +39,9 @@ def generating(metric: Metric, *, max_new_tokens: int) -> Metric:
     >>> generating(exact_match, max_new_tokens=64).max_new_tokens
     64
     """
-    name = getattr(metric, "__name__", repr(metric))
-    if getattr(metric, "reads", "logits") != "answers":
-        raise ValueError(
-            f"metric {name} reads {getattr(metric, 'reads', 'logits')}, so nothing is generated for it"
-        )
+    what = what_reads(metric)
+    if what != "answers":
+        raise ValueError(f"metric {metric_name(metric)} reads {what}, so nothing is generated for it")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is at least 1, not {max_new_tokens}")
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from mmlens.cache import is_batched, is_packed
 from mmlens.heads import HeadScores
-from mmlens.hook_names import axes_of, block, layer_of, unknown_name_message
+from mmlens.hook_names import axes_of, block, layer_of, runs_over_positions, unknown_name_message
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.patching import PatchSource
 from mmlens.metrics.attribution_patterns import FIX_HOOKS, fixed_layers, pattern_score
@@ -48,13 +48,14 @@ from mmlens.metrics.attribution_runs import (
     clean_values,
     difference,
     finite,
-    is_language,
     mean_of,
+    over_positions,
     source_values,
     towards,
 )
 from mmlens.metrics.outcomes import Metric
 from mmlens.prompt import Prompt
+from mmlens.sweeps.grids import layers_with
 
 METHODS = ("gradient", "integrated", "integrated_activation", "graddrop", "qk_fix", "atp_star")
 UNSIGNED = ("graddrop", "atp_star")
@@ -217,7 +218,7 @@ def attribute(
         scores = _dropped(model, graph, scored, names)
     else:
         clean = clean_values(model, prompt, names)
-        if all(map(is_language, names)):
+        if all(map(runs_over_positions, names)):
             run.encode_images()
         if method == "integrated":
             graphs = run.along_embeddings(source, names)
@@ -240,7 +241,7 @@ def _check_method(model: HookedVLM, prompt: Prompt, method: str, names: Sequence
         raise ValueError(
             f"layers of {model.family.model_type!r} do more than add to the stream, so {method!r} cannot drop one"
         )
-    if all(map(is_language, names)):
+    if all(map(runs_over_positions, names)):
         return
     if method == "integrated":
         raise ValueError(
@@ -277,10 +278,11 @@ def word_names(model: HookedVLM, word: str) -> list[str]:
     """The hook points that a word of NODES means in this model. Raises UnknownHookError where it has none."""
     if word in _MODEL_NODES:
         return model.hook_names(_MODEL_NODES[word])
-    names = [block(layer, _LAYER_NODES[word]) for layer in range(model.cfg.n_layers)]
+    hook = _LAYER_NODES[word]
+    names = [block(layer, hook) for layer in layers_with(model, hook)]
     if word == "residual":
         names.append(block(model.cfg.n_layers - 1, "hook_resid_post"))
-    return [name for name in names if name in model.hook_dict] or model.hook_names(names[0])
+    return names
 
 
 def node_axes(model: HookedVLM, name: str, ndim: int) -> tuple[int | None, tuple[int, ...], int | None]:
@@ -304,7 +306,7 @@ def _node_scores(
 ) -> Float[Tensor, "*node"]:
     """Sums of elements: [example, position, head], less the axes that the node does not have."""
     example, positions, head = node_axes(model, name, product.ndim)
-    if by_position and not is_language(name) and "query" in axes_of(name):
+    if by_position and not runs_over_positions(name) and "query" in axes_of(name):
         raise ValueError(f"{name} has no scores by position; take by_position=False")
     if not by_position and not is_packed(name):
         positions = ()
@@ -323,14 +325,8 @@ def _node_scores(
 
 def _of_examples(model: HookedVLM, prompt: Prompt, rows: Tensor, by_position: bool) -> Float[Tensor, "*node"]:
     """Scores of image tokens, laid over the positions or summed for each example."""
-    mask = model.image_mask(prompt)
-    assert mask is not None
-    mask = mask.cpu()
-    if by_position:
-        return rows.new_full((*mask.shape, *rows.shape[1:]), torch.nan).index_put((mask,), rows)
-    sums = rows.new_zeros(len(mask), *rows.shape[1:]).index_add(0, torch.nonzero(mask)[:, 0], rows)
-    sums[~mask.any(1)] = torch.nan
-    return sums
+    scores = over_positions(model, prompt, rows, torch.nan)
+    return scores if by_position else scores.nansum(1).masked_fill(scores.isnan().all(1), torch.nan)
 
 
 # ---------------------------------------------------------------------- GradDrop

@@ -15,13 +15,14 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from mmlens.hook_names import runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, NoChangeWarning
 from mmlens.interventions.edits import Edit
 from mmlens.interventions.patching import PatchSource, patch, shared_source
 from mmlens.interventions.paths import path_patch
 from mmlens.metrics.attribution import Attribution, node_axes
 from mmlens.metrics.attribution_edges import EdgeAttribution, Site, read_at, write_changes
-from mmlens.metrics.attribution_runs import difference, is_language, source_values
+from mmlens.metrics.attribution_runs import attention_of, difference, source_values
 from mmlens.metrics.outcomes import Metric
 from mmlens.prompt import Prompt
 from mmlens.sweeps.table import sweep
@@ -176,7 +177,7 @@ def _exact(
     if "sender" in place:
         return _exact_edge(model, source, place["sender"], place["receiver"])
     name, position, head = place["hook"], place["position"], place["head"]
-    if position is not None and not is_language(name):
+    if position is not None and not runs_over_positions(name):
         return partial(_tower_patch, source=source, place=place)
     mask = None
     if position is not None:
@@ -212,8 +213,7 @@ def _exact_edge(model: HookedVLM, source: PatchSource, sender: Site, receiver: S
     if receiver.kind == "mlp":
         reads = (receiver.layer, "mlp")
     elif receiver.layer is not None and receiver.head is not None:
-        attention = model.anatomy.language[receiver.layer].attention
-        assert attention is not None
+        attention = attention_of(model, receiver.layer)
         shared_by = 1 if receiver.kind == "q" else attention.n_heads // attention.n_kv_heads
         reads = (receiver.layer, receiver.head * shared_by, receiver.kind)
     if sends is None or receiver.kind == "attention":

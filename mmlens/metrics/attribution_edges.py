@@ -33,10 +33,12 @@ from mmlens.metrics.attribution_runs import (
     difference,
     finite,
     mean_of,
+    over_positions,
     source_values,
 )
 from mmlens.metrics.outcomes import Metric
 from mmlens.prompt import Prompt
+from mmlens.sweeps.grids import layers_with
 from mmlens.taps import weight_of
 
 EDGE_METHODS = ("gradient", "integrated")
@@ -233,10 +235,7 @@ def _receivers(model: HookedVLM, word: str) -> list[Site]:
     if word == "logits":
         return [Site("logits")]
     hook = {"attention": "hook_attn_in", "mlp": "hook_mlp_in"}.get(word, f"attn.hook_{word}_input")
-    names = [block(layer, hook) for layer in range(model.cfg.n_layers)]
-    layers = [layer for layer, name in enumerate(names) if name in model.hook_dict]
-    if not layers:
-        model.hook_names(names[0])
+    layers = layers_with(model, hook)
     if word in ("attention", "mlp"):
         return [Site(word, layer) for layer in layers]
     sites = []
@@ -275,12 +274,7 @@ def _recorded(model: HookedVLM, site: Site) -> list[str]:
 
 def _over_positions(model: HookedVLM, prompt: Prompt, name: str, rows: Tensor) -> Tensor:
     """Rows of image tokens laid over all positions, zeros at text; other activations as they are."""
-    if not is_packed(name):
-        return rows
-    mask = model.image_mask(prompt)
-    assert mask is not None
-    mask = mask.to(rows.device)
-    return rows.new_zeros(*mask.shape, *rows.shape[1:]).index_put((mask,), rows)
+    return over_positions(model, prompt, rows) if is_packed(name) else rows
 
 
 @torch.no_grad()

@@ -12,15 +12,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.cache import is_batched, is_packed
 from mmlens.families.anatomy import AttentionParts
-from mmlens.hook_names import block, unknown_name_message
+from mmlens.hook_names import block, runs_over_positions, unknown_name_message
 from mmlens.hooked_vlm import Hook, HookedVLM
 from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.patching import PatchSource, Source, shared_source
-from mmlens.metrics.outcomes import Metric, evaluate, what_reads
+from mmlens.metrics.outcomes import Metric, evaluate, metric_name, what_reads
 from mmlens.prompt import Prompt
 
 
@@ -68,7 +68,7 @@ class GradientRuns:
             raise ValueError(
                 "the model is in training mode, where dropout changes every run: call hf_model.eval()"
             )
-        self.metric_name = getattr(self.metric, "__name__", repr(self.metric))
+        self.metric_name = metric_name(self.metric)
         reads = what_reads(self.metric)
         if reads == "answers":
             raise ValueError(
@@ -83,7 +83,9 @@ class GradientRuns:
     def encode_images(self) -> None:
         """Run the tower once for all runs to come, unless a hook of the user's own acts there."""
         live = [name for name, point in self.model.hook_dict.items() if point.is_live]
-        self._run = self.model.encode_images(self.prompt) if all(map(is_language, live)) else self.prompt
+        self._run = (
+            self.model.encode_images(self.prompt) if all(map(runs_over_positions, live)) else self.prompt
+        )
 
     def forward(
         self, names: Sequence[str], edits: Sequence[Hook] = (), drops: Mapping[str, int] | None = None
@@ -224,8 +226,14 @@ def towards(end: Tensor, part: float) -> Callable[..., Tensor]:
     return edit
 
 
-def is_language(name: str) -> bool:
-    return is_batched(name) or is_packed(name)
+def over_positions(
+    model: HookedVLM, prompt: Prompt, rows: Float[Tensor, "image_token ..."], fill: float = 0.0
+) -> Float[Tensor, "batch pos ..."]:
+    """Rows of image tokens laid over all positions, `fill` at text."""
+    mask = model.image_mask(prompt)
+    assert mask is not None
+    mask = mask.to(rows.device)
+    return rows.new_full((*mask.shape, *rows.shape[1:]), fill).index_put((mask,), rows)
 
 
 def attention_of(model: HookedVLM, layer: int) -> AttentionParts:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mmlens.data.examples import Example
 from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention, NoChangeWarning
 from mmlens.interventions.edits import Edit
-from mmlens.metrics.outcomes import DEFAULT_MAX_NEW_TOKENS, Metric, evaluate, what_reads
+from mmlens.metrics.outcomes import DEFAULT_MAX_NEW_TOKENS, Metric, evaluate, metric_name, what_reads
 from mmlens.prompt import Prompt
 from mmlens.statistics import Interval, mean_interval, paired_difference_interval, ratio_interval
 
@@ -445,7 +445,7 @@ def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:
         metrics = dict(metric)
     else:
         functions = [metric] if callable(metric) else list(metric)
-        metrics = {getattr(function, "__name__", repr(function)): function for function in functions}
+        metrics = {metric_name(function): function for function in functions}
         if len(metrics) < len(functions):
             raise ValueError("two of the metrics have the same name; pass {name: metric}")
     if not metrics:

@@ -69,10 +69,15 @@ def reads(what: Reads, *, max_new_tokens: int | None = None) -> Callable[[_AnyMe
     return mark
 
 
+def metric_name(metric: Metric) -> str:
+    """What a metric goes by where no name is given: its function's."""
+    return getattr(metric, "__name__", repr(metric))
+
+
 def what_reads(metric: Metric) -> Reads:
     """What the metric reads: its attribute `reads`, or "logits" where it has none. ValueError for another word."""
     what: Any = getattr(metric, "reads", "logits")
-    _check_reads(what, getattr(metric, "__name__", repr(metric)))
+    _check_reads(what, metric_name(metric))
     return what
 
 

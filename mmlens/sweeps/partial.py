@@ -12,16 +12,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mmlens.attention import AttentionFunction, AttentionTap, is_causal
+from mmlens.attention import Around, Attend, AttentionCall, AttentionTap, is_causal
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Span
 from mmlens.interventions.edits import Edit
@@ -53,16 +54,10 @@ class CleanRun:
     """What the stream gains between a layer and the next, where it gains anything (deep injection)."""
     outputs: list[Any]
     """What each layer gives, without the stream: a tuple's further entries, or None where it gives the stream alone."""
-    calls: dict[int, list[AttentionCall]]
-    """Calls of the attention function by layer."""
+    calls: dict[int, list[CleanKeys]]
+    """What each layer's calls of the attention function attended to."""
     attention: dict[int, AttentionEnd]
     """How each attention module ended, where it ends with W_O."""
-    cuts: list[bool] = field(default_factory=list)
-    """For every position whether no earlier one attends to it or to a later one: where a run may be cut."""
-    no_cut: str = ""
-    """Why runs cannot be cut at positions, where they cannot."""
-    whole: str = ""
-    """Why there are no partial runs at all, where there are none."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,24 +76,18 @@ class CleanRun:
         recorder = _Recorder(model)
         with recorder.recording():
             logits = model(prompt, logits_to_keep=logits_to_keep, use_cache=False)
-        streams, gains = recorder.streams_and_gains()
-        run = cls(
+        recorder.finish()
+        return cls(
             model=model,
             prompt=prompt,
             logits_to_keep=logits_to_keep,
             logits=logits[:, -logits_to_keep:],
-            streams=streams,
-            gains=gains,
-            outputs=[output[1:] if isinstance(output, tuple) else None for output in recorder.outputs],
+            streams=recorder.streams,
+            gains=recorder.gains,
+            outputs=recorder.outputs,
             calls=recorder.calls,
-            attention=recorder.attention_ends(),
+            attention=recorder.attention,
         )
-        run.whole = run._why_whole()
-        run.no_cut = run.whole or run._why_no_cut()
-        run.cuts = (
-            [True] + [False] * (run.shape[1] - 1) if run.no_cut else _cuts(recorder.calls, run.shape[1])
-        )
-        return run
 
     def cut_before(self, position: int) -> int:
         """The last position at or before `position` at which a run may be cut; 0 where there is none."""
@@ -160,8 +149,20 @@ class CleanRun:
             if not bool(difference <= tolerance * true[real].abs().max()):
                 raise NotExactError(f"its logits are off by {float(difference):.2g}")
 
-    def _why_whole(self) -> str:
-        """Why no partial run can be exact however it is tried: edits would not reach what passes beside the stream."""
+    @functools.cached_property
+    def cuts(self) -> list[bool]:
+        """For every position whether no earlier one attends to it or to a later one: where a run may be cut."""
+        length = self.shape[1]
+        return [True] + [False] * (length - 1) if self.no_cut else _cuts(self.calls, length)
+
+    @functools.cached_property
+    def no_cut(self) -> str:
+        """Why runs cannot be cut at positions, where they cannot."""
+        return self.whole or self._why_no_cut()
+
+    @functools.cached_property
+    def whole(self) -> str:
+        """Why no partial run is exact, where none is: an edit would not reach what passes beside the stream."""
         own = sorted(set(self.gains) - set(self.model.anatomy.deep_after))
         if own:
             return f"the model itself changes the stream between layers {own[0]} and {own[0] + 1}"
@@ -191,8 +192,8 @@ class CleanRun:
 
 
 @dataclass
-class AttentionCall:
-    """One call of an attention function in the clean run."""
+class CleanKeys:
+    """What one call of an attention function attended to in the clean run."""
 
     key: Tensor
     value: Tensor
@@ -202,61 +203,53 @@ class AttentionCall:
 
 @dataclass
 class AttentionEnd:
-    """The last step of an attention module: `out` (W_O) read `z`, and what it gave is what the module gives."""
+    """The last step of an attention module: `out` (W_O) read `z`, and what it gave is what the module gives, alone
+    or followed by `rest`."""
 
     module: nn.Module
     out: nn.Module
     z: Tensor
-    output: Any
+    rest: tuple[Any, ...] | None
 
     def again(self, z: Tensor) -> Any:
         """What the module gives where W_O reads another z."""
         attended = self.out(z)
-        return (attended, *self.output[1:]) if isinstance(self.output, tuple) else attended
+        return attended if self.rest is None else (attended, *self.rest)
 
 
 # ---------------------------------------------------------------------- recording
 
 
 class _Recorder:
+    """Fills a CleanRun's pieces while the model runs."""
+
     def __init__(self, model: HookedVLM) -> None:
         self.model = model
-        self.inputs: list[Tensor] = []
+        self.streams: list[Tensor] = []
+        self.gains: dict[int, Tensor] = {}
         self.outputs: list[Any] = []
-        self.calls: dict[int, list[AttentionCall]] = {}
-        self.given: dict[nn.Module, Tensor] = {}
-        self.gave: dict[nn.Module, Any] = {}
-
-    def attention_ends(self) -> dict[int, AttentionEnd]:
-        ends = {}
-        for layer, parts in enumerate(self.model.anatomy.language):
-            if parts.attention is None or len(self.calls.get(layer, ())) != 1:
-                continue
-            module, out = parts.attention.module, parts.attention.out
-            z, given, output = self.given.get(out), self.gave.get(out), self.gave.get(module)
-            last = _stream_out(output)
-            if z is None or not isinstance(given, Tensor) or not isinstance(last, Tensor):
-                continue
-            if _is_plain(module) and last.shape == given.shape and torch.equal(last, given):
-                ends[layer] = AttentionEnd(module, out, z, output)
-        return ends
-
-    def _on_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.gave[module] = output
-        if args and isinstance(args[0], Tensor):
-            self.given[module] = args[0]
+        self.calls: dict[int, list[CleanKeys]] = {}
+        self.attention: dict[int, AttentionEnd] = {}
+        self._left: Tensor | None = None
+        """What the latest layer gave."""
+        self._ended: tuple[Tensor, Tensor] | None = None
+        """What the latest W_O read and gave."""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
+        anatomy = self.model.anatomy
         handles = []
         try:
-            for layer in self.model.anatomy.layers:
+            for layer in anatomy.layers:
                 handles.append(layer.register_forward_pre_hook(self._on_input, with_kwargs=True))
                 handles.append(layer.register_forward_hook(self._on_output))
-            for parts in self.model.anatomy.language:
+            for index, parts in enumerate(anatomy.language):
                 if parts.attention is not None:
-                    for module in (parts.attention.module, parts.attention.out):
-                        handles.append(module.register_forward_hook(self._on_attention))
+                    module, out = parts.attention.module, parts.attention.out
+                    handles.append(out.register_forward_hook(self._on_attention_out))
+                    handles.append(
+                        module.register_forward_hook(functools.partial(self._on_attention, index, out))
+                    )
             with _around_attention(
                 self.model, {layer: self._attention(layer) for layer in self.model.attention_layers}
             ):
@@ -265,44 +258,53 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
+    def finish(self) -> None:
+        """Raise ValueError where a layer did not run once."""
+        n_layers = len(self.model.anatomy.layers)
+        if len(self.streams) != n_layers or len(self.outputs) != n_layers or self._left is None:
+            raise ValueError(f"{len(self.outputs)} layer calls in a model of {n_layers} layers")
+        self.streams.append(self._left)
+
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A model may write into the stream behind a layer, so it is copied.
-        self.inputs.append(_stream_in(args, kwargs).clone())
+        stream = _stream_in(args, kwargs).clone()
+        if self._left is not None:
+            gained = stream - self._left.to(stream.device)
+            if bool(gained.any()):
+                self.gains[len(self.streams) - 1] = gained
+        self.streams.append(stream)
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        stream = _stream_out(output).clone()
-        self.outputs.append((stream, *output[1:]) if isinstance(output, tuple) else stream)
+        self._left = _stream_out(output).clone()
+        self.outputs.append(_rest_of(output))
 
-    def _attention(self, layer: int) -> Callable[..., tuple[Tensor, Any]]:
-        def around(
-            attend: AttentionFunction,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            mask: Tensor | None,
-            kwargs: dict[str, Any],
-        ) -> tuple[Tensor, Any]:
+    def _on_attention_out(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._ended = (args[0], output) if args and isinstance(output, Tensor) else None
+
+    def _on_attention(
+        self, layer: int, out: nn.Module, module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> None:
+        ended, self._ended = self._ended, None
+        # A second call has its own keys, and no single end.
+        if ended is None or len(self.calls.get(layer, ())) != 1 or not _is_plain(module):
+            self.attention.pop(layer, None)
+            return
+        z, given = ended
+        attended = _stream_out(output)
+        if isinstance(attended, Tensor) and attended.shape == given.shape and torch.equal(attended, given):
+            self.attention[layer] = AttentionEnd(module, out, z, _rest_of(output))
+
+    def _attention(self, layer: int) -> Around:
+        def around(attend: Attend, call: AttentionCall) -> tuple[Tensor, Any]:
             parts = self.model.anatomy.language[layer].attention
-            causal = is_causal(parts.module if parts else None, kwargs.get("is_causal"))
-            self.calls.setdefault(layer, []).append(AttentionCall(key, value, mask, causal))
-            return attend(query, key, value, mask, **kwargs)
+            causal = is_causal(parts.module if parts else None, call.options.get("is_causal"))
+            self.calls.setdefault(layer, []).append(CleanKeys(call.key, call.value, call.mask, causal))
+            return attend(call)
 
         return around
 
-    def streams_and_gains(self) -> tuple[list[Tensor], dict[int, Tensor]]:
-        n_layers = len(self.model.anatomy.layers)
-        if len(self.inputs) != n_layers or len(self.outputs) != n_layers:
-            raise ValueError(f"{len(self.outputs)} layer calls in a model of {n_layers} layers")
-        streams = [*self.inputs, _stream_out(self.outputs[-1])]
-        gains = {}
-        for layer, output in enumerate(self.outputs[:-1]):
-            gained = streams[layer + 1].to(_stream_out(output).device) - _stream_out(output)
-            if bool(gained.any()):
-                gains[layer] = gained
-        return streams, gains
 
-
-def _cuts(calls: Mapping[int, Sequence[AttentionCall]], length: int) -> list[bool]:
+def _cuts(calls: Mapping[int, Sequence[CleanKeys]], length: int) -> list[bool]:
     """For every position whether no position before it attends to it or further on, in any layer."""
     possible = torch.ones(length, dtype=torch.bool)
     seen: set[tuple[int, bool]] = set()
@@ -367,11 +369,9 @@ class _Replay:
 
     @torch.no_grad()
     def run(self) -> Float[Tensor, "intervention batch kept vocab"]:
-        at = dict(stacked_hooks(self.model, self.hooks))
-        # As one hook: of the points that a filter means, not all need fire.
-        hooks: list[Hook] = [(at.__contains__, lambda x, hook: at[hook.name](x, hook))] if at else []
+        hooks = _stacked_hook(self.model, self.hooks)
         keep = self.clean.logits_to_keep
-        with self._standing_in(), self.model.hooks(fwd_hooks=hooks) if hooks else nullcontext():
+        with self._standing_in(), self.model.hooks(fwd_hooks=hooks):
             logits = self.model(self.clean.prompt, logits_to_keep=keep, use_cache=False)
         # Some families give the logits of all positions, whatever is asked for.
         return logits[:, -keep:].unflatten(0, (self.n, self.clean.shape[0]))
@@ -420,7 +420,7 @@ class _Replay:
                 own = self._keys_and_values(index, layer, args, kwargs, first)
             assert self.state is not None
             self.state = self.state[:, first - self.first :]
-        around: Callable[..., tuple[Tensor, Any]] | None = None
+        around: Around | None = None
         if known is not None and first and end is None:
             around = self._attention(self.model.attention_tap(index), known, own, first)
         self._place(first)
@@ -435,8 +435,8 @@ class _Replay:
         """A layer's keys and values at the positions up to `stop` that run; the layer is left before it attends."""
         found: list[Tensor] = []
 
-        def around(attend: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Any]:
-            found[:] = [key, value]
+        def around(attend: Attend, call: AttentionCall) -> tuple[Tensor, Any]:
+            found[:] = [call.key, call.value]
             raise _StopAtAttentionError
 
         self._place(self.first)
@@ -447,24 +447,18 @@ class _Replay:
         return key, value
 
     def _attention(
-        self, tap: AttentionTap, known: AttentionCall, own: tuple[Tensor, Tensor] | None, first: int
-    ) -> Callable[..., tuple[Tensor, Any]]:
+        self, tap: AttentionTap, known: CleanKeys, own: tuple[Tensor, Tensor] | None, first: int
+    ) -> Around:
         """Attention to the clean keys before `self.first`, the stacked runs' own keys behind, and those at hand."""
         clean_key, clean_value = known.key[:, :, : self.first], known.value[:, :, : self.first]
 
-        def around(
-            attend: AttentionFunction,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            mask: Tensor | None,
-            kwargs: dict[str, Any],
-        ) -> tuple[Tensor, Any]:
+        def around(attend: Attend, call: AttentionCall) -> tuple[Tensor, Any]:
+            query, key, value, mask, options = call.query, call.key, call.value, call.mask, call.options
             if own is not None:
                 key, value = torch.cat([own[0], key], 2), torch.cat([own[1], value], 2)
             n_scores = query.shape[:3].numel() * self.first
-            if self.first and n_scores <= _MOST_SCORES and tap.is_plain(kwargs):
-                scaling = kwargs.get("scaling")
+            if self.first and n_scores <= _MOST_SCORES and tap.is_plain(options):
+                scaling = options.get("scaling")
                 z = shared_key_attention(query, clean_key, clean_value, key, value, mask, scaling)
                 return z, None
             key = torch.cat([self._stacked(clean_key), key], 2)
@@ -472,8 +466,8 @@ class _Replay:
             if mask is None and query.shape[2] > 1:
                 mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
                 mask = mask.tril(first)[None, None]
-                kwargs = {**kwargs, "is_causal": False} if "is_causal" in kwargs else kwargs
-            return attend(query, key, value, mask, **kwargs)
+                options = {**options, "is_causal": False} if "is_causal" in options else options
+            return attend(AttentionCall(query, key, value, mask, options))
 
         return around
 
@@ -528,31 +522,33 @@ def _cut(value: Any, shape: tuple[int, int], first: int, n: int) -> Any:
     return value.repeat(repeats)
 
 
-def stacked_hooks(
-    model: HookedVLM, hooks: Sequence[Sequence[Hook]]
-) -> list[tuple[str, Callable[..., Tensor]]]:
-    """One function per hook point that gives each intervention its own rows of the stacked batch."""
-    by_name: dict[str, list[tuple[int, Callable[..., Any]]]] = {}
+def _stacked_hook(model: HookedVLM, hooks: Sequence[Sequence[Hook]]) -> list[Hook]:
+    """All interventions' hooks as one, which gives each intervention its own rows of the stacked batch.
+
+    One, because of the points that a filter means not all need fire.
+    """
+    at: dict[str, list[tuple[int, Callable[..., Any]]]] = {}
     for row, own in enumerate(hooks):
         for match, function in own:
             for name in model.hook_names(match):
-                by_name.setdefault(name, []).append((row, function))
-    return [(name, _stacked_function(entries, len(hooks))) for name, entries in by_name.items()]
+                at.setdefault(name, []).append((row, function))
+    if not at:
+        return []
 
-
-def _stacked_function(entries: list[tuple[int, Callable[..., Any]]], n: int) -> Callable[..., Tensor]:
-    def function(x: Tensor, hook: Any) -> Tensor:
+    def stacked(x: Tensor, hook: Any) -> Tensor:
         out = x.clone()
-        rows = out.unflatten(0, (n, -1))
-        for row, own in entries:
-            edited = own(rows[row], hook=hook)
-            if edited is not None and edited is not rows[row]:
+        rows = out.unflatten(0, (len(hooks), -1))
+        for row, function in at[hook.name]:
+            edited = function(rows[row], hook=hook)
+            if edited is not None:
                 rows[row] = edited
         return out
 
-    stated: Any = function
-    stated.first_position = min(getattr(own, "first_position", 0) for _, own in entries)
-    return function
+    stated: Any = stacked
+    stated.first_position = min(
+        getattr(function, "first_position", 0) for entries in at.values() for _, function in entries
+    )
+    return [(at.__contains__, stacked)]
 
 
 # ---------------------------------------------------------------------- plumbing
@@ -566,7 +562,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def _around_attention(model: HookedVLM, arounds: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
+def _around_attention(model: HookedVLM, arounds: Mapping[int, Around]) -> Iterator[None]:
     taps = {layer: model.attention_tap(layer) for layer in arounds}
     try:
         for layer, tap in taps.items():
@@ -596,6 +592,11 @@ def _stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _stream_out(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _rest_of(output: Any) -> tuple[Any, ...] | None:
+    """What a module gives behind its first tensor; None where it gives that alone."""
+    return output[1:] if isinstance(output, tuple) else None
 
 
 def _is_plain(layer: nn.Module) -> bool:

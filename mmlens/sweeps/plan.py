@@ -47,6 +47,11 @@ class Start:
     needs_images: bool = False
     """It touches the vision tower or projector, which then has to run."""
 
+    @property
+    def kind(self) -> tuple[int, bool, bool]:
+        """What runs of one batch have in common."""
+        return self.layer, self.attention_is_clean, self.may_trim
+
 
 def start_of(model: HookedVLM, clean: CleanRun, hooks: Sequence[Hook]) -> Start:
     """The first layer and position that the hooks touch, at which the run can be cut."""
@@ -60,7 +65,8 @@ def start_of(model: HookedVLM, clean: CleanRun, hooks: Sequence[Hook]) -> Start:
             return Start(whole=f"it touches {name}, outside the language layers", needs_images=True)
         layers.append(layer)
     layer = min(layers)
-    firsts = [_first_position(function) for _, function in touched]
+    # A function that states no first position, as edits do, may touch any.
+    firsts = [getattr(function, "first_position", None) for _, function in touched]
     known = [first for first in firsts if first is not None]
     reason = "" if len(known) == len(firsts) else "the positions that a hook function touches are not known"
     wanted = 0 if reason else min(known)
@@ -87,12 +93,6 @@ def _layer(name: str, n_layers: int) -> int | None:
     if name in ("hook_embed", "image.hook_embed"):
         return 0
     return n_layers if name.startswith("ln_final.") else layer_of(name)
-
-
-def _first_position(function: Callable[..., Any]) -> int | None:
-    """None for a function that is no edit: it may touch any position."""
-    edit = function if isinstance(function, Edit) else getattr(function, "edit", None)
-    return edit.first_position if isinstance(edit, Edit) else None
 
 
 def _is_behind_attention(name: str) -> bool:
@@ -239,10 +239,7 @@ def groups_of(starts: Sequence[Start], most: Callable[[int], int]) -> list[Group
     groups: list[Group] = []
     whole = [index for index, start in enumerate(starts) if start.whole]
     partial = [index for index, start in enumerate(starts) if not start.whole]
-    order = sorted(
-        partial,
-        key=lambda i: (starts[i].layer, starts[i].attention_is_clean, starts[i].may_trim, -starts[i].first),
-    )
+    order = sorted(partial, key=lambda index: (*starts[index].kind, -starts[index].first))
     batch: list[int] = []
 
     def close() -> None:
@@ -253,13 +250,8 @@ def groups_of(starts: Sequence[Start], most: Callable[[int], int]) -> list[Group
     for index in order:
         start = starts[index]
         if batch:
-            before = starts[batch[-1]]
-            alike = (start.layer, start.attention_is_clean, start.may_trim) == (
-                before.layer,
-                before.attention_is_clean,
-                before.may_trim,
-            )
             more = sum(starts[member].first - start.first for member in batch)
+            alike = start.kind == starts[batch[-1]].kind
             if not alike or more > _OVERHEAD or len(batch) >= most(start.first):
                 close()
         batch.append(index)

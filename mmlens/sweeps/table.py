@@ -105,30 +105,29 @@ def reuse_table(table: pd.DataFrame) -> pd.DataFrame:
 class _PromptSweep:
     """All interventions on one prompt."""
 
-    def __init__(
-        self,
-        model: HookedVLM,
-        prompt: Prompt,
-        runs: MetricRuns,
-        memory: float,
-    ) -> None:
+    def __init__(self, model: HookedVLM, prompt: Prompt, runs: MetricRuns, memory: float) -> None:
         self.model, self.prompt, self.runs, self.memory = model, prompt, runs, memory
         self.encoded = model.encode_images(prompt)
-        self.stacks = True
+        self.stacks, self.edits_scores = True, False
         self.clean: CleanRun | None = None
-        self.edits_scores = False
-        live = [name for name, point in model.hook_dict.items() if point.is_live]
-        try:
-            if live:
-                # They would see cut and stacked activations, and act on the recorded ones a second time.
-                raise ValueError(f"hooks are set on the model already, at {live[0]}")
-            self.clean = CleanRun.of(model, self.encoded, runs.logits_to_keep)
-            self.clean_logits = self.clean.logits
-        except ValueError as error:
-            self.why_no_partial = str(error)
-            keep = runs.logits_to_keep
-            self.clean_logits = model(self.encoded, logits_to_keep=keep)[:, -keep:]
+        self.why_whole = self._why_whole()
+        if not self.why_whole:
+            try:
+                self.clean = CleanRun.of(model, self.encoded, runs.logits_to_keep)
+            except ValueError as error:
+                self.why_whole = str(error)
+        self.clean_logits = self._whole(self.encoded, []) if self.clean is None else self.clean.logits
         self.clean_values = self._values(self.clean_logits, [])
+
+    def _why_whole(self) -> str:
+        """Why all runs are whole ones, where that is known beforehand."""
+        live = [name for name, point in self.model.hook_dict.items() if point.is_live]
+        if live:
+            # They would see cut and stacked activations, and act on the recorded ones a second time.
+            return f"hooks are set on the model already, at {live[0]}"
+        if not self.runs.reads_logits:
+            return "the metrics read generated answers, for which every run is whole"
+        return ""
 
     def run(
         self, hooks: Sequence[Sequence[WatchedHook]]
@@ -173,11 +172,8 @@ class _PromptSweep:
         }
 
     def _starts(self, functions: Sequence[Sequence[Hook]]) -> list[Start]:
-        why = self.why_no_partial if self.clean is None else ""
-        if not self.runs.reads_logits:
-            why = "the metrics read generated answers, for which every run is whole"
-        if self.clean is None or why:
-            return [Start(whole=why)] * len(functions)
+        if self.clean is None:
+            return [Start(whole=self.why_whole)] * len(functions)
         wanted = [start_of(self.model, self.clean, own) for own in functions]
         names = {name for own in functions for match, _ in own for name in self.model.hook_names(match)}
         self.edits_scores = any(name.endswith(("hook_attn_scores", "hook_pattern")) for name in names)
@@ -192,22 +188,25 @@ class _PromptSweep:
 
     def _logits(
         self, group: Group, hooks: Sequence[Sequence[Hook]]
-    ) -> Float[Tensor, "intervention batch kept vocab"]:
+    ) -> Sequence[Tensor | None] | Float[Tensor, "intervention batch kept vocab"]:
+        """The logits under each of a group's interventions; None where no metric reads them."""
         start = group.start
-        if not start.whole:
-            assert self.clean is not None
-            return self.clean.partial(
-                start.layer,
-                start.first,
-                hooks,
-                attention_is_clean=start.attention_is_clean,
-                may_trim=start.may_trim,
-            )
-        prompt, keep = self.prompt if start.needs_images else self.encoded, self.runs.logits_to_keep
-        logits = self.runs.logits(prompt, list(hooks[0]))
-        return (self.clean_logits if logits is None else logits)[None, :, -keep:]
+        if start.whole:
+            return [self._whole(self.prompt if start.needs_images else self.encoded, hooks[0])]
+        assert self.clean is not None
+        return self.clean.partial(
+            start.layer,
+            start.first,
+            hooks,
+            attention_is_clean=start.attention_is_clean,
+            may_trim=start.may_trim,
+        )
 
-    def _values(self, logits: Tensor, hooks: list[Hook]) -> dict[str, Tensor]:
+    def _whole(self, prompt: Prompt, hooks: Sequence[Hook]) -> Float[Tensor, "batch kept vocab"] | None:
+        logits = self.runs.logits(prompt, list(hooks))
+        return None if logits is None else logits[:, -self.runs.logits_to_keep :]
+
+    def _values(self, logits: Tensor | None, hooks: list[Hook]) -> dict[str, Tensor]:
         values: dict[str, list[Tensor]] = {name: [] for name in self.runs.metrics}
         answers = self.runs.answers(self.prompt, hooks)
         self.runs.measure(values, self.prompt, logits, self.clean_logits, answers)
@@ -215,7 +214,7 @@ class _PromptSweep:
 
     def _most(self, first: int) -> int:
         """How many interventions from position `first` on fit into `memory`, by the sizes of what a layer holds."""
-        if not self.stacks:
+        if not self.stacks or self.clean is None:
             return 1
         cfg, (batch, length) = self.model.cfg, self.prompt.shape
         d_mlp = cfg.d_mlp or 4 * cfg.d_model
@@ -224,8 +223,8 @@ class _PromptSweep:
         of_key = 4 * n_kv_heads * cfg.d_head
         if self.edits_scores:
             of_key += 3 * cfg.n_heads * (length - first)
-        numbers = (length - first) * of_position + length * of_key + 3 * self.clean_logits[0].numel()
-        bytes_each = batch * numbers * self.clean_logits.element_size()
+        numbers = (length - first) * of_position + length * of_key + 3 * self.clean.logits[0].numel()
+        bytes_each = batch * numbers * self.clean.logits.element_size()
         most = int(self.memory * 2**30 / bytes_each)
         if self.model.device.type == "cpu":
             # A processor gains nothing from more at once than fills its caches.

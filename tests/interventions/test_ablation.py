@@ -354,12 +354,8 @@ def test_resampled_images_and_mlps_are_those_of_the_other_example() -> None:
     own = Example("Where is the red square?", "x", tuple(tiny.tiny_images(1, seed=1, sizes=[(64, 48)])))
     other = Example(QUESTION, "x", tuple(tiny.tiny_images(1, seed=2, sizes=[(96, 64)])))
     prompt, there = (model.prompt_examples([example]) for example in (own, other))
-    names = [
-        "image.hook_embed",
-        "blocks.0.hook_deepstack",
-        "blocks.1.hook_deepstack",
-        "blocks.2.hook_mlp_out",
-    ]
+    deep = [f"blocks.{layer}.hook_deepstack" for layer in (0, 1)]
+    names = ["image.hook_embed", *deep, "blocks.2.hook_mlp_out"]
     _, source = model.run_with_cache(there, names_filter=names)
     hooks = mmlens.ablate(["image", (2, "mlp")], "resample", reference=[own, other])(model, prompt)
     with model.hooks(fwd_hooks=hooks):

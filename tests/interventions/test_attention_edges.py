@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import mmlens
-from conftest import QUESTION, hooked, padded_prompt, two_image_prompt
+from conftest import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
 from mmlens.interventions.attention_edges import knockout, scale_heads, steer
 from mmlens.interventions.compose import during
@@ -201,20 +201,6 @@ def test_a_query_that_would_keep_no_key_is_an_error_that_names_it(padded: bool) 
     assert bool((cache["pattern", 0][row, :, first + 2, first] == 1).all())
 
 
-def _generate(model: HookedVLM, prompt: Prompt, hooks: list[Any], **options: Any) -> tuple[Tensor, Tensor]:
-    with model.hooks(fwd_hooks=hooks):
-        out = model.hf_model.generate(
-            **prompt.inputs,
-            max_new_tokens=5,
-            min_new_tokens=5,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **options,
-        )
-    return out.sequences, torch.stack(out.logits)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", ("llava", "qwen3_vl", "gemma3", "gemma4", "lfm2_vl", "step3p7"))
 def test_knockout_and_steering_with_and_without_the_cache_agree(family: str) -> None:
@@ -227,8 +213,8 @@ def test_knockout_and_steering_with_and_without_the_cache_agree(family: str) -> 
         steer([(layers[0], 1), (layers[-1], 3)], "image", [2.0, -3.0]),
         mmlens.compose(knockout("last", "image"), scale_heads([(layers[-1], 0)], 3.0)),
     ):
-        ids, logits = _generate(model, prompt, intervention(model, prompt))
-        uncached, other_logits = _generate(model, prompt, intervention(model, prompt), use_cache=False)
+        ids, logits = generate(model, prompt, 5, intervention(model, prompt))
+        uncached, other_logits = generate(model, prompt, 5, intervention(model, prompt), use_cache=False)
         assert torch.equal(ids, uncached)
         torch.testing.assert_close(logits, other_logits, atol=2e-4, rtol=1e-3)
 
@@ -238,8 +224,8 @@ def test_a_cache_of_fixed_length_has_unused_keys_at_its_end() -> None:
     model = hooked("llava")
     prompt = padded_prompt(model)
     hooks = knockout(None, "image", layers=[0, 2])(model, prompt)
-    ids, logits = _generate(model, prompt, hooks)
-    fixed, other_logits = _generate(model, prompt, hooks, cache_implementation="static")
+    ids, logits = generate(model, prompt, 5, hooks)
+    fixed, other_logits = generate(model, prompt, 5, hooks, cache_implementation="static")
     assert torch.equal(ids, fixed)
     torch.testing.assert_close(logits, other_logits, atol=1e-4, rtol=1e-3)
 

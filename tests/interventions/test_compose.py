@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import mmlens
-from conftest import QUESTION, hooked, padded_prompt, two_image_prompt
+from conftest import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from mmlens.data.examples import Example
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention
 from mmlens.interventions.ablation import mean_activations
@@ -212,20 +212,6 @@ def test_in_turn_refuses_what_it_cannot_build_for() -> None:
 # ---------------------------------------------------------------------- while generating
 
 
-def generate(model: HookedVLM, prompt: Prompt, hooks: list[Hook], **options: Any) -> tuple[Tensor, Tensor]:
-    with model.hooks(fwd_hooks=hooks):
-        out = model.hf_model.generate(
-            **prompt.inputs,
-            max_new_tokens=4,
-            min_new_tokens=4,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **options,
-        )
-    return out.sequences, torch.stack(out.logits)
-
-
 def by_hand(
     model: HookedVLM, prompt: Prompt, name: str, where: Callable[[int], Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -271,7 +257,7 @@ def test_during_edits_the_same_positions_with_and_without_the_cache(kind: str, w
     ids, logits = by_hand(model, prompt, STREAM, where)
     for options in ({}, {"use_cache": False}):
         hooks = during(intervention, when)(model, prompt)
-        given, given_logits = generate(model, prompt, hooks, **options)
+        given, given_logits = generate(model, prompt, 4, hooks, **options)
         assert torch.equal(given, ids)
         torch.testing.assert_close(given_logits, logits, atol=1e-4, rtol=1e-3)
 
@@ -295,12 +281,12 @@ def test_during_restricts_every_kind_of_intervention_alike(when: str) -> None:
             on_keys,
         ]
         # Keys that were prompt keys stay so: the cached run meets them again in every step.
-        clean = generate(model, prompt, [])[1]
+        clean = generate(model, prompt, 4, [])[1]
         for part in parts:
             runs = []
             for options in ({}, {"use_cache": False}):
                 hooks = during(part, when)(model, prompt)
-                runs.append(generate(model, prompt, hooks, **options)[1])
+                runs.append(generate(model, prompt, 4, hooks, **options)[1])
             torch.testing.assert_close(*runs, atol=2e-4, rtol=1e-3)
             assert (runs[0] - clean)[1:].abs().max() > 1e-4
             # The first token is predicted by the prompt alone.
@@ -318,10 +304,10 @@ def test_a_plain_function_is_handed_the_prompts_positions_alone() -> None:
         assert x.shape[1] == prompt.shape[1]
         x[:, -1] += 1.0
 
-    _, expected = generate(model, prompt, during(add(STREAM, 1.0, "last"), "prompt")(model, prompt))
+    _, expected = generate(model, prompt, 4, during(add(STREAM, 1.0, "last"), "prompt")(model, prompt))
     for options in ({}, {"use_cache": False}):
         hooks = during(lambda model, prompt: [(STREAM, on_last)], "prompt")(model, prompt)
-        _, given = generate(model, prompt, hooks, **options)
+        _, given = generate(model, prompt, 4, hooks, **options)
         torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-3)
 
 

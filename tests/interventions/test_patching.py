@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -347,7 +347,16 @@ def test_a_source_is_run_once_for_all_patches_of_it() -> None:
     handle.remove()
 
 
+@pytest.fixture
+def quick_collection() -> Iterator[None]:
+    """The collector goes through what the test makes alone, not through all that tests before it left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @torch.no_grad()
+@pytest.mark.usefixtures("quick_collection")
 def test_a_sources_activations_go_with_its_patches() -> None:
     model = hooked("llava")
     prompt, source = one(model, 1), one(model, 5)

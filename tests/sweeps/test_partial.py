@@ -11,7 +11,6 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmlens.sweeps import partial
 from torch import Tensor
 
 import mmlens
@@ -19,7 +18,8 @@ from conftest import hooked, padded_prompt
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.prompt import Prompt
-from mmlens.sweeps.partial import AttentionCall, CleanRun, NotExactError, _cut, _cuts
+from mmlens.sweeps import partial
+from mmlens.sweeps.partial import CleanKeys, CleanRun, NotExactError, _cut, _cuts
 from mmlens.token_map import text_only_map
 
 # ---------------------------------------------------------------------- where a run may be cut
@@ -53,7 +53,7 @@ def test_a_cut_is_where_no_earlier_position_attends_across(given_masks: list[tup
     length = given_masks[0][0].shape[-1]
     same = [(mask, edges) for mask, edges in given_masks if mask.shape[-1] == length]
     key = torch.zeros(1, 1, length, 1)
-    calls = {layer: [AttentionCall(key, key, mask, True)] for layer, (mask, _) in enumerate(same)}
+    calls = {layer: [CleanKeys(key, key, mask, True)] for layer, (mask, _) in enumerate(same)}
     expected = [
         not any(
             bool(edges[query, seen])
@@ -68,7 +68,7 @@ def test_a_cut_is_where_no_earlier_position_attends_across(given_masks: list[tup
 
 def test_cuts_without_a_mask() -> None:
     key = torch.zeros(1, 1, 3, 1)
-    causal, both_ways = AttentionCall(key, key, None, True), AttentionCall(key, key, None, False)
+    causal, both_ways = CleanKeys(key, key, None, True), CleanKeys(key, key, None, False)
     assert _cuts({0: [causal]}, 3) == [True] * 3
     assert _cuts({0: [causal], 1: [both_ways]}, 3) == [True, False, False]
 
