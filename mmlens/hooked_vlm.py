@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.config import TransformerLensConfig
@@ -124,6 +124,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         # Analysis tools ask the whole tree of modules whether it is in evaluation mode.
         self.training = hf_model.training
         self._n_forwards = 0
+        self._running: Prompt | None = None
         self.span = Span(0, 0)
         """Which positions the run under way computes: all of a prompt, or, while decoding, the newest."""
         self._whole_inputs: Mapping[str, Any] = {}
@@ -512,6 +513,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._n_forwards += 1
+        self._running = None
         # Image rows are found in the inputs of the run that is under way.
         given = {**({"input_ids": args[0]} if args else {}), **kwargs}
         telling = ("input_ids", self.family.image_positions)
@@ -533,12 +535,24 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         first = 0 if known is None else int(known.get_seq_length())
         self.span = Span(first, 0 if given is None else given.shape[1])
 
-    @property
-    def running_ids(self) -> Int[Tensor, "batch pos"] | None:
-        """The token ids of the run under way, from the first on; None where it goes on from a cache or has none."""
-        ids = self._whole_inputs.get("input_ids")
-        reached = self.span.first + self.span.length
-        return None if ids is None or (self.span.first and ids.shape[1] < reached) else ids
+    def check_running(self, prompt: Prompt) -> None:
+        """Raise ValueError where the run under way is of another prompt; compared once a run."""
+        if self._running is prompt:
+            return
+        self._running = prompt
+        ids, own = self._whole_inputs.get("input_ids"), prompt.inputs.get("input_ids")
+        goes_on = (
+            ids is not None and self.span.first > 0 and ids.shape[1] < self.span.first + self.span.length
+        )
+        if ids is None or own is None or goes_on:
+            return
+        # Beams repeat a prompt; without a cache, generated tokens follow it.
+        fits = ids.shape[1] >= own.shape[1] and len(own) in (1, len(ids))
+        if not fits or not bool((ids[:, : own.shape[1]] == own.to(ids.device)).all()):
+            raise ValueError(
+                f"an intervention built for a prompt of [batch, pos] = {list(own.shape)} is run on another one of "
+                f"{list(ids.shape)}: interventions are built for each prompt, intervention(model, prompt)"
+            )
 
     def narrow_inputs(self, first: int, copies: int) -> None:
         """For a partial run: hooks see the inputs' positions from `first` on, and the batch `copies` times."""

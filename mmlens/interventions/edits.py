@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from mmlens.hook_names import axes_of, head_axis, position_axis, runs_over_positions, unknown_name_message
@@ -62,15 +62,16 @@ class Here:
 
     prompt: Prompt
     span: Span
-    running_ids: Int[Tensor, "rows pos"] | None = None
-    """The token ids of the run under way (HookedVLM.running_ids)."""
+    model: HookedVLM | None = None
+    """The model that runs, where it is to be checked that it runs this prompt."""
 
     def of_prompt(self, values: Tensor, generated: Tensor | float | bool) -> Tensor:
         """Values [batch, pos, ...] of the prompt, at the positions in hand; `generated` at those behind it.
 
         `generated` is one value, or a tensor [batch, 1, ...]. Raises ValueError where another prompt is being run.
         """
-        self._check_prompt()
+        if self.model is not None:
+            self.model.check_running(self.prompt)
         first, stop = self.span.first, self.span.first + self.span.length
         known = values[:, first:stop]
         n_more = self.span.length - known.shape[1]
@@ -79,18 +80,6 @@ class Here:
         behind = torch.as_tensor(generated, dtype=values.dtype, device=values.device)
         shape = (len(values), n_more, *values.shape[2:])
         return torch.cat([known, behind.expand(shape)], dim=1)
-
-    def _check_prompt(self) -> None:
-        ids, own = self.running_ids, self.prompt.inputs.get("input_ids")
-        if ids is None or own is None:
-            return
-        # Beams repeat a prompt; without a cache, generated tokens follow it.
-        fits = ids.shape[1] >= own.shape[1] and len(own) in (1, len(ids))
-        if not fits or not bool((ids[:, : own.shape[1]] == own.to(ids.device)).all()):
-            raise ValueError(
-                f"an intervention built for a prompt of [batch, pos] = {list(own.shape)} is run on another one of "
-                f"{list(ids.shape)}: interventions are built for each prompt, intervention(model, prompt)"
-            )
 
     @property
     def is_image(self) -> Bool[Tensor, "batch span"]:
@@ -172,7 +161,7 @@ class Edit:
         return f"Edit({self.name}{heads}{where}: fired {self.fired} times, size {self.size:.3g})"
 
     def __call__(self, x: Tensor, hook: Any) -> Tensor:
-        here = Here(self.prompt, self._span(x), self.model.running_ids)
+        here = Here(self.prompt, self._span(x), self.model)
         of_heads = head_axis(self.name) or 0
         chosen, index = x, None
         if self.heads is not None:
