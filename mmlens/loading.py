@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,22 @@ class ModelNotFoundError(OSError):
 def shipped_models() -> list[str]:
     """Names of the models that come with the package.
 
-    >>> shipped_models()
-    ['micro']
+    >>> "micro" in shipped_models()
+    True
     """
     return sorted(path.parent.name for path in _SHIPPED_FOLDER.glob("*/config.json"))
+
+
+def shipped_tasks(name: str) -> dict[str, list[str]]:
+    """The kinds of generated scenes a shipped model was trained on: those with images, and those of text alone.
+
+    >>> shipped_tasks("micro")["visual"]
+    ['objects', 'documents', 'frames', 'images']
+    """
+    if name not in shipped_models():
+        raise ModelNotFoundError(unknown_name_message("shipped model", name, shipped_models()))
+    tasks: dict[str, list[str]] = json.loads((_SHIPPED_FOLDER / name / "tasks.json").read_text())
+    return tasks
 
 
 def load(name_or_path: str | Path, **hf_options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -197,3 +197,23 @@ def split_examples(
     if not examples:
         raise ValueError("there is no example to split")
     return first, second
+
+
+def shared_groups(first: Iterable[Example], second: Iterable[Example]) -> list[str]:
+    """Names of what two splits share: a group, the id of an example without a group, or the very same example.
+
+    >>> page = Example("What?", "x", id="a", group="report.pdf")
+    >>> shared_groups([page], [Example("Where?", "y", id="b", group="report.pdf")])
+    ['report.pdf']
+    """
+    ours, theirs = ({_group(example): example for example in split} for split in (first, second))
+    return sorted(
+        ours[name].group or ours[name].id or f"{ours[name].question!r}"
+        for name in ours.keys() & theirs.keys()
+    )
+
+
+def _group(example: Example) -> tuple[object, ...]:
+    if example.group:
+        return ("group", example.group)
+    return ("id", example.kind, example.id) if example.id else ("object", id(example))

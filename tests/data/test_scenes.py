@@ -5,20 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mmlens.data.drawing import CELL, COLOURS, GLYPHS, KEYS, SHAPES, TEXTURES
 from mmlens.data.examples import Example
-from mmlens.data.scenes import (
-    CELL,
-    CLASSES,
-    COLOURS,
-    GLYPHS,
-    KEYS,
-    KINDS,
-    SHAPES,
-    TEXT_KINDS,
-    TEXTURES,
-    scene_examples,
-    scene_vocabulary,
-)
+from mmlens.data.one_key_scenes import CLASSES
+from mmlens.data.scenes import KINDS, TEXT_KINDS, scene_examples, scene_vocabulary
 
 
 def find_keys(image: np.ndarray) -> dict[str, list[tuple[int, int]]]:
@@ -186,7 +176,7 @@ def test_text_recall_lists_one_word_of_the_asked_class() -> None:
 
 
 def test_unknown_kind_names_the_kinds_and_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown kind 'object'.*documents.*nearest: 'objects'"):
+    with pytest.raises(ValueError, match=r"no kind 'object'; the nearest: 'objects'"):
         scene_examples("object", 1, 0)
     with pytest.raises(ValueError, match="negative, got -1"):
         scene_examples("objects", -1, 0)
