@@ -65,6 +65,17 @@ from mmlens.metrics.outcomes import kl_to_clean as kl_to_clean
 from mmlens.metrics.outcomes import logit_difference as logit_difference
 from mmlens.metrics.outcomes import logit_difference_of as logit_difference_of
 from mmlens.metrics.outcomes import reads as reads
+from mmlens.metrics.relatives import gaze_score as gaze_score
+from mmlens.metrics.relatives import half_mass_share as half_mass_share
+from mmlens.metrics.relatives import null_calibrated_ram as null_calibrated_ram
+from mmlens.metrics.relatives import query_focused_score as query_focused_score
+from mmlens.metrics.relatives import ram_lift as ram_lift
+from mmlens.metrics.relatives import ram_per_token as ram_per_token
+from mmlens.metrics.relatives_decoding import copy_score as copy_score
+from mmlens.metrics.relatives_decoding import visual_head_score as visual_head_score
+from mmlens.metrics.relatives_logits import logit_contribution as logit_contribution
+from mmlens.metrics.relatives_spatial import localization_score as localization_score
+from mmlens.metrics.significance import ram_significance as ram_significance
 from mmlens.prompt import Prompt as Prompt
 from mmlens.statistics import benjamini_hochberg as benjamini_hochberg
 from mmlens.statistics import minimal_detectable_change as minimal_detectable_change

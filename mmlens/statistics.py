@@ -59,7 +59,10 @@ def bootstrap_interval(
     `method` is "BCa" (bias-corrected and accelerated, for skewed outcomes such as logit differences),
     "percentile" or "basic". Where all values are equal no resample differs, the interval has no width and
     a warning says so: for outcomes that are 0 or 1 use `proportion_interval`, which knows what an
-    all-correct sample leaves open. Raises ValueError for fewer than 2 values or one that is not finite.
+    all-correct sample leaves open. Quantiles are taken further out for few values (Hesterberg 2015's expanded
+    intervals: at 95%, 0.0188 instead of 0.025 for 30 values). docs/truth.md says how often the intervals hold the
+    truth: less than they say where few values are very skewed. Raises ValueError for fewer than 2 values or one that
+    is not finite.
     """
     sample = _sample(values, "a bootstrap interval", at_least=2)
     _check_level(level)
@@ -320,13 +323,24 @@ def _bootstrap(
         statistic,
         paired=len(samples) > 1,
         vectorized=True,
-        confidence_level=level,
+        confidence_level=_expanded(level, len(samples[0])),
         n_resamples=n_resamples,
         batch=1000,
         method=method,
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(float(result.low), float(result.high), level)
+
+
+def _expanded(level: float, n: int) -> float:
+    """The level at which the bootstrap's quantiles are as far out as Student's t of n values asks for.
+
+    Resampling uses the sample's own spread, without its n - 1, and takes it for known: its intervals of few values are
+    too narrow. Hesterberg 2015 (The American Statistician 69) puts the tail at
+    Phi(-sqrt(n / (n - 1)) t) with t of n - 1 degrees of freedom.
+    """
+    reach = math.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.5 + level / 2, n - 1)
+    return float(min(2 * scipy.stats.norm.cdf(reach) - 1, 1 - 1e-9))
 
 
 def _newcombe(sample: np.ndarray, reference: np.ndarray, level: float) -> Interval:
