@@ -1,16 +1,22 @@
-# `make core-heads` installs and runs the main job on the shipped model; `make test` passes every check.
-# Both need Python 3.11 and nothing else; the environment is made once, in .venv.
+# `make core-heads` installs and runs the main job on the shipped model; `make paper` runs all experiments on all
+# shipped models and writes one report of them; `make test` passes every check.
+# All need Python 3.11 and nothing else; the environment is made once, in .venv.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/core-heads
+PAPER_OUT ?= out/paper
 INSTALLED := $(VENV)/.installed
 
-.PHONY: core-heads test lint types tests clean
+.PHONY: core-heads paper test lint types tests clean
 
 core-heads: $(INSTALLED)
 	$(BIN)/mmlens core-heads --model micro --out $(OUT)
+
+# Runs that are there already are kept, so that what was broken off goes on where it was.
+paper: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/mmlens paper --out $(PAPER_OUT) --threads 1
 
 test: lint types tests
 

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mmlens.core_heads import MODES, core_heads
-from mmlens.core_heads_report import write_core_heads_report
-from mmlens.data.examples import DataError, Example, load_examples, split_examples
-from mmlens.data.scenes import KINDS, TEXT_KINDS, scene_examples
+from mmlens.core_heads import MODES
+from mmlens.data.examples import DataError
+from mmlens.experiments.catalog import EXPERIMENTS
+from mmlens.experiments.experiment import Experiment
 from mmlens.families.catalog import UnknownFamilyError
 from mmlens.families.support import support_table
 from mmlens.hook_names import unknown_name_message
-from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
 from mmlens.loading import ModelNotFoundError, shipped_models
 from mmlens.prompt import PromptError
+from mmlens.runs.paper import run_all
+from mmlens.runs.rerun import TOLERANCE, rerun, runs_in
+from mmlens.runs.run import (
+    Request,
+    check_folder,
+    experiment_named,
+    model_folders,
+    read_record,
+    run,
+    write_across,
+)
 from mmlens.token_map import TokenMapError
 
 _USER_ERRORS = (
@@ -32,21 +46,21 @@ _USER_ERRORS = (
     IndexError,
 )
 
-# Scenes are drawn from their seed: these differ from each other and from the training's, 2**20 and up.
-SELECTION_SEED, EVALUATION_SEED = 100_000, 200_000
+_DIFFERENCES_SHOWN = 50
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 where the input is at fault (with a one-line reason)."""
+    """Run one command; 0 on success, 1 where results differ or a run failed, 2 where the input is at fault."""
     options = _parser().parse_args(arguments)
+    options.command = shlex.join(["mmlens", *(sys.argv[1:] if arguments is None else arguments)])
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        options.run(options)
+        code: int | None = options.run(options)
     except _USER_ERRORS as error:
         print(f"mmlens: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,28 +68,24 @@ def _parser() -> argparse.ArgumentParser:
         prog="mmlens", description="Find and test attention heads of vision-language models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    core = commands.add_parser(
-        "core-heads",
-        help="find CoRe heads on one split and test them causally on another",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+
+    def command(
+        name: str, does: Callable[[argparse.Namespace], int | None], help: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        added.set_defaults(run=does, threads=0)
+        return added
+
+    core = command(
+        "core-heads", _core_heads, "find CoRe heads on one split and test them causally on another"
     )
-    core.set_defaults(run=_core_heads)
     core.add_argument("--model", default="micro", help="a shipped model, a folder, or a hub id")
     core.add_argument(
         "--out", type=Path, required=True, help="folder for summary.json, tables and report.html"
     )
-    core.add_argument(
-        "--data", type=Path, help="a folder of examples (docs/data.md); shipped models have their own"
-    )
-    core.add_argument(
-        "--n-selection", type=int, default=40, help="generated examples of each kind to choose heads on"
-    )
-    core.add_argument(
-        "--n-evaluation", type=int, default=30, help="generated examples of each kind to judge heads on"
-    )
-    core.add_argument(
-        "--selection-share", type=float, default=0.5, help="with --data: share of it to choose heads on"
-    )
+    _add_run_options(core)
     core.add_argument(
         "--counts", type=int, nargs="+", help="numbers of heads to ablate; 5%% of all is always added"
     )
@@ -83,21 +93,204 @@ def _parser() -> argparse.ArgumentParser:
         "--modes", nargs="+", default=list(MODES), choices=ABLATION_MODES, help="ablation modes"
     )
     core.add_argument("--draws", type=int, default=10, help="draws of each random arm")
-    core.add_argument("--seed", type=int, default=0)
-    core.add_argument("--batch-size", type=int, default=30)
     core.add_argument("--mapping", default="merged", choices=("merged", "paper_floor"), help="box to token")
-    core.add_argument("--dtype", help="as transformers takes it, e.g. bfloat16")
-    core.add_argument("--device-map", help="as transformers takes it, e.g. auto")
-    core.add_argument("--attn-implementation", help="as transformers takes it, e.g. sdpa")
-    core.add_argument("--trust-remote-code", action="store_true", help="run model code from the hub")
-    core.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
-    families = commands.add_parser(
-        "families", help="which of transformers' image-text-to-text families are supported, and how far"
+
+    one = command("run", _run, "run one experiment on one or more models (docs/experiments.md)")
+    one.add_argument("experiment", help="its name; `mmlens experiments` lists them")
+    _add_models(one)
+    one.add_argument("--out", type=Path, required=True, help="folder for a folder of every model")
+    _add_run_options(one)
+    one.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the experiment; `mmlens experiments NAME` lists them",
     )
-    families.set_defaults(run=_families, threads=0)
+
+    listed = command("experiments", _experiments, "list the experiments, or all about one")
+    listed.add_argument("experiment", nargs="?", help="one experiment, with its method and settings")
+
+    again = command("rerun", _rerun, "run again what a run's folder says, and compare every number")
+    again.add_argument("folder", type=Path, help="a run's folder, or one with runs below it")
+    again.add_argument("--out", type=Path, help="keep the new run in this folder")
+    again.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="relative difference at which floats still agree"
+    )
+    again.add_argument("--model", help="where the model lies now, if not where it lay")
+    again.add_argument("--data", help="where the folder of examples lies now, if not where it lay")
+
+    paper = command("paper", _paper, "run all experiments on all models, and write one report of them")
+    _add_models(paper)
+    paper.add_argument("--out", type=Path, required=True, help="folder for the runs and report.html")
+    paper.add_argument("--experiments", nargs="+", metavar="NAME", help="these alone (default: all)")
+    _add_run_options(paper)
+
+    families = command(
+        "families",
+        _families,
+        "which of transformers' image-text-to-text families are supported, and how far",
+    )
     families.add_argument("family", nargs="?", help="one family (a model_type), with all its notes")
     families.add_argument("--csv", type=Path, help="write the whole table to this file")
     return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        dest="models",
+        default=shipped_models(),
+        help="shipped models, folders, or hub ids",
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that are fields of `Request`."""
+    parser.add_argument("--data", help="a folder of examples (docs/data.md); shipped models have their own")
+    parser.add_argument(
+        "--n-selection", type=int, default=40, help="generated examples of each kind to choose heads on"
+    )
+    parser.add_argument(
+        "--n-evaluation", type=int, default=30, help="generated examples of each kind to judge heads on"
+    )
+    parser.add_argument(
+        "--selection-share", type=float, default=0.5, help="with --data: share of it to choose heads on"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of examples and of all random choices")
+    parser.add_argument("--batch-size", type=int, default=30, help="examples in a forward pass")
+    parser.add_argument("--dtype", help="as transformers takes it, e.g. bfloat16")
+    parser.add_argument("--device-map", help="as transformers takes it, e.g. auto")
+    parser.add_argument("--attn-implementation", help="as transformers takes it, e.g. sdpa")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the hub")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
+
+
+def _request(options: argparse.Namespace, experiment: str, model: str, settings: dict[str, Any]) -> Request:
+    names = {field.name for field in fields(Request)} - {"experiment", "model", "settings"}
+    given = {name: getattr(options, name) for name in names}
+    return Request(experiment, model, settings=settings, **given)
+
+
+def parsed_settings(experiment: Experiment, given: Sequence[str]) -> dict[str, Any]:
+    """Settings from NAME=VALUE, each value of the type of the setting's default.
+
+    Members of a list are parted by commas. Where the default is None, a value is JSON, a number, or else text.
+
+    Raises ValueError for what is not NAME=VALUE, an unknown setting, or a value of another type.
+
+    >>> parsed_settings(experiment_named("core-heads"), ["n_draws=2", "modes=zero,mean", "counts=1,2"])
+    {'n_draws': 2, 'modes': ('zero', 'mean'), 'counts': (1, 2)}
+    """
+    defaults = experiment.settings
+    settings: dict[str, Any] = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, not {item!r}")
+        if name not in defaults:
+            raise ValueError(unknown_name_message(f"{experiment.name} setting", name, defaults))
+        try:
+            settings[name] = _parsed(text, defaults[name])
+        except ValueError as error:
+            raise ValueError(
+                f"the setting {name} is like its default {defaults[name]!r}, which {text!r} is not: {error}"
+            ) from error
+    return settings
+
+
+def _parsed(text: str, default: Any) -> Any:
+    if default is not None and text == "none":
+        raise ValueError("it cannot be none")
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError("true or false")
+        return text.lower() == "true"
+    if isinstance(default, int | float | str):
+        return type(default)(text)
+    if isinstance(default, list | tuple):
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return type(default)(_parsed(part, default[0] if len(default) else None) for part in parts)
+    if isinstance(default, dict):
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("expected a JSON object")
+        return value
+    if text.lower() in ("none", "null"):
+        return None
+    if "," in text and not text.lstrip().startswith(("[", "{", '"')):
+        return tuple(_parsed(part.strip(), None) for part in text.split(",") if part.strip())
+    for read in (json.loads, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _run(options: argparse.Namespace) -> None:
+    experiment = experiment_named(options.experiment)
+    settings = parsed_settings(experiment, options.settings)
+    folders = model_folders(options.models, options.out)
+    for folder in folders.values():
+        check_folder(folder)
+    for model, folder in folders.items():
+        run(_request(options, experiment.name, model, settings), folder, command=options.command)
+        print(f"\n{model}: {read_record(folder)['statement']}\nreport: {folder / 'report.html'}")
+    across = options.out / "across"
+    found = write_across(experiment, folders, across)
+    if found is not None:
+        print(f"\nAcross models: {found.statement}\nreport: {across / 'report.html'}")
+
+
+def _experiments(options: argparse.Namespace) -> None:
+    if options.experiment is None:
+        for experiment in EXPERIMENTS.values():
+            print(
+                f"{experiment.name}: {experiment.title}\n    {experiment.question}\n    {experiment.source}"
+            )
+        return
+    experiment = experiment_named(options.experiment)
+    print(f"{experiment.name}: {experiment.title}\n{experiment.question}\nSource: {experiment.source}")
+    print(f"Method: {experiment.method}\nSettings:")
+    for name, default in experiment.settings.items():
+        print(
+            f"    {name}={default if not isinstance(default, list | tuple) else ','.join(map(str, default))}"
+        )
+
+
+def _rerun(options: argparse.Namespace) -> int:
+    differ = False
+    for folder in runs_in(options.folder):
+        out = options.out / folder.relative_to(options.folder) if options.out is not None else None
+        found = rerun(folder, out, tolerance=options.tolerance, model=options.model, data=options.data)
+        print(f"{folder}: {found.n_values} values compared, {len(found.differences)} differ")
+        for name, (before, after) in found.changed.items():
+            print(f"    {name}: was {before}, is {after}")
+        for difference in found.differences[:_DIFFERENCES_SHOWN]:
+            print(f"    {difference}")
+        if len(found.differences) > _DIFFERENCES_SHOWN:
+            print(f"    and {len(found.differences) - _DIFFERENCES_SHOWN} more")
+        where = f" ({found.largest_at})" if found.largest else ""
+        print(f"    largest relative difference of two floats: {found.largest:.3g}{where}")
+        differ |= not found.same
+    return int(differ)
+
+
+def _paper(options: argparse.Namespace) -> int:
+    outcomes = run_all(
+        options.models,
+        options.out,
+        _request(options, "", "", {}),
+        experiments=options.experiments,
+        command=options.command,
+    )
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    print(f"{len(outcomes)} runs, {len(failed)} failed\nreport: {options.out / 'report.html'}")
+    return int(bool(failed))
 
 
 def _families(options: argparse.Namespace) -> None:
@@ -123,46 +316,12 @@ def _families(options: argparse.Namespace) -> None:
 
 
 def _core_heads(options: argparse.Namespace) -> None:
-    given = {
-        "dtype": options.dtype,
-        "device_map": options.device_map,
-        "attn_implementation": options.attn_implementation,
+    settings = {
+        "counts": options.counts,
+        "modes": options.modes,
+        "n_draws": options.draws,
+        "mapping": options.mapping,
     }
-    selection, evaluation = _splits(options)
-    model = HookedVLM.from_pretrained(
-        options.model,
-        trust_remote_code=options.trust_remote_code,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    result = core_heads(
-        model,
-        selection,
-        evaluation,
-        counts=options.counts,
-        modes=options.modes,
-        n_draws=options.draws,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        mapping=options.mapping,
-    )
-    result.summary["model"]["name"] = options.model
-    result.save(options.out)
-    report = write_core_heads_report(result, model, options.out / "report.html")
-    print(f"\n{result.summary['finding']['statement']}")
-    print(f"CoRe heads (top 5% by RAM): {', '.join(f'L{layer}H{head}' for layer, head in result.top)}")
-    print(f"report: {report}")
-
-
-def _splits(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    if options.data is not None:
-        return split_examples(load_examples(options.data), options.selection_share, options.seed)
-    if options.model not in shipped_models():
-        raise DataError(
-            f"--model {options.model} needs --data FOLDER, a folder of examples (docs/data.md); generated scenes "
-            f"are for the shipped models: {', '.join(shipped_models())}"
-        )
-    kinds = (*KINDS, *TEXT_KINDS)
-    return tuple(  # type: ignore[return-value]
-        [example for kind in kinds for example in scene_examples(kind, n, seed + options.seed)]
-        for n, seed in ((options.n_selection, SELECTION_SEED), (options.n_evaluation, EVALUATION_SEED))
-    )
+    run(_request(options, "core-heads", options.model, settings), options.out, command=options.command)
+    print(f"\n{read_record(options.out)['statement']}")
+    print(f"report: {options.out / 'report.html'}")

@@ -13,29 +13,25 @@ chosen and judged on different examples, intervals, several ablation modes, a co
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.data.examples import Example
+from mmlens.data.examples import Example, shared_groups
 from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import Means, ablate, mean_activations
 from mmlens.metrics.attention import EvidenceAttention, evidence_attention
 from mmlens.metrics.effects import Effect, effect
 from mmlens.metrics.outcomes import accuracy, invalid, logit_difference
+from mmlens.provenance import describe_model, versions
 from mmlens.statistics import mean_interval, paired_difference_interval
 from mmlens.token_map import Mapping as BoxMapping
 
@@ -114,18 +110,21 @@ def core_heads(
     seed: int = 0,
     batch_size: int = 16,
     mapping: BoxMapping = "merged",
+    force_overlap: bool = False,
     progress: bool = True,
 ) -> CoreHeads:
     """Run the experiment of this module's heading.
 
     Examples without evidence are text-only controls: in `selection` they only enter the reference of the mean
     ablation, in `evaluation` they are reported apart. `counts` are numbers of ablated heads; the default is
-    1, 5%, 10% and 20% of all heads, and 5% is always among them.
+    1, 5%, 10% and 20% of all heads, and 5% is always among them. Splits that share examples or groups are refused
+    unless `force_overlap`, which warns, and says so in the finding's statement: docs/truth.md shows how much better
+    heads look on the examples that chose them.
 
     Raises ValueError where the two splits share an example or group, either has no example with evidence, or
     a count leaves too few heads for the controls.
     """
-    _check_splits(selection, evaluation)
+    n_shared = _check_splits(selection, evaluation, force_overlap)
     total = len(model.heads)
     counts = _counts(counts, total)
     if n_draws < 1:
@@ -162,6 +161,8 @@ def core_heads(
     for arm, _, heads in arms:
         named_arms[arm].append(heads)
     summary = _summary(model, attention, ablation, examples, controls, named_arms, moved)
+    if n_shared:
+        summary["finding"]["statement"] += f" {_leaks(n_shared)}."
     summary["settings"] = {
         "counts": list(counts),
         "modes": list(modes),
@@ -217,7 +218,17 @@ def _reference(mode: str, means: Means | None, selection: Sequence[Example]) -> 
     return {"mean": means, "mean_query": means, "resample": list(selection)}.get(mode)
 
 
-def _check_splits(selection: Sequence[Example], evaluation: Sequence[Example]) -> None:
+def _leaks(n_shared: int) -> str:
+    return (
+        f"Selection and evaluation share {n_shared} example(s) or group(s), by force: heads chosen and judged on the "
+        "same data look better than they are"
+    )
+
+
+def _check_splits(
+    selection: Sequence[Example], evaluation: Sequence[Example], force_overlap: bool = False
+) -> int:
+    """The number of shared examples or groups: 0 unless forced."""
     for name, split in (("selection", selection), ("evaluation", evaluation)):
         if not any(example.evidence for example in split):
             raise ValueError(f"the {name} split of {len(split)} example(s) has none with evidence")
@@ -228,16 +239,17 @@ def _check_splits(selection: Sequence[Example], evaluation: Sequence[Example]) -
                 "text-only controls need a kind of their own"
             )
 
-    def groups(split: Sequence[Example]) -> dict[str, str]:
-        return {f"{e.kind}/{e.group or e.id}": e.id for e in split if e.group or e.id}
-
-    shared = sorted(groups(selection).keys() & groups(evaluation).keys())
-    same = {id(example) for example in selection} & {id(example) for example in evaluation}
-    if shared or same:
+    shared = shared_groups(selection, evaluation)
+    n_shared = len(shared)
+    if n_shared and not force_overlap:
         raise ValueError(
-            f"selection and evaluation share {len(shared) or len(same)} example(s) or group(s) "
-            f"({', '.join(shared[:5])}): heads chosen and judged on the same data look better than they are"
+            f"selection and evaluation share {n_shared} example(s) or group(s) "
+            f"({', '.join(shared[:5])}): heads chosen and judged on the same data look better than they are. Split "
+            "them by mmlens.split_examples, or pass force_overlap=True to see by how much"
         )
+    if n_shared:
+        warnings.warn(_leaks(n_shared), stacklevel=3)
+    return n_shared
 
 
 # ---------------------------------------------------------------------- tables
@@ -281,8 +293,10 @@ def _summarise(
             before = clean[metric].loc[values.index]
             difference = values - before
             draws = part.groupby("draw")["value"].mean()
-            low, high = _interval(values.to_numpy(), seed)
-            difference_low, difference_high = _difference_interval(values.to_numpy(), before.to_numpy(), seed)
+            low, high = interval_of(values.to_numpy(), seed)
+            difference_low, difference_high = difference_interval_of(
+                values.to_numpy(), before.to_numpy(), seed
+            )
             rows.append(
                 {
                     "mode": mode,
@@ -310,13 +324,15 @@ def _summarise(
 N_RESAMPLES = 2000
 
 
-def _interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+def interval_of(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """95% interval of a mean, as in every table; no width for one value, or where all are alike and not 0 or 1."""
     if len(values) < 2 or (np.ptp(values) == 0 and values[0] not in (0, 1)):
         return float(values.mean()), float(values.mean())
     return tuple(mean_interval(values, n_resamples=N_RESAMPLES, seed=seed))  # type: ignore[return-value]
 
 
-def _difference_interval(values: np.ndarray, before: np.ndarray, seed: int) -> tuple[float, float]:
+def difference_interval_of(values: np.ndarray, before: np.ndarray, seed: int) -> tuple[float, float]:
+    """95% interval of the mean of `values - before` on the same examples, with the same exceptions."""
     difference = values - before
     if len(values) < 2 or (np.ptp(difference) == 0 and not set(values) <= {0.0, 1.0}):
         return float(difference.mean()), float(difference.mean())
@@ -363,22 +379,8 @@ def _summary(
     ratio = attention.key_token_ratio.values
     return {
         "schema": SCHEMA,
-        "model": {
-            "name": model.hf_model.config.name_or_path.rsplit("/", 1)[-1] or type(model.hf_model).__name__,
-            "family": model.family.model_type,
-            "n_layers": model.cfg.n_layers,
-            "n_heads": model.cfg.n_heads,
-            # Only where not every layer has n_heads of them.
-            **({} if len(set(model.heads_per_layer)) == 1 else {"heads_per_layer": model.heads_per_layer}),
-            "n_key_value_heads": model.cfg.n_key_value_heads,
-            "n_parameters": sum(p.numel() for p in model.hf_model.parameters()),
-            "dtype": str(model.hf_model.dtype).removeprefix("torch."),
-            "fingerprint": fingerprint(model),
-        },
-        "versions": {
-            **{name: version(name) for name in ("mmlens", "torch", "transformers", "transformer-lens")},
-            "python": platform.python_version(),
-        },
+        "model": describe_model(model),
+        "versions": versions(("mmlens", "torch", "transformers", "transformer-lens")),
         "finding": _finding(ablation, examples, len(top)),
         "clean": {
             kind: {metric: _cell(clean, kind=kind, metric=metric) for metric in sorted(set(clean["metric"]))}
@@ -468,16 +470,3 @@ def _why_not(row: Mapping[str, Any]) -> str:
     controls = " and ".join(arm.replace("_", "-") for arm in row["harmful_controls"])
     reasons = [] if row["top_breaks"] else ["the top heads cost too little"]
     return "; ".join([*reasons, *([f"{controls} heads cost too much"] if controls else [])])
-
-
-def fingerprint(model: HookedVLM) -> str:
-    """A short hash of the model's weights: the same for the same numbers, whatever the file."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.hf_model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -136,32 +136,42 @@ def _curves(result: CoreHeads) -> Figures:
 
 def _overlays(result: CoreHeads, model: HookedVLM) -> Figures:
     """The two best and the two worst heads on one held-out example of each kind."""
-    heads: list[tuple[str, Head]] = [
-        *(("top", head) for head in result.scores.top(2)),
-        *(("bottom", head) for head in result.scores.bottom(2)),
+    heads = [
+        *(("top two heads", head) for head in result.scores.top(2)),
+        *(("bottom two heads", head) for head in result.scores.bottom(2)),
     ]
+    return [
+        figure for example in result.overlay_examples for figure in overlay_figures(model, example, heads)
+    ]
+
+
+def overlay_figures(model: HookedVLM, example: Example, heads: Sequence[tuple[str, Head]]) -> Figures:
+    """For each of `heads`, (what it is one of, head), its attention from the question to every image of the example.
+
+    One colour scale for all heads: on its own scale a head that ignores the images would look busy.
+    """
+    attention, boxes, positions = question_attention(model, example)
+    evidence: list[list[tuple[float, float, float, float]]] = [[] for _ in example.images]
+    for region in example.evidence:
+        whole = (0.0, 0.0, *map(float, example.images[region.image].size))
+        evidence[region.image].append(region.box or whole)  # type: ignore[arg-type]
+    layers, within = zip(*(head for _, head in heads), strict=True)
+    largest = float(attention[list(layers), list(within)][:, np.concatenate(positions)].max())
     figures: Figures = []
-    for example in result.overlay_examples:
-        attention, boxes, positions = question_attention(model, example)
-        evidence: list[list[tuple[float, float, float, float]]] = [[] for _ in example.images]
-        for region in example.evidence:
-            whole = (0.0, 0.0, *map(float, example.images[region.image].size))
-            evidence[region.image].append(region.box or whole)  # type: ignore[arg-type]
-        # One colour scale for all heads of an example: on its own scale a head that ignores the image looks busy.
-        layers, within = zip(*(head for _, head in heads), strict=True)
-        largest = float(attention[list(layers), list(within)][:, np.concatenate(positions)].max())
-        for arm, (layer, head) in heads:
-            figure = plot_overlay_grid(
-                example.images,
-                boxes,
-                [attention[layer, head, chosen].numpy() for chosen in positions],
-                evidence=evidence,
-                vmax=largest,
-                title=f"L{layer}H{head}",
-            )
-            caption = (
-                f"“{example.question}” (answer: {example.answer}). Attention of L{layer}H{head}, one of the "
-                f"{arm} two heads, averaged over the question's tokens; the evidence is outlined."
-            )
-            figures.append((f"{example.kind or 'example'}: {arm} head L{layer}H{head}", caption, figure))
+    for arm, (layer, head) in heads:
+        figure = plot_overlay_grid(
+            example.images,
+            boxes,
+            [attention[layer, head, chosen].numpy() for chosen in positions],
+            evidence=evidence,
+            vmax=largest,
+            title=f"L{layer}H{head}",
+        )
+        caption = (
+            f"“{example.question}” (answer: {example.answer}). Attention of L{layer}H{head}, one of the "
+            f"{arm}, averaged over the question's tokens; the evidence is outlined."
+        )
+        figures.append(
+            (f"{example.kind or 'example'}: {arm.split()[0]} head L{layer}H{head}", caption, figure)
+        )
     return figures

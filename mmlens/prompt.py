@@ -126,19 +126,22 @@ def make_prompt(
         render(processor, question, len(own), f"example {example}")
         for example, (question, own) in enumerate(zip(question_list, loaded, strict=True))
     ]
-    prompt = _assembled(processor, layout, rendered, question_list, loaded, padding_side)
+    prompt = assembled_prompt(processor, layout, rendered, question_list, loaded, padding_side)
     return prompt if device is None else prompt.to(device)
 
 
-def _assembled(
+def assembled_prompt(
     processor: ProcessorMixin,
     layout: Layout,
     rendered: Sequence[tuple[str, str, str]],
     questions: list[str],
     images: list[list[Image.Image]],
-    padding_side: str,
+    padding_side: str = "left",
 ) -> Prompt:
-    """The prompt of rendered texts (before the question, question, after it) with their images."""
+    """The prompt of rendered texts (before the question, question, after it) with their images.
+
+    For texts that no chat template gives, such as marks between images; else `make_prompt`. Raises as it does.
+    """
     text = _joined(rendered)
     # No placeholder is right where the processor writes the images' tokens itself, and only there.
     unplaced = [

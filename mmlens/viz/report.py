@@ -1,6 +1,7 @@
-"""The report of an experiment as one HTML file that needs nothing beside it: no network, no folder of images.
+"""Reports as one HTML file each that needs nothing beside it: no network, no folder of images.
 
-What was found comes first, in numbers with their intervals; then the settings, the figures, the tables.
+`write_page` is the page of all of them, and the functions in `_html` are its parts. `write_report` is the page of
+the core-heads experiment: what was found, in numbers with their intervals; then settings, figures, tables.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from typing import Any
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from mmlens.viz.ablation_curves import ARM_STYLES, METRIC_LABELS, SHARES
+
+Section = tuple[str, str, Sequence[tuple[str, str]]]
+"""A heading, HTML, and parts (title, HTML) with headings of their own."""
 
 _SECTIONS = ("model", "settings", "versions", "finding", "clean")
 _ARMS = ("clean", "top", "layer_matched", "random", "bottom")
@@ -69,38 +74,54 @@ def write_report(
     ...     "90.0%" in write_report(Path(folder) / "report.html", summary).read_text(encoding="utf-8")
     True
     """
-    path = Path(path)
     _check(summary, figures, tables)
-    sections = [
+    sections: list[Section] = [
         ("Setting", _setting(summary), []),
         ("Clean model", _clean(summary["clean"]), []),
-        ("Figures", "", [(title, _figure(title, caption, figure)) for title, caption, figure in figures]),
-        ("Tables", "", [(title, _table(caption, table)) for title, caption, table in tables]),
+        ("Figures", "", [(title, figure_html(title, caption, figure)) for title, caption, figure in figures]),
+        ("Tables", "", [(title, table_html(caption, table)) for title, caption, table in tables]),
     ]
     others = {key: value for key, value in summary.items() if key not in _SECTIONS}
     if others:
-        sections.append(("Further numbers", _pairs(others), []))
+        sections.append(("Further numbers", pairs_html(others), []))
     sections = [section for section in sections if section[1] or section[2]]
 
+    return write_page(
+        path,
+        f"Retrieval heads of {summary['model'].get('name', 'an unnamed model')}",
+        _describe(summary["model"]),
+        _finding(summary["finding"]),
+        sections,
+    )
+
+
+def write_page(path: str | Path, title: str, subtitle: str, lead: str, sections: Sequence[Section]) -> Path:
+    """Write a page with contents, and return its path; `lead` and what the sections hold is HTML, the rest text.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     page = write_page(Path(folder) / "page.html", "A & B", "", "", [("Numbers", "<p>1</p>", [])])
+    ...     "A &amp; B" in page.read_text(encoding="utf-8")
+    True
+    """
     contents, bodies = [], []
-    for number, (title, body, parts) in enumerate(sections):
-        contents.append(f'<li><a href="#s{number}">{escape(title)}</a></li>')
-        bodies.append(f'<section id="s{number}">\n<h2>{escape(title)}</h2>\n{body}')
+    for number, (heading, body, parts) in enumerate(sections):
+        contents.append(f'<li><a href="#s{number}">{escape(heading)}</a></li>')
+        bodies.append(f'<section id="s{number}">\n<h2>{escape(heading)}</h2>\n{body}')
         for inner, (part, html) in enumerate(parts):
             contents.append(f'<li class="inner"><a href="#s{number}-{inner}">{escape(part)}</a></li>')
             bodies.append(f'<section id="s{number}-{inner}">\n<h3>{escape(part)}</h3>\n{html}\n</section>')
         bodies.append("</section>")
-
     template = importlib.resources.files("mmlens.viz")
-    model = summary["model"]
     page = Template(template.joinpath("report.html").read_text(encoding="utf-8")).substitute(
-        title=escape(f"Retrieval heads of {model.get('name', 'an unnamed model')}"),
-        subtitle=escape(_describe(model)),
+        title=escape(title),
+        subtitle=escape(subtitle),
         style=template.joinpath("report.css").read_text(encoding="utf-8"),
-        finding=_finding(summary["finding"]),
+        finding=lead,
         contents="\n".join(contents),
         sections="\n".join(bodies),
     )
+    path = Path(path)
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -164,14 +185,14 @@ def _finding(finding: Mapping[str, Any]) -> str:
     )
     over = f" over {' or '.join(f'{n:,}' for n in sizes)} examples" if sizes else ""
     caption = f'<p class="caption">{escape(name)} with 95% intervals{over}</p>'
-    table = caption + _grid(heads, body) if rows else ""
+    table = caption + grid_html(heads, body) if rows else ""
     others = {
         key: value for key, value in finding.items() if key not in ("statement", "holds", "rows", "metric")
     }
     return (
         f'<div class="finding{" holds" if holds else ""}">\n'
         f'<p class="verdict">{verdict}</p>\n'
-        f'<p class="statement">{escape(str(finding["statement"]))}</p>\n{table}{_pairs(others)}</div>'
+        f'<p class="statement">{escape(str(finding["statement"]))}</p>\n{table}{pairs_html(others)}</div>'
     )
 
 
@@ -184,7 +205,7 @@ def _arm_heading(arm: str) -> str:
 
 def _setting(summary: Mapping[str, Any]) -> str:
     columns = [
-        f"<div><h3>{name.capitalize()}</h3>{_pairs(summary[name])}</div>"
+        f"<div><h3>{name.capitalize()}</h3>{pairs_html(summary[name])}</div>"
         for name in ("model", "settings", "versions")
         if summary[name]
     ]
@@ -203,11 +224,47 @@ def _clean(clean: Mapping[str, Any]) -> str:
         cells = [_value(values.get(metric), metric) for metric in metrics]
         rows.append([escape(str(kind)), *cells, escape(", ".join(map(str, sorted(counts[kind]))))])
     heads = ["Kind", *(METRIC_LABELS.get(metric, str(metric)) for metric in metrics), "Examples"]
-    return '<p class="caption">Nothing ablated; 95% intervals.</p>' + _grid(heads, rows)
+    return '<p class="caption">Nothing ablated; 95% intervals.</p>' + grid_html(heads, rows)
 
 
-def _figure(title: str, caption: str, figure: Figure) -> str:
+def figure_html(title: str, caption: str, figure: Figure) -> str:
+    """A figure and its caption, the picture inlined: as SVG, or as pixels where that is large."""
     kind, data, width = _render(figure)
+    return _picture(title, caption, kind, data, width)
+
+
+def picture_files(figure: Figure, folder: Path, stem: str) -> float:
+    """Write a figure as `stem`.svg and `stem`.png (twice as fine as its dpi), and return its width in inches."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.svg").write_bytes(_vector(figure))
+    (folder / f"{stem}.png").write_bytes(
+        _saved(figure, "png", dpi=2 * figure.dpi, metadata={"Software": None})
+    )
+    return _width(figure)
+
+
+def picture_html(title: str, caption: str, stem: Path, width: float, largest: int) -> str:
+    """A picture from the files of `picture_files`, inlined in at most `largest` bytes where that can be.
+
+    As SVG where that fits, else as WebP, ever coarser down to a quarter of the width.
+    """
+    vector = stem.with_suffix(".svg").read_bytes()
+    if 4 * len(vector) <= 3 * largest:  # base64 takes four bytes for three
+        return _picture(title, caption, "svg+xml", vector, width)
+    with Image.open(stem.with_suffix(".png")) as picture:
+        pixels = picture.convert("RGB")
+    data = b""
+    for scale in (1, 0.7, 0.5, 0.25):
+        buffer = io.BytesIO()
+        size = (max(1, round(scale * pixels.width)), max(1, round(scale * pixels.height)))
+        pixels.resize(size, Image.Resampling.LANCZOS).save(buffer, "webp", quality=80, method=4)
+        data = buffer.getvalue()
+        if 4 * len(data) <= 3 * largest:
+            break
+    return _picture(title, caption, "webp", data, width)
+
+
+def _picture(title: str, caption: str, kind: str, data: bytes, width: float) -> str:
     source = base64.b64encode(data).decode("ascii")
     return (
         f'<figure>\n<img alt="{escape(title)}" width="{round(96 * width)}" src="data:image/{kind};base64,{source}">\n'
@@ -217,15 +274,23 @@ def _figure(title: str, caption: str, figure: Figure) -> str:
 
 def _render(figure: Figure) -> tuple[str, bytes, float]:
     """The figure as (media type, bytes, width in inches): SVG where that is small, else PNG, else JPEG."""
-    # Without a salt the names inside an SVG, and so the file, would differ from run to run.
-    with matplotlib.rc_context({"svg.hashsalt": "mmlens", "svg.fonttype": "path"}):
-        kind, data = "svg+xml", _saved(figure, "svg", metadata={"Date": None, "Creator": None})
+    kind, data = "svg+xml", _vector(figure)
     if len(data) > _LARGEST_VECTOR:
         kind, data = "png", _saved(figure, "png", dpi=2 * figure.dpi)
     if kind == "png" and len(data) > _LARGEST_PNG:
         kind, data = "jpeg", _saved(figure, "jpeg", dpi=2 * figure.dpi, pil_kwargs={"quality": 85})
+    return kind, data, _width(figure)
+
+
+def _vector(figure: Figure) -> bytes:
+    # Without a salt the names inside an SVG, and so the file, would differ from run to run.
+    with matplotlib.rc_context({"svg.hashsalt": "mmlens", "svg.fonttype": "path"}):
+        return _saved(figure, "svg", metadata={"Date": None, "Creator": None})
+
+
+def _width(figure: Figure) -> float:
     # Said in inches so that text has one size in all figures, however wide they are.
-    return kind, data, figure.get_tightbbox().width + 2 * _MARGIN
+    return figure.get_tightbbox().width + 2 * _MARGIN
 
 
 def _saved(figure: Figure, file_format: str, **options: Any) -> bytes:
@@ -234,18 +299,27 @@ def _saved(figure: Figure, file_format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _table(caption: str, table: pd.DataFrame) -> str:
+def table_html(caption: str, table: pd.DataFrame, *, n_rows: int | None = None) -> str:
+    """A table and its caption, folded where it is long; of more than `n_rows` rows only so many."""
+    rows = f"{len(table)} row{'' if len(table) == 1 else 's'}"
+    if n_rows is not None and len(table) > n_rows:
+        table, rows = table.head(n_rows), f"the first {n_rows} of {rows}"
+        caption = f"{caption} ({rows[0].upper()}{rows[1:]}.)"
     plain = isinstance(table.index, pd.RangeIndex)
     with pd.option_context("display.max_colwidth", None):
         html = table.to_html(index=not plain, border=0, float_format=_number, na_rep="", escape=True)
-    rows = f"{len(table)} row{'' if len(table) == 1 else 's'}"
     body = f'<div class="scroll{" long" if len(table) > _LONG_TABLE else ""}">{html}</div>'
     if len(table) > _LONG_TABLE:
-        body = f"<details>\n<summary>{rows}</summary>\n{body}\n</details>"
+        body = folded_html(rows, body)
     return f'<p class="caption">{escape(caption)}</p>\n{body}'
 
 
-def _grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def folded_html(summary: str, html: str) -> str:
+    """HTML that is shown when its one-line summary is clicked."""
+    return f"<details>\n<summary>{escape(summary)}</summary>\n{html}\n</details>\n"
+
+
+def grid_html(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; `heads` are text, the cells HTML."""
     top = "".join(f"<th>{escape(head)}</th>" for head in heads)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
@@ -254,7 +328,7 @@ def _grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _pairs(values: Mapping[Any, Any]) -> str:
+def pairs_html(values: Mapping[Any, Any]) -> str:
     """Names and values as they come, dicts within dicts as names with a dot."""
     if not values:
         return ""

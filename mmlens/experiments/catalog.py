@@ -1,0 +1,41 @@
+"""All experiments by name."""
+
+from __future__ import annotations
+
+from mmlens.experiments import (
+    emergence,
+    head_map,
+    key_tokens,
+    masking,
+    modes,
+    overlays,
+    prediction,
+    readings,
+    relatives,
+    self_repair,
+    stability,
+    sufficiency,
+    transfer,
+    vision_heads,
+)
+from mmlens.experiments.experiment import Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment
+    for experiment in (
+        head_map.EXPERIMENT,
+        vision_heads.EXPERIMENT,
+        stability.EXPERIMENT,
+        masking.EXPERIMENT,
+        key_tokens.EXPERIMENT,
+        overlays.EXPERIMENT,
+        readings.EXPERIMENT,
+        prediction.EXPERIMENT,
+        modes.EXPERIMENT,
+        self_repair.EXPERIMENT,
+        sufficiency.EXPERIMENT,
+        transfer.EXPERIMENT,
+        relatives.EXPERIMENT,
+        emergence.EXPERIMENT,
+    )
+}

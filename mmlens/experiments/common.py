@@ -1,0 +1,266 @@
+"""What the experiments on the paper's figures share: which examples and heads, ablated how, counted how."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from mmlens.core_heads import POOLED, difference_interval_of, interval_of
+from mmlens.data.examples import Example
+from mmlens.experiments.ablations import ablated, references
+from mmlens.experiments.experiment import Findings, Setup
+from mmlens.heads import HeadScores, HeadSet
+from mmlens.metrics.outcomes import Metric, accuracy, invalid
+from mmlens.statistics import ratio_interval
+
+PAPER = "arXiv 2606.05843"
+
+
+def with_evidence(examples: Sequence[Example]) -> list[Example]:
+    """The examples that have evidence, in an order that keeps batches alike: by kind, then number of images.
+
+    Raises ValueError where there is none.
+    """
+    chosen = sorted((e for e in examples if e.evidence), key=lambda e: (e.kind, len(e.images)))
+    if not chosen:
+        raise ValueError(f"none of the {len(examples)} examples has evidence")
+    return chosen
+
+
+def kinds_of(scores: HeadScores) -> list[str]:
+    """The kinds of the examples behind the scores, sorted."""
+    return sorted(set(scores.kinds or ()))
+
+
+def by_kind(scores: HeadScores) -> dict[str, HeadScores]:
+    """The scores of all examples under "pooled", then those of every kind, where there is more than one."""
+    kinds = kinds_of(scores)
+    return {POOLED: scores} | ({kind: scores.select(kind) for kind in kinds} if len(kinds) > 1 else {})
+
+
+def head_names(heads: HeadSet, most: int = 12) -> str:
+    """Heads as text, the first `most` of them.
+
+    >>> head_names(HeadSet([(1, 3), (0, 2)], n_layers=2, n_heads=4))
+    'L1H3 L0H2'
+    """
+    shown = " ".join(f"L{layer}H{head}" for layer, head in list(heads)[:most])
+    return shown + (f" and {len(heads) - most} more" if len(heads) > most else "")
+
+
+def matched_controls(heads: HeadSet, n_draws: int, seed: int) -> tuple[list[HeadSet], str]:
+    """`n_draws` layer-matched random sets, and what could not be kept in its layer ("" where all could)."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        drawn = [heads.matched_random(seed + draw) for draw in range(n_draws)]
+    return drawn, str(caught[0].message) if caught else ""
+
+
+def ablation_outcomes(
+    setup: Setup,
+    arms: Mapping[str, Sequence[HeadSet]],
+    modes: Sequence[str] = ("mean",),
+) -> pd.DataFrame:
+    """Accuracy (and invalid answers, where examples have candidates) on the evaluation examples with evidence.
+
+    Every set of every arm is ablated at all positions in every mode. One row per mode, arm, draw (number of the set
+    in its arm), example and metric: mode, arm, draw, n_heads, example, id, kind, metric, value, clean. The reference of
+    the mean is the selection split. Sets that several arms share are run once.
+    """
+    examples = with_evidence(setup.evaluation)
+    metrics: dict[str, Metric] = {"accuracy": accuracy}
+    if all(len(set(example.candidates)) > 1 for example in examples):
+        metrics["invalid"] = invalid
+    numbered = {
+        f"{arm}/{draw}": (arm, draw, heads) for arm, sets in arms.items() for draw, heads in enumerate(sets)
+    }
+    sets = {name: heads for name, (_, _, heads) in numbered.items()}
+    found = ablated(setup, examples, sets, references(setup, modes), metrics)
+    for column, values in (
+        ("arm", {name: arm for name, (arm, _, _) in numbered.items()}),
+        ("draw", {name: draw for name, (_, draw, _) in numbered.items()}),
+        ("n_heads", {name: len(heads) for name, heads in sets.items()}),
+    ):
+        found[column] = found["heads"].map(values)
+    return found[["mode", "arm", "draw", "n_heads", "example", "id", "kind", "metric", "value", "clean"]]
+
+
+def ablation_table(outcomes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Means over examples (of each example's mean over draws) of `ablation_outcomes`, with 95% intervals.
+
+    One row per mode, arm, metric and kind ("pooled" is all): mean, low, high, clean, and difference, difference_low,
+    difference_high against the clean run, paired by example. Wilson's and Newcombe's intervals for 0 and 1, else
+    the bootstrap's.
+    """
+    rows = []
+    for (mode, arm, metric), cell in outcomes.groupby(["mode", "arm", "metric"], sort=False):
+        kinds = sorted(cell["kind"].unique())
+        for kind in [POOLED, *(kinds if len(kinds) > 1 else [])]:
+            part = cell if kind == POOLED else cell[cell["kind"] == kind]
+            values = part.groupby("example")["value"].mean()
+            clean = part.groupby("example")["clean"].first()
+            low, high = interval_of(values.to_numpy(), seed)
+            down, up = difference_interval_of(values.to_numpy(), clean.to_numpy(), seed)
+            rows.append(
+                {
+                    "mode": mode,
+                    "arm": arm,
+                    "kind": kind,
+                    "metric": metric,
+                    "n_heads": int(part["n_heads"].max()),
+                    "n_draws": part["draw"].nunique(),
+                    "n": len(values),
+                    "clean": clean.mean(),
+                    "mean": values.mean(),
+                    "low": low,
+                    "high": high,
+                    "difference": (values - clean).mean(),
+                    "difference_low": down,
+                    "difference_high": up,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def arm_difference(
+    outcomes: pd.DataFrame, one: str, other: str, *, mode: str, metric: str = "accuracy", seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of arm `one` minus arm `other` on the same examples (means over draws), and its 95% interval."""
+    chosen = outcomes[(outcomes["mode"] == mode) & (outcomes["metric"] == metric)]
+    values, others = (chosen[chosen["arm"] == arm].groupby("example")["value"].mean() for arm in (one, other))
+    low, high = difference_interval_of(values.to_numpy(), others.to_numpy(), seed)
+    return float((values - others).mean()), low, high
+
+
+def token_counts(setup: Setup, examples: Sequence[Example], label: str = "tokens") -> pd.DataFrame:
+    """How many tokens the prompt of each example has: `positions`, `visual`, `evidence` and `key` tokens.
+
+    `key` is the number of key tokens of a head, max(1, floor(.05 L)). In the order of the examples.
+    """
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].images))
+    rows: dict[int, dict[str, int]] = {}
+    starts = range(0, len(order), setup.batch_size)
+    for start in tqdm(starts, desc=label, unit="batch", disable=not setup.progress):
+        chosen = order[start : start + setup.batch_size]
+        tokens = setup.model.prompt_examples([examples[index] for index in chosen]).token_map
+        evidence = tokens.evidence([examples[index] for index in chosen]).sum(-1).tolist()
+        positions, visual = (~tokens.is_padding).sum(-1).tolist(), tokens.is_image.sum(-1).tolist()
+        for at, index in enumerate(chosen):
+            rows[index] = {
+                "positions": positions[at],
+                "visual": visual[at],
+                "evidence": evidence[at],
+                "key": max(1, positions[at] // 20),
+            }
+    return pd.DataFrame([rows[index] for index in range(len(examples))])
+
+
+def selectivity(
+    on_evidence: Float[Tensor, " example"],
+    on_images: Float[Tensor, " example"],
+    evidence_share: Sequence[float] | np.ndarray,
+) -> dict[str, float]:
+    """Share of the attention to visual tokens that goes to the evidence: mean(RAM) / mean(vision mass), with interval.
+
+    The interval is the bootstrap's of a ratio of means (BCa, examples drawn with both numbers). `chance` is what the
+    share would be if in every example the same attention were spread evenly over the visual tokens, of which
+    `evidence_share` [example] are evidence.
+    """
+    low, high = ratio_interval(on_evidence, on_images, n_resamples=2000)
+    evidence, images = float(on_evidence.double().mean()), float(on_images.double().mean())
+    chance = float(np.average(np.asarray(evidence_share), weights=on_images.double().numpy()))
+    found = {
+        "ram": evidence,
+        "vision_mass": images,
+        "selectivity": evidence / images,
+        "low": low,
+        "high": high,
+    }
+    return found | {"chance": chance}
+
+
+def beside_chance(table: pd.DataFrame, series: str) -> pd.DataFrame:
+    """Rows of `selectivity` as `plot_intervals` draws them: `mean`, and for every row one more with its chance."""
+    measured = table.rename(columns={"selectivity": "mean"}).assign(series=table[series])
+    chance = table.assign(
+        mean=table["chance"], low=np.nan, high=np.nan, series=table[series] + ", evenly spread"
+    )
+    return pd.concat([measured, chance], ignore_index=True)
+
+
+def resampled_means(scores: HeadScores, n_resamples: int, seed: int) -> np.ndarray:
+    """Mean scores [resample, head] of the heads that exist, examples drawn with replacement within each kind."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((n_resamples, int(scores.exists.sum())))
+    for part in [scores.select(kind) for kind in kinds_of(scores)] if scores.kinds else [scores]:
+        counts = rng.multinomial(len(part), np.full(len(part), 1 / len(part)), size=n_resamples)
+        total += counts @ flat_per_example(part)
+    return total / len(scores)
+
+
+def flat_per_example(scores: HeadScores) -> np.ndarray:
+    """[example, head] in float64, the heads that exist in (layer, head) order."""
+    return scores.per_example[:, scores.exists].double().numpy()
+
+
+def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The middle `level` of bootstrap values: where resamples put a number, whatever their bias."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def basic_interval(value: float, draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The basic bootstrap's interval, 2 value - quantiles: for numbers that noise in the scores shifts to one side.
+
+    >>> low, high = basic_interval(1.0, np.linspace(1.0, 2.0, 101))
+    >>> round(low, 3), round(high, 3)
+    (0.025, 0.975)
+    """
+    low, high = percentile_interval(draws, level)
+    return 2 * value - high, 2 * value - low
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON takes it: Python numbers, lists and dicts; a number that is not finite is None.
+
+    >>> plain({"a": np.float64(1.5), "b": (np.int64(2), float("nan"))})
+    {'a': 1.5, 'b': [2, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | np.ndarray | HeadSet):
+        return [plain(inner) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table's rows as plain JSON."""
+    return plain(table.to_dict("records"))
+
+
+def across_table(
+    findings: Mapping[str, Findings], pick: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> pd.DataFrame:
+    """One row per model: its name, and what `pick` takes from the numbers found on it."""
+    return pd.DataFrame([{"model": name, **pick(found.numbers)} for name, found in findings.items()])
+
+
+def ranged(value: float, low: float, high: float, style: str = ".2f") -> str:
+    """A value with its interval.
+
+    >>> ranged(0.5, 0.4, 0.6)
+    '0.50 [0.40, 0.60]'
+    """
+    return f"{value:{style}} [{low:{style}}, {high:{style}}]"

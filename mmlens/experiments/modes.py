@@ -1,0 +1,286 @@
+"""Do the ways to ablate agree? Mean, zero, resample, uniform and mean-query ablation of the same heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mmlens.core_heads import FIVE_PERCENT
+from mmlens.experiments.ablations import (
+    ablated,
+    all_heads,
+    cost_interval,
+    first_of_kinds,
+    first_with_evidence,
+    graded_metric,
+    head_costs,
+    head_name,
+    rank_correlation,
+    recentred_interval,
+    references,
+    split_half_reliability,
+)
+from mmlens.experiments.common import (
+    flat_per_example,
+    matched_controls,
+    plain,
+    ranged,
+    resampled_means,
+    with_evidence,
+)
+from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.heads import HeadScores, HeadSet
+from mmlens.hook_names import unknown_name_message
+from mmlens.interventions.ablation import MODES
+from mmlens.metrics.attention import ram
+from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.viz.intervals import plot_intervals
+from mmlens.viz.matrix import plot_matrix
+
+
+def run(
+    setup: Setup,
+    *,
+    modes: Sequence[str] = ("mean", "zero", "resample", "uniform", "uniform_leaky", "mean_query"),
+    n_draws: int = 2,
+    n_per_kind: int | None = 12,
+    n_per_kind_single: int | None = 5,
+    n_resamples: int = 2000,
+) -> Findings:
+    """The cost of the top 5% by RAM, of random and layer-matched heads, and of every single head, in every mode.
+
+    Heads are ranked by RAM on the selection split; `n_draws` draws of each control. Sets of heads are ablated on
+    `n_per_kind` examples of each kind of the evaluation split, text-only kinds among them (reported apart); single
+    heads on `n_per_kind_single` examples of each kind with evidence. Modes agree as far as Spearman's rho between
+    their single-head costs goes, and the overlap of their 5% of heads of highest cost.
+    """
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(unknown_name_message("ablation mode", mode, MODES))
+    if len(set(modes)) < 2:
+        raise ValueError(f"modes are compared: at least two different ones, not {list(modes)}")
+    heads = all_heads(setup)
+    scores = ram(
+        setup.model, with_evidence(setup.selection), batch_size=setup.batch_size, progress=setup.progress
+    )
+    top = scores.top(FIVE_PERCENT)
+    matched, moved = matched_controls(top, n_draws, setup.seed)
+    evaluation = first_of_kinds(setup.evaluation, n_per_kind)
+    controls = {example.kind for example in evaluation if not example.evidence}
+    graded, graded_function = graded_metric(evaluation)
+    metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
+    arms = {
+        "top": [top],
+        "random": [top.random(setup.seed + draw) for draw in range(n_draws)],
+        "layer_matched": matched,
+    }
+    sets = {f"{arm} {draw}": own for arm, drawn in arms.items() for draw, own in enumerate(drawn)}
+    reference = references(setup, modes)
+    of_sets = ablated(setup, evaluation, sets, reference, metrics)
+    of_sets["arm"] = of_sets["heads"].str.rsplit(n=1).str[0]
+    of_sets["is_control"] = of_sets["kind"].isin(controls)
+    summary = _summary(of_sets, setup.seed)
+
+    judged = first_with_evidence(setup.evaluation, n_per_kind_single)
+    singles = {head_name(head): _only(heads, head) for head in heads}
+    of_heads = ablated(setup, judged, singles, reference, metrics)
+    cost = {mode: head_costs(setup, of_heads, graded, mode, heads) for mode in modes}
+    agreement, pairs = _agreement(cost, n_resamples, setup.seed)
+    disagreement = _disagreement(cost, heads)
+    label = graded.replace("_", " ")
+    drawn = summary[(summary["metric"] == "accuracy") & (summary["examples"] == "with evidence")]
+    return Findings(
+        _statement(summary, pairs, disagreement, graded, len(top), len(heads)),
+        plain(
+            {
+                "n_heads": len(heads),
+                "count": len(top),
+                "top": [[*head] for head in top],
+                "moved": moved,
+                "n_evaluation": len(evaluation),
+                "n_single": len(judged),
+                "costs": summary.to_dict("records"),
+                "agreement": pairs.to_dict("records"),
+                "reliability": {mode: agreement.loc[mode, mode] for mode in modes},
+                "disagreement": disagreement.to_dict("records"),
+            }
+        ),
+        tables={
+            "costs": (f"Cost of ablating {len(top)} heads (5%), by mode.", summary),
+            "agreement": (f"Rank correlation of single-head costs in {label} between modes.", pairs),
+            "disagreement": ("Heads whose cost depends most on the mode.", disagreement),
+        },
+        per_example={"sets": of_sets, "heads": of_heads},
+        figures=[
+            (
+                "Accuracy lost by mode",
+                f"{len(top)} heads ablated; means over draws of the controls, 95% intervals, examples with evidence.",
+                plot_intervals(drawn, row="mode", series="arm", xlabel="Accuracy lost", lines={"0": 0.0}),
+            ),
+            (
+                "Agreement of single-head costs",
+                "Spearman between modes over all heads, on the same examples; the diagonal is each mode's reliability "
+                "over other examples (split half), which modes that share the examples' noise can exceed.",
+                plot_matrix(agreement.to_numpy(), list(modes), label="Spearman", vmax=1.0),
+            ),
+        ],
+    )
+
+
+def _only(heads: HeadSet, head: tuple[int, int]) -> HeadSet:
+    return HeadSet(
+        [head], n_layers=heads.n_layers, n_heads=heads.n_heads, heads_per_layer=heads.heads_per_layer
+    )
+
+
+def _summary(of_sets: pd.DataFrame, seed: int) -> pd.DataFrame:
+    rows = []
+    for (mode, arm, metric, is_control), part in of_sets.groupby(
+        ["mode", "arm", "metric", "is_control"], sort=False
+    ):
+        mean, low, high = cost_interval(part, seed)
+        rows.append(
+            {
+                "mode": mode,
+                "arm": arm,
+                "metric": metric,
+                "examples": "text only" if is_control else "with evidence",
+                "clean": part["clean"].mean(),
+                "mean": mean,
+                "low": low,
+                "high": high,
+                "n": part["example"].nunique(),
+                "n_draws": part["heads"].nunique(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _agreement(
+    cost: Mapping[str, HeadScores], n_resamples: int, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rho between every two modes as a square (its diagonal: reliability), and as rows with intervals and overlap.
+
+    The same resampled examples serve both modes.
+    """
+    modes = list(cost)
+    means = {mode: flat_per_example(cost[mode]).mean(0) for mode in modes}
+    draws = {mode: resampled_means(cost[mode], n_resamples, seed) for mode in modes}
+    square = pd.DataFrame(np.nan, index=modes, columns=modes)
+    for mode in modes:
+        square.loc[mode, mode] = split_half_reliability(flat_per_example(cost[mode]), seed=seed)
+    rows = []
+    for one, other in combinations(modes, 2):
+        rho = float(rank_correlation(means[one], means[other]))
+        low, high = (
+            recentred_interval(rho, rank_correlation(draws[one], draws[other]))
+            if np.isfinite(rho)
+            else (np.nan, np.nan)
+        )
+        square.loc[one, other] = square.loc[other, one] = rho
+        first, second = cost[one].top(FIVE_PERCENT), cost[other].top(FIVE_PERCENT)
+        rows.append(
+            {"one": one, "other": other, "rho": rho, "low": low, "high": high, "n_top": len(first)}
+            | {"in_both": len(first & second)}
+        )
+    return square, pd.DataFrame(rows)
+
+
+def _disagreement(cost: Mapping[str, HeadScores], heads: HeadSet, most: int = 10) -> pd.DataFrame:
+    """The heads with the widest range of costs over the modes, each mode's cost beside it."""
+    means = {mode: own.values[own.exists].numpy() for mode, own in cost.items()}
+    table = pd.DataFrame(means)
+    table.insert(0, "head", [head_name(head) for head in heads])
+    table["range"] = table[list(means)].max(axis=1) - table[list(means)].min(axis=1)
+    table["highest_in"] = table[list(means)].idxmax(axis=1)
+    table["lowest_in"] = table[list(means)].idxmin(axis=1)
+    return table.sort_values("range", ascending=False, kind="stable").head(most).reset_index(drop=True)
+
+
+def _statement(
+    summary: pd.DataFrame,
+    pairs: pd.DataFrame,
+    disagreement: pd.DataFrame,
+    graded: str,
+    count: int,
+    n_heads: int,
+) -> str:
+    shown = summary[(summary["metric"] == "accuracy") & (summary["examples"] == "with evidence")]
+    by_mode = []
+    for mode, rows in shown.groupby("mode", sort=False):
+        top, random = (rows[rows["arm"] == arm].iloc[0] for arm in ("top", "random"))
+        by_mode.append(
+            f"{mode} {ranged(top['mean'], top['low'], top['high'])} (random "
+            f"{ranged(random['mean'], random['low'], random['high'])})"
+        )
+    known = pairs.dropna(subset="rho")
+    told = "Single-head costs have no rank correlation"
+    if len(known):
+        worst, best = known.loc[known["rho"].idxmin()], known.loc[known["rho"].idxmax()]
+        told = (
+            f"Single-head costs in {graded.replace('_', ' ')} agree best between {best['one']} and {best['other']} "
+            f"(Spearman {ranged(best['rho'], best['low'], best['high'])}) and least between {worst['one']} and "
+            f"{worst['other']} ({ranged(worst['rho'], worst['low'], worst['high'])})"
+        )
+    widest = disagreement.iloc[0]
+    return (
+        f"Accuracy lost when the top {count} of {n_heads} heads by RAM are ablated - {'; '.join(by_mode)}. {told}. "
+        f"The head that depends most on the mode is {widest['head']}: {widest[widest['highest_in']]:.2f} under "
+        f"{widest['highest_in']}, {widest[widest['lowest_in']]:.2f} under {widest['lowest_in']}."
+    )
+
+
+def across(findings: Mapping[str, Findings]) -> Findings:
+    """The top heads' cost in accuracy by model and mode, and the agreement of modes."""
+    rows: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    for model, found in findings.items():
+        rows += [
+            {"model": model, **row}
+            for row in found.numbers["costs"]
+            if row["arm"] == "top" and row["metric"] == "accuracy" and row["examples"] == "with evidence"
+        ]
+        pairs += [{"model": model, **row} for row in found.numbers["agreement"]]
+    table, agreement = pd.DataFrame(rows), pd.DataFrame(pairs)
+    rho = agreement.dropna(subset="rho").groupby(["one", "other"], sort=False)["rho"].mean()
+    said = [
+        f"{one} and {other} {value:.2f}" for (one, other), value in rho.sort_values(ascending=False).items()
+    ]
+    return Findings(
+        f"Mean Spearman of single-head costs over {len(findings)} model(s): {', '.join(said) or 'none is defined'}.",
+        plain({"mean_agreement": {f"{one} - {other}": value for (one, other), value in rho.items()}}),
+        tables={
+            "costs": ("Cost of the top heads by model and mode.", table),
+            "agreement": ("Agreement.", agreement),
+        },
+        figures=[
+            (
+                "Accuracy lost without the top heads",
+                "By model and ablation mode, 95% intervals.",
+                plot_intervals(table, row="model", series="mode", xlabel="Accuracy lost", lines={"0": 0.0}),
+            )
+        ],
+    )
+
+
+EXPERIMENT = Experiment(
+    name="modes",
+    title="Do the ways to ablate agree?",
+    source="beyond arXiv 2606.05843; zero ablation is off-distribution: arXiv 2604.14433",
+    question="Does it matter for the finding whether heads are ablated by mean, zero, resample, uniform or mean query?",
+    method=(
+        "The top 5% of heads by RAM on the selection split, and {n_draws} random and layer-matched sets of as "
+        "many, were "
+        "ablated in each mode ({modes}) on {n_per_kind} evaluation examples of each kind; every single head on "
+        "{n_per_kind_single} of each kind with evidence. References for mean and resample are the selection split. "
+        "Agreement is Spearman's rank correlation of single-head costs (bootstrap over examples, {n_resamples} "
+        "resamples)."
+    ),
+    run=run,
+    cites=("arxiv_2606_05843", "arxiv_2604_14433"),
+    across=across,
+)

@@ -1,0 +1,424 @@
+"""Does a head's score say what ablating the head costs? RAM, its corrected forms and attribution against ablation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mmlens.core_heads import FIVE_PERCENT
+from mmlens.data.examples import Example
+from mmlens.experiments.ablations import (
+    ablated,
+    all_heads,
+    costs,
+    first_with_evidence,
+    graded_metric,
+    head_costs,
+    head_name,
+    named,
+    permutation_p,
+    rank_correlation,
+    recentred_interval,
+    references,
+    split_half_reliability,
+    without_noise,
+)
+from mmlens.experiments.common import (
+    across_table,
+    flat_per_example,
+    plain,
+    ranged,
+    resampled_means,
+)
+from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.heads import HeadScores, HeadSet
+from mmlens.hooked_vlm import HookedVLM
+from mmlens.interventions.ablation import mean_activations
+from mmlens.metrics.attention import evidence_attention, ram
+from mmlens.metrics.attribution import attribute
+from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.metrics.relatives import null_calibrated_ram, ram_lift, ram_per_token
+from mmlens.metrics.relatives_logits import logit_contribution
+from mmlens.prompt import Prompt
+from mmlens.statistics import benjamini_hochberg, paired_permutation_test
+from mmlens.viz.intervals import plot_curves, plot_intervals
+from mmlens.viz.scatter import plot_scatter
+
+FEWEST = 5
+"""Fewer heads than this give no rank correlation worth a number."""
+
+
+def vision_mass_scores(
+    model: HookedVLM, examples: Sequence[Example], *, batch_size: int = 8, progress: bool = True
+) -> HeadScores:
+    """Attention from the question to all visual tokens, by which the paper ranks its "vision heads"."""
+    return evidence_attention(model, examples, batch_size=batch_size, progress=progress).vision_mass
+
+
+def attributed_cost(
+    model: HookedVLM, examples: Sequence[Example], *, batch_size: int = 8, progress: bool = True
+) -> HeadScores:
+    """The gradient's estimate of what mean ablation of each head costs: one forward and one backward run.
+
+    -(z_mean - z) . dm/dz summed over positions (`attribute`, method "gradient"), with the logit difference as m (or
+    the answer's log probability, where an example has no wrong candidate) and text and image means of the examples.
+    """
+    means = {
+        name: mean
+        for name, mean in mean_activations(model, examples, batch_size=batch_size).items()
+        if name.endswith("attn.hook_z")
+    }
+    _, metric = graded_metric(examples)
+
+    def mean_of(model: HookedVLM, prompt: Prompt) -> dict[str, torch.Tensor]:
+        is_image = prompt.token_map.is_image[..., None, None].to(model.device)
+        at = {name: mean.to(model.device) for name, mean in means.items()}
+        return {name: torch.where(is_image, mean[1], mean[0]) for name, mean in at.items()}
+
+    parts = []
+    for start in range(0, len(examples), batch_size):
+        prompt = model.prompt_examples(examples[start : start + batch_size])
+        found = attribute(model, prompt, mean_of, metric, nodes="head").heads()
+        parts.append(-found.per_example)
+    kinds = tuple(example.kind for example in examples)
+    return HeadScores(torch.cat(parts), "attribution", kinds, model.heads_per_layer)
+
+
+SCORES: dict[str, Callable[..., HeadScores]] = {
+    "ram": ram,
+    "null_calibrated_ram": null_calibrated_ram,
+    "ram_per_token": ram_per_token,
+    "ram_lift": ram_lift,
+    "logit_contribution": logit_contribution,
+    "vision_mass": vision_mass_scores,
+    "attribution": attributed_cost,
+}
+"""What may predict: (model, examples, *, batch_size, progress) -> HeadScores."""
+
+
+def run(
+    setup: Setup,
+    *,
+    scores: Sequence[str] = tuple(SCORES),
+    mode: str = "mean",
+    n_per_kind: int | None = 12,
+    n_groups: int = 10,
+    n_resamples: int = 2000,
+    q: float = 0.05,
+) -> Findings:
+    """Rank correlation of scores on the selection split with ablation costs on the evaluation split, over heads.
+
+    For each score and metric: Spearman's rho over all heads with its interval (both splits resampled by example) and
+    two permutation p-values, over all heads and within layers; rho among heads whose cost differs from 0 (paired
+    permutation test, false discovery rate `q`); how many of the 5% of heads of highest cost are among the score's top
+    5%; and rho over `n_groups` equal groups of the score's ranking, each ablated as a whole. `n_per_kind` examples of
+    each kind of either split (None: all).
+    """
+    names = named(SCORES, scores, "score")
+    heads = all_heads(setup)
+    if not 3 <= n_groups <= len(heads):
+        raise ValueError(
+            f"n_groups is a number of groups from 3 to the model's {len(heads)} heads, not {n_groups}"
+        )
+    selection = first_with_evidence(setup.selection, n_per_kind)
+    evaluation = first_with_evidence(setup.evaluation, n_per_kind)
+    found = {
+        name: SCORES[name](setup.model, selection, batch_size=setup.batch_size, progress=setup.progress)
+        for name in names
+    }
+    graded, graded_function = graded_metric(evaluation)
+    metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
+    groups = {name: _groups(found[name], heads, n_groups) for name in names}
+    sets = {head_name(head): heads & HeadSet([head], **_model(heads)) for head in heads}
+    sets |= {f"{name} {at}": group for name in names for at, group in enumerate(groups[name])}
+    table = ablated(setup, evaluation, sets, references(setup, [mode]), metrics)
+    layers = np.array([layer for layer, _ in heads])
+    per_metric: dict[str, Any] = {}
+    rows, group_rows, points = [], [], []
+    for metric in metrics:
+        cost = head_costs(setup, table, metric, mode, heads)
+        effect = flat_per_example(cost)
+        detected = _detected(effect, q, setup.seed)
+        group_costs = costs(table, metric, mode)
+        per_metric[metric] = {
+            "n_detected": int(detected.sum()),
+            "reliability": split_half_reliability(effect, seed=setup.seed),
+            "costliest": [[*head] for head in cost.top(FIVE_PERCENT)],
+        }
+        for name in names:
+            rows.append(
+                {"score": name, "metric": metric}
+                | _correlations(found[name], cost, layers, detected, n_resamples, setup.seed)
+            )
+            of_groups = group_costs.loc[[f"{name} {at}" for at in range(n_groups)]].to_numpy()
+            rows[-1] |= _over_groups(of_groups, n_resamples, setup.seed)
+            group_rows += [
+                {"score": name, "metric": metric, "group": at + 1, "heads": len(group)}
+                | dict(
+                    zip(("mean", "low", "high"), _mean_interval(own, n_resamples, setup.seed), strict=True)
+                )
+                for at, (group, own) in enumerate(zip(groups[name], of_groups, strict=True))
+            ]
+            points.append(
+                pd.DataFrame(
+                    {
+                        "score": name,
+                        "metric": metric,
+                        "head": [head_name(head) for head in heads],
+                        "value": flat_per_example(found[name]).mean(0),
+                        "rank": found[name].rank()[found[name].exists].numpy() + 1,
+                        "cost": effect.mean(0),
+                        "detected": detected,
+                    }
+                )
+            )
+    correlations, group_table = pd.DataFrame(rows), pd.DataFrame(group_rows)
+    of_heads = pd.concat(points, ignore_index=True)
+    drawn = of_heads[of_heads["metric"] == graded]
+    label = f"Cost in {graded.replace('_', ' ')}"
+    numbers = {
+        "n_heads": len(heads),
+        "n_selection": len(selection),
+        "n_evaluation": len(evaluation),
+        "metrics": per_metric,
+        "correlations": correlations.to_dict("records"),
+        "groups": group_table.to_dict("records"),
+    }
+    return Findings(
+        _statement(correlations, per_metric, graded, mode, len(heads)),
+        plain(numbers),
+        tables={
+            "correlations": ("Rank correlation of each score with the cost of ablation.", correlations),
+            "heads": ("Every head: its scores, their ranks, and its cost.", of_heads),
+            "groups": (f"Cost of ablating each of {n_groups} groups of a score's ranking, best first.", group_table),
+        },
+        per_example={"outcomes": table},
+        figures=[
+            (
+                "Cost of single heads by rank of the score",
+                f"Every dot is a head, rank 1 has the highest score. {mode.capitalize()} ablation, evaluation split.",
+                plot_scatter(
+                    drawn, panel="score", x="rank", y="cost", marked="detected", xlabel="Rank by score", ylabel=label,
+                    note=f"cost differs from 0 (false discovery rate {q:g})",
+                ),
+            ),
+            (
+                "Rank correlation with the cost of single heads",
+                f"Spearman over all heads with the {label.lower()}, 95% intervals from resampled examples of both "
+                "splits; 0 without interval where it is not defined.",
+                plot_intervals(
+                    _as_means(correlations[correlations["metric"] == graded]),
+                    row="score", xlabel="Spearman's rank correlation", lines={"0": 0.0},
+                ),
+            ),
+            (
+                "Cost of groups of heads",
+                f"The ranking of each score cut into {n_groups} groups, each ablated as a whole.",
+                plot_curves(
+                    group_table[group_table["metric"] == graded],
+                    x="group", series="score", xlabel="Group of the ranking (1: highest scores)", ylabel=label,
+                ),
+            ),
+        ],
+    )  # fmt: skip
+
+
+def _as_means(correlations: pd.DataFrame) -> pd.DataFrame:
+    named = correlations.rename(columns={"rho": "mean", "rho_low": "low", "rho_high": "high"})
+    return named.fillna({"mean": 0.0})
+
+
+def _model(heads: HeadSet) -> dict[str, Any]:
+    return {"n_layers": heads.n_layers, "n_heads": heads.n_heads, "heads_per_layer": heads.heads_per_layer}
+
+
+def _groups(scores: HeadScores, heads: HeadSet, n_groups: int) -> list[HeadSet]:
+    """The ranking, best first, cut into groups whose sizes differ by at most one head."""
+    ranked = scores.top(len(heads)).heads
+    cuts = np.array_split(np.arange(len(ranked)), n_groups)
+    return [HeadSet([ranked[at] for at in cut], **_model(heads)) for cut in cuts]
+
+
+def _detected(effect: np.ndarray, q: float, seed: int) -> np.ndarray:
+    """Which heads' costs differ from 0: paired permutation tests over examples, Benjamini-Hochberg over all heads."""
+    n_resamples = max(9999, int(np.ceil(2 * effect.shape[1] / q)))
+    p = [
+        paired_permutation_test(own, np.zeros(len(own)), n_resamples=n_resamples, seed=seed)
+        for own in effect.T
+    ]
+    return benjamini_hochberg(np.array(p)) <= q
+
+
+def _correlations(
+    scores: HeadScores,
+    cost: HeadScores,
+    layers: np.ndarray,
+    detected: np.ndarray,
+    n_resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    x, y = flat_per_example(scores).mean(0), flat_per_example(cost).mean(0)
+    draws = resampled_means(scores, n_resamples, seed), resampled_means(cost, n_resamples, seed + 1)
+    rho = float(rank_correlation(x, y))
+    low, high = recentred_interval(rho, rank_correlation(*draws)) if np.isfinite(rho) else (np.nan, np.nan)
+    among = float(rank_correlation(x[detected], y[detected])) if detected.sum() >= FEWEST else np.nan
+    count = len(cost.top(FIVE_PERCENT))
+    # Costs that are equal at the cut name no top 5%: the order of the heads would decide.
+    cut = np.sort(y)[::-1][count - 1 : count + 1]
+    hits = (
+        len(cost.top(FIVE_PERCENT) & scores.top(FIVE_PERCENT)) if len(cut) == 2 and cut[0] > cut[1] else None
+    )
+    return {
+        "rho": rho,
+        "rho_low": low,
+        "rho_high": high,
+        "rho_without_noise": without_noise(
+            rho,
+            split_half_reliability(flat_per_example(scores), seed=seed),
+            split_half_reliability(flat_per_example(cost), seed=seed),
+        ),
+        "p": permutation_p(x, y, seed=seed),
+        "p_within_layers": permutation_p(x, y, blocks=layers, seed=seed),
+        "rho_detected": among,
+        "p_detected": permutation_p(x[detected], y[detected], seed=seed) if np.isfinite(among) else np.nan,
+        "n_detected": int(detected.sum()),
+        "top_found": hits,
+        "top_count": count,
+        "precision": np.nan if hits is None else hits / count,
+        "precision_by_chance": count / len(x),
+    }
+
+
+def _over_groups(of_groups: np.ndarray, n_resamples: int, seed: int) -> dict[str, Any]:
+    """Rho between a group's place in the ranking (first = highest) and its cost; examples are resampled."""
+    place = -np.arange(len(of_groups), dtype=float)
+    cost = of_groups.mean(-1)
+    rho = float(rank_correlation(place, cost))
+    draws = _resampled(of_groups, n_resamples, seed)
+    low, high = (
+        recentred_interval(rho, rank_correlation(np.broadcast_to(place, draws.shape), draws))
+        if np.isfinite(rho)
+        else (np.nan, np.nan)
+    )
+    return {
+        "rho_groups": rho,
+        "rho_groups_low": low,
+        "rho_groups_high": high,
+        "p_groups": permutation_p(place, cost, seed=seed),
+    }
+
+
+def _resampled(of_groups: np.ndarray, n_resamples: int, seed: int) -> np.ndarray:
+    n = of_groups.shape[1]
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    return counts @ of_groups.T / n
+
+
+def _mean_interval(values: np.ndarray, n_resamples: int, seed: int) -> tuple[float, float, float]:
+    low, high = np.quantile(_resampled(values[None], n_resamples, seed), [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def _statement(
+    table: pd.DataFrame, per_metric: Mapping[str, Any], graded: str, mode: str, n_heads: int
+) -> str:
+    rows = table[table["metric"] == graded].sort_values("rho", ascending=False, na_position="last")
+    said = []
+    for row in rows.to_dict("records"):
+        if not np.isfinite(row["rho"]):
+            said.append(f"{row['score']}: no rank correlation, as all heads have the same score or cost")
+            continue
+        told = row["rho_low"] > 0 and row["p"] <= 0.05
+        against = row["rho_high"] < 0 and row["p"] <= 0.05
+        beyond = told and row["p_within_layers"] <= 0.05
+        said.append(
+            f"{row['score']}: {ranged(row['rho'], row['rho_low'], row['rho_high'])}, "
+            f"{row['rho_without_noise']:.2f} without noise"
+            + (" (predicts it" if told else " (predicts the opposite" if against else " (does not predict it")
+            + ("" if beyond or not told else ", but no better than a head's layer does")
+            + (
+                f"; {row['top_found']:.0f} of the {row['top_count']} heads of highest cost in its top 5%"
+                if np.isfinite(row["precision"])
+                else ""
+            )
+            + (
+                f"; {row['rho_detected']:.2f} among the {row['n_detected']} heads with a cost told from 0)"
+                if np.isfinite(row["rho_detected"])
+                else ")"
+            )
+        )
+    reliability = per_metric[graded]["reliability"]
+    return (
+        f"Spearman of each score with the cost in {graded.replace('_', ' ')} of ablating single heads ({mode} "
+        "ablation, "
+        f"{n_heads} heads, of which {per_metric[graded]['n_detected']} have a cost told from 0; reliability of the "
+        f"cost's ranking {reliability:.2f}) - " + "; ".join(said) + "."
+    )
+
+
+def across(findings: Mapping[str, Findings]) -> Findings:
+    """The correlations of all models, score by score."""
+    rows = []
+    for model, found in findings.items():
+        graded = next(iter(found.numbers["metrics"]))
+        rows += [
+            {"model": model, **{key: row[key] for key in _ACROSS}}
+            for row in found.numbers["correlations"]
+            if row["metric"] == graded and row["rho"] is not None
+        ]
+    table = pd.DataFrame(rows).rename(columns={"rho": "mean", "rho_low": "low", "rho_high": "high"})
+    if not len(table):
+        return Findings("No model has a rank correlation.", {"models": []})
+    mean = table.groupby("score", sort=False)["mean"].mean().sort_values(ascending=False)
+    statement = (
+        f"Mean Spearman with single-head costs over {table['model'].nunique()} model(s): "
+        + ", ".join(f"{score} {rho:.2f}" for score, rho in mean.items())
+    )
+    figure = plot_intervals(
+        table, row="model", series="score", xlabel="Spearman with the cost of single heads", lines={"0": 0.0}
+    )
+    return Findings(
+        statement + ".",
+        plain({"models": across_table(findings, lambda n: {"n_heads": n["n_heads"]}).to_dict("records"),
+               "mean": mean.to_dict()}),
+        tables={"correlations": ("Rank correlation with single-head costs, by model and score.", table)},
+        figures=[("Does the score predict the cost?", "Spearman over heads, 95% intervals.", figure)],
+    )  # fmt: skip
+
+
+_ACROSS = (
+    "score",
+    "metric",
+    "rho",
+    "rho_low",
+    "rho_high",
+    "rho_without_noise",
+    "p",
+    "p_within_layers",
+    "rho_detected",
+    "precision",
+    "rho_groups",
+)
+
+EXPERIMENT = Experiment(
+    name="prediction",
+    title="Does the score predict the causal effect?",
+    source="beyond arXiv 2606.05843; attention is not importance: arXiv 1902.10186, 1908.04626",
+    question="Do heads with a higher score cost more when they are ablated, one by one and in groups?",
+    method=(
+        "Scores ({scores}) were taken on the selection split, and every head was ablated alone ({mode} "
+        "ablation) on the "
+        "evaluation split ({n_per_kind} examples of each kind of either split). Spearman's rank correlation over heads "
+        "has a bootstrap interval ({n_resamples} resamples of the examples of both splits) and "
+        "permutation p-values over all heads and within layers; costs were told from zero by paired permutation tests "
+        "at a false discovery rate of {q}. Each score's ranking was also cut into {n_groups} groups, each ablated as a "
+        "whole."
+    ),
+    run=run,
+    cites=("arxiv_2606_05843", "arxiv_1902_10186", "arxiv_1908_04626"),
+    across=across,
+)

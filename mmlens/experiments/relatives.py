@@ -1,0 +1,583 @@
+"""RAM and the head scores akin to it: do they name the same heads, and whose heads matter?"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+
+from mmlens.core_heads import FIVE_PERCENT, difference_interval_of
+from mmlens.data.examples import Example
+from mmlens.experiments.ablations import (
+    ablated,
+    cost_interval,
+    first_of_kinds,
+    graded_metric,
+    rank_correlation,
+    recentred_interval,
+    references,
+)
+from mmlens.experiments.common import (
+    flat_per_example,
+    head_names,
+    matched_controls,
+    plain,
+    ranged,
+    records,
+    resampled_means,
+    with_evidence,
+)
+from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.heads import HeadScores, HeadSet
+from mmlens.metrics.attention import evidence_attention
+from mmlens.metrics.effects import effect
+from mmlens.metrics.outcomes import accuracy
+from mmlens.metrics.relatives import (
+    gaze_score,
+    half_mass_share,
+    null_calibrated_ram,
+    query_focused_score,
+    ram_lift,
+    ram_per_token,
+)
+from mmlens.metrics.relatives_decoding import copy_score, visual_head_score
+from mmlens.metrics.relatives_logits import logit_contribution
+from mmlens.metrics.relatives_spatial import localization_score
+from mmlens.viz.intervals import plot_intervals
+from mmlens.viz.matrix import plot_matrix
+
+SOURCES: dict[str, str] = {
+    "RAM": "arXiv 2606.05843",
+    "vision mass": "arXiv 2606.05843, the contrast",
+    "RAM per token": "RAM / |V*|",
+    "RAM lift": "RAM against fake regions",
+    "null-calibrated": "arXiv 2605.27243",
+    "query-focused": "arXiv 2506.09944",
+    "gaze": "arXiv 2606.14703",
+    "visual head": "arXiv 2506.05344",
+    "localization": "arXiv 2503.06287",
+    "logit contribution": "arXiv 2607.01002",
+    "copy (text)": "arXiv 2404.15574",
+}
+"""The scores, and where they come from."""
+
+TOP, CONTROL = "top", "layer-matched"
+
+PUBLISHED = pd.DataFrame(
+    [
+        ("Qwen3-VL-8B", 5.6, 6.7, 7.2, 8.2),
+        ("Qwen2.5-VL-7B", 5.8, 7.8, 6.4, 10.2),
+        ("Gemma3-12B", 6.1, 6.6, 7.2, 8.0),
+    ],
+    columns=["model", "text", "image", "rendered text", "identical image"],
+)
+"""rho_0.5 of the null-calibrated score in %, by where the evidence stands (arXiv 2605.27243)."""
+
+
+def run(
+    setup: Setup,
+    *,
+    fraction: float = FIVE_PERCENT,
+    null_questions: tuple[str, ...] = ("N/A", "?"),
+    mode: str = "mean",
+    n_per_kind: int | None = 15,
+    n_draws: int = 10,
+    n_resamples: int = 1000,
+) -> Findings:
+    """Rank agreement of the scores, overlap of their top `fraction`, and what ablating each one's own top costs.
+
+    Scores are taken on the selection split; the visual head's, logit contribution and copy score there on the
+    examples that are answered right, as published. The copy score needs evidence in text: it is taken on examples
+    without images whose question holds the answer once, and left out where there are fewer than two. The null
+    question is given in several readings (`null_questions`; the first also serves the query-focused score). Ablation
+    of each top, and of `n_draws` layer-matched random sets for each, is on the evaluation split. `n_per_kind` examples
+    of each kind of either split (None: all).
+    """
+    if not null_questions:
+        raise ValueError("null_questions holds no question: give at least one, such as 'N/A'")
+    if n_draws < 1:
+        raise ValueError(f"n_draws is at least 1, not {n_draws}")
+    found = _scores(setup, fraction, null_questions, n_per_kind)
+    agreement, spearman, overlap = _agreement(found.scores, fraction, n_resamples, setup.seed)
+    tops = {name: scores.top(fraction) for name, scores in found.scores.items()}
+    evaluation = _first_with_evidence(setup.evaluation, n_per_kind)
+    texts = first_of_kinds([example for example in setup.evaluation if not example.evidence], n_per_kind)
+    graded, graded_function = graded_metric([*evaluation, *texts])
+    sets, shortfall = _arms(tops, n_draws, setup.seed)
+    outcomes = ablated(
+        setup,
+        [*evaluation, *texts],
+        {f"{name}/{arm}/{draw}": heads for (name, arm, draw), heads in sets.items()},
+        references(setup, [mode]),
+        {"accuracy": accuracy, graded: graded_function},
+    )
+    split = outcomes["heads"].str.rsplit("/", n=2, expand=True)
+    outcomes = outcomes.assign(score=split[0], arm=split[1], draw=split[2].astype(int)).drop(columns="heads")
+    controls = sorted({example.kind for example in texts})
+    effects = _effects(outcomes, controls, setup.seed)
+    table = _table(found.scores, tops, effects, graded)
+    numbers = {
+        "top": tops,
+        "count": len(next(iter(tops.values()))),
+        "n_heads": int(next(iter(found.scores.values())).exists.sum()),
+        "graded": graded,
+        "clean": {metric: _clean(outcomes, controls, metric) for metric in ("accuracy", graded)},
+        "n_selection": found.n_examples,
+        "n_evaluation": len(evaluation),
+        "scores": records(table),
+        "agreement": records(agreement),
+        "effects": records(effects),
+        "notes": found.notes,
+        "layer_matched_shortfall": shortfall,
+    }
+    drawn = effects[effects["group"] == "evidence"]
+    return Findings(
+        _statement(table, agreement, effects, found, numbers),
+        plain(numbers),
+        tables={
+            "scores": (
+                "The scores: how few heads hold half of each, and what its own top heads cost.",
+                table,
+            ),
+            "agreement": (
+                "Every pair of scores: Spearman over all heads, heads in common among the two tops, and the "
+                "probability of as many by chance.",
+                agreement,
+            ),
+            "effects": (
+                "Cost (clean minus ablated) of each top and of its controls, on evidence and on text.",
+                effects,
+            ),
+            "half mass published": ("rho_0.5 in % as published (arXiv 2605.27243).", PUBLISHED),
+        },
+        per_example={
+            "outcomes": outcomes,
+            **{f"scores {name}": _per_example(scores) for name, scores in found.scores.items()},
+        },
+        figures=[
+            (
+                "Agreement of ranks",
+                "Spearman's rank correlation over all heads, selection split.",
+                plot_matrix(spearman, list(tops), label="Spearman", vmax=1.0),
+            ),
+            (
+                "Heads in common",
+                f"Heads that two scores' top {fraction:.0%} ({numbers['count']} heads) share.",
+                plot_matrix(overlap, list(tops), label="heads", vmax=float(overlap.max()), decimals=0),
+            ),
+            *(
+                (
+                    f"Cost in {metric.replace('_', ' ')}",
+                    f"Each score's own top {fraction:.0%} ablated, and layer-matched random heads ({n_draws} draws); "
+                    "examples with evidence of the evaluation split, 95% intervals.",
+                    plot_intervals(
+                        drawn[drawn["metric"] == metric].rename(columns={"cost": "mean"}),
+                        row="score",
+                        series="arm",
+                        xlabel=f"Cost in {metric.replace('_', ' ')}, clean \N{MINUS SIGN} ablated",
+                        percent=metric == "accuracy",
+                        lines={"no cost": 0.0},
+                    ),
+                )
+                for metric in ("accuracy", graded)
+            ),
+        ],
+    )
+
+
+# ---------------------------------------------------------------------- the scores
+
+
+@dataclass
+class _Scored:
+    """The scores by name, the number of examples behind each, and what has to be said of them."""
+
+    scores: dict[str, HeadScores] = field(default_factory=dict)
+    n_examples: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, scores: HeadScores) -> None:
+        if np.ptp(scores.values[scores.exists].numpy()) == 0:
+            self.notes.append(f"{name} is the same for all heads and was left out")
+            return
+        self.scores[name] = scores
+        self.n_examples[name] = len(scores)
+
+
+def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_kind: int | None) -> _Scored:
+    model = setup.model
+    options: dict[str, Any] = {"batch_size": setup.batch_size, "progress": setup.progress}
+    examples = _first_with_evidence(setup.selection, n_per_kind)
+    found = _Scored()
+    attention = evidence_attention(model, examples, **options)
+    found.add("RAM", attention.ram)
+    found.add("vision mass", attention.vision_mass)
+    found.add("RAM per token", ram_per_token(model, examples, **options))
+    try:
+        found.add("RAM lift", ram_lift(model, examples, **options))
+    except ValueError as error:
+        found.notes.append(f"RAM lift is against other visual tokens of any shape ({error})")
+        found.add("RAM lift", ram_lift(model, examples, shape="any", **options))
+    for question in null_questions:
+        name = f"null-calibrated ({question})"
+        found.add(name, null_calibrated_ram(model, examples, null_question=question, **options))
+        found.notes += _read_null(setup, question)
+    found.add(
+        "query-focused", query_focused_score(model, examples, null_question=null_questions[0], **options)
+    )
+    found.add("gaze", gaze_score(model, examples, **options))
+    n_lowest = len(attention.ram.top(fraction))
+    found.add("localization", localization_score(model, examples, n_lowest=n_lowest, **options))
+    right = _answered_right(setup, examples)
+    if right:
+        found.add("visual head", visual_head_score(model, right, **options))
+        found.add("logit contribution", logit_contribution(model, right, **options))
+    else:
+        found.notes.append(
+            "no example with evidence is answered right, so there is no visual head score and no logit contribution"
+        )
+    copyable = [example for example in setup.selection if not example.images and _holds_its_answer(example)]
+    texts = _answered_right(setup, first_of_kinds(copyable, n_per_kind))
+    if len(texts) > 1:
+        found.add("copy (text)", copy_score(model, texts, **options))
+    else:
+        found.notes.append(
+            f"the copy score was left out: {len(texts)} text-only example(s) hold their answer and are answered right"
+        )
+    return found
+
+
+def _first_with_evidence(examples: Sequence[Example], n_per_kind: int | None) -> list[Example]:
+    """The first of every kind in the order given: sorted by images, they would be those with the fewest."""
+    with_evidence(examples)
+    return first_of_kinds([example for example in examples if example.evidence], n_per_kind)
+
+
+def _answered_right(setup: Setup, examples: Sequence[Example]) -> list[Example]:
+    if not examples:
+        return []
+    right = effect(
+        setup.model, examples, None, accuracy, batch_size=setup.batch_size, progress=setup.progress
+    ).clean
+    return [example for example, value in zip(examples, right.tolist(), strict=True) if value]
+
+
+def _holds_its_answer(example: Example) -> bool:
+    return len(re.findall(rf"(?<!\w){re.escape(example.answer)}(?!\w)", example.question)) == 1
+
+
+def _read_null(setup: Setup, question: str) -> list[str]:
+    """A warning where the tokenizer does not know the null question."""
+    tokenizer = setup.model.tokenizer
+    unknown = None if tokenizer is None else tokenizer.unk_token_id
+    if tokenizer is None or unknown is None:
+        return []
+    ids = tokenizer(question, add_special_tokens=False)["input_ids"]
+    if unknown not in ids:
+        return []
+    read = " ".join(tokenizer.convert_ids_to_tokens(ids))
+    return [f"the model reads the null question {question!r} as {read}, so it may name what the images show"]
+
+
+def _per_example(scores: HeadScores) -> pd.DataFrame:
+    example, layer, head = scores.exists.expand_as(scores.per_example).nonzero().numpy().T
+    kinds = scores.kinds or ("",) * len(scores)
+    return pd.DataFrame(
+        {
+            "example": example,
+            "kind": [kinds[index] for index in example],
+            "layer": layer,
+            "head": head,
+            "score": scores.per_example[:, scores.exists].flatten().numpy(),
+        }
+    )
+
+
+# ---------------------------------------------------------------------- agreement and effects
+
+
+def _agreement(
+    scores: Mapping[str, HeadScores], fraction: float, n_resamples: int, seed: int
+) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    """One row per pair, and Spearman and overlap as matrices. Examples are resampled together where both have them."""
+    names = list(scores)
+    means = {name: flat_per_example(own).mean(0) for name, own in scores.items()}
+    draws = {name: resampled_means(own, n_resamples, seed) for name, own in scores.items()}
+    tops = {name: own.top(fraction) for name, own in scores.items()}
+    total = len(next(iter(means.values())))
+    spearman, overlap = np.eye(len(names)), np.zeros((len(names), len(names)))
+    np.fill_diagonal(overlap, [len(tops[name]) for name in names])
+    rows = []
+    for (i, one), (j, other) in itertools.combinations(enumerate(names), 2):
+        rho = float(rank_correlation(means[one], means[other]))
+        low, high = recentred_interval(rho, rank_correlation(draws[one], draws[other]))
+        shared = len(tops[one] & tops[other])
+        by_chance = scipy.stats.hypergeom(total, len(tops[one]), len(tops[other]))
+        spearman[i, j] = spearman[j, i] = rho
+        overlap[i, j] = overlap[j, i] = shared
+        rows.append(
+            {
+                "score": one,
+                "other": other,
+                "spearman": rho,
+                "low": low,
+                "high": high,
+                "shared": shared,
+                "expected": float(by_chance.mean()),
+                "p_value": float(by_chance.sf(shared - 1)),
+            }
+        )
+    return pd.DataFrame(rows), spearman, overlap
+
+
+def _arms(
+    tops: Mapping[str, HeadSet], n_draws: int, seed: int
+) -> tuple[dict[tuple[str, str, int], HeadSet], dict[str, str]]:
+    sets: dict[tuple[str, str, int], HeadSet] = {}
+    shortfall = {}
+    for name, heads in tops.items():
+        drawn, message = matched_controls(heads, n_draws, seed)
+        sets[name, TOP, 0] = heads
+        sets |= {(name, CONTROL, draw): own for draw, own in enumerate(drawn)}
+        if message:
+            shortfall[name] = message
+    return sets, shortfall
+
+
+def _effects(outcomes: pd.DataFrame, controls: Sequence[str], seed: int) -> pd.DataFrame:
+    """One row per score, arm, metric and group (evidence, text): cost with its interval, paired by example.
+
+    `excess` is the cost of the top minus that of its controls on the same examples; the interval is of the difference.
+    Intervals are over examples, of each example's mean over draws; draw_min and draw_max are single draws' extremes.
+    """
+    is_text = outcomes["kind"].isin(list(controls))
+    rows = []
+    for group, part in (("evidence", outcomes[~is_text]), ("text", outcomes[is_text])):
+        for (score, metric), cell in part.groupby(["score", "metric"], sort=False):
+            by_arm = dict(list(cell.groupby("arm", sort=False)))
+            values = {arm: own.groupby("example")["value"].mean().to_numpy() for arm, own in by_arm.items()}
+            excess = difference_interval_of(values[CONTROL], values[TOP], seed)
+            for arm, own in by_arm.items():
+                cost, low, high = cost_interval(own, seed)
+                of_draws = (own["clean"] - own["value"]).groupby(own["draw"]).mean()
+                rows.append(
+                    {
+                        "score": score,
+                        "arm": arm,
+                        "metric": metric,
+                        "group": group,
+                        "n": own["example"].nunique(),
+                        "cost": cost,
+                        "low": low,
+                        "high": high,
+                        "draw_min": float(of_draws.min()),
+                        "draw_max": float(of_draws.max()),
+                    }
+                )
+                if arm == TOP:
+                    rows[-1] |= {
+                        "excess": float((values[CONTROL] - values[TOP]).mean()),
+                        "excess_low": excess[0],
+                        "excess_high": excess[1],
+                    }
+    return pd.DataFrame(rows)
+
+
+def _clean(outcomes: pd.DataFrame, controls: Sequence[str], metric: str) -> dict[str, float]:
+    first = outcomes[outcomes["metric"] == metric].drop_duplicates("example")
+    is_text = first["kind"].isin(list(controls))
+    parts = {"evidence": first[~is_text], "text": first[is_text]}
+    return {group: float(part["clean"].mean()) for group, part in parts.items() if len(part)}
+
+
+def _table(
+    scores: Mapping[str, HeadScores], tops: Mapping[str, HeadSet], effects: pd.DataFrame, graded: str
+) -> pd.DataFrame:
+    rows = []
+    of_top = effects[effects["arm"] == TOP].set_index(["score", "metric", "group"])
+    for name, own in scores.items():
+        values = own.values[own.exists].sort(descending=True).values
+        count = len(tops[name])
+        positive = int((values > 0).sum())
+        row: dict[str, Any] = {
+            "score": name,
+            "source": SOURCES[name if name in SOURCES else name.split(" (")[0]],
+            "n_examples": len(own),
+            "half_mass": half_mass_share(own) if positive else np.nan,
+            "positive_heads": positive,
+            "tied_at_cut": bool(count < len(values) and values[count - 1] == values[count]),
+            "top": head_names(tops[name]),
+        }
+        for metric in ("accuracy", graded):
+            cell = of_top.loc[(name, metric, "evidence")]
+            row |= {f"{metric}_cost": cell["cost"]} | {
+                f"{metric}_{key}": cell[key] for key in ("excess", "excess_low", "excess_high")
+            }
+        if (name, "accuracy", "text") in of_top.index:
+            row["text_accuracy_cost"] = of_top.loc[(name, "accuracy", "text"), "cost"]
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _statement(
+    table: pd.DataFrame,
+    agreement: pd.DataFrame,
+    effects: pd.DataFrame,
+    found: _Scored,
+    numbers: Mapping[str, Any],
+) -> str:
+    graded = numbers["graded"]
+    lowest, highest = (
+        agreement.loc[pick] for pick in (agreement["spearman"].idxmin(), agreement["spearman"].idxmax())
+    )
+    with_ram = agreement[agreement["score"] == "RAM"].sort_values("spearman", ascending=False)
+    ordered = table.sort_values(f"{graded}_cost", ascending=False)
+    control = effects[(effects["arm"] == CONTROL) & (effects["group"] == "evidence")].set_index(
+        ["metric", "score"]
+    )
+    costs = "; ".join(
+        f"{row['score']} {row['accuracy_cost']:.0%} (controls {control.loc[('accuracy', row['score']), 'cost']:.0%}; "
+        f"{graded.replace('_', ' ')} {row[f'{graded}_cost']:.1f} against "
+        f"{control.loc[(graded, row['score']), 'cost']:.1f})"
+        for row in ordered.to_dict("records")
+    )
+    told = {
+        metric: table[table[f"{metric}_excess_low"] > 0]["score"].tolist() for metric in ("accuracy", graded)
+    }
+    missed = [name for name in table["score"] if name not in told["accuracy"]]
+    tied = table[table["tied_at_cut"]]["score"].tolist()
+    mass = table[table["score"].str.startswith("null-calibrated")]
+    return (
+        f"{len(table)} scores of {numbers['n_heads']} heads: mean Spearman of pairs "
+        f"{agreement['spearman'].mean():.2f}, from {lowest['spearman']:.2f} ({lowest['score']} - {lowest['other']}) to "
+        f"{highest['spearman']:.2f} "
+        f"({highest['score']} - {highest['other']}); with RAM: "
+        + ", ".join(
+            f"{row['other']} {ranged(row['spearman'], row['low'], row['high'])}"
+            for row in with_ram.to_dict("records")
+        )
+        + f". Cost in accuracy of ablating each one's own top {numbers['count']} (clean "
+        f"{numbers['clean']['accuracy']['evidence']:.0%}, {numbers['n_evaluation']} examples): {costs}. More than "
+        f"layer-matched random heads, in accuracy: {', '.join(told['accuracy']) or 'none'}; in "
+        f"{graded.replace('_', ' ')}: {', '.join(told[graded]) or 'none'}."
+        + (f" Not told from them in accuracy: {', '.join(missed)}." if missed else "")
+        + (
+            f" On text-only examples ({numbers['clean']['accuracy']['text']:.0%} clean) RAM's top costs "
+            f"{table.set_index('score').loc['RAM', 'text_accuracy_cost']:.0%}."
+            if "RAM" in numbers["top"] and "text" in numbers["clean"]["accuracy"]
+            else ""
+        )
+        + " Half of the positive score lies in "
+        + ", ".join(
+            f"{row['half_mass']:.1%} of the heads for {row['score']}" for row in mass.to_dict("records")
+        )
+        + f" (published: {PUBLISHED.iloc[:, 1:].min().min()}% to {PUBLISHED.iloc[:, 1:].max().max()}% in models of far "
+        "more heads)."
+        + (
+            f" Equal scores at the cut, so that part of the top is arbitrary: {', '.join(tied)}."
+            if tied
+            else ""
+        )
+        + "".join(f" {note[0].upper()}{note[1:]}." for note in found.notes)
+    )
+
+
+def across(findings: Mapping[str, Findings]) -> Findings:
+    """Every score's cost beyond its controls and its rank correlation with RAM, model by model."""
+    rows, agreement = [], []
+    for model, found in findings.items():
+        for row in found.numbers["scores"]:
+            rows.append(
+                {
+                    "model": model,
+                    "score": row["score"],
+                    "half_mass": row["half_mass"],
+                    "cost": row["accuracy_cost"],
+                    "mean": row["accuracy_excess"],
+                    "low": row["accuracy_excess_low"],
+                    "high": row["accuracy_excess_high"],
+                }
+            )
+        agreement += [{"model": model, **row} for row in found.numbers["agreement"]]
+    table, pairs = pd.DataFrame(rows), pd.DataFrame(agreement)
+    mean = table.groupby("score", sort=False)["mean"].mean().sort_values(ascending=False)
+    told = table[table["low"] > 0].groupby("score")["model"].nunique()
+    n_models = table.groupby("score")["model"].nunique()
+    with_ram = pairs[pairs["score"] == "RAM"].groupby("other", sort=False)["spearman"].mean()
+    statement = (
+        f"Accuracy that each score's own top costs beyond layer-matched random heads, mean over {len(findings)} "
+        "model(s), and in how many it is told from 0: "
+        + ", ".join(
+            f"{name} {value:.0%} ({told.get(name, 0)} of {n_models[name]})" for name, value in mean.items()
+        )
+        + ". Mean Spearman with RAM: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in with_ram.items())
+        + "."
+    )
+    return Findings(
+        statement,
+        plain(
+            {"excess": records(table), "mean_excess": mean.to_dict(), "spearman_with_ram": with_ram.to_dict()}
+        ),
+        tables={
+            "excess": (
+                "Cost in accuracy of each score's top, and its excess over layer-matched heads.",
+                table,
+            ),
+            "agreement": ("Rank agreement of all pairs of scores.", pairs),
+        },
+        figures=[
+            (
+                "Cost beyond controls",
+                "Accuracy lost with each score's own top ablated, minus that with layer-matched random heads, paired "
+                "by example, 95% intervals.",
+                plot_intervals(
+                    table,
+                    row="score",
+                    series="model",
+                    xlabel="Excess cost in accuracy",
+                    percent=True,
+                    lines={"controls": 0.0},
+                ),
+            )
+        ],
+    )
+
+
+EXPERIMENT = Experiment(
+    name="relatives",
+    title="RAM and its relatives",
+    source=(
+        "scores of arXiv 2606.05843, 2605.27243, 2506.09944, 2404.15574, 2506.05344, 2503.06287, 2606.14703 and "
+        "2607.01002"
+    ),
+    question=(
+        "Do the published head scores name the same heads, and does ablating each one's own top heads matter alike?"
+    ),
+    method=(
+        "Every score was taken on the selection split ({n_per_kind} examples of each kind of either split; null "
+        "questions: {null_questions}), those that count answers on the examples answered right. Rankings of all heads "
+        "were compared by Spearman's correlation, with recentred bootstrap intervals ({n_resamples} resamples of "
+        "the examples). The top {fraction} of each score, and {n_draws} layer-matched random sets for each, were "
+        "ablated ({mode} ablation, at all positions) on the evaluation split."
+    ),
+    run=run,
+    cites=(
+        "arxiv_2606_05843",
+        "arxiv_2605_27243",
+        "arxiv_2506_09944",
+        "arxiv_2404_15574",
+        "arxiv_2506_05344",
+        "arxiv_2503_06287",
+        "arxiv_2606_14703",
+        "arxiv_2607_01002",
+    ),
+    published=PUBLISHED,
+    across=across,
+)

@@ -1,0 +1,440 @@
+"""Do other heads stand in for ablated ones? Groups against the sum of their members, and who does more afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from mmlens.core_heads import FIVE_PERCENT, difference_interval_of
+from mmlens.data.examples import Example
+from mmlens.experiments.ablations import (
+    ablated,
+    all_heads,
+    costs,
+    first_with_evidence,
+    graded_metric,
+    head_name,
+    references,
+)
+from mmlens.experiments.common import head_names, matched_controls, plain, ranged, with_evidence
+from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.heads import HeadSet, share_of
+from mmlens.hook_names import block
+from mmlens.hooked_vlm import HookedVLM, Intervention
+from mmlens.interventions.ablation import ablate
+from mmlens.metrics.attention import attention_mass, ram
+from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.prompt import Prompt
+from mmlens.statistics import benjamini_hochberg, paired_permutation_test
+from mmlens.viz.intervals import plot_intervals
+from mmlens.weights import subtracts_mean
+
+
+def run(
+    setup: Setup,
+    *,
+    shares: Sequence[float] = (0.05, 0.1, 0.2),
+    mode: str = "mean",
+    n_draws: int = 3,
+    n_per_kind: int | None = 20,
+    q: float = 0.05,
+) -> Findings:
+    """Additivity of ablation in groups of heads, and how all other heads change when the top 5% are ablated.
+
+    Groups: the top heads by RAM on the selection split (2 heads, and each of `shares` of all), and `n_draws` random and
+    layer-matched groups of the same size. excess = cost of the group - sum of its members' costs alone, on the same
+    examples: above 0 where members stand in for each other (or what reads them saturates). Backup: the change, from the
+    clean run to the run without the top 5%, of every later head's RAM and of its direct contribution to the logit
+    difference; heads are told from unchanged ones by paired permutation tests at a false discovery rate of `q`.
+    """
+    heads = all_heads(setup)
+    scores = ram(
+        setup.model, with_evidence(setup.selection), batch_size=setup.batch_size, progress=setup.progress
+    )
+    examples = first_with_evidence(setup.evaluation, n_per_kind)
+    graded, graded_function = graded_metric(examples)
+    metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
+    sizes = sorted({max(2, share_of(share, len(heads))) for share in (*shares, FIVE_PERCENT)} | {2})
+    if sizes[-1] > len(heads) // 2:
+        raise ValueError(
+            f"a group of {sizes[-1]} of {len(heads)} heads leaves too few others for random groups: shares up to 0.5"
+        )
+    groups: dict[tuple[str, int, int], HeadSet] = {}
+    for size in sizes:
+        top = scores.top(size)
+        groups["top", size, 0] = top
+        for draw, own in enumerate(matched_controls(top, n_draws, setup.seed)[0]):
+            groups["random", size, draw] = top.random(setup.seed + draw)
+            groups["layer_matched", size, draw] = own
+    members = {head_name(head): HeadSet([head], **_grid(heads)) for own in groups.values() for head in own}
+    sets = members | {_label(key): own for key, own in groups.items()}
+    reference = references(setup, [mode])
+    table = ablated(setup, examples, sets, reference, metrics)
+    excess = _excess(table, groups, list(metrics), mode, setup.seed)
+
+    top = scores.top(FIVE_PERCENT)
+    without = ablate(top, mode, reference=reference[mode], seed=setup.seed)
+    no_direct = no_direct_parts(setup.model)
+    if graded != "logit_difference":
+        no_direct = "some examples have no wrong candidate"
+    changes = measured_changes(setup, examples, without, direct=not no_direct)
+    backup = _backup(changes, heads, top, q, setup.seed)
+    sums = _sums(changes, heads, top, setup.seed)
+    label = f"Cost in {graded.replace('_', ' ')}"
+    shown = excess[excess["metric"] == graded]
+    drawn = pd.concat(
+        shown.assign(what=what, mean=shown[column], low=shown[f"{column}_low"], high=shown[f"{column}_high"])
+        for what, column in (("group", "group"), ("sum of its members", "members"))
+    )
+    drawn["row"] = drawn["arm"].str.replace("_", "-") + " " + drawn["size"].astype(str)
+    drawn = drawn.sort_values(
+        ["arm", "size"], key=lambda c: c.map(_ORDER) if c.name == "arm" else c, kind="stable"
+    )
+    return Findings(
+        _statement(excess, backup, sums, graded, top, no_direct),
+        plain(
+            {
+                "n_heads": len(heads),
+                "n_evaluation": len(examples),
+                "top": [[*head] for head in top],
+                "excess": excess.to_dict("records"),
+                "sums": sums,
+                "n_changed": {
+                    what: int(backup.loc[backup["what"] == what, "changed"].sum())
+                    for what in sums["measured"]
+                },
+                "backup": backup[backup["changed"]].to_dict("records"),
+            }
+        ),
+        tables={
+            "excess": ("Cost of groups of heads against the sum of their members' costs.", excess),
+            "backup": ("Every later head: change when the top 5% are ablated.", backup),
+        },
+        per_example={"outcomes": table, "changes": _long(changes, heads, examples)},
+        figures=[
+            (
+                "Groups of heads against the sum of their members",
+                f"{mode.capitalize()} ablation on {len(examples)} examples; means over draws of the controls, "
+                "95% intervals.",
+                plot_intervals(drawn, row="row", series="what", xlabel=label, lines={"0": 0.0}),
+            )
+        ],
+    )
+
+
+_ORDER = {"top": 0, "layer_matched": 1, "random": 2}
+
+
+def _grid(heads: HeadSet) -> dict[str, Any]:
+    return {"n_layers": heads.n_layers, "n_heads": heads.n_heads, "heads_per_layer": heads.heads_per_layer}
+
+
+def _label(key: tuple[str, int, int]) -> str:
+    return "{} {} #{}".format(*key)
+
+
+# ---------------------------------------------------------------------- additivity
+
+
+def _excess(
+    table: pd.DataFrame,
+    groups: Mapping[tuple[str, int, int], HeadSet],
+    metrics: Sequence[str],
+    mode: str,
+    seed: int,
+) -> pd.DataFrame:
+    rows = []
+    for metric in metrics:
+        cost = costs(table, metric, mode)
+        for arm, size in dict.fromkeys((arm, size) for arm, size, _ in groups):
+            draws = [key for key in groups if key[:2] == (arm, size)]
+            # Each example's mean over draws is one value.
+            group = cost.loc[[_label(key) for key in draws]].to_numpy().mean(0)
+            members = np.mean(
+                [cost.loc[[head_name(head) for head in groups[key]]].to_numpy().sum(0) for key in draws],
+                axis=0,
+            )
+            row = {"metric": metric, "arm": arm, "size": size, "n_draws": len(draws), "n": len(group)}
+            for name, values, before in (
+                ("group", group, np.zeros_like(group)),
+                ("members", members, np.zeros_like(group)),
+                ("excess", group, members),
+            ):
+                low, high = difference_interval_of(values, before, seed)
+                row |= {name: (values - before).mean(), f"{name}_low": low, f"{name}_high": high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------- backup
+
+
+def direct_contributions(
+    model: HookedVLM,
+    prompt: Prompt,
+    wrong: Int[Tensor, " batch"],
+    scale: Float[Tensor, " batch"] | None = None,
+) -> tuple[Float[Tensor, "batch layer head"], Float[Tensor, " batch"]]:
+    """What each head itself adds to logit(answer) - logit(`wrong`) at the last position; and the final norm's scale.
+
+    z W_O . (d_answer - d_wrong) / scale, with d the model's `residual_directions` (before a cap or factor on logits);
+    NaN where there is no head. `scale`: divide by this one instead of the run's own, so that a change of the norm is
+    not taken for a change of the heads. Hooks that are set act. Raises ValueError for models in which a norm stands
+    behind attention, or whose layers do more than add to the stream: a head has no such part there.
+    """
+    reason = no_direct_parts(model)
+    if reason:
+        raise ValueError(reason)
+    if prompt.answer_ids is None:
+        raise ValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+    names = [block(layer, "attn.hook_z") for layer in model.attention_layers]
+    final = [] if model.ln_final is None else ["ln_final.hook_scale"]
+    _, cache = model.run_with_cache(prompt, names_filter=[*names, *final], logits_to_keep=1)
+    own = cache[final[0]][:, -1].flatten().float() if final else torch.ones(len(prompt), device=model.device)
+    right, other = (
+        model.residual_directions(ids.to(model.device)).float() for ids in (prompt.answer_ids, wrong)
+    )
+    direction = (right - other) / (own if scale is None else scale.to(own))[:, None]
+    if model.ln_final is not None and subtracts_mean(model.ln_final):
+        direction = direction - direction.mean(-1, keepdim=True)
+    found = torch.full((len(prompt), model.cfg.n_layers, model.cfg.n_heads), torch.nan)
+    for layer, name in zip(model.attention_layers, names, strict=True):
+        attn = model.blocks[layer].attn
+        part = torch.einsum("bhd,hdm,bm->bh", cache[name][:, -1].float(), attn.W_O.float(), direction)
+        found[:, layer, : part.shape[1]] = (part * attn._result_contribution_scale).cpu()
+    return found, own.cpu()
+
+
+def no_direct_parts(model: HookedVLM) -> str:
+    """Why the logits are no sum of what heads write ("" where they are, up to the final norm)."""
+    if not model.family.adds:
+        return f"layers of {model.family.model_type!r} do more than add to the residual stream"
+    if any(parts.post_norm1 is not None for parts in model.anatomy.language):
+        return f"in {model.family.model_type!r} a norm stands behind attention, so a head's part is none by itself"
+    return ""
+
+
+Changes = Mapping[str, tuple[Float[Tensor, "example layer head"], Float[Tensor, "example layer head"]]]
+"""What is measured -> its values in the clean run and without the top heads."""
+
+
+@torch.no_grad()
+def measured_changes(
+    setup: Setup, examples: Sequence[Example], without: Intervention, *, direct: bool = True
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """RAM of every head, and (`direct`) its direct contribution, in the clean run and under `without`.
+
+    The wrong answer and the final norm's scale are those of the clean run in both.
+    """
+    model = setup.model
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {what: [] for what in ("ram", "direct")[: 1 + direct]}
+    starts = range(0, len(examples), setup.batch_size)
+    for start in tqdm(starts, desc="backup", unit="batch", disable=not setup.progress):
+        batch = examples[start : start + setup.batch_size]
+        prompt = model.encode_images(model.prompt_examples(batch))
+        hooks = list(without(model, prompt))
+        places = prompt.token_map.is_question, prompt.token_map.evidence(batch)
+        clean = attention_mass(model, prompt, *places)
+        with model.hooks(fwd_hooks=hooks):
+            found["ram"].append((clean, attention_mass(model, prompt, *places)))
+        if direct:
+            wrong = _best_wrong(model, prompt)
+            before, scale = direct_contributions(model, prompt, wrong)
+            with model.hooks(fwd_hooks=list(without(model, prompt))):
+                after, _ = direct_contributions(model, prompt, wrong, scale)
+            found["direct"].append((before, after))
+    return {
+        what: (torch.cat([a for a, _ in own]), torch.cat([b for _, b in own])) for what, own in found.items()
+    }
+
+
+def _best_wrong(model: HookedVLM, prompt: Prompt) -> Int[Tensor, " batch"]:
+    assert prompt.answer_ids is not None and prompt.candidate_ids is not None
+    logits = model(prompt, logits_to_keep=1)[:, -1].float().cpu()
+    rows = zip(logits, prompt.answer_ids.tolist(), prompt.candidate_ids, strict=True)
+    best = []
+    for row, answer, ids in rows:
+        wrong = ids[ids != answer].cpu()
+        best.append(int(wrong[row[wrong].argmax()]))
+    return torch.tensor(best)
+
+
+def _backup(changes: Changes, heads: HeadSet, top: HeadSet, q: float, seed: int) -> pd.DataFrame:
+    """One row per measure and later head: layer, head, clean, without, change with interval, p, changed."""
+    first = min(layer for layer, _ in top)
+    later = [head for head in heads if head[0] > first and head not in top]
+    frames = []
+    for what, (before, after) in changes.items():
+        n_resamples = max(9999, int(np.ceil(2 * len(later) / q)))
+        rows = []
+        for layer, head in later:
+            old, new = before[:, layer, head].double().numpy(), after[:, layer, head].double().numpy()
+            low, high = difference_interval_of(new, old, seed)
+            p = paired_permutation_test(new, old, n_resamples=n_resamples, seed=seed)
+            rows.append(
+                {"what": what, "head": head_name((layer, head)), "clean": old.mean(), "without": new.mean()}
+                | {"change": (new - old).mean(), "low": low, "high": high, "p": p}
+            )
+        frame = pd.DataFrame(rows, columns=["what", "head", "clean", "without", "change", "low", "high", "p"])
+        frame["changed"] = benjamini_hochberg(frame["p"].to_numpy(float)) <= q if len(frame) else False
+        frames.append(frame.sort_values("change", ascending=False, kind="stable"))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _sums(changes: Changes, heads: HeadSet, top: HeadSet, seed: int) -> dict[str, Any]:
+    """Change of the direct contributions of the ablated heads and of all others, summed over heads, with intervals."""
+    found: dict[str, Any] = {"measured": list(changes)}
+    if "direct" not in changes:
+        return found
+    before, after = (part.double().numpy() for part in changes["direct"])
+    for name, chosen in (("ablated", top), ("others", top.complement())):
+        at = tuple(np.array(list(chosen)).T)
+        old, new = (part[:, at[0], at[1]].sum(1) for part in (before, after))
+        low, high = difference_interval_of(new, old, seed)
+        found[name] = {"clean": old.mean(), "change": (new - old).mean(), "low": low, "high": high}
+    return found
+
+
+def _long(changes: Changes, heads: HeadSet, examples: Sequence[Example]) -> pd.DataFrame:
+    frames = []
+    for what, (before, after) in changes.items():
+        for head in heads:
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "what": what,
+                        "head": head_name(head),
+                        "example": range(len(examples)),
+                        "id": [example.id for example in examples],
+                        "kind": [example.kind for example in examples],
+                        "clean": before[:, head[0], head[1]].numpy(),
+                        "without": after[:, head[0], head[1]].numpy(),
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+# ---------------------------------------------------------------------- words
+
+
+def _statement(
+    excess: pd.DataFrame,
+    backup: pd.DataFrame,
+    sums: Mapping[str, Any],
+    graded: str,
+    top: HeadSet,
+    no_direct: str,
+) -> str:
+    said = []
+    for row in excess[(excess["metric"] == graded) & (excess["arm"] == "top")].to_dict("records"):
+        verdict = (
+            "more than its members together, as where they stand in for each other"
+            if row["excess_low"] > 0
+            else "less than its members together"
+            if row["excess_high"] < 0
+            else "as much as its members together"
+        )
+        said.append(
+            f"top {row['size']}: {row['group']:.2f} against {row['members']:.2f}, excess "
+            f"{ranged(row['excess'], row['excess_low'], row['excess_high'])} ({verdict})"
+        )
+    changed = backup[backup["changed"]]
+    parts = []
+    for what, name in (("ram", "RAM"), ("direct", "direct contribution to the logit difference")):
+        own = backup[backup["what"] == what]
+        if len(own):
+            rise, fall = (
+                (changed["what"] == what) & (changed["change"] > 0),
+                (changed["what"] == what) & (changed["change"] < 0),
+            )
+            parts.append(
+                f"{name} rises in {int(rise.sum())} and falls in {int(fall.sum())} of {len(own)} later heads"
+            )
+    direct = f" Direct contributions were not read: {no_direct}." if no_direct else ""
+    if "others" in sums:
+        ablated_part, others = sums["ablated"], sums["others"]
+        direct = (
+            f" Direct contributions: the ablated heads' own change by {ablated_part['change']:.2f}, those of "
+            "all other heads "
+            f"together by {ranged(others['change'], others['low'], others['high'])} "
+            + (
+                "(they make up for some of it)."
+                if others["low"] > 0
+                else "(they do not make up for it; they lose too)."
+                if others["high"] < 0
+                else "(no backup is told from none)."
+            )
+        )
+    return (
+        f"Cost in {graded.replace('_', ' ')} of ablating a group against the sum of its members alone - "
+        f"{'; '.join(said)}. "
+        f"When the top {len(top)} ({head_names(top)}) are ablated, "
+        f"{'; '.join(parts) or 'no later head is left to change'}." + direct
+    )
+
+
+def across(findings: Mapping[str, Findings]) -> Findings:
+    """The excess of the top groups by model, in units of the metric."""
+    rows: list[dict[str, Any]] = []
+    for model, found in findings.items():
+        graded = found.numbers["excess"][0]["metric"]
+        rows += [
+            {
+                "model": model,
+                **row,
+                "mean": row["excess"],
+                "low": row["excess_low"],
+                "high": row["excess_high"],
+            }
+            for row in found.numbers["excess"]
+            if row["metric"] == graded and row["arm"] in ("top", "random")
+        ]
+    table = pd.DataFrame(rows)
+    table["group"] = table["arm"] + " " + table["size"].astype(str)
+    tops = table[table["arm"] == "top"]
+    above, below = int((tops["low"] > 0).sum()), int((tops["high"] < 0).sum())
+    return Findings(
+        f"Of {len(tops)} groups of top heads over {len(findings)} model(s), {above} cost more than the sum of their "
+        f"members (redundancy), {below} less, {len(tops) - above - below} neither.",
+        {"groups": len(tops), "above": above, "below": below},
+        tables={"excess": ("Cost of groups minus the sum of their members' costs.", table)},
+        figures=[
+            (
+                "Cost of groups beyond the sum of their members",
+                "Above 0 a group costs more than its members one by one; 95% intervals.",
+                plot_intervals(
+                    table, row="model", series="group", xlabel="Excess cost of the group", lines={"0": 0.0}
+                ),
+            )
+        ],
+    )
+
+
+EXPERIMENT = Experiment(
+    name="self-repair",
+    title="Do other heads stand in for ablated ones?",
+    source="beyond arXiv 2606.05843; self-repair: arXiv 2307.15771, 2402.15390",
+    question="Does a group cost more than its members one by one, and which heads do more when others are gone?",
+    method=(
+        "Groups of the top heads by RAM on the selection split (2 heads and shares {shares} of all), and "
+        "{n_draws} random "
+        "and layer-matched groups of as many, were ablated ({mode} ablation) as a whole and head by head on the same "
+        "evaluation examples ({n_per_kind} of each kind); the difference has a paired bootstrap interval. "
+        "With the top 5% "
+        "ablated, the change of each later head's RAM and direct contribution to the logit difference (final "
+        "norm's scale "
+        "and best wrong answer held at the clean run's) was tested by paired permutations at a false "
+        "discovery rate of {q}."
+    ),
+    run=run,
+    cites=("arxiv_2606_05843", "arxiv_2307_15771", "arxiv_2402_15390"),
+    across=across,
+)

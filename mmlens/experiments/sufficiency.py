@@ -1,0 +1,308 @@
+"""How few heads are enough? The top k of a ranking are kept, and all others ablated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mmlens.core_heads import interval_of
+from mmlens.experiments.ablations import (
+    ablated,
+    all_heads,
+    first_with_evidence,
+    graded_metric,
+    head_costs,
+    head_name,
+    references,
+)
+from mmlens.experiments.common import plain, with_evidence
+from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.heads import Head, HeadScores, HeadSet, share_of
+from mmlens.hook_names import unknown_name_message
+from mmlens.metrics.attention import ram
+from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.viz.intervals import plot_curves, plot_intervals
+
+RANKINGS = ("ram", "effect")
+NONE, ALL = "no head", "all heads"
+
+
+def run(
+    setup: Setup,
+    *,
+    rankings: Sequence[str] = RANKINGS,
+    shares: Sequence[float] = (0.05, 0.1, 0.2, 0.5, 0.7, 0.9),
+    modes: Sequence[str] = ("mean", "resample"),
+    n_draws: int = 3,
+    n_per_kind: int | None = 8,
+    keep: float = 0.9,
+) -> Findings:
+    """Accuracy on the evaluation split with only k heads left, for several k, rankings and ways to choose.
+
+    Rankings, of the selection split: "ram", and "effect", the cost of ablating each head alone there (mean ablation, 6
+    examples of each kind). Controls: the first k of `n_draws` random orders of all heads ("random"), and as many heads
+    in each layer as the first ranking's top k has, drawn from all heads of that layer ("layer_matched"). Both can draw
+    top heads, as any set of more than half the heads must: the question is whether k heads of any kind do. All other
+    heads are ablated at all positions, among them those that carry text and move the answer. `keep` is the share of the
+    clean accuracy for which the smallest k is sought. `n_per_kind` evaluation examples of each kind with evidence.
+    """
+    for ranking in rankings:
+        if ranking not in RANKINGS:
+            raise ValueError(unknown_name_message("ranking", ranking, RANKINGS))
+    if not rankings or not 0 < keep <= 1:
+        raise ValueError(
+            f"at least one of the rankings {RANKINGS}, and keep in (0, 1]; got {list(rankings)}, {keep}"
+        )
+    heads = all_heads(setup)
+    # None and all are the same for every way to choose: the first is run once, the second is the clean run.
+    counts = sorted({share_of(share, len(heads)) for share in shares} - {len(heads)})
+    found = {ranking: _ranking(setup, ranking, heads) for ranking in rankings}
+    orders: dict[str, list[list[Head]]] = {
+        name: [list(scores.top(len(heads)))] for name, scores in found.items()
+    }
+    rngs = [np.random.default_rng([setup.seed, draw]) for draw in range(n_draws)]
+    orders["random"] = [[heads.heads[at] for at in rng.permutation(len(heads))] for rng in rngs]
+    kept: dict[tuple[str, int, int], HeadSet] = {
+        (arm, count, draw): _set(order[:count], heads)
+        for arm, drawn in orders.items()
+        for draw, order in enumerate(drawn)
+        for count in counts
+    }
+    for count in counts:
+        for draw, rng in enumerate(rngs):
+            kept["layer_matched", count, draw] = same_layers(kept[rankings[0], count, 0], rng)
+    examples = first_with_evidence(setup.evaluation, n_per_kind)
+    metrics: dict[str, Metric] = {"accuracy": accuracy}
+    sets = {"{} {} #{}".format(*key): own.complement() for key, own in kept.items()} | {NONE: heads}
+    table = ablated(setup, examples, sets, references(setup, modes), metrics)
+    curves = _curves(table, kept, modes, len(heads), setup.seed)
+    smallest = _smallest(curves, keep)
+    label = {
+        "ram": "top by RAM",
+        "effect": "top by single-head cost",
+        "layer_matched": "layer-matched random",
+    }
+    figures = []
+    for mode in modes:
+        drawn = curves[curves["mode"] == mode].assign(
+            arm=lambda rows: rows["arm"].map(lambda arm: label.get(arm, arm))
+        )
+        figures.append(
+            (
+                f"Accuracy with k heads kept, {mode} ablation of the others",
+                f"{len(examples)} held-out examples; bands: 95% intervals (means over draws of the random arms).",
+                plot_curves(
+                    drawn,
+                    x="count",
+                    series="arm",
+                    xlabel=f"Heads kept, of {len(heads)}",
+                    ylabel="Accuracy",
+                    percent=True,
+                ),
+            )
+        )
+    clean = float(curves.loc[curves["count"] == len(heads), "mean"].iloc[0])
+    return Findings(
+        _statement(curves, smallest, keep, clean, len(heads)),
+        plain(
+            {
+                "n_heads": len(heads),
+                "n_evaluation": len(examples),
+                "clean": clean,
+                "chance": float(np.mean([1 / len(e.candidates) if e.candidates else 0.0 for e in examples])),
+                "keep": keep,
+                "smallest": smallest.to_dict("records"),
+                "curves": curves.to_dict("records"),
+                "order": {name: [[*head] for head in orders[name][0]] for name in rankings},
+            }
+        ),
+        tables={
+            "smallest": (
+                f"Fewest heads that keep {keep:.0%} of the clean accuracy, of the counts tried.",
+                smallest,
+            ),
+            "curves": ("Accuracy with k heads kept and all others ablated.", curves),
+        },
+        per_example={"outcomes": table},
+        figures=figures,
+    )
+
+
+def same_layers(heads: HeadSet, rng: np.random.Generator) -> HeadSet:
+    """As many heads in each layer as `heads` has, drawn from all heads of that layer, those of `heads` included.
+
+    >>> chosen = HeadSet([(0, 1), (1, 0), (1, 1)], n_layers=2, n_heads=2)
+    >>> drawn = same_layers(chosen, np.random.default_rng(0))
+    >>> [len(drawn.by_layer()[layer]) for layer in (0, 1)]
+    [1, 2]
+    """
+    drawn = [
+        (layer, int(head))
+        for layer, members in heads.by_layer().items()
+        for head in rng.permutation(heads.heads_per_layer[layer])[: len(members)]
+    ]
+    return _set(drawn, heads)
+
+
+def _set(chosen: Sequence[Head], heads: HeadSet) -> HeadSet:
+    return HeadSet(
+        chosen, n_layers=heads.n_layers, n_heads=heads.n_heads, heads_per_layer=heads.heads_per_layer
+    )
+
+
+def _ranking(setup: Setup, ranking: str, heads: HeadSet) -> HeadScores:
+    if ranking == "ram":
+        selection = with_evidence(setup.selection)
+        return ram(setup.model, selection, batch_size=setup.batch_size, progress=setup.progress)
+    examples = first_with_evidence(setup.selection, 6)
+    graded, function = graded_metric(examples)
+    singles = {head_name(head): _set([head], heads) for head in heads}
+    table = ablated(setup, examples, singles, references(setup, ["mean"]), {graded: function})
+    return head_costs(setup, table, graded, "mean", heads)
+
+
+def _curves(
+    table: pd.DataFrame,
+    kept: Mapping[tuple[str, int, int], HeadSet],
+    modes: Sequence[str],
+    n_heads: int,
+    seed: int,
+) -> pd.DataFrame:
+    """One row per mode, arm and count (0 and all heads among them): mean accuracy over examples, interval, draws."""
+    rows = []
+    for mode in modes:
+        values = table[table["mode"] == mode].pivot(index="heads", columns="example", values="value")
+        clean = (
+            table[(table["mode"] == mode) & (table["heads"] == NONE)]
+            .sort_values("example")["clean"]
+            .to_numpy()
+        )
+        for arm in dict.fromkeys(arm for arm, _, _ in kept):
+            at: dict[int, list[np.ndarray]] = {0: [values.loc[NONE].to_numpy()], n_heads: [clean]}
+            for key in kept:
+                if key[0] == arm:
+                    at.setdefault(key[1], []).append(values.loc["{} {} #{}".format(*key)].to_numpy())
+            for count, draws in sorted(at.items()):
+                mean = np.mean(draws, axis=0)
+                low, high = interval_of(mean, seed)
+                by_draw = [float(own.mean()) for own in draws]
+                rows.append(
+                    {
+                        "mode": mode,
+                        "arm": arm,
+                        "count": count,
+                        "fraction": count / n_heads,
+                        "mean": mean.mean(),
+                    }
+                    | {"low": low, "high": high, "n": len(mean), "n_draws": len(draws)}
+                    | {"draw_min": min(by_draw), "draw_max": max(by_draw)}
+                )
+    return pd.DataFrame(rows)
+
+
+def _smallest(curves: pd.DataFrame, keep: float) -> pd.DataFrame:
+    """For each mode and arm the smallest count tried from which on all counts keep the share of the clean accuracy."""
+    rows = []
+    for (mode, arm), part in curves.groupby(["mode", "arm"], sort=False):
+        part = part.sort_values("count", ascending=False)
+        goal = keep * part["mean"].iloc[0]
+        enough = part[(part["mean"] >= goal - 1e-12).cummin()]
+        last = enough.iloc[-1]
+        rows.append(
+            {
+                "mode": mode,
+                "arm": arm,
+                **{key: last[key] for key in ("count", "fraction", "mean", "low", "high")},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _statement(curves: pd.DataFrame, smallest: pd.DataFrame, keep: float, clean: float, n_heads: int) -> str:
+    said = []
+    for mode, rows in smallest.groupby("mode", sort=False):
+        fewest = ", ".join(
+            f"{row['arm'].replace('_', '-')} {row['count']:.0f} ({row['fraction']:.0%})"
+            for row in rows.to_dict("records")
+        )
+        first = curves[(curves["mode"] == mode) & (curves["count"] > 0)]
+        five = first[first["count"] == first["count"].min()]
+        left = ", ".join(
+            f"{row['arm'].replace('_', '-')} {row['mean']:.0%}" for row in five.to_dict("records")
+        )
+        none = curves[(curves["mode"] == mode) & (curves["count"] == 0)]["mean"].iloc[0]
+        said.append(
+            f"{mode} ablation: {fewest}; with {int(five['count'].iloc[0])} heads kept accuracy is {left}, "
+            f"with none {none:.0%}"
+        )
+    return (
+        f"Fewest heads (of {n_heads}, of the counts tried) that keep {keep:.0%} of the clean accuracy of "
+        f"{clean:.0%} while "
+        f"all others are ablated - {'. '.join(said)}. The others include the heads that read the question and move the "
+        "answer, so a set that retrieves may still fail."
+    )
+
+
+def across(findings: Mapping[str, Findings]) -> Findings:
+    """The fewest heads by model, arm and mode, as shares of all heads."""
+    rows: list[dict[str, Any]] = []
+    for model, found in findings.items():
+        rows += [
+            {
+                "model": model,
+                "n_heads": found.numbers["n_heads"],
+                **row,
+                "mean": row["fraction"],
+                "accuracy": row["mean"],
+            }
+            | {"low": math.nan, "high": math.nan}
+            for row in found.numbers["smallest"]
+        ]
+    table = pd.DataFrame(rows)
+    mode = table["mode"].iloc[0]
+    mean = table[table["mode"] == mode].groupby("arm", sort=False)["fraction"].mean()
+    return Findings(
+        f"Mean share of the heads that has to be kept ({mode} ablation of the others): "
+        + ", ".join(f"{arm.replace('_', '-')} {share:.0%}" for arm, share in mean.items())
+        + ".",
+        plain({"mode": mode, "share": mean.to_dict()}),
+        tables={
+            "smallest": ("Fewest heads that keep the accuracy.", table.drop(columns=["low", "high", "mean"]))
+        },
+        figures=[
+            (
+                "Share of heads that has to be kept",
+                f"{mode.capitalize()} ablation of all others; of the counts tried.",
+                plot_intervals(
+                    table[table["mode"] == mode],
+                    row="model",
+                    series="arm",
+                    xlabel="Share of heads kept",
+                    percent=True,
+                ),
+            )
+        ],
+    )
+
+
+EXPERIMENT = Experiment(
+    name="sufficiency",
+    title="How few heads are enough?",
+    source="beyond arXiv 2606.05843",
+    question="Do the top heads keep the accuracy when all other heads are ablated, and how many does it take?",
+    method=(
+        "Only the top k heads of a ranking ({rankings}, both on the selection split) were kept and all others ablated "
+        "({modes}), for shares {shares} of all heads, beside {n_draws} random orders of all heads and "
+        "{n_draws} draws of "
+        "as many heads in each layer; {n_per_kind} evaluation examples of each kind. The smallest k is "
+        "reported from which "
+        "on {keep} of the clean accuracy is kept."
+    ),
+    run=run,
+    cites=("arxiv_2606_05843",),
+    across=across,
+)

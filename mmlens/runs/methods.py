@@ -1,0 +1,127 @@
+"""The methods paragraph and the bibliography of a run, for a paper."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mmlens.experiments.experiment import Experiment
+from mmlens.hook_names import unknown_name_message
+
+SOFTWARE = ("mmlens", "transformers", "transformer_lens")
+"""What every run cites."""
+
+
+def filled_method(experiment: Experiment, settings: Mapping[str, Any]) -> str:
+    """The experiment's method with its settings in place of their {names}.
+
+    Raises ValueError where the method names what is no setting.
+    """
+    words = {
+        name: value if isinstance(value, int | float | str) and not isinstance(value, bool) else _words(value)
+        for name, value in settings.items()
+    }
+    try:
+        return experiment.method.format(**words)
+    except KeyError as error:
+        raise ValueError(
+            unknown_name_message(f"setting in the method of {experiment.name}", error.args[0], settings)
+        ) from error
+
+
+def methods_text(record: Mapping[str, Any]) -> str:
+    """The methods paragraph of a run as Markdown, citations as [@key]; `record` is its run.json."""
+    model, data, machine, version = record["model"], record["data"], record["machine"], record["versions"]
+    request, splits = record["request"], {name: data[name] for name in ("selection", "evaluation")}
+    heads = (
+        f"{sum(model['heads_per_layer'])} softmax-attention heads"
+        if "heads_per_layer" in model
+        else f"{model['n_heads']} heads each"
+    )
+    sizes = [
+        f"{split['n']} for {name} ("
+        + ", ".join(f"{n} {kind or 'of no kind'}" for kind, n in split["n_by_kind"].items())
+        + ")"
+        for name, split in splits.items()
+    ]
+    if "selection_seed" in data:
+        drawn = (
+            f"generated scenes, drawn with the seeds {data['selection_seed']} (selection) and "
+            f"{data['evaluation_seed']} (evaluation)"
+        )
+    else:
+        drawn = (
+            f"the folder {data['source']}, split by group within each kind (share for selection "
+            f"{data['selection_share']:g}, seed {data['split_seed']})"
+        )
+    controls = sorted({kind for split in splits.values() for kind in split["controls"]})
+    prints = " and ".join(f"{split['fingerprint']} ({name})" for name, split in splits.items())
+    settings = "; ".join(f"{name} {_words(value)}" for name, value in request["settings"].items())
+    cited = " ".join(f"[@{key}]" for key in record["experiment"]["cites"])
+    paragraphs = [
+        f"**Model.** {model['name']} ({model['family']}; {model['n_layers']} layers, {heads}; "
+        f"{model['n_parameters']:,} parameters; fingerprint of the weights {model['fingerprint']}), run in "
+        f"{machine['dtype']} on {machine.get('device_name', machine['device'])}.",
+        f"**Data.** {drawn[0].upper()}{drawn[1:]}: {' and '.join(sizes)}."
+        + (f" Text-only controls: {', '.join(controls)}." if controls else "")
+        + f" Fingerprints: {prints}.",
+        f"**Procedure.** {record['experiment']['method']} Source: {record['experiment']['source']}"
+        f"{f' {cited}' if cited else ''}." + (f" Settings: {settings}." if settings else ""),
+        f"**Statistics.** The seed of every random choice was {request['seed']}; examples were run in batches of "
+        f"{request['batch_size']}. Unless said otherwise, intervals are 95%: Wilson's for proportions, and "
+        "bias-corrected and accelerated bootstrap intervals over examples for other means.",
+        f"**Software.** mmlens {version['mmlens']} [@mmlens] (source fingerprint {record['code']}) on transformers "
+        f"{version['transformers']} [@transformers], TransformerLens {version['transformer-lens']} "
+        f"[@transformer_lens], PyTorch {version['torch']}, NumPy {version['numpy']}, SciPy {version['scipy']} and "
+        f"Python {version['python']}; {machine['platform']}, {machine['threads']} thread"
+        f"{'' if machine['threads'] == 1 else 's'}.",
+    ]
+    return "# Methods\n\n" + "\n\n".join(paragraphs) + "\n"
+
+
+def bibliography(keys: Iterable[str]) -> str:
+    """BibTeX of the entries with these keys, and of the software that every run uses.
+
+    Raises ValueError for a key that is not in references.bib.
+
+    >>> bibliography(["arxiv_2606_05843"]).count("@misc")
+    3
+    """
+    entries = bibtex_entries()
+    chosen = list(dict.fromkeys((*keys, *SOFTWARE)))
+    for key in chosen:
+        if key not in entries:
+            raise ValueError(unknown_name_message("entry of references.bib", key, entries))
+    return "\n\n".join(entries[key] for key in chosen) + "\n"
+
+
+def bibtex_entries() -> dict[str, str]:
+    """The entries of references.bib by key, as they stand there. ValueError where a key stands twice."""
+    text = (
+        importlib.resources.files("mmlens.experiments").joinpath("references.bib").read_text(encoding="utf-8")
+    )
+    entries: dict[str, str] = {}
+    for start in re.finditer(r"^@\w+\{\s*([^,\s]+)\s*,", text, flags=re.MULTILINE):
+        depth, end = 0, start.start()
+        for end in range(text.index("{", start.start()), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                break
+        if depth or start[1] in entries:
+            raise ValueError(
+                f"references.bib: the entry {start[1]!r} "
+                + ("has a brace that is not closed" if depth else "stands there twice")
+            )
+        entries[start[1]] = text[start.start() : end + 1]
+    return entries
+
+
+def _words(value: Any) -> str:
+    """A setting as words: lists as their members, the rest as it is."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_words, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return str(value)

@@ -1,0 +1,352 @@
+"""All experiments on several models, and one report of them all.
+
+1. Every experiment is run on every model (`mmlens.runs.run.run`) in OUT/<experiment>/<model>/. A run that is there
+   already is kept where it was asked for alike, of the same weights and examples, with the same versions and source.
+2. What an experiment says across models is written to OUT/<experiment>/across/.
+3. OUT/summary.json and OUT/report.html hold what was found, and what failed and why.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mmlens.experiments.catalog import EXPERIMENTS
+from mmlens.experiments.experiment import Experiment, Findings
+from mmlens.hook_names import unknown_name_message
+from mmlens.provenance import versions
+from mmlens.runs.methods import bibliography
+from mmlens.runs.report import (
+    LARGEST_PICTURE,
+    pictures_html,
+    question_html,
+    record_html,
+    statement_html,
+    title_of,
+)
+from mmlens.runs.rerun import is_current
+from mmlens.runs.run import (
+    Prepared,
+    Request,
+    RunError,
+    check_folder,
+    is_run,
+    model_folders,
+    prepare,
+    read_findings,
+    read_record,
+    request_record,
+    run,
+    write_across,
+)
+from mmlens.viz.report import (
+    Section,
+    folded_html,
+    grid_html,
+    pairs_html,
+    table_html,
+    write_page,
+)
+
+SCHEMA = "mmlens.paper/1"
+
+PICTURE_BYTES = 16_000_000
+"""Bytes of all pictures of the report together, shared out evenly."""
+
+_ROWS = 40
+"""Rows of a table that the report shows; the run's folder has the rest."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one experiment went on one model: "done", "kept" from an earlier time, or "failed" with its error."""
+
+    experiment: str
+    model: str
+    status: str
+    folder: Path
+    seconds: float = 0.0
+    error: str = ""
+    details: str = ""
+
+
+def run_all(
+    models: Sequence[str],
+    out: str | Path,
+    request: Request,
+    *,
+    experiments: Sequence[str] | None = None,
+    command: str = "",
+    progress: bool = True,
+) -> list[Outcome]:
+    """Run experiments on models, one folder each, and write the summary and the report.
+
+    By default these are all that need nothing beyond a model and examples.
+    `request` gives all else: sizes, seed, data, dtype; its experiment, model and settings are not read. A failure
+    is noted and the others go on; what fails across models is an outcome of its own. Raises ValueError for an
+    unknown experiment or citation, RunError where `out` holds other files than those of such a run.
+    """
+    for name in experiments or ():
+        if name not in EXPERIMENTS:
+            raise ValueError(unknown_name_message("experiment", name, EXPERIMENTS))
+    by_default = [name for name, experiment in EXPERIMENTS.items() if not experiment.needs]
+    chosen = [EXPERIMENTS[name] for name in experiments or by_default]
+    references = bibliography(key for experiment in chosen for key in experiment.cites)
+    out = Path(out)
+    if out.is_dir() and any(out.iterdir()) and not _is_paper(out):
+        raise RunError(
+            f"the folder {str(out)!r} holds files that no such run wrote: give a new folder, or empty it"
+        )
+    folders = {experiment.name: model_folders(models, out / experiment.name) for experiment in chosen}
+    out.mkdir(parents=True, exist_ok=True)
+    _write_summary(out, models, [], {})
+    outcomes = []
+    for model in models:
+        asked = replace(request, model=model)
+        try:
+            prepared: Prepared | Outcome = prepare(asked)
+        except Exception as error:
+            prepared = _failure("", model, out, error, 0.0)
+        for experiment in chosen:
+            folder = folders[experiment.name][model]
+            if isinstance(prepared, Outcome):
+                outcome = replace(prepared, experiment=experiment.name, folder=folder)
+            else:
+                asked = replace(request, model=model, experiment=experiment.name, settings={})
+                outcome = _run_one(experiment, asked, folder, prepared, command, progress)
+            outcomes.append(outcome)
+            if progress:
+                _say(outcome, len(outcomes), len(models) * len(chosen))
+    across: dict[str, Findings | str] = {}
+    failures = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for experiment in chosen:
+        whole = {
+            o.model: o.folder for o in outcomes if o.experiment == experiment.name and o.status != "failed"
+        }
+        try:
+            found = write_across(experiment, whole, out / experiment.name / "across")
+        except Exception as error:
+            across[experiment.name] = f"{type(error).__name__}: {error}"
+            place = out / experiment.name / "across"
+            failures.append(_failure(experiment.name, "across models", place, error, 0.0))
+        else:
+            if found is not None:
+                across[experiment.name] = found
+    _write_summary(out, models, outcomes, across)
+    _write_report(out, chosen, outcomes, across, failures, references)
+    return [*outcomes, *(failure for failure in failures if failure not in outcomes)]
+
+
+def _is_paper(out: Path) -> bool:
+    try:
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.get("schema") == SCHEMA
+
+
+def _run_one(
+    experiment: Experiment, request: Request, folder: Path, prepared: Prepared, command: str, progress: bool
+) -> Outcome:
+    start = time.monotonic()
+    try:
+        if is_kept(experiment, request, folder, prepared):
+            return Outcome(experiment.name, request.model, "kept", folder, read_record(folder)["seconds"])
+        check_folder(folder)
+        run(request, folder, prepared=prepared, command=command, progress=progress)
+    except Exception as error:
+        return _failure(experiment.name, request.model, folder, error, time.monotonic() - start)
+    return Outcome(experiment.name, request.model, "done", folder, round(time.monotonic() - start, 1))
+
+
+def _failure(experiment: str, model: str, folder: Path, error: Exception, seconds: float) -> Outcome:
+    return Outcome(
+        experiment,
+        model,
+        "failed",
+        folder,
+        round(seconds, 1),
+        f"{type(error).__name__}: {error}",
+        "".join(traceback.format_exception(error)),
+    )
+
+
+def is_kept(experiment: Experiment, request: Request, folder: Path, prepared: Prepared) -> bool:
+    """Whether a folder holds the run that would be done now.
+
+    It does where it was asked for alike, of the same weights and examples, with the same versions and the same source
+    of the experiment, and has all its files.
+    """
+    if not is_run(folder):
+        return False
+    record = read_record(folder)
+    prints = [
+        (split["n"], split["fingerprint"])
+        for split in (record["data"]["selection"], record["data"]["evaluation"])
+    ]
+    now = prepared.data_record
+    return (
+        record["request"] == request_record(request, experiment)
+        and record["model"]["fingerprint"] == prepared.model_record["fingerprint"]
+        and prints == [(split["n"], split["fingerprint"]) for split in (now["selection"], now["evaluation"])]
+        and all((folder / name).is_file() for name in record["files"])
+        and is_current(record, experiment)
+    )
+
+
+def _say(outcome: Outcome, number: int, total: int) -> None:
+    what = f"{outcome.error}" if outcome.status == "failed" else f"{outcome.seconds:.0f} s"
+    print(
+        f"[{number}/{total}] {outcome.experiment} on {outcome.model}: {outcome.status}, {what}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _write_summary(
+    out: Path, models: Sequence[str], outcomes: Sequence[Outcome], across: Mapping[str, Findings | str]
+) -> None:
+    rows = []
+    for outcome in outcomes:
+        row: dict[str, Any] = {
+            "experiment": outcome.experiment,
+            "model": outcome.model,
+            "status": outcome.status,
+            "seconds": outcome.seconds,
+            "folder": str(outcome.folder.relative_to(out)),
+        }
+        if outcome.status == "failed":
+            row |= {"error": outcome.error, "traceback": outcome.details}
+        else:
+            found = read_findings(outcome.folder)
+            row |= {"statement": found.statement, "numbers": found.numbers}
+        rows.append(row)
+    summary = {
+        "schema": SCHEMA,
+        "versions": versions(),
+        "models": list(models),
+        "runs": rows,
+        "across": {
+            name: {"error": found}
+            if isinstance(found, str)
+            else {"statement": found.statement, "numbers": found.numbers}
+            for name, found in across.items()
+        },
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- report
+
+
+def _write_report(
+    out: Path,
+    experiments: Sequence[Experiment],
+    outcomes: Sequence[Outcome],
+    across: Mapping[str, Findings | str],
+    failures: Sequence[Outcome],
+    references: str,
+) -> None:
+    """OUT/report.html from the runs' folders: one section an experiment, what each model shows folded."""
+    whole = [outcome.folder for outcome in outcomes if outcome.status != "failed"]
+    shown = whole + [out / name / "across" for name, found in across.items() if not isinstance(found, str)]
+    n_pictures = sum(len(_words(folder)["figures"]) for folder in shown)
+    largest = min(LARGEST_PICTURE, PICTURE_BYTES // max(n_pictures, 1))
+    sections: list[Section] = [("Overview", _overview(experiments, outcomes), [])]
+    for experiment in experiments:
+        mine = [outcome for outcome in outcomes if outcome.experiment == experiment.name]
+        body = question_html(experiment)
+        found = across.get(experiment.name)
+        if isinstance(found, str):
+            body += f'\n<h3>Across models</h3>\n<p class="failed">Failed: {escape(found)}</p>'
+        elif found is not None:
+            body += f"\n<h3>Across models</h3>\n{statement_html(found.statement)}"
+            body += _folder_html(out / experiment.name / "across", largest)
+        body += f"\n<h3>By model</h3>\n{_by_model(mine)}"
+        body += "\n".join(
+            folded_html(f"{o.model}: figures, tables, settings", _folder_html(o.folder, largest, record=True))
+            for o in mine
+            if o.status != "failed"
+        )
+        sections.append((experiment.title, body, []))
+    sections.append(("Models, versions and machine", _setting(whole), []))
+    sections.append(("References", f"<pre>{escape(references)}</pre>", []))
+    models = list(dict.fromkeys(outcome.model for outcome in outcomes))
+    subtitle = f"Experiments: {len(experiments)}. Models: {', '.join(models)}."
+    lead = ""
+    if failures:
+        n_done = sum(outcome.status != "failed" for outcome in outcomes)
+        listed = "".join(f"<p>{escape(f'{o.experiment} on {o.model}: {o.error}')}</p>\n" for o in failures)
+        verdict = f'<p class="verdict">Failed: {len(failures)}; done: {n_done}</p>'
+        lead = f'<div class="finding">\n{verdict}\n{listed}</div>'
+    write_page(out / "report.html", "Visual retrieval heads: all experiments", subtitle, lead, sections)
+
+
+def _words(folder: Path) -> dict[str, Any]:
+    words: dict[str, Any] = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
+    return words
+
+
+def _overview(experiments: Sequence[Experiment], outcomes: Sequence[Outcome]) -> str:
+    models = list(dict.fromkeys(outcome.model for outcome in outcomes))
+    by_run = {(outcome.experiment, outcome.model): outcome for outcome in outcomes}
+    rows = []
+    for number, experiment in enumerate(experiments, start=1):
+        cells = [by_run[experiment.name, model] for model in models]
+        rows.append(
+            [
+                f'<a href="#s{number}">{escape(experiment.title)}</a>',
+                *("failed" if cell.status == "failed" else f"{cell.seconds:.0f} s" for cell in cells),
+            ]
+        )
+    total = sum(outcome.seconds for outcome in outcomes)
+    caption = f'<p class="caption">Seconds that each run took, {total / 60:.0f} minutes together.</p>'
+    return caption + grid_html(["Experiment", *models], rows)
+
+
+def _by_model(outcomes: Sequence[Outcome]) -> str:
+    rows = []
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            details = folded_html("traceback", f"<pre>{escape(outcome.details)}</pre>")
+            said = f"<strong>Failed.</strong> {escape(outcome.error)}{details}"
+        else:
+            said = escape(_words(outcome.folder)["statement"])
+        rows.append([escape(outcome.model), said])
+    return grid_html(["Model", "What was found"], rows)
+
+
+def _folder_html(folder: Path, largest: int, *, record: bool = False) -> str:
+    found = read_findings(folder)
+    html = "".join(
+        f"<h4>{escape(title)}</h4>\n{picture}" for title, picture in pictures_html(folder, largest)
+    )
+    html += "".join(
+        f"<h4>{escape(title_of(name))}</h4>\n{table_html(caption, table, n_rows=_ROWS)}"
+        for name, (caption, table) in found.tables.items()
+    )
+    html += folded_html("all numbers", pairs_html(found.numbers))
+    if record:
+        html += folded_html("what was run", record_html(read_record(folder)))
+    return html
+
+
+def _setting(folders: Sequence[Path]) -> str:
+    records = [read_record(folder) for folder in folders]
+    models = {record["model"]["name"]: record["model"] for record in records}
+    columns = list(dict.fromkeys(name for model in models.values() for name in model))
+    rows = [[escape(str(model.get(column, ""))) for column in columns] for model in models.values()]
+    html = grid_html([title_of(column) for column in columns], rows) if rows else ""
+    seen: list[dict[str, Any]] = []
+    for record in records:
+        setting = {**record["versions"], **record["machine"]}
+        if setting not in seen:
+            seen.append(setting)
+    return html + "".join(pairs_html(setting) for setting in seen)

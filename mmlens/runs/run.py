@@ -1,0 +1,489 @@
+"""Runs of experiments: a folder each that says what was run on what, and holds all that a rerun is compared by.
+
+docs/experiments.md lists the files. `Request` is what was asked for and `run` carries it out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mmlens.data.examples import DataError, Example, load_examples, split_examples
+from mmlens.data.scenes import scene_examples
+from mmlens.experiments.catalog import EXPERIMENTS
+from mmlens.experiments.core_heads import CORE_HEADS
+from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.hook_names import unknown_name_message
+from mmlens.hooked_vlm import HookedVLM
+from mmlens.loading import shipped_models, shipped_tasks
+from mmlens.provenance import code_fingerprint, data_fingerprint, describe_model, machine, versions
+from mmlens.runs.methods import bibliography, filled_method, methods_text
+from mmlens.runs.report import write_findings_report
+from mmlens.viz.report import picture_files
+
+SCHEMA = "mmlens.run/1"
+
+# Scenes are drawn from their seed: these differ from each other and from the training's, 2**20 and up.
+SELECTION_SEED, EVALUATION_SEED = 100_000, 200_000
+
+_PARTIAL = ".partial"
+"""Where a run's files wait until all are written."""
+
+
+class RunError(ValueError):
+    """A folder that is no run, a run that cannot be repeated, or results that cannot be written."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run: an experiment with its settings on a model and its examples. Plain JSON.
+
+    `data` is a folder of examples, split by `selection_share` and `seed`; None draws `n_selection` and
+    `n_evaluation` scenes of every kind that a shipped model was trained on. `threads` 0 is torch's own choice.
+    `settings` are the experiment's keywords; those left out have their defaults.
+    """
+
+    experiment: str
+    model: str
+    data: str | None = None
+    n_selection: int = 40
+    n_evaluation: int = 30
+    selection_share: float = 0.5
+    seed: int = 0
+    batch_size: int = 30
+    dtype: str | None = None
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    threads: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A model and its two splits, loaded, with what a run's record says of them."""
+
+    model: HookedVLM
+    selection: list[Example]
+    evaluation: list[Example]
+    model_record: dict[str, Any]
+    data_record: dict[str, Any]
+
+
+def experiment_named(name: str) -> Experiment:
+    """The experiment of that name; ValueError with the nearest name where there is none.
+
+    >>> experiment_named("core-heads").settings["n_draws"]
+    10
+    """
+    known = {**EXPERIMENTS, CORE_HEADS.name: CORE_HEADS}
+    if name not in known:
+        raise ValueError(
+            unknown_name_message("experiment", name, known) + ". `mmlens experiments` lists them all"
+        )
+    return known[name]
+
+
+def full_settings(experiment: Experiment, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of an experiment: its defaults, and over them those given (lists, as JSON has them, as tuples).
+
+    Raises ValueError for a setting that the experiment does not have.
+    """
+    defaults = experiment.settings
+    for name in given:
+        if name not in defaults:
+            raise ValueError(unknown_name_message(f"{experiment.name} setting", name, defaults))
+    return defaults | {
+        name: value if isinstance(defaults[name], list) else _frozen(value) for name, value in given.items()
+    }
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def splits(request: Request) -> tuple[list[Example], list[Example]]:
+    """The examples to choose heads on, and those to judge them on.
+
+    Raises DataError where a model that does not come with the package is given no data.
+    """
+    if request.data is not None:
+        return split_examples(load_examples(request.data), request.selection_share, request.seed)
+    if request.model not in shipped_models():
+        raise DataError(
+            f"--model {request.model} needs --data FOLDER, a folder of examples (docs/data.md); generated scenes "
+            f"are for the shipped models: {', '.join(shipped_models())}"
+        )
+    tasks = shipped_tasks(request.model)
+
+    def scenes(n: int, seed: int) -> list[Example]:
+        kinds = (*tasks["visual"], *tasks["text"])
+        return [example for kind in kinds for example in scene_examples(kind, n, seed + request.seed)]
+
+    return scenes(request.n_selection, SELECTION_SEED), scenes(request.n_evaluation, EVALUATION_SEED)
+
+
+def load_model(request: Request) -> HookedVLM:
+    """The request's model, loaded as it asks."""
+    options = {name: getattr(request, name) for name in ("dtype", "device_map", "attn_implementation")}
+    return HookedVLM.from_pretrained(
+        request.model,
+        trust_remote_code=request.trust_remote_code,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+
+
+def prepare(request: Request) -> Prepared:
+    """Load the examples, then the model, and take their fingerprints."""
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    selection, evaluation = splits(request)
+    model = load_model(request)
+    return Prepared(
+        model,
+        selection,
+        evaluation,
+        describe_model(model, request.model),
+        _describe_data(request, selection, evaluation),
+    )
+
+
+def run(
+    request: Request,
+    out: str | Path,
+    *,
+    prepared: Prepared | None = None,
+    command: str = "",
+    progress: bool = True,
+) -> Path:
+    """Run an experiment and write its folder; return the folder.
+
+    Files are written apart and moved to `out` when all are there, `run.json` last, so that a folder with a
+    `run.json` is whole. A run that was there before is replaced, and files that it did not write are left.
+    `prepared` saves loading the model anew; `command` is noted in the record.
+
+    Raises ValueError for an unknown experiment, setting or citation, and RunError where `out` holds files but no
+    run, or where the findings are not plain (NaN, names that are no file names).
+    """
+    experiment = experiment_named(request.experiment)
+    request = replace(request, settings=full_settings(experiment, request.settings))
+    references = bibliography(experiment.cites)
+    out = Path(out)
+    check_folder(out)
+    prepared = prepared or prepare(request)
+    with _written_at_once(out, "run.json") as (folder, record):
+        record |= _record(request, experiment, prepared, command)
+        start = time.monotonic()
+        setup = Setup(
+            prepared.model,
+            prepared.selection,
+            prepared.evaluation,
+            seed=request.seed,
+            batch_size=request.batch_size,
+            progress=progress,
+            name=prepared.model_record["name"],
+        )
+        findings = experiment.run(setup, **request.settings)
+        record["seconds"] = round(time.monotonic() - start, 1)
+        record["statement"] = findings.statement
+        if findings.save is not None:
+            record["results"] = findings.save(folder)
+        else:
+            record["results"] = write_findings(findings, folder)
+            write_findings_report(folder, experiment, findings, record)
+        (folder / "methods.md").write_text(methods_text(record), encoding="utf-8")
+        (folder / "references.bib").write_text(references, encoding="utf-8")
+    return out
+
+
+def check_folder(out: Path, record: str = "run.json") -> None:
+    """Raise RunError where `out` is a file, or a folder with files but without a record of what wrote them."""
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{str(out)!r} is a file; a run is written to a folder")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (_PARTIAL, record)):
+        raise RunError(f"the folder {str(out)!r} holds files but no {record}: give a new folder, or empty it")
+    if (out / record).exists():
+        _written_files(out, record)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run that was written whole."""
+    return (folder / "run.json").is_file()
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """What `run.json` of a folder says. RunError where there is none, or one of another schema."""
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise RunError(f"there is no run in {str(folder)!r}: no run.json")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        schema = record["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{str(path)!r} is no record of a run: {error!r}") from error
+    if schema != SCHEMA:
+        raise RunError(f"{str(path)!r} has the schema {schema!r}; this version reads {SCHEMA!r}")
+    return record
+
+
+def request_of(record: Mapping[str, Any]) -> Request:
+    """The request that a record came from."""
+    given = record["request"]
+    unknown = sorted(set(given) - {known.name for known in fields(Request)})
+    if unknown:
+        raise RunError(f"the run was asked for with {', '.join(unknown)}, which this version does not know")
+    return Request(**given)
+
+
+def request_record(request: Request, experiment: Experiment) -> dict[str, Any]:
+    """A request in plain JSON with all its settings, the folders in it wherever one stands when it is repeated."""
+    settings = full_settings(experiment, request.settings)
+    places = {
+        name: str(Path(place).resolve())
+        for name, place in (("model", request.model), ("data", request.data))
+        if place is not None and place not in shipped_models() and Path(place).is_dir()
+    }
+    return _plain(asdict(replace(request, settings=settings)) | places, "request")
+
+
+def folder_name(model: str) -> str:
+    """What a model's folder is called: its name, or `owner--name` of one on the hub.
+
+    >>> folder_name("micro"), folder_name("Qwen/Qwen3-VL-4B-Instruct"), folder_name("/models/mine/")
+    ('micro', 'Qwen--Qwen3-VL-4B-Instruct', 'mine')
+    """
+    if Path(model).is_dir() or model.startswith(("/", ".", "~")):
+        return Path(model).resolve().name
+    return model.replace("/", "--")
+
+
+def model_folders(models: Sequence[str], out: str | Path) -> dict[str, Path]:
+    """A folder of `out` for every model; ValueError where two would share one, or one is called `across`."""
+    folders = {model: Path(out) / folder_name(model) for model in models}
+    for folder, count in Counter(folders.values()).items():
+        if count > 1 or folder.name == "across":
+            raise ValueError(
+                f"the models {', '.join(models)} cannot be told apart by their folders' names: {folder.name!r}"
+                if count > 1
+                else "no model may be called 'across': that folder holds what is said across models"
+            )
+    return folders
+
+
+# ---------------------------------------------------------------------- findings as files
+
+
+def write_findings(findings: Findings, folder: Path) -> list[str]:
+    """Write numbers.json, tables, per_example and figures, and findings.json with the words; return the results.
+
+    Results are the files that a rerun is compared by: all but the pictures and the csv copies of tables.
+    """
+    results = ["numbers.json"]
+    plain = _plain(findings.numbers, "numbers")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "numbers.json").write_text(json.dumps(plain, indent=1, allow_nan=False), encoding="utf-8")
+    tables = {name: table for name, (_, table) in findings.tables.items()}
+    for kind, given in (("tables", tables), ("per_example", findings.per_example)):
+        for name, table in given.items():
+            results.append(f"{kind}/{name}.parquet")
+            _write_table(table, folder / kind, name, with_csv=kind == "tables")
+    pictures = []
+    for number, (title, caption, figure) in enumerate(findings.figures, start=1):
+        slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60]
+        stem = f"{number:02d}-{slug}".strip("-")
+        width = picture_files(figure, folder / "figures", stem)
+        pictures.append({"file": f"figures/{stem}", "title": title, "caption": caption, "width": width})
+    words = {
+        "statement": findings.statement,
+        "tables": {name: caption for name, (caption, _) in findings.tables.items()},
+        "per_example": list(findings.per_example),
+        "figures": pictures,
+    }
+    (folder / "findings.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
+    return results
+
+
+def read_findings(folder: str | Path) -> Findings:
+    """Findings as they were written, but for the figures, of which there are none."""
+    folder = Path(folder)
+    words = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
+    return Findings(
+        words["statement"],
+        json.loads((folder / "numbers.json").read_text(encoding="utf-8")),
+        {
+            name: (caption, pd.read_parquet(folder / "tables" / f"{name}.parquet"))
+            for name, caption in words["tables"].items()
+        },
+        {name: pd.read_parquet(folder / "per_example" / f"{name}.parquet") for name in words["per_example"]},
+    )
+
+
+def write_across(experiment: Experiment, folders: Mapping[str, Path], out: Path) -> Findings | None:
+    """What an experiment says across the models of its runs, written to `out`; None where it has nothing to say.
+
+    The findings of each model are read back from its run's folder.
+    """
+    if experiment.across is None or len(folders) < 2:
+        return None
+    check_folder(out, "across.json")
+    findings = experiment.across({model: read_findings(folder) for model, folder in folders.items()})
+    with _written_at_once(out, "across.json") as (partial, record):
+        record |= {"schema": "mmlens.across/1", "models": list(folders), "versions": versions()}
+        write_findings(findings, partial)
+        write_findings_report(partial, experiment, findings, record)
+    return findings
+
+
+def _write_table(table: pd.DataFrame, folder: Path, name: str, *, with_csv: bool) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise RunError(f"a table's name is a file's: letters, digits, '_', '.', '-' only, not {name!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Whatever a sweep notes beside its table need not be JSON, which parquet's metadata is.
+    table = table.rename(columns=str)
+    table.attrs = {}
+    try:
+        table.to_parquet(folder / f"{name}.parquet")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RunError(f"the table {name!r} cannot be written as parquet: {error}") from error
+    if with_csv:
+        table.to_csv(folder / f"{name}.csv", index=not isinstance(table.index, pd.RangeIndex))
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` as plain JSON; RunError that says where it is not."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise RunError(f"{where} has the key {key!r}; names in JSON are text")
+        return {key: _plain(inner, f"{where}.{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, f"{where}[{i}]") for i, inner in enumerate(value)]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        if not math.isfinite(value):
+            raise RunError(f"{where} is {value}; say None for what is not known")
+        return float(value)
+    raise RunError(f"{where} is a {type(value).__name__}, and the numbers of findings are plain JSON")
+
+
+# ---------------------------------------------------------------------- record
+
+
+def _record(request: Request, experiment: Experiment, prepared: Prepared, command: str) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "request": request_record(request, experiment),
+        "experiment": {
+            "title": experiment.title,
+            "source": experiment.source,
+            "question": experiment.question,
+            "method": filled_method(experiment, request.settings),
+            "cites": list(experiment.cites),
+        },
+        "model": prepared.model_record,
+        "data": prepared.data_record,
+        "versions": versions(),
+        "code": code_fingerprint(experiment.run),
+        "machine": machine(prepared.model),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _describe_data(
+    request: Request, selection: Sequence[Example], evaluation: Sequence[Example]
+) -> dict[str, Any]:
+    def describe(split: Sequence[Example]) -> dict[str, Any]:
+        return {
+            "n": len(split),
+            "n_by_kind": dict(sorted(Counter(example.kind for example in split).items())),
+            "controls": sorted(
+                {e.kind for e in split if not e.evidence} - {e.kind for e in split if e.evidence}
+            ),
+            "fingerprint": data_fingerprint(split),
+            "ids": [example.id for example in split],
+        }
+
+    source: dict[str, Any]
+    if request.data is None:
+        seeds = (SELECTION_SEED + request.seed, EVALUATION_SEED + request.seed)
+        source = {"source": "generated scenes", "selection_seed": seeds[0], "evaluation_seed": seeds[1]}
+    else:
+        source = {
+            "source": str(Path(request.data).resolve()),
+            "selection_share": request.selection_share,
+            "split_seed": request.seed,
+        }
+    return {**source, "selection": describe(selection), "evaluation": describe(evaluation)}
+
+
+@contextmanager
+def _written_at_once(out: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder to write to and a record to fill; both reach `out` if nothing is raised, and neither else.
+
+    The record, a file of that name, lists the files. It goes first when they are replaced and comes last.
+    """
+    existed = out.is_dir()
+    partial = out / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    record: dict[str, Any] = {}
+    try:
+        yield partial, record
+    except BaseException:
+        shutil.rmtree(partial)
+        if not existed:
+            out.rmdir()
+        raise
+    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    (partial / name).write_text(
+        json.dumps({**record, "files": files}, indent=1, allow_nan=False), encoding="utf-8"
+    )
+    if (out / name).is_file():
+        _remove_written(out, name)
+    for file in (*files, name):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / file, out / file)
+    shutil.rmtree(partial)
+
+
+def _written_files(folder: Path, name: str) -> list[Path]:
+    """The files within the folder that a record lists."""
+    try:
+        listed = json.loads((folder / name).read_text(encoding="utf-8"))["files"]
+        paths = [folder / file for file in listed]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{str(folder / name)!r} is no record of what was written there: {error!r}") from error
+    return [path for path in paths if path.resolve().is_relative_to(folder.resolve())]
+
+
+def _remove_written(folder: Path, name: str) -> None:
+    """Remove a record, the files that it lists and the folders that this empties; other files stay."""
+    written = _written_files(folder, name)
+    (folder / name).unlink()
+    for path in written:
+        path.unlink(missing_ok=True)
+    for parent in sorted({path.parent for path in written} - {folder}, reverse=True):
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()

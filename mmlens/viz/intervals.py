@@ -1,0 +1,168 @@
+"""Means with their intervals: as rows of dots and whiskers, or as curves with bands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from mmlens.viz.style import GRID, INK, LABEL_SIZE, MUTED, TICK_SIZE, TITLE_SIZE, new_figure, tidy
+
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#b07aa1", "#8c6d1f", "#56b4e9", "#1f2328", "#cc79a7")
+"""Told apart also by the colour-blind; the first is that of the top heads, the second of the bottom heads."""
+
+MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+
+
+def plot_intervals(
+    table: pd.DataFrame,
+    *,
+    row: str,
+    series: str | None = None,
+    xlabel: str,
+    lines: Mapping[str, float] | None = None,
+    percent: bool = False,
+    title: str = "",
+) -> Figure:
+    """One line for each value of the column `row`, with a dot at `mean` and a whisker from `low` to `high`.
+
+    `series` is a column that tells several dots of a line apart by colour and marker. `lines` are named values at
+    which a dashed line stands. Rows and series keep the table's order. A row without `low` and `high` has a dot only.
+
+    Raises ValueError for a missing column, a table without rows, or a mean that is not finite.
+
+    >>> table = pd.DataFrame({"head": ["L0H1", "L0H2"], "mean": [.4, .2], "low": [.3, .1], "high": [.5, .3]})
+    >>> figure = plot_intervals(table, row="head", xlabel="RAM")
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['L0H1', 'L0H2']
+    """
+    _check(table, [row, *([series] if series else [])])
+    names = list(dict.fromkeys(table[row]))
+    groups = list(dict.fromkeys(table[series])) if series else [None]
+    figure = new_figure(6.4, 0.24 * len(names) * max(1.0, 0.45 * len(groups)) + 1.1 + 0.2 * len(groups))
+    ax = figure.subplots()
+    for at, group in enumerate(groups):
+        part = table if group is None else table[table[series] == group]
+        shift = (at - (len(groups) - 1) / 2) * 0.7 / len(groups)
+        y = np.array([names.index(name) for name in part[row]]) + shift
+        mean = part["mean"].to_numpy(float)
+        reach = np.vstack([mean - part["low"].to_numpy(float), part["high"].to_numpy(float) - mean])
+        ax.errorbar(
+            mean,
+            y,
+            # A mean over draws may lie a rounding error outside its own interval.
+            xerr=np.nan_to_num(reach.clip(min=0)),
+            fmt=MARKERS[at % len(MARKERS)],
+            color=COLOURS[at % len(COLOURS)],
+            markersize=5,
+            linewidth=1.3,
+            label=None if group is None else str(group),
+        )
+    for name, value in (lines or {}).items():
+        ax.axvline(value, color=MUTED, linewidth=1, linestyle=(0, (3, 3)), zorder=0)
+        ax.annotate(
+            name,
+            (value, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, 2),
+            textcoords="offset points",
+            fontsize=TICK_SIZE - 1,
+            color=MUTED,
+        )
+    ax.set_yticks(range(len(names)), [str(name) for name in names])
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    tidy(ax)
+    ax.grid(axis="x", color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    if percent:
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_xlabel(xlabel, fontsize=LABEL_SIZE, color=INK)
+    ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left", pad=16 if lines else 6)
+    if series:
+        _legend(figure, groups)
+    return figure
+
+
+def plot_curves(
+    table: pd.DataFrame,
+    *,
+    x: str,
+    series: str,
+    xlabel: str,
+    ylabel: str,
+    percent: bool = False,
+    title: str = "",
+    dashed: Sequence[str] = (),
+) -> Figure:
+    """`mean` against the column `x`, one curve for each value of `series`, with a band from `low` to `high`.
+
+    Series in `dashed` (numbers from elsewhere) are drawn thin and dashed. A row whose low and high are missing has
+    no band. Raises ValueError as `plot_intervals`, and for a `dashed` name that is no series.
+
+    >>> table = pd.DataFrame({"k": [1, 2], "arm": "top", "mean": [.4, .6], "low": [.3, .5], "high": [.5, .7]})
+    >>> len(plot_curves(table, x="k", series="arm", xlabel="heads", ylabel="coverage").axes[0].lines)
+    1
+    """
+    _check(table, [x, series])
+    names = list(dict.fromkeys(table[series]))
+    unknown = [name for name in dashed if name not in names]
+    if unknown:
+        raise ValueError(f"no series {unknown} to dash; the series are {names}")
+    figure = new_figure(6.2, 3.9)
+    ax = figure.subplots()
+    for at, name in enumerate(names):
+        part = table[table[series] == name].sort_values(x)
+        colour = COLOURS[at % len(COLOURS)]
+        style = (
+            {"linewidth": 1.0, "linestyle": (0, (4, 2)), "alpha": 0.8}
+            if name in dashed
+            else {"linewidth": 1.6}
+        )
+        ax.plot(
+            part[x],
+            part["mean"],
+            color=colour,
+            marker=MARKERS[at % len(MARKERS)],
+            markersize=4,
+            label=str(name),
+            **style,
+        )
+        with_band = part.dropna(subset=["low", "high"])
+        ax.fill_between(
+            with_band[x], with_band["low"], with_band["high"], color=colour, alpha=0.15, linewidth=0
+        )
+    tidy(ax, grid=True)
+    if percent:
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_xlabel(xlabel, fontsize=LABEL_SIZE, color=INK)
+    ax.set_ylabel(ylabel, fontsize=LABEL_SIZE, color=INK)
+    ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left")
+    _legend(figure, names)
+    return figure
+
+
+def _check(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [name for name in (*columns, "mean", "low", "high") if name not in table.columns]
+    if missing:
+        raise ValueError(
+            f"the table lacks the columns {missing}; it has {[str(name) for name in table.columns]}"
+        )
+    if not len(table):
+        raise ValueError("the table has no rows, so there is nothing to draw")
+    if not np.isfinite(table["mean"].to_numpy(float)).all():
+        raise ValueError("a mean of the table is not finite")
+
+
+def _legend(figure: Figure, names: Sequence[object]) -> None:
+    longest = max(len(str(name)) for name in names) + 8
+    figure.legend(
+        loc="outside lower center",
+        # About 14 characters an inch at this size.
+        ncols=max(1, min(len(names), int(14 * figure.get_figwidth()) // longest)),
+        fontsize=TICK_SIZE,
+        frameon=False,
+        labelcolor=INK,
+    )

@@ -1,0 +1,92 @@
+"""A small table of numbers as a picture: one coloured cell for each pair, its number written in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.colors import CenteredNorm, Normalize
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from mmlens.viz.style import INK, LABEL_SIZE, MUTED, PAPER, TICK_SIZE, TITLE_SIZE, as_array, new_figure, tidy
+
+
+def plot_matrix(
+    values: Tensor | ArrayLike,
+    rows: Sequence[str],
+    columns: Sequence[str] | None = None,
+    *,
+    title: str = "",
+    label: str = "",
+    row_label: str = "",
+    column_label: str = "",
+    vmax: float | None = None,
+    decimals: int = 2,
+) -> Figure:
+    """`values` [row, column], each cell coloured and with its number; a cell that is NaN is left empty.
+
+    `columns` are by default the rows. Values that are all >= 0 are drawn from 0 in one hue, others from blue (below
+    0) to red, white at 0; `vmax` is the largest size that colours tell apart, by default the largest there is.
+
+    Raises ValueError where names and values do not fit together, or there is no number.
+
+    >>> figure = plot_matrix([[1.0, 0.5], [0.5, 1.0]], ["objects", "frames"], label="Spearman")
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['1.00', '0.50', '0.50', '1.00']
+    """
+    table = as_array(values)
+    columns = rows if columns is None else columns
+    if table.shape != (len(rows), len(columns)):
+        raise ValueError(
+            f"values of shape {list(table.shape)} for {len(rows)} rows and {len(columns)} columns of names"
+        )
+    numbers = table[np.isfinite(table)]
+    if not len(numbers):
+        raise ValueError("no number to draw: every cell is missing")
+    signed = bool((numbers < 0).any())
+    top = float(np.abs(numbers).max()) if vmax is None else vmax
+    norm: Normalize = CenteredNorm(0, top or 1.0) if signed else Normalize(0, top or 1.0)
+    longest = max(map(len, rows))
+    figure = new_figure(0.72 * len(columns) + 0.075 * longest + 1.6, 0.5 * len(rows) + 1.5)
+    ax = figure.subplots()
+    mesh = ax.pcolormesh(
+        np.ma.masked_invalid(table),
+        cmap="RdBu_r" if signed else "Blues",
+        norm=norm,
+        edgecolors=PAPER,
+        linewidth=1,
+    )
+    for row, column in np.argwhere(np.isfinite(table)):
+        strong = abs(table[row, column]) > 0.6 * (top or 1.0)
+        ax.text(
+            column + 0.5,
+            row + 0.5,
+            f"{table[row, column]:.{decimals}f}",
+            ha="center",
+            va="center",
+            fontsize=TICK_SIZE,
+            color=PAPER if strong else INK,
+        )
+    tidy(ax)
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    turned = max(map(len, columns)) > 9
+    ax.set_xticks(
+        np.arange(len(columns)) + 0.5,
+        columns,
+        rotation=30 if turned else 0,
+        ha="right" if turned else "center",
+    )
+    ax.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    ax.invert_yaxis()
+    ax.set_xlabel(column_label, fontsize=LABEL_SIZE, color=INK)
+    ax.set_ylabel(row_label, fontsize=LABEL_SIZE, color=INK)
+    ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left")
+    bar = figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.03)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=TICK_SIZE, labelcolor=INK, color=MUTED, length=0)
+    bar.set_label(label, fontsize=LABEL_SIZE, color=INK)
+    return figure

@@ -1,0 +1,53 @@
+"""Dots, whiskers and curves: where they are drawn, and bad input refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmlens.viz.intervals import plot_curves, plot_intervals
+
+TABLE = pd.DataFrame(
+    {
+        "row": ["a", "a", "b"],
+        "arm": ["top", "bottom", "top"],
+        "k": [1, 1, 2],
+        "mean": [0.4, 0.2, 0.6],
+        "low": [0.3, 0.1, np.nan],
+        "high": [0.6, 0.3, np.nan],
+    }
+)
+
+
+def test_dots_and_whiskers_are_where_the_table_says() -> None:
+    figure = plot_intervals(TABLE, row="row", series="arm", xlabel="share", lines={"chance": 0.1})
+    figure.canvas.draw()
+    ax = figure.axes[0]
+    top, bottom = ax.containers
+    np.testing.assert_allclose(top.lines[0].get_xdata(), [0.4, 0.6])
+    segments = top.lines[2][0].get_segments()
+    np.testing.assert_allclose([segment[:, 0] for segment in segments], [[0.3, 0.6], [0.6, 0.6]])
+    # The two series of a row stand beside each other, the rows from top to bottom.
+    assert top.lines[0].get_ydata()[0] < bottom.lines[0].get_ydata()[0] < top.lines[0].get_ydata()[1]
+    assert [text.get_text() for text in ax.texts] == ["chance"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["top", "bottom"]
+
+
+def test_curves_are_sorted_and_only_what_has_an_interval_has_a_band() -> None:
+    shuffled = TABLE.iloc[::-1]
+    figure = plot_curves(shuffled, x="k", series="arm", xlabel="heads", ylabel="coverage", dashed=["bottom"])
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert lines["top"].get_xdata().tolist() == [1, 2] and lines["bottom"].get_linestyle() == "--"
+    figure.canvas.draw()
+
+
+def test_bad_tables_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"lacks the columns \['high'\]"):
+        plot_intervals(TABLE.drop(columns="high"), row="row", xlabel="")
+    with pytest.raises(ValueError, match="no rows"):
+        plot_curves(TABLE.iloc[:0], x="k", series="arm", xlabel="", ylabel="")
+    with pytest.raises(ValueError, match="not finite"):
+        plot_intervals(TABLE.assign(mean=np.nan), row="row", xlabel="")
+    with pytest.raises(ValueError, match=r"no series \['middle'\]"):
+        plot_curves(TABLE, x="k", series="arm", xlabel="", ylabel="", dashed=["middle"])
