@@ -57,8 +57,8 @@ class Recipe:
     """Scenes of each kind in a batch of stage 2; empty: one of each."""
     vision_steps: int = 2500
     vision_rate: float = 2e-3
-    settle: Phase | None = None
-    """A further phase of the language model, between stages 2 and 3."""
+    settle: tuple[Phase, ...] = ()
+    """Further phases of the language model, between stages 2 and 3."""
     joint_steps: int = 200
     joint_rate: float = 5e-4
     joint_decay: float = 2.5
@@ -147,13 +147,9 @@ def _composed(architecture: Architecture, layers: int, heads: int, width: int, *
                 stream=3,
             ),
         ),
-        settle=Phase(
-            steps=700,
-            rows=_ALL_ROWS,
-            row_length=190,
-            decay=1.5,
-            frozen_embeddings=True,
-            stream=4,
+        settle=(
+            Phase(steps=700, rows=_ALL_ROWS, row_length=190, decay=1.5, frozen_embeddings=True, stream=4),
+            Phase(steps=700, rows=_ALL_ROWS, row_length=190, decay=2.5, frozen_embeddings=True, stream=5),
         ),
         joint_rows=_ALL_ROWS,
         joint_row_length=190,

@@ -360,9 +360,10 @@ def train(recipe: Recipe, out: Path, first: str = "language", checkpoints: tuple
     if first in STAGES[:2]:
         train_vision(model, processor, scenes_of(1), recipe)
         save(model, processor, recipe, out)
-    if recipe.settle is not None and first in STAGES[:3]:
-        train_language_model(model, scenes_of(recipe.settle.stream), recipe, recipe.settle, exits)
-        save(model, processor, recipe, out)
+    if first in STAGES[:3]:
+        for phase in recipe.settle:
+            train_language_model(model, scenes_of(phase.stream), recipe, phase, exits)
+            save(model, processor, recipe, out)
     train_joint(model, processor, scenes_of(2), recipe)
     save(model, processor, recipe, out)
 

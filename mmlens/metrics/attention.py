@@ -14,21 +14,29 @@ is NaN throughout. Models that read images by cross-attention are refused: their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from mmlens.data.examples import Example
 from mmlens.heads import Heads, HeadScores, as_head_set
 from mmlens.hooked_vlm import HookedVLM, Inputs
+from mmlens.metrics.attention_rows import (
+    LayerBuffer,
+    Rows,
+    check_positions,
+    examples_with_evidence,
+    kinds_of_examples,
+    prompts_of,
+    read_rows,
+    real_positions,
+    refuse_cross_attention,
+)
 from mmlens.prompt import Prompt
 from mmlens.token_map import Mapping as BoxMapping
-
-Rows = Float[Tensor, "batch head query key"]
 
 
 def attention_mass(
@@ -50,15 +58,15 @@ def attention_mass(
     >>> bool(torch.allclose(mass, torch.ones(1, model.cfg.n_layers, model.cfg.n_heads), atol=1e-5))
     True
     """
-    _refuse_cross_attention(model)
-    real = _real_positions(inputs)
-    _check_positions("keys", keys, real)
-    mass = _LayerBuffer(model, len(real))
+    refuse_cross_attention(model)
+    real = real_positions(inputs)
+    check_positions("keys", keys, real)
+    mass = LayerBuffer(model, len(real))
 
     def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
         mass.put(layer, mass_of_rows(rows, query_mask, keys.to(rows.device)))
 
-    _read_rows(model, inputs, queries, real, consume)
+    read_rows(model, inputs, queries, real, consume)
     return mass.take()
 
 
@@ -89,13 +97,13 @@ def ram(
     Raises ValueError for no examples, and for examples without evidence (named); CrossAttentionError as
     `attention_mass` does.
     """
-    _refuse_cross_attention(model)
-    examples = _with_evidence(examples)
+    refuse_cross_attention(model)
+    examples = examples_with_evidence(examples)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
-    for chosen, prompt in _prompts(model, examples, batch_size, progress, "RAM"):
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM"):
         evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
         per_example[chosen] = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
-    return HeadScores(per_example, "RAM", _kinds(examples), model.heads_per_layer)
+    return HeadScores(per_example, "RAM", kinds_of_examples(examples), model.heads_per_layer)
 
 
 @dataclass(frozen=True)
@@ -138,16 +146,16 @@ def evidence_attention(
     prompt (padding is none of them); a head's key tokens T_top are the max(1, floor(.05 L)) positions with
     most of it, the earlier first among equals. Arguments and errors as in `ram`.
     """
-    _refuse_cross_attention(model)
-    examples = _with_evidence(examples)
+    refuse_cross_attention(model)
+    examples = examples_with_evidence(examples)
     shape = len(examples), model.cfg.n_layers, model.cfg.n_heads
     to_evidence, to_vision = torch.empty(shape), torch.empty(shape)
     hits: dict[int, Tensor] = {}
-    for chosen, prompt in _prompts(model, examples, batch_size, progress, "evidence attention"):
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "evidence attention"):
         evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
         to_evidence[chosen], to_vision[chosen], of_batch = _read_evidence(model, prompt, evidence)
         hits |= zip(chosen, of_batch, strict=True)
-    kinds = _kinds(examples)
+    kinds = kinds_of_examples(examples)
     return EvidenceAttention(
         HeadScores(to_evidence, "RAM", kinds, model.heads_per_layer),
         HeadScores(to_vision, "vision mass", kinds, model.heads_per_layer),
@@ -159,9 +167,9 @@ def _read_evidence(
     model: HookedVLM, prompt: Prompt, evidence: Bool[Tensor, "batch pos"]
 ) -> tuple[Float[Tensor, "batch layer head"], Float[Tensor, "batch layer head"], list[Tensor]]:
     """Mass on the evidence and on all visual tokens; each example's hits [layer, head, evidence_token]."""
-    real, is_image = _real_positions(prompt), prompt.token_map.is_image
-    _check_positions("evidence", evidence, real)
-    to_evidence, to_vision = _LayerBuffer(model, len(prompt)), _LayerBuffer(model, len(prompt))
+    real, is_image = real_positions(prompt), prompt.token_map.is_image
+    check_positions("evidence", evidence, real)
+    to_evidence, to_vision = LayerBuffer(model, len(prompt)), LayerBuffer(model, len(prompt))
     shape = model.cfg.n_layers, model.cfg.n_heads
     hits = [torch.zeros(*shape, int(tokens.sum()), dtype=torch.bool) for tokens in evidence]
 
@@ -173,7 +181,7 @@ def _read_evidence(
         for row, of_example in enumerate(hits):
             of_example[layer, : top.shape[1]] = top[row][:, evidence[row].cpu()]
 
-    _read_rows(model, prompt, prompt.token_map.is_question, real, consume)
+    read_rows(model, prompt, prompt.token_map.is_question, real, consume)
     return to_evidence.take(), to_vision.take(), hits
 
 
@@ -248,107 +256,3 @@ def key_tokens(
     counts = (real.sum(-1) // 20).clamp(min=1)
     first = torch.arange(mean.shape[-1], device=mean.device) < counts[:, None, None]
     return torch.zeros_like(mean, dtype=torch.bool).scatter(-1, order, first.expand_as(mean))
-
-
-class _LayerBuffer:
-    """[batch, layer, head], filled one layer at a time; refuses to be read with a layer missing.
-
-    NaN where the model has no head.
-    """
-
-    def __init__(self, model: HookedVLM, batch: int) -> None:
-        self._values = torch.full((batch, model.cfg.n_layers, model.cfg.n_heads), torch.nan)
-        self._missing = set(model.attention_layers)
-
-    def put(self, layer: int, values: Float[Tensor, "batch head"]) -> None:
-        self._values[:, layer, : values.shape[1]] = values.cpu()
-        self._missing.discard(layer)
-
-    def take(self) -> Float[Tensor, "batch layer head"]:
-        if self._missing:
-            raise RuntimeError(f"layers {sorted(self._missing)} gave no attention rows in this forward pass")
-        return self._values
-
-
-class CrossAttentionError(TypeError):
-    """Attention from positions to positions was asked of a model whose images are at no position."""
-
-
-def _refuse_cross_attention(model: HookedVLM) -> None:
-    if model.family.image_token == "" and not model.family.image_positions:
-        raise CrossAttentionError(
-            f"{model.family.model_type} reads images by cross-attention: the keys there are image patches, and no "
-            "position of the prompt is one, so no attention goes from the question to the image's positions. Hooks "
-            "read the patterns of those layers (attn.hook_pattern)"
-        )
-
-
-def _read_rows(
-    model: HookedVLM,
-    inputs: Inputs,
-    queries: Bool[Tensor, "batch pos"],
-    real: Bool[Tensor, "batch pos"],
-    consume: Callable[[int, Tensor, Tensor], None],
-) -> None:
-    _check_positions("queries", queries, real)
-    model.attention_rows(inputs, queries, consume)
-
-
-def _real_positions(inputs: Inputs) -> Bool[Tensor, "batch pos"]:
-    """Which positions are not padding."""
-    tensors = inputs.inputs if isinstance(inputs, Prompt) else inputs
-    if tensors.get("attention_mask") is not None:
-        return tensors["attention_mask"].bool()
-    return torch.ones_like(tensors["input_ids"], dtype=torch.bool)
-
-
-def _check_positions(name: str, chosen: Bool[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]) -> None:
-    if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool:
-        given = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
-        raise TypeError(f"{name} is a boolean tensor [batch, pos], not {given}")
-    if chosen.shape != real.shape:
-        raise ValueError(
-            f"{name} has shape {list(chosen.shape)}, the inputs are [batch, pos] = {list(real.shape)}"
-        )
-    empty = (~chosen.any(-1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"{name} marks no position in batch row(s) {empty}")
-    padded = (chosen & ~real.to(chosen.device)).any(-1).nonzero().flatten().tolist()
-    if padded:
-        raise ValueError(f"{name} marks padding in batch row(s) {padded}")
-
-
-def _with_evidence(examples: Sequence[Example]) -> list[Example]:
-    examples = list(examples)
-    if not examples:
-        raise ValueError("no examples given: expected at least one with evidence")
-    without = [example.id or f"number {i}" for i, example in enumerate(examples) if not example.evidence]
-    if without:
-        raise ValueError(
-            f"{len(without)} of {len(examples)} examples have no evidence (text-only controls have none): "
-            f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}"
-        )
-    return examples
-
-
-def _kinds(examples: Sequence[Example]) -> tuple[str, ...] | None:
-    return tuple(example.kind for example in examples) if any(example.kind for example in examples) else None
-
-
-def _prompts(
-    model: HookedVLM, examples: Sequence[Example], batch_size: int, progress: bool, label: str
-) -> Iterator[tuple[list[int], Prompt]]:
-    """Batches of examples of like image size, which keeps the padding short."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is at least 1, not {batch_size}")
-
-    def pixels(index: int) -> int:
-        return sum(image.width * image.height for image in examples[index].images)
-
-    order = sorted(range(len(examples)), key=pixels)
-    with tqdm(total=len(examples), desc=label, unit="example", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = [examples[index] for index in chosen]
-            yield chosen, model.prompt([e.question for e in batch], images=[list(e.images) for e in batch])
-            bar.update(len(chosen))

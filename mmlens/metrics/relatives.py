@@ -32,17 +32,16 @@ from mmlens.data.examples import Evidence, Example
 from mmlens.heads import HeadScores
 from mmlens.hook_names import unknown_name_message
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.attention import (
+from mmlens.metrics.attention import attention_mass, mean_of_rows
+from mmlens.metrics.attention_rows import (
+    LayerBuffer,
     Rows,
-    _kinds,
-    _LayerBuffer,
-    _prompts,
-    _read_rows,
-    _real_positions,
-    _refuse_cross_attention,
-    _with_evidence,
-    attention_mass,
-    mean_of_rows,
+    examples_with_evidence,
+    kinds_of_examples,
+    prompts_of,
+    read_rows,
+    real_positions,
+    refuse_cross_attention,
 )
 from mmlens.prompt import Prompt
 from mmlens.token_map import Mapping as BoxMapping
@@ -77,8 +76,8 @@ def null_calibrated_ram(
     >>> null_calibrated_ram(model, examples, null_question="?", progress=False)
     HeadScores(null-calibrated RAM: 8 layers x 8 heads, 2 examples)
     """
-    _refuse_cross_attention(model)
-    examples = _with_evidence(examples)
+    refuse_cross_attention(model)
+    examples = examples_with_evidence(examples)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     pairs = _with_null_prompts(model, examples, null_question, batch_size, progress, "null-calibrated RAM")
     for chosen, prompt, null in pairs:
@@ -93,7 +92,7 @@ def null_calibrated_ram(
             for each in (prompt, null)
         )
         per_example[chosen] = asked - unasked
-    return HeadScores(per_example, "null-calibrated RAM", _kinds(examples), model.heads_per_layer)
+    return HeadScores(per_example, "null-calibrated RAM", kinds_of_examples(examples), model.heads_per_layer)
 
 
 def query_focused_score(
@@ -124,14 +123,14 @@ def query_focused_score(
     >>> query_focused_score(model, examples, null_question="?", progress=False).values.shape
     torch.Size([8, 8])
     """
-    _refuse_cross_attention(model)
+    refuse_cross_attention(model)
     _check_region(region)
     if cut is not None and cut < 0:
         raise ValueError(f"cut is a number of standard deviations below the mean, 0 or more, not {cut}")
-    examples = _with_evidence(examples)
+    examples = examples_with_evidence(examples)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     pairs = (
-        ((chosen, prompt, None) for chosen, prompt in _prompts(model, examples, batch_size, progress, "QR"))
+        ((chosen, prompt, None) for chosen, prompt in prompts_of(model, examples, batch_size, progress, "QR"))
         if null_question is None
         else _with_null_prompts(model, examples, null_question, batch_size, progress, "QR")
     )
@@ -141,7 +140,7 @@ def query_focused_score(
         images = prompt.token_map.image.cpu()
         asked = _attention_to_images(model, prompt)
         unasked = None if null is None else _attention_to_images(model, null)
-        scores = _LayerBuffer(model, len(prompt))
+        scores = LayerBuffer(model, len(prompt))
         for layer, of_layer in asked.items():
             rows = []
             for row, attention in enumerate(of_layer):
@@ -152,7 +151,7 @@ def query_focused_score(
                 )
             scores.put(layer, torch.stack(rows))
         per_example[chosen] = scores.take()
-    return HeadScores(per_example, "query-focused score", _kinds(examples), model.heads_per_layer)
+    return HeadScores(per_example, "query-focused score", kinds_of_examples(examples), model.heads_per_layer)
 
 
 def gaze_score(
@@ -176,14 +175,14 @@ def gaze_score(
     >>> bool(((scores.values >= 0) & (scores.values <= 1.001)).all())
     True
     """
-    _refuse_cross_attention(model)
+    refuse_cross_attention(model)
     _check_region(region)
-    examples = _with_evidence(examples)
+    examples = examples_with_evidence(examples)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
-    for chosen, prompt in _prompts(model, examples, batch_size, progress, "gaze"):
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "gaze"):
         keys = _region_tokens(prompt.token_map, [examples[i] for i in chosen], region, mapping)
         per_example[chosen] = attention_mass(model, prompt, prompt.last, keys)
-    return HeadScores(per_example, "gaze score", _kinds(examples), model.heads_per_layer)
+    return HeadScores(per_example, "gaze score", kinds_of_examples(examples), model.heads_per_layer)
 
 
 def ram_per_token(
@@ -201,14 +200,14 @@ def ram_per_token(
     >>> ram_per_token(model, mmlens.scene_examples("frames", 2, seed=0), progress=False)
     HeadScores(RAM per token: 8 layers x 8 heads, 2 examples)
     """
-    _refuse_cross_attention(model)
-    examples = _with_evidence(examples)
+    refuse_cross_attention(model)
+    examples = examples_with_evidence(examples)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
-    for chosen, prompt in _prompts(model, examples, batch_size, progress, "RAM per token"):
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM per token"):
         evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
         mass = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
         per_example[chosen] = mass / evidence.sum(-1).cpu()[:, None, None]
-    return HeadScores(per_example, "RAM per token", _kinds(examples), model.heads_per_layer)
+    return HeadScores(per_example, "RAM per token", kinds_of_examples(examples), model.heads_per_layer)
 
 
 def ram_lift(
@@ -234,32 +233,32 @@ def ram_lift(
     >>> ram_lift(model, mmlens.scene_examples("documents", 2, seed=0), progress=False)
     HeadScores(RAM lift: 8 layers x 8 heads, 2 examples)
     """
-    _refuse_cross_attention(model)
+    refuse_cross_attention(model)
     _check_shape(shape)
-    examples = _with_evidence(examples)
+    examples = examples_with_evidence(examples)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
-    for chosen, prompt in _prompts(model, examples, batch_size, progress, "RAM lift"):
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM lift"):
         batch = [examples[i] for i in chosen]
         evidence = prompt.token_map.evidence(batch, mapping=mapping)
         fakes = [
             _fake_of(prompt.token_map, evidence, row, example, shape) for row, example in enumerate(batch)
         ]
         contrast = evidence.cpu().float() - torch.stack(fakes)
-        lift = _LayerBuffer(model, len(prompt))
+        lift = LayerBuffer(model, len(prompt))
 
         def consume(
             layer: int,
             rows: Rows,
             real: Bool[Tensor, "batch query"],
             contrast: Tensor = contrast,
-            lift: _LayerBuffer = lift,
+            lift: LayerBuffer = lift,
         ) -> None:
             mean = mean_of_rows(rows, real)
             lift.put(layer, torch.einsum("bhk,bk->bh", mean, contrast.to(mean.device)))
 
-        _read_rows(model, prompt, prompt.token_map.is_question, _real_positions(prompt), consume)
+        read_rows(model, prompt, prompt.token_map.is_question, real_positions(prompt), consume)
         per_example[chosen] = lift.take()
-    return HeadScores(per_example, "RAM lift", _kinds(examples), model.heads_per_layer)
+    return HeadScores(per_example, "RAM lift", kinds_of_examples(examples), model.heads_per_layer)
 
 
 def fake_region(
@@ -364,8 +363,8 @@ def _with_null_prompts(
     unasked = [replace(example, question=null_question) for example in examples]
     # Batches are by image size, so both have the same.
     for (chosen, prompt), (_, null) in zip(
-        _prompts(model, examples, batch_size, progress, label),
-        _prompts(model, unasked, batch_size, False, label),
+        prompts_of(model, examples, batch_size, progress, label),
+        prompts_of(model, unasked, batch_size, False, label),
         strict=True,
     ):
         yield chosen, prompt, null
@@ -381,7 +380,7 @@ def _attention_to_images(
         mean = mean_of_rows(rows, real).cpu()
         read[layer] = [mean[row][:, prompt.token_map.is_image[row].cpu()] for row in range(len(mean))]
 
-    _read_rows(model, prompt, prompt.token_map.is_question, _real_positions(prompt), consume)
+    read_rows(model, prompt, prompt.token_map.is_question, real_positions(prompt), consume)
     return read
 
 

@@ -17,7 +17,12 @@ from torch import Tensor
 from mmlens.data.examples import Evidence, Example
 from mmlens.heads import HeadScores
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.attention import _kinds, _prompts, _refuse_cross_attention, _with_evidence
+from mmlens.metrics.attention_rows import (
+    examples_with_evidence,
+    kinds_of_examples,
+    prompts_of,
+    refuse_cross_attention,
+)
 from mmlens.prompt import Prompt
 from mmlens.token_map import Mapping as BoxMapping
 
@@ -63,7 +68,7 @@ def copy_score(
         raise ValueError(f"{len(texts)} needles for {len(examples)} examples: one text each")
     spans = [_needle_span(example, text) for example, text in zip(examples, texts, strict=True)]
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
-    for chosen, prompt in _prompts(model, examples, batch_size, progress, "copy score"):
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "copy score"):
         positions = [_question_positions(model, prompt, row, spans[i]) for row, i in enumerate(chosen)]
 
         def credit(
@@ -73,7 +78,7 @@ def copy_score(
             return {at: 1 / len(positions[row]) for at in positions[row] if int(ids[at]) == token}
 
         per_example[chosen] = _decoded_credit(model, prompt, max_new_tokens, credit)
-    return HeadScores(per_example, "copy score", _kinds(examples), model.heads_per_layer)
+    return HeadScores(per_example, "copy score", kinds_of_examples(examples), model.heads_per_layer)
 
 
 def visual_head_score(
@@ -104,9 +109,9 @@ def visual_head_score(
     >>> visual_head_score(model, mmlens.scene_examples("documents", 2, seed=0), progress=False)
     HeadScores(visual head score: 8 layers x 8 heads, 2 examples)
     """
-    _refuse_cross_attention(model)
+    refuse_cross_attention(model)
     _check_tokens(max_new_tokens)
-    examples = _with_evidence(examples)
+    examples = examples_with_evidence(examples)
     pairs: list[list[tuple[str, Sequence[Evidence]]]]
     if words is None:
         pairs = [[(example.answer, example.evidence)] for example in examples]
@@ -115,7 +120,7 @@ def visual_head_score(
     if len(pairs) != len(examples):
         raise ValueError(f"words for {len(pairs)} examples, but there are {len(examples)}")
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
-    for chosen, prompt in _prompts(model, examples, batch_size, progress, "visual head score"):
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "visual head score"):
         regions = [
             [(word, _positions(prompt, row, evidence, mapping)) for word, evidence in pairs[i]]
             for row, i in enumerate(chosen)
@@ -129,7 +134,7 @@ def visual_head_score(
             return {at: 1 / len(matching[0]) for at in matching[0]} if len(matching) == 1 else {}
 
         per_example[chosen] = _decoded_credit(model, prompt, max_new_tokens, credit)
-    return HeadScores(per_example, "visual head score", _kinds(examples), model.heads_per_layer)
+    return HeadScores(per_example, "visual head score", kinds_of_examples(examples), model.heads_per_layer)
 
 
 @torch.no_grad()

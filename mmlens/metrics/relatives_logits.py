@@ -13,13 +13,13 @@ from mmlens.data.examples import Example
 from mmlens.heads import HeadScores
 from mmlens.hook_names import unknown_name_message
 from mmlens.hooked_vlm import Hook, HookedVLM
-from mmlens.metrics.attention import (
+from mmlens.metrics.attention_rows import (
+    LayerBuffer,
     Rows,
-    _kinds,
-    _LayerBuffer,
-    _prompts,
-    _refuse_cross_attention,
-    _with_evidence,
+    examples_with_evidence,
+    kinds_of_examples,
+    prompts_of,
+    refuse_cross_attention,
 )
 from mmlens.prompt import Prompt, check_left_padding, with_answers
 from mmlens.taps import norm_arithmetic
@@ -63,14 +63,14 @@ def logit_contribution(
     >>> logit_contribution(model, mmlens.scene_examples("objects", 2, seed=0), progress=False)
     HeadScores(logit contribution: 8 layers x 8 heads, 2 examples)
     """
-    _refuse_cross_attention(model)
+    refuse_cross_attention(model)
     if final_norm not in FINAL_NORMS:
         raise ValueError(unknown_name_message("final_norm", final_norm, FINAL_NORMS))
     if off_evidence is not None and off_evidence not in OFF_EVIDENCE:
         raise ValueError(unknown_name_message("off_evidence", off_evidence, OFF_EVIDENCE))
-    examples = _with_evidence(examples)
+    examples = examples_with_evidence(examples)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
-    for chosen, prompt in _prompts(model, examples, batch_size, progress, "logit contribution"):
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "logit contribution"):
         batch = [examples[i] for i in chosen]
         prompt = with_answers(prompt, model.processor, batch)
         evidence = prompt.token_map.evidence(batch, mapping=mapping).cpu()
@@ -79,7 +79,7 @@ def logit_contribution(
             others = prompt.token_map.is_image if off_evidence == "visual" else ~prompt.token_map.is_padding
             weights -= _length_matched(evidence, others.cpu() & ~evidence)
         per_example[chosen] = position_contributions(model, prompt, weights, final_norm=final_norm)
-    return HeadScores(per_example, "logit contribution", _kinds(examples), model.heads_per_layer)
+    return HeadScores(per_example, "logit contribution", kinds_of_examples(examples), model.heads_per_layer)
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def position_contributions(
         raise ValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
     check_left_padding(prompt.inputs["attention_mask"])
     towards = _directions(model, prompt, final_norm)
-    total = _LayerBuffer(model, len(prompt))
+    total = LayerBuffer(model, len(prompt))
     values: dict[int, Tensor] = {}
     expected: dict[int, Tensor] = {}
     scales: dict[str, Tensor] = {}

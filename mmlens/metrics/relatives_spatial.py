@@ -13,14 +13,14 @@ from torch import Tensor
 from mmlens.data.examples import Example
 from mmlens.heads import HeadScores
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.attention import (
+from mmlens.metrics.attention_rows import (
+    LayerBuffer,
     Rows,
-    _kinds,
-    _LayerBuffer,
-    _prompts,
-    _read_rows,
-    _real_positions,
-    _refuse_cross_attention,
+    kinds_of_examples,
+    prompts_of,
+    read_rows,
+    real_positions,
+    refuse_cross_attention,
 )
 from mmlens.token_map import NO_PATCH, TokenMap
 
@@ -55,7 +55,7 @@ def localization_score(
     >>> round(float(scores.values.sum()), 4)
     3.0
     """
-    _refuse_cross_attention(model)
+    refuse_cross_attention(model)
     if n_lowest < 1:
         raise ValueError(f"n_lowest is a number of heads, at least 1, not {n_lowest}")
     examples = list(examples)
@@ -66,10 +66,10 @@ def localization_score(
         )
     shape = len(examples), model.cfg.n_layers, model.cfg.n_heads
     mass, entropy = torch.empty(shape), torch.empty(shape)
-    for chosen, prompt in _prompts(model, examples, batch_size, progress, "localization"):
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "localization"):
         canvases = [_canvas(prompt.token_map, row) for row in range(len(prompt))]
         is_image = prompt.token_map.is_image
-        of_batch = _LayerBuffer(model, len(prompt)), _LayerBuffer(model, len(prompt))
+        of_batch = LayerBuffer(model, len(prompt)), LayerBuffer(model, len(prompt))
 
         def consume(
             layer: int,
@@ -77,7 +77,7 @@ def localization_score(
             real: Bool[Tensor, "batch query"],
             canvases: list[np.ndarray] = canvases,
             is_image: Tensor = is_image,
-            of_batch: tuple[_LayerBuffer, _LayerBuffer] = of_batch,
+            of_batch: tuple[LayerBuffer, LayerBuffer] = of_batch,
         ) -> None:
             last = rows[:, :, 0].cpu()
             of_batch[0].put(layer, torch.einsum("bhk,bk->bh", last, is_image.cpu().float()))
@@ -88,13 +88,13 @@ def localization_score(
                 ),
             )
 
-        _read_rows(model, prompt, prompt.last, _real_positions(prompt), consume)
+        read_rows(model, prompt, prompt.last, real_positions(prompt), consume)
         mass[chosen], entropy[chosen] = of_batch[0].take(), of_batch[1].take()
     exists = ~mass[0].isnan()
     selected = _selected(mass[:, exists].numpy(), entropy[:, exists].numpy(), cut, n_lowest)
     per_example = torch.full(shape, torch.nan)
     per_example[:, exists] = torch.from_numpy(selected)
-    return HeadScores(per_example, "localization score", _kinds(examples), model.heads_per_layer)
+    return HeadScores(per_example, "localization score", kinds_of_examples(examples), model.heads_per_layer)
 
 
 def spatial_entropy(

@@ -27,16 +27,16 @@ from torch import Tensor
 from mmlens.data.examples import Evidence, Example
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.attention import (
+from mmlens.metrics.attention import mean_of_rows
+from mmlens.metrics.attention_rows import (
+    LayerBuffer,
     Rows,
-    _kinds,
-    _LayerBuffer,
-    _prompts,
-    _read_rows,
-    _real_positions,
-    _refuse_cross_attention,
-    _with_evidence,
-    mean_of_rows,
+    examples_with_evidence,
+    kinds_of_examples,
+    prompts_of,
+    read_rows,
+    real_positions,
+    refuse_cross_attention,
 )
 from mmlens.prompt import Prompt
 from mmlens.statistics import benjamini_hochberg
@@ -118,8 +118,8 @@ def ram_significance(
     >>> found.p_values.shape == (model.cfg.n_layers, model.cfg.n_heads)
     True
     """
-    _refuse_cross_attention(model)
-    examples = _with_evidence(examples)
+    refuse_cross_attention(model)
+    examples = examples_with_evidence(examples)
     n_heads = len(model.heads)
     if n_resamples < 20 * n_heads:
         raise ValueError(
@@ -129,14 +129,14 @@ def ram_significance(
     if max_regions < 2:
         raise ValueError(f"max_regions counts the evidence's own, so it is at least 2, not {max_regions}")
     masses: list[Tensor] = [torch.empty(0)] * len(examples)
-    for chosen, prompt in _prompts(model, examples, batch_size, progress, "RAM of regions"):
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM of regions"):
         masks = [
             _masks(prompt, row, examples[i], regions, max_regions, seed, mapping)
             for row, i in enumerate(chosen)
         ]
         for i, own in zip(chosen, _mass_of_regions(model, prompt, masks), strict=True):
             masses[i] = own
-    kinds = _kinds(examples)
+    kinds = kinds_of_examples(examples)
     evidence = torch.stack([own[0] for own in masses])
     lift = evidence - torch.stack([own.mean(0) for own in masses])
     scores = HeadScores(evidence, "RAM", kinds, model.heads_per_layer)
@@ -293,7 +293,7 @@ def _mass_of_regions(
     """RAM of every region of every row of the prompt."""
     most = max(map(len, masks))
     padded = torch.stack([torch.cat([own, own.new_zeros(most - len(own), own.shape[1])]) for own in masks])
-    buffers = [_LayerBuffer(model, len(prompt)) for _ in range(most)]
+    buffers = [LayerBuffer(model, len(prompt)) for _ in range(most)]
 
     def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
         mean = mean_of_rows(rows, query_mask)
@@ -301,6 +301,6 @@ def _mass_of_regions(
         for buffer, own in zip(buffers, mass, strict=True):
             buffer.put(layer, own)
 
-    _read_rows(model, prompt, prompt.token_map.is_question, _real_positions(prompt), consume)
+    read_rows(model, prompt, prompt.token_map.is_question, real_positions(prompt), consume)
     stacked = torch.stack([buffer.take() for buffer in buffers], dim=1)
     return [stacked[row, : len(own)] for row, own in enumerate(masks)]
