@@ -32,7 +32,8 @@ from mmlens.data.examples import Evidence, Example
 from mmlens.data.scenes import KINDS, TEXT_KINDS
 from mmlens.hook_names import block
 from mmlens.interventions.ablation import Means, mean_activations
-from mmlens.metrics.attention import CrossAttentionError, attention_mass, evidence_attention, ram, vision_mass
+from mmlens.metrics.attention import attention_mass, evidence_attention, ram, vision_mass
+from mmlens.metrics.attention_rows import CrossAttentionError
 from mmlens.prompt import Prompt
 from mmlens.token_map import TokenMap
 
