@@ -3,7 +3,8 @@
 1. Every experiment is run on every model (`mmlens.runs.run.run`) in OUT/<experiment>/<model>/. A run that is there
    already is kept where it was asked for alike, of the same weights and examples, with the same versions and source.
 2. What an experiment says across models is written to OUT/<experiment>/across/.
-3. OUT/summary.json and OUT/report.html hold what was found, and what failed and why.
+3. OUT/summary.json, OUT/report.html and OUT/paper.md hold what was found, and what failed and why; the last without
+   pictures and results of single models beyond their statements.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment, Findings
@@ -141,6 +144,7 @@ def run_all(
                 across[experiment.name] = found
     _write_summary(out, models, outcomes, across)
     _write_report(out, chosen, outcomes, across, failures, references)
+    _write_markdown(out, chosen, outcomes, across)
     return [*outcomes, *(failure for failure in failures if failure not in outcomes)]
 
 
@@ -350,3 +354,51 @@ def _setting(folders: Sequence[Path]) -> str:
         if setting not in seen:
             seen.append(setting)
     return html + "".join(pairs_html(setting) for setting in seen)
+
+
+# ---------------------------------------------------------------------- markdown
+
+
+def _write_markdown(
+    out: Path,
+    experiments: Sequence[Experiment],
+    outcomes: Sequence[Outcome],
+    across: Mapping[str, Findings | str],
+) -> None:
+    """OUT/paper.md: of every experiment the question, the published numbers, and what was found."""
+    parts = ["# All experiments: what the papers give, and what was found"]
+    for experiment in experiments:
+        parts += [f"## {experiment.title}", f"{experiment.question} ({experiment.source}.)"]
+        if experiment.published is not None:
+            parts += ["Published:", markdown_table(experiment.published)]
+        found = across.get(experiment.name)
+        if isinstance(found, str):
+            parts.append(f"Across models: failed, {found}")
+        elif found is not None:
+            parts.append(f"**Across models.** {found.statement}")
+            for caption, table in found.tables.values():
+                parts += [caption, markdown_table(table)]
+        for outcome in outcomes:
+            if outcome.experiment == experiment.name:
+                failed = outcome.status == "failed"
+                said = f"failed, {outcome.error}" if failed else _words(outcome.folder)["statement"]
+                parts.append(f"- **{outcome.model}**: {said}")
+    (out / "paper.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table in Markdown, floats to three digits.
+
+    >>> print(markdown_table(pd.DataFrame({"head": ["L0H4"], "ram": [0.4166]})))
+    | head | ram |
+    | --- | --- |
+    | L0H4 | 0.417 |
+    """
+    rows = [[str(column) for column in table.columns], ["---"] * table.shape[1]]
+    rows += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "" if text in ("nan", "None") else text.replace("|", "\\|")

@@ -66,6 +66,16 @@ def test_the_report_holds_every_run_and_every_failure(out: Path, models: list[st
     assert (out / "small/across/report.html").is_file()
 
 
+def test_the_page_in_markdown_holds_statements_and_published_numbers(out: Path, models: list[str]) -> None:
+    page = (out / "paper.md").read_text()
+    for part in (
+        "## A small experiment", "Does it run?", "45.3", "**Across models.** Both were run.",
+        "- **micro**: The largest RAM of micro is ", f"- **{models[1]}**: failed, RuntimeError: it broke",
+    ):  # fmt: skip
+        assert part in page, part
+    assert not re.search(r"\bnan\b", page)
+
+
 def test_the_summary_holds_all_numbers(out: Path, models: list[str]) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert summary["schema"] == "mmlens.paper/1" and summary["models"] == models
