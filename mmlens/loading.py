@@ -51,16 +51,21 @@ def shipped_models() -> list[str]:
     return sorted(path.parent.name for path in _SHIPPED_FOLDER.glob("*/config.json"))
 
 
-def shipped_tasks(name: str) -> dict[str, list[str]]:
-    """The kinds of generated scenes a shipped model was trained on: those with images, and those of text alone.
+def scene_kinds(name_or_path: str | Path) -> dict[str, list[str]] | None:
+    """The kinds of generated scenes that a model was trained on: `visual`, with images, and `text`, of text alone.
 
-    >>> shipped_tasks("micro")["visual"]
+    They stand in the tasks.json of its folder, which experiments/micro/train.py writes; None where there is none.
+
+    >>> scene_kinds("micro")["visual"]
     ['objects', 'documents', 'frames', 'images']
     """
-    if name not in shipped_models():
-        raise ModelNotFoundError(unknown_name_message("shipped model", name, shipped_models()))
-    tasks: dict[str, list[str]] = json.loads((_SHIPPED_FOLDER / name / "tasks.json").read_text())
-    return tasks
+    name = str(name_or_path)
+    folder = _SHIPPED_FOLDER / name if name in shipped_models() else Path(name).expanduser()
+    try:
+        kinds: dict[str, list[str]] = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return kinds
 
 
 def load(name_or_path: str | Path, **hf_options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:

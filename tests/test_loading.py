@@ -90,10 +90,31 @@ def test_a_gated_and_an_absent_model_are_told_apart() -> None:
         assert words in loading._explain("owner/name", outer)
 
 
-def test_the_shipped_model_is_small_and_loads_as_any_other(micro: mmlens.HookedVLM) -> None:
-    assert shipped_models() == ["micro"]
+def test_shipped_models_are_small_and_name_their_kinds() -> None:
+    folders = [Path(loading.__file__).parent / "micro" / name for name in shipped_models()]
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    assert max(sizes) <= 10_000_000 and sum(sizes) <= 80_000_000
+    for name in shipped_models():
+        kinds = loading.scene_kinds(name)
+        assert kinds is not None and len(kinds["visual"]) >= 4 and kinds["text"]
+        assert all(mmlens.scene_examples(kind, 1, 0) for kind in (*kinds["visual"], *kinds["text"]))
+    assert loading.scene_kinds("owner/name") is None
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_models() if name != "micro"])
+def test_a_zoo_model_answers_each_kind(name: str) -> None:
+    """10 examples of each kind; the cards give 1,000. At 95% right, fewer than 7 of 10 is one in a thousand."""
+    model = mmlens.HookedVLM.from_pretrained(name)
+    kinds = loading.scene_kinds(name)
+    assert kinds is not None
+    for kind in (*kinds["visual"], *kinds["text"]):
+        examples = mmlens.scene_examples(kind, 10, seed=500_000)
+        answers = model.answer(model.prompt_examples(examples), max_new_tokens=1)
+        assert sum(a == e.answer for a, e in zip(answers, examples, strict=True)) >= 7, kind
+
+
+def test_the_shipped_model_loads_as_any_other(micro: mmlens.HookedVLM) -> None:
     folder = Path(loading.__file__).parent / "micro" / "micro"
-    assert sum(file.stat().st_size for file in folder.iterdir()) <= 10_000_000
     assert micro.family.model_type == "qwen3_vl"
     assert micro.cfg.n_layers * micro.cfg.n_heads >= 64
     assert micro.cfg.n_key_value_heads < micro.cfg.n_heads

@@ -31,7 +31,7 @@ from mmlens.experiments.core_heads import CORE_HEADS
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.hook_names import unknown_name_message
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.loading import shipped_models, shipped_tasks
+from mmlens.loading import scene_kinds, shipped_models
 from mmlens.provenance import code_fingerprint, data_fingerprint, describe_model, machine, versions
 from mmlens.runs.methods import bibliography, filled_method, methods_text
 from mmlens.runs.report import write_findings_report
@@ -125,15 +125,15 @@ def splits(request: Request) -> tuple[list[Example], list[Example]]:
     """
     if request.data is not None:
         return split_examples(load_examples(request.data), request.selection_share, request.seed)
-    if request.model not in shipped_models():
+    trained_on = scene_kinds(request.model)
+    if trained_on is None:
         raise DataError(
             f"--model {request.model} needs --data FOLDER, a folder of examples (docs/data.md); generated scenes "
-            f"are for the shipped models: {', '.join(shipped_models())}"
+            f"are for models trained on them, such as the shipped ones: {', '.join(shipped_models())}"
         )
-    tasks = shipped_tasks(request.model)
+    kinds = (*trained_on["visual"], *trained_on["text"])
 
     def scenes(n: int, seed: int) -> list[Example]:
-        kinds = (*tasks["visual"], *tasks["text"])
         return [example for kind in kinds for example in scene_examples(kind, n, seed + request.seed)]
 
     return scenes(request.n_selection, SELECTION_SEED), scenes(request.n_evaluation, EVALUATION_SEED)

@@ -93,7 +93,7 @@ def test_copy_score_counts_steps_by_hand(micro: HookedVLM, monkeypatch: pytest.M
     monkeypatch.setattr("mmlens.metrics.relatives_decoding._decode", lambda *args: decoded)
     monkeypatch.setattr("mmlens.metrics.relatives_decoding._question_positions", lambda *args: [5, 6])
     monkeypatch.setattr(
-        "mmlens.metrics.relatives_decoding._prompts",
+        "mmlens.metrics.relatives_decoding.prompts_of",
         lambda *args: [
             ([0], prompt.__class__(**{**prompt.__dict__, "inputs": {**prompt.inputs, "input_ids": ids}}))
         ],

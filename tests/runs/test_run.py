@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import mmlens
 from mmlens.experiments import catalog
 from mmlens.experiments.experiment import Findings, Setup
-from mmlens.loading import shipped_tasks
+from mmlens.loading import scene_kinds
 from mmlens.provenance import data_fingerprint, fingerprint
 from mmlens.runs.rerun import compare, rerun, runs_in
 from mmlens.runs.run import (
@@ -98,7 +98,7 @@ def test_the_folder_holds_what_the_function_finds(folder: Path, prepared: Prepar
 def test_the_record_says_what_was_run_on_what(folder: Path, micro: mmlens.HookedVLM) -> None:
     record = read_record(folder)
     assert record["model"]["fingerprint"] == fingerprint(micro) and record["model"]["name"] == "micro"
-    tasks = shipped_tasks("micro")
+    tasks = scene_kinds("micro")
     kinds = [*tasks["visual"], *tasks["text"]]
     for name, seed in (("selection", SELECTION_SEED), ("evaluation", EVALUATION_SEED)):
         examples = [e for kind in kinds for e in mmlens.scene_examples(kind, 2, seed)]
