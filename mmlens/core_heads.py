@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from mmlens.data.examples import Example, shared_groups
+from mmlens.data.examples import Example, overlap_message, shared_groups
 from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import Means, ablate, mean_activations
@@ -242,11 +242,7 @@ def _check_splits(
     shared = shared_groups(selection, evaluation)
     n_shared = len(shared)
     if n_shared and not force_overlap:
-        raise ValueError(
-            f"selection and evaluation share {n_shared} example(s) or group(s) "
-            f"({', '.join(shared[:5])}): heads chosen and judged on the same data look better than they are. Split "
-            "them by mmlens.split_examples, or pass force_overlap=True to see by how much"
-        )
+        raise ValueError(f"{overlap_message(shared)}, or pass force_overlap=True to see by how much")
     if n_shared:
         warnings.warn(_leaks(n_shared), stacklevel=3)
     return n_shared

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmlens.core_heads import FIVE_PERCENT, POOLED, CoreHeads
 from mmlens.data.examples import Example
-from mmlens.heads import Head
+from mmlens.heads import Head, head_name
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention import mean_of_rows
 from mmlens.viz.ablation_curves import plot_ablation_panels
@@ -69,7 +69,7 @@ def question_attention(
 
 
 def _names(pairs: Sequence[Sequence[int]]) -> str:
-    return ", ".join(f"L{layer}H{head}" for layer, head in pairs)
+    return ", ".join(head_name((layer, head)) for layer, head in pairs)
 
 
 def _head_maps(result: CoreHeads) -> Figures:

@@ -25,6 +25,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Head = tuple[int, int]
+
+
+def head_name(head: Head) -> str:
+    """A head as it is written everywhere.
+
+    >>> head_name((1, 3))
+    'L1H3'
+    """
+    return f"L{head[0]}H{head[1]}"
+
+
 Heads = Iterable[Any]
 """A HeadSet, or (layer, head) pairs of integers: a list of tuples, an integer array or tensor [head, 2]."""
 
@@ -106,7 +117,7 @@ class HeadSet:
         return hash((frozenset(self.heads), self._model))
 
     def __repr__(self) -> str:
-        shown = " ".join(f"L{layer}H{head}" for layer, head in self.heads[:8])
+        shown = " ".join(map(head_name, self.heads[:8]))
         more = f" and {len(self) - 8} more" if len(self) > 8 else ""
         size = _size(*self._model).removesuffix(" heads")
         return f"HeadSet({len(self)} of {size}{': ' if shown else ''}{shown}{more})"

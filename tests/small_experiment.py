@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
@@ -87,3 +88,13 @@ def register() -> None:
     """Make these all the experiments there are."""
     catalog.EXPERIMENTS.clear()
     catalog.EXPERIMENTS.update({"small": EXPERIMENT, "broken": BROKEN})
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """These are all the experiments there are, for a while."""
+    before = dict(catalog.EXPERIMENTS)
+    register()
+    yield
+    catalog.EXPERIMENTS.clear()
+    catalog.EXPERIMENTS.update(before)

@@ -12,7 +12,6 @@ import small_experiment
 
 import mmlens
 from mmlens.cli import main, parsed_settings
-from mmlens.experiments import catalog
 from mmlens.runs.rerun import compare
 from mmlens.runs.run import read_record
 
@@ -21,11 +20,8 @@ SIZES = ["--n-selection", "2", "--n-evaluation", "2"]
 
 @pytest.fixture
 def small() -> Iterator[None]:
-    before = dict(catalog.EXPERIMENTS)
-    small_experiment.register()
-    yield
-    catalog.EXPERIMENTS.clear()
-    catalog.EXPERIMENTS.update(before)
+    with small_experiment.registered():
+        yield
 
 
 def test_families_lists_every_family_and_counts_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from architectures import INTERNVL, LLAVA_ONEVISION, QWEN3_VL, Architecture
 
@@ -31,6 +31,7 @@ class Phase:
     """Weight of naming the key's words at the question mark, read after layer `Recipe.name_after`; a third of it for
     naming what the first of two steps finds, read after layer `Recipe.hop_after`."""
     naming_until: float = 1.0
+    """A share of the phase, as `early_until` is: behind it that loss is left out."""
     frozen_embeddings: bool = False
     """Whether the word embeddings stay as they are, so that a tower regressed onto them stays right."""
     stream: int = 0
@@ -63,9 +64,9 @@ class Recipe:
     joint_rate: float = 5e-4
     joint_decay: float = 2.5
     joint_early: float = 0.0
+    """Weight of the early answer in stage 3."""
     seed: int = 0
     threads: int = 1
-    description: str = field(default="", compare=False)
 
 
 # ---------------------------------------------------------------------- micro

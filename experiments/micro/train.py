@@ -33,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from batches import BREAK, Batch, Batcher, sums_of_words
+from batches import BREAK, MOST_WORDS, Batch, Batcher, sums_of_words
 from recipes import RECIPES, Phase, Recipe
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
@@ -194,7 +194,7 @@ def visual_words(batcher: Batcher, scenes: list[Scene]) -> Tensor:
         )
         if not isinstance(token, str)
     ]
-    return torch.tensor([[*several, -1, -1, -1][:3] for several in words])
+    return torch.tensor([[*several, *[-1] * (MOST_WORDS - len(several))] for several in words])
 
 
 def train_vision(model: PreTrainedModel, processor: ProcessorMixin, batcher: Batcher, recipe: Recipe) -> None:

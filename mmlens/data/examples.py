@@ -217,3 +217,11 @@ def _group(example: Example) -> tuple[object, ...]:
     if example.group:
         return ("group", example.group)
     return ("id", example.kind, example.id) if example.id else ("object", id(example))
+
+
+def overlap_message(shared: Sequence[str]) -> str:
+    """What is wrong with splits that share these groups."""
+    return (
+        f"selection and evaluation share {len(shared)} example(s) or group(s) ({', '.join(shared[:5])}): heads chosen "
+        "and judged on the same data look better than they are. Split them by mmlens.split_examples"
+    )

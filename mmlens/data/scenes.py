@@ -114,8 +114,7 @@ def scene_vocabulary(kinds: Sequence[str] = (*KINDS, *TEXT_KINDS)) -> list[str]:
     True
     """
     chosen = [_known(kind) for kind in kinds]
-    blanks = str.maketrans({"{": " ", "}": " ", "0": " ", "1": " "})
-    text = " ".join(question.translate(blanks) for kind in chosen for question in kind.questions)
+    text = " ".join(question.format("", "") for kind in chosen for question in kind.questions)
     words = set(text.replace("?", " ? ").split()) | set(_LIST_MARKS)
     drawn = (one_key.KEYS, one_key.CLASSES, one_key.COLOURS, one_key.SHAPES)
     return sorted(words.union(*drawn, *(kind.answers for kind in chosen)))

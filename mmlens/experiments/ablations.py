@@ -15,16 +15,11 @@ from jaxtyping import Float
 from mmlens.core_heads import difference_interval_of
 from mmlens.data.examples import Example
 from mmlens.experiments.experiment import Setup
-from mmlens.heads import Head, HeadScores, HeadSet
+from mmlens.heads import HeadScores, HeadSet, head_name
 from mmlens.hook_names import unknown_name_message
 from mmlens.interventions.ablation import Means, ablate, mean_activations
 from mmlens.metrics.outcomes import Metric, answer_log_probability, logit_difference
 from mmlens.sweeps.table import sweep
-
-
-def head_name(head: Head) -> str:
-    """(1, 3) as "L1H3"."""
-    return f"L{head[0]}H{head[1]}"
 
 
 def all_heads(setup: Setup) -> HeadSet:

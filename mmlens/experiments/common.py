@@ -17,7 +17,7 @@ from mmlens.core_heads import POOLED, difference_interval_of, interval_of
 from mmlens.data.examples import Example
 from mmlens.experiments.ablations import ablated, references
 from mmlens.experiments.experiment import Findings, Setup
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.heads import HeadScores, HeadSet, head_name
 from mmlens.metrics.outcomes import Metric, accuracy, invalid
 from mmlens.statistics import ratio_interval
 
@@ -52,7 +52,7 @@ def head_names(heads: HeadSet, most: int = 12) -> str:
     >>> head_names(HeadSet([(1, 3), (0, 2)], n_layers=2, n_heads=4))
     'L1H3 L0H2'
     """
-    shown = " ".join(f"L{layer}H{head}" for layer, head in list(heads)[:most])
+    shown = " ".join(head_name(head) for head in list(heads)[:most])
     return shown + (f" and {len(heads) - most} more" if len(heads) > most else "")
 
 

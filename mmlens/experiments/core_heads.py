@@ -8,6 +8,7 @@ from pathlib import Path
 from mmlens.core_heads import MODES, core_heads
 from mmlens.core_heads_report import write_core_heads_report
 from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.heads import head_name
 from mmlens.token_map import Mapping as BoxMapping
 
 
@@ -40,7 +41,7 @@ def run(
         tables = ("head_scores", "ablation", "outcomes", "ram_per_example")
         return ["summary.json", *(f"{name}.parquet" for name in tables)]
 
-    top = ", ".join(f"L{layer}H{head}" for layer, head in result.top)
+    top = ", ".join(map(head_name, result.top))
     statement = f"{result.summary['finding']['statement']}\nCoRe heads (top 5% by RAM): {top}"
     return Findings(statement, result.summary, save=save)
 

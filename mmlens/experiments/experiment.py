@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mmlens.data.examples import Example, shared_groups
+from mmlens.data.examples import Example, overlap_message, shared_groups
 from mmlens.hooked_vlm import HookedVLM
 
 
@@ -33,10 +33,7 @@ class Setup:
     def __post_init__(self) -> None:
         shared = shared_groups(self.selection, self.evaluation)
         if shared:
-            raise ValueError(
-                f"selection and evaluation share {len(shared)} example(s) or group(s) ({', '.join(shared[:5])}): heads "
-                "chosen and judged on the same data look better than they are. Split them by mmlens.split_examples"
-            )
+            raise ValueError(overlap_message(shared))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup
-from mmlens.heads import HeadScores
+from mmlens.heads import HeadScores, head_name
 from mmlens.metrics.attention import ram
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_curves, plot_intervals
@@ -98,7 +98,7 @@ def run(setup: Setup, *, fraction: float = FIVE_PERCENT, n_resamples: int = 1000
     for kind in list(parts)[1:]:
         heads[f"score_{kind}"] = parts[kind].values.numpy()[heads["layer"], heads["head"]]
     per_example = pd.DataFrame(
-        flat_per_example(scores), columns=[f"L{layer}H{head}" for layer, head in setup.model.heads]
+        flat_per_example(scores), columns=[head_name(head) for head in setup.model.heads]
     )
     per_example.insert(0, "id", [example.id for example in with_evidence(setup.selection)])
     return Findings(

@@ -18,7 +18,6 @@ from mmlens.experiments.ablations import (
     first_with_evidence,
     graded_metric,
     head_costs,
-    head_name,
     rank_correlation,
     recentred_interval,
     references,
@@ -33,7 +32,7 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.heads import HeadScores, HeadSet, head_name
 from mmlens.hook_names import unknown_name_message
 from mmlens.interventions.ablation import MODES
 from mmlens.metrics.attention import ram

@@ -18,7 +18,6 @@ from mmlens.experiments.ablations import (
     first_with_evidence,
     graded_metric,
     head_costs,
-    head_name,
     named,
     permutation_p,
     rank_correlation,
@@ -35,7 +34,7 @@ from mmlens.experiments.common import (
     resampled_means,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.heads import HeadScores, HeadSet, head_name
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import mean_activations
 from mmlens.metrics.attention import evidence_attention, ram

@@ -18,6 +18,7 @@ from mmlens.experiments.ablations import (
     ablated,
     cost_interval,
     first_of_kinds,
+    first_with_evidence,
     graded_metric,
     rank_correlation,
     recentred_interval,
@@ -31,7 +32,6 @@ from mmlens.experiments.common import (
     ranged,
     records,
     resampled_means,
-    with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.heads import HeadScores, HeadSet
@@ -106,7 +106,7 @@ def run(
     found = _scores(setup, fraction, null_questions, n_per_kind)
     agreement, spearman, overlap = _agreement(found.scores, fraction, n_resamples, setup.seed)
     tops = {name: scores.top(fraction) for name, scores in found.scores.items()}
-    evaluation = _first_with_evidence(setup.evaluation, n_per_kind)
+    evaluation = first_with_evidence(setup.evaluation, n_per_kind)
     texts = first_of_kinds([example for example in setup.evaluation if not example.evidence], n_per_kind)
     graded, graded_function = graded_metric([*evaluation, *texts])
     sets, shortfall = _arms(tops, n_draws, setup.seed)
@@ -213,7 +213,7 @@ class _Scored:
 def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_kind: int | None) -> _Scored:
     model = setup.model
     options: dict[str, Any] = {"batch_size": setup.batch_size, "progress": setup.progress}
-    examples = _first_with_evidence(setup.selection, n_per_kind)
+    examples = first_with_evidence(setup.selection, n_per_kind)
     found = _Scored()
     attention = evidence_attention(model, examples, **options)
     found.add("RAM", attention.ram)
@@ -251,12 +251,6 @@ def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_
             f"the copy score was left out: {len(texts)} text-only example(s) hold their answer and are answered right"
         )
     return found
-
-
-def _first_with_evidence(examples: Sequence[Example], n_per_kind: int | None) -> list[Example]:
-    """The first of every kind in the order given: sorted by images, they would be those with the fewest."""
-    with_evidence(examples)
-    return first_of_kinds([example for example in examples if example.evidence], n_per_kind)
 
 
 def _answered_right(setup: Setup, examples: Sequence[Example]) -> list[Example]:

@@ -20,12 +20,11 @@ from mmlens.experiments.ablations import (
     costs,
     first_with_evidence,
     graded_metric,
-    head_name,
     references,
 )
 from mmlens.experiments.common import head_names, matched_controls, plain, ranged, with_evidence
 from mmlens.experiments.experiment import Experiment, Findings, Setup
-from mmlens.heads import HeadSet, share_of
+from mmlens.heads import HeadSet, head_name, share_of
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import HookedVLM, Intervention
 from mmlens.interventions.ablation import ablate

@@ -16,12 +16,11 @@ from mmlens.experiments.ablations import (
     first_with_evidence,
     graded_metric,
     head_costs,
-    head_name,
     references,
 )
 from mmlens.experiments.common import plain, with_evidence
 from mmlens.experiments.experiment import Experiment, Findings, Setup
-from mmlens.heads import Head, HeadScores, HeadSet, share_of
+from mmlens.heads import Head, HeadScores, HeadSet, head_name, share_of
 from mmlens.hook_names import unknown_name_message
 from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy

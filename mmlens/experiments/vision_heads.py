@@ -28,6 +28,7 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.heads import head_name
 from mmlens.metrics.attention import evidence_attention
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_intervals
@@ -63,7 +64,7 @@ def run(
     evidence_share = (counts["evidence"] / counts["visual"]).to_numpy()
     looks = pd.DataFrame(
         [
-            {"heads": arm, "head": f"L{layer}H{head}"}
+            {"heads": arm, "head": head_name((layer, head))}
             | selectivity(
                 held_out.ram.per_example[:, layer, head],
                 held_out.vision_mass.per_example[:, layer, head],

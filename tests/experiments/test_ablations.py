@@ -20,7 +20,6 @@ from mmlens.experiments.ablations import (
     first_with_evidence,
     graded_metric,
     head_costs,
-    head_name,
     permutation_p,
     rank_correlation,
     recentred_interval,
@@ -28,6 +27,7 @@ from mmlens.experiments.ablations import (
     split_half_reliability,
     without_noise,
 )
+from mmlens.heads import head_name
 
 
 def test_rank_correlation_is_scipys_with_ties_and_has_none_for_a_constant() -> None:

@@ -13,7 +13,6 @@ import pytest
 import small_experiment
 
 import mmlens
-from mmlens.experiments import catalog
 from mmlens.runs import paper
 from mmlens.runs.paper import is_kept, run_all
 from mmlens.runs.run import Request, RunError, prepare, read_record
@@ -21,11 +20,8 @@ from mmlens.runs.run import Request, RunError, prepare, read_record
 
 @pytest.fixture(autouse=True, scope="module")
 def _experiments() -> Iterator[None]:
-    before = dict(catalog.EXPERIMENTS)
-    small_experiment.register()
-    yield
-    catalog.EXPERIMENTS.clear()
-    catalog.EXPERIMENTS.update(before)
+    with small_experiment.registered():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,8 @@ REQUEST = Request(
 
 @pytest.fixture(autouse=True, scope="module")
 def _experiments() -> Iterator[None]:
-    before = dict(catalog.EXPERIMENTS)
-    small_experiment.register()
-    yield
-    catalog.EXPERIMENTS.clear()
-    catalog.EXPERIMENTS.update(before)
+    with small_experiment.registered():
+        yield
 
 
 @pytest.fixture(scope="module")
