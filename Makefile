@@ -1,5 +1,6 @@
 # `make core-heads` installs and runs the main job on the shipped model; `make paper` runs all experiments on all
-# shipped models and writes one report of them; `make test` passes every check.
+# shipped models and writes one report of them; `make test` lints, type-checks and tests; `make test-slow` runs the
+# tests that it leaves out.
 # All need Python 3.11 and nothing else; the environment is made once, in .venv.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,14 +10,14 @@ OUT ?= out/core-heads
 PAPER_OUT ?= out/paper
 INSTALLED := $(VENV)/.installed
 
-.PHONY: core-heads paper test lint types tests clean
+.PHONY: core-heads paper test test-slow lint types tests clean
 
 core-heads: $(INSTALLED)
 	$(BIN)/mmlens core-heads --model micro --out $(OUT)
 
 # Runs that are there already are kept, so that what was broken off goes on where it was.
 paper: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/mmlens paper --out $(PAPER_OUT) --threads 1
+	OMP_NUM_THREADS=1 $(BIN)/mmlens paper --out $(PAPER_OUT) --threads 1 --jobs 2
 
 test: lint types tests
 
@@ -27,8 +28,14 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 tests: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(PYTEST) -m "not slow"
+
+# All families in full, the notebooks, and noise over 200 seeds.
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

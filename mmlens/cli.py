@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_models(paper)
     paper.add_argument("--out", type=Path, required=True, help="folder for the runs and report.html")
     paper.add_argument("--experiments", nargs="+", metavar="NAME", help="these alone (default: all)")
+    paper.add_argument("--jobs", type=int, default=1, help="models run at a time (default: 1)")
     _add_run_options(paper)
 
     families = command(
@@ -286,6 +287,7 @@ def _paper(options: argparse.Namespace) -> int:
         options.out,
         _request(options, "", "", {}),
         experiments=options.experiments,
+        jobs=options.jobs,
         command=options.command,
     )
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]

@@ -55,17 +55,25 @@ def scene_kinds(name_or_path: str | Path) -> dict[str, list[str]] | None:
     """The kinds of generated scenes that a model was trained on: `visual`, with images, and `text`, of text alone.
 
     They stand in the tasks.json of its folder, which experiments/micro/train.py writes; None where there is none.
+    Raises ValueError where the file holds something else.
 
     >>> scene_kinds("micro")["visual"]
     ['objects', 'documents', 'frames', 'images']
     """
     name = str(name_or_path)
     folder = _SHIPPED_FOLDER / name if name in shipped_models() else Path(name).expanduser()
-    try:
-        kinds: dict[str, list[str]] = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    file = folder / "tasks.json"
+    if not file.is_file():
         return None
-    return kinds
+    try:
+        kinds = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+    if not isinstance(kinds, dict) or not all(isinstance(kinds.get(key), list) for key in ("visual", "text")):
+        raise ValueError(
+            f"{str(file)!r} should hold two lists of kinds, 'visual' and 'text'; it holds {kinds!r:.200}"
+        )
+    return {key: [str(kind) for kind in kinds[key]] for key in ("visual", "text")}
 
 
 def load(name_or_path: str | Path, **hf_options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -101,6 +101,13 @@ def test_shipped_models_are_small_and_name_their_kinds() -> None:
     assert loading.scene_kinds("owner/name") is None
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", '{"visual": ["objects"]}'])
+def test_a_list_of_tasks_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tasks.json"):
+        loading.scene_kinds(tmp_path)
+
+
 @pytest.mark.parametrize("name", [name for name in shipped_models() if name != "micro"])
 def test_a_zoo_model_answers_each_kind(name: str) -> None:
     """10 examples of each kind; the cards give 1,000. At 95% right, fewer than 7 of 10 is one in a thousand."""

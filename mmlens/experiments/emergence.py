@@ -113,7 +113,7 @@ def run(setup: Setup, *, checkpoints: str = "checkpoints", n_per_kind: int = 16)
             "largest_ram": float(values.max()),
             "spearman_with_last": scores[step].spearman(scores[last]),
             "overlap_with_last": len(set(own) & set(final)) / len(final),
-            "own_top": head_names(own),
+            "own_heads": head_names(own),
         }
         for arm, outcome in right.items():
             low, high = interval_of(outcome, setup.seed)

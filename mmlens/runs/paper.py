@@ -10,11 +10,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -86,16 +89,20 @@ def run_all(
     request: Request,
     *,
     experiments: Sequence[str] | None = None,
+    jobs: int = 1,
     command: str = "",
     progress: bool = True,
 ) -> list[Outcome]:
     """Run experiments on models, one folder each, and write the summary and the report.
 
-    By default these are all that need nothing beyond a model and examples.
+    By default these are all that need nothing beyond a model and examples. `jobs` models are run at a time, each in a
+    process of its own where there are several: bars of progress are left out then, not the line that ends a run.
     `request` gives all else: sizes, seed, data, dtype; its experiment, model and settings are not read. A failure
     is noted and the others go on; what fails across models is an outcome of its own. Raises ValueError for an
-    unknown experiment or citation, RunError where `out` holds other files than those of such a run.
+    unknown experiment or citation, or `jobs` below 1, RunError where `out` holds other files than those of such a run.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs is a number of models run at a time, 1 or more, not {jobs}")
     for name in experiments or ():
         if name not in EXPERIMENTS:
             raise ValueError(unknown_name_message("experiment", name, EXPERIMENTS))
@@ -110,23 +117,19 @@ def run_all(
     folders = {experiment.name: model_folders(models, out / experiment.name) for experiment in chosen}
     out.mkdir(parents=True, exist_ok=True)
     _write_summary(out, models, [], {})
-    outcomes = []
-    for model in models:
-        asked = replace(request, model=model)
-        try:
-            prepared: Prepared | Outcome = prepare(asked)
-        except Exception as error:
-            prepared = _failure("", model, out, error, 0.0)
-        for experiment in chosen:
-            folder = folders[experiment.name][model]
-            if isinstance(prepared, Outcome):
-                outcome = replace(prepared, experiment=experiment.name, folder=folder)
-            else:
-                asked = replace(request, model=model, experiment=experiment.name, settings={})
-                outcome = _run_one(experiment, asked, folder, prepared, command, progress)
-            outcomes.append(outcome)
-            if progress:
-                _say(outcome, len(outcomes), len(models) * len(chosen))
+    names = [experiment.name for experiment in chosen]
+    by_model = [
+        (
+            replace(request, model=model),
+            names,
+            [folders[name][model] for name in names],
+            out,
+            command,
+            progress,
+        )
+        for model in models
+    ]
+    outcomes = [outcome for found in _in_turn_or_parallel(by_model, jobs) for outcome in found]
     across: dict[str, Findings | str] = {}
     failures = [outcome for outcome in outcomes if outcome.status == "failed"]
     for experiment in chosen:
@@ -154,6 +157,55 @@ def _is_paper(out: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(summary, dict) and summary.get("schema") == SCHEMA
+
+
+def _in_turn_or_parallel(by_model: Sequence[tuple[Any, ...]], jobs: int) -> list[list[Outcome]]:
+    if jobs == 1 or len(by_model) == 1:
+        return [_run_model(*arguments) for arguments in by_model]
+    # Spawned, for a forked process may not use threads that torch has started.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(partial(_run_model, bars=False), *arguments) for arguments in by_model]
+        return [_found(future, *arguments) for future, arguments in zip(running, by_model, strict=True)]
+
+
+def _found(
+    future: Future[list[Outcome]], request: Request, names: Sequence[str], folders: Sequence[Path], *_: Any
+) -> list[Outcome]:
+    """What a process found; where it died, every run of its model failed."""
+    try:
+        return future.result()
+    except Exception as error:
+        return [
+            _failure(name, request.model, folder, error, 0.0)
+            for name, folder in zip(names, folders, strict=True)
+        ]
+
+
+def _run_model(
+    request: Request,
+    experiments: Sequence[str],
+    folders: Sequence[Path],
+    out: Path,
+    command: str,
+    progress: bool,
+    bars: bool = True,
+) -> list[Outcome]:
+    """The experiments on the request's model, loaded once."""
+    try:
+        prepared: Prepared | Outcome = prepare(request)
+    except Exception as error:
+        prepared = _failure("", request.model, out, error, 0.0)
+    outcomes = []
+    for name, folder in zip(experiments, folders, strict=True):
+        if isinstance(prepared, Outcome):
+            outcome = replace(prepared, experiment=name, folder=folder)
+        else:
+            asked = replace(request, experiment=name, settings={})
+            outcome = _run_one(EXPERIMENTS[name], asked, folder, prepared, command, progress and bars)
+        outcomes.append(outcome)
+        if progress:
+            _say(outcome, len(outcomes), len(experiments))
+    return outcomes
 
 
 def _run_one(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -19,6 +19,9 @@ from mmlens.families.catalog import FAMILIES
 from mmlens.families.support import missing_hooks
 from mmlens.hooked_vlm import HookedVLM
 
+FURTHER_KINDS = ("gemma3", "mllama", "instructblip", "qwen3_5", "llama4", "fuyu")
+"""Sliding windows, cross attention, queries, linear attention, experts, and no tower."""
+
 INSIDE_SOFTMAX = ("hook_attn_scores", "hook_pattern")
 TWO_IMAGES, PADDED = (2,), (2, 1)
 HALVES = [
@@ -28,9 +31,23 @@ HALVES = [
 ]
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in tiny.FAMILIES])
+def _families(always: Collection[str]) -> list[Any]:
+    """Every family as a parameter; those not `always` run are slow."""
+    return [
+        pytest.param(
+            name, marks=[pytest.mark.xdist_group(name), *([] if name in always else [pytest.mark.slow])]
+        )
+        for name in tiny.FAMILIES
+    ]
+
+
+@pytest.fixture(params=_families((*tiny.REPRESENTATIVES, *FURTHER_KINDS)))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+every_family = pytest.mark.parametrize("family", _families(tiny.FAMILIES))
+"""For what is quick, or what a user would miss first."""
 
 
 @functools.lru_cache(maxsize=2)
@@ -59,6 +76,7 @@ def test_every_record_is_tested() -> None:
 # ---------------------------------------------------------------------- with no hook: the plain model
 
 
+@every_family
 @torch.no_grad()
 @pytest.mark.parametrize(("attention", "dtype"), HALVES)
 def test_logits_are_bit_equal_and_the_weights_untouched(
@@ -123,6 +141,7 @@ def test_encoding_images_once_changes_no_bit(family: str) -> None:
 # ---------------------------------------------------------------------- every hook point
 
 
+@every_family
 @torch.no_grad()
 def test_every_attention_call_is_reached(family: str, model: HookedVLM) -> None:
     """What asks the attention interface for its function during a forward pass is what has hook points."""
@@ -302,6 +321,7 @@ def test_an_exception_leaves_no_hook_behind(family: str, model: HookedVLM) -> No
 # ---------------------------------------------------------------------- what the records say is missing
 
 
+@every_family
 def test_missing_hook_points_are_those_the_record_states(family: str, model: HookedVLM) -> None:
     missing = missing_hooks(model)
     stated = [pattern for pattern in model.family.missing if pattern != "other attention"]
