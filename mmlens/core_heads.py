@@ -32,7 +32,7 @@ from mmlens.metrics.attention import EvidenceAttention, evidence_attention
 from mmlens.metrics.effects import Effect, effect
 from mmlens.metrics.outcomes import accuracy, invalid, logit_difference
 from mmlens.provenance import describe_model, versions
-from mmlens.statistics import mean_interval, paired_difference_interval
+from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.token_map import Mapping as BoxMapping
 
 SCHEMA = "mmlens.core-heads/1"
@@ -315,26 +315,6 @@ def _summarise(
                 }
             )
     return pd.DataFrame(rows)
-
-
-N_RESAMPLES = 2000
-
-
-def interval_of(values: np.ndarray, seed: int) -> tuple[float, float]:
-    """95% interval of a mean, as in every table; no width for one value, or where all are alike and not 0 or 1."""
-    if len(values) < 2 or (np.ptp(values) == 0 and values[0] not in (0, 1)):
-        return float(values.mean()), float(values.mean())
-    return tuple(mean_interval(values, n_resamples=N_RESAMPLES, seed=seed))  # type: ignore[return-value]
-
-
-def difference_interval_of(values: np.ndarray, before: np.ndarray, seed: int) -> tuple[float, float]:
-    """95% interval of the mean of `values - before` on the same examples, with the same exceptions."""
-    difference = values - before
-    if len(values) < 2 or (np.ptp(difference) == 0 and not set(values) <= {0.0, 1.0}):
-        return float(difference.mean()), float(difference.mean())
-    return tuple(  # type: ignore[return-value]
-        paired_difference_interval(values, before, n_resamples=N_RESAMPLES, seed=seed)
-    )
 
 
 # ---------------------------------------------------------------------- summary

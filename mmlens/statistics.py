@@ -309,6 +309,49 @@ def is_binary(values: Values) -> bool:
     return bool(np.isin(np.asarray(values), (0, 1)).all())
 
 
+# ---------------------------------------------------------------------- as tables and experiments write them
+
+
+TABLE_RESAMPLES = 2000
+
+
+def interval_of(values: np.ndarray, seed: int) -> tuple[float, float]:
+    """95% interval of a mean, as in every table; no width for one value, or where all are alike and not 0 or 1."""
+    if len(values) < 2 or (np.ptp(values) == 0 and values[0] not in (0, 1)):
+        return float(values.mean()), float(values.mean())
+    low, high = mean_interval(values, n_resamples=TABLE_RESAMPLES, seed=seed)
+    return low, high
+
+
+def difference_interval_of(values: np.ndarray, before: np.ndarray, seed: int) -> tuple[float, float]:
+    """95% interval of the mean of `values - before` on the same examples, with the same exceptions."""
+    difference = values - before
+    if len(values) < 2 or (np.ptp(difference) == 0 and not set(values) <= {0.0, 1.0}):
+        return float(difference.mean()), float(difference.mean())
+    low, high = paired_difference_interval(values, before, n_resamples=TABLE_RESAMPLES, seed=seed)
+    return low, high
+
+
+def percentile_interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The middle `level` of a bootstrap's draws: where resamples put a number, whatever their bias."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def basic_interval(value: float, draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The basic bootstrap's interval, 2 value - quantiles: for numbers that noise in the scores shifts to one side.
+
+    >>> low, high = basic_interval(1.0, np.linspace(1.0, 2.0, 101))
+    >>> round(low, 3), round(high, 3)
+    (0.025, 0.975)
+    """
+    low, high = percentile_interval(draws, level)
+    return 2 * value - high, 2 * value - low
+
+
+# ---------------------------------------------------------------------- inside
+
+
 def _bootstrap(
     samples: tuple[np.ndarray, ...],
     statistic: Callable[..., np.ndarray],

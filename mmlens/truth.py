@@ -23,7 +23,7 @@ from mmlens.hooked_vlm import HookedVLM, Intervention, NoChangeWarning
 from mmlens.interventions.ablation import MODES, ablate, mean_activations
 from mmlens.interventions.attention_edges import knockout
 from mmlens.interventions.paths import path_patch
-from mmlens.metrics.attribution import attribute
+from mmlens.metrics.attribution.nodes import attribute
 from mmlens.metrics.effects import effect
 from mmlens.metrics.outcomes import logit_difference
 from mmlens.metrics.significance import RamSignificance, ram_significance

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mmlens.statistics import (
     Interval,
+    basic_interval,
     benjamini_hochberg,
     bootstrap_interval,
     mean_interval,
@@ -301,3 +302,7 @@ def test_bad_tests_are_refused() -> None:
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_basic_interval_turns_the_draws_around_the_value() -> None:
+    assert basic_interval(1.0, np.array([1.0, 3.0]), level=1.0) == (-1.0, 1.0)

@@ -12,13 +12,13 @@ import scipy.stats
 import torch
 from jaxtyping import Float
 
-from mmlens.core_heads import difference_interval_of
 from mmlens.data.examples import Example
 from mmlens.experiments.experiment import Setup
 from mmlens.heads import HeadScores, HeadSet, head_name
 from mmlens.hook_names import unknown_name_message
 from mmlens.interventions.ablation import Means, ablate, mean_activations
 from mmlens.metrics.outcomes import Metric, answer_log_probability, logit_difference
+from mmlens.statistics import difference_interval_of
 from mmlens.sweeps.table import sweep
 
 

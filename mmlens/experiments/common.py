@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.core_heads import POOLED, difference_interval_of, interval_of
+from mmlens.core_heads import POOLED
 from mmlens.data.examples import Example
 from mmlens.experiments.ablations import ablated, references
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.heads import HeadScores, HeadSet, head_name
 from mmlens.metrics.outcomes import Metric, accuracy, invalid
-from mmlens.statistics import ratio_interval
+from mmlens.statistics import difference_interval_of, interval_of, ratio_interval
 
 PAPER = "arXiv 2606.05843"
 
@@ -209,23 +209,6 @@ def resampled_means(scores: HeadScores, n_resamples: int, seed: int) -> np.ndarr
 def flat_per_example(scores: HeadScores) -> np.ndarray:
     """[example, head] in float64, the heads that exist in (layer, head) order."""
     return scores.per_example[:, scores.exists].double().numpy()
-
-
-def percentile_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The middle `level` of bootstrap values: where resamples put a number, whatever their bias."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def basic_interval(value: float, draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The basic bootstrap's interval, 2 value - quantiles: for numbers that noise in the scores shifts to one side.
-
-    >>> low, high = basic_interval(1.0, np.linspace(1.0, 2.0, 101))
-    >>> round(low, 3), round(high, 3)
-    (0.025, 0.975)
-    """
-    low, high = percentile_interval(draws, level)
-    return 2 * value - high, 2 * value - low
 
 
 def plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.core_heads import FIVE_PERCENT, interval_of
+from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.drawing import CELL
 from mmlens.data.examples import DataError, Example
 from mmlens.data.scenes import scene_of
@@ -31,6 +31,7 @@ from mmlens.metrics.attention import attention_mass
 from mmlens.metrics.effects import effect
 from mmlens.metrics.outcomes import accuracy
 from mmlens.prompt import Prompt
+from mmlens.statistics import interval_of
 from mmlens.viz.intervals import plot_curves
 
 

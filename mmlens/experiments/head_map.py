@@ -12,11 +12,9 @@ from mmlens.core_heads import FIVE_PERCENT, POOLED
 from mmlens.experiments.common import (
     PAPER,
     across_table,
-    basic_interval,
     by_kind,
     flat_per_example,
     head_names,
-    percentile_interval,
     plain,
     ranged,
     resampled_means,
@@ -25,6 +23,7 @@ from mmlens.experiments.common import (
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.heads import HeadScores, head_name
 from mmlens.metrics.attention import ram
+from mmlens.statistics import basic_interval, percentile_interval
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_curves, plot_intervals
 

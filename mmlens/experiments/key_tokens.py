@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmlens.core_heads import FIVE_PERCENT, difference_interval_of, interval_of
+from mmlens.core_heads import FIVE_PERCENT
 from mmlens.experiments.common import (
     PAPER,
     across_table,
@@ -22,6 +22,7 @@ from mmlens.experiments.common import (
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.heads import HeadSet, share_of
 from mmlens.metrics.attention import EvidenceAttention, evidence_attention, ram
+from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.viz.intervals import plot_curves, plot_intervals
 
 _COVERAGE = (

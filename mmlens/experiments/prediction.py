@@ -38,10 +38,10 @@ from mmlens.heads import HeadScores, HeadSet, head_name
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import mean_activations
 from mmlens.metrics.attention import evidence_attention, ram
-from mmlens.metrics.attribution import attribute
+from mmlens.metrics.attribution.nodes import attribute
 from mmlens.metrics.outcomes import Metric, accuracy
-from mmlens.metrics.relatives import null_calibrated_ram, ram_lift, ram_per_token
-from mmlens.metrics.relatives_logits import logit_contribution
+from mmlens.metrics.relatives.attention import null_calibrated_ram, ram_lift, ram_per_token
+from mmlens.metrics.relatives.logits import logit_contribution
 from mmlens.prompt import Prompt
 from mmlens.statistics import benjamini_hochberg, paired_permutation_test
 from mmlens.viz.intervals import plot_curves, plot_intervals

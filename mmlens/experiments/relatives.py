@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from mmlens.core_heads import FIVE_PERCENT, difference_interval_of
+from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.examples import Example
 from mmlens.experiments.ablations import (
     ablated,
@@ -38,7 +38,7 @@ from mmlens.heads import HeadScores, HeadSet
 from mmlens.metrics.attention import evidence_attention
 from mmlens.metrics.effects import effect
 from mmlens.metrics.outcomes import accuracy
-from mmlens.metrics.relatives import (
+from mmlens.metrics.relatives.attention import (
     gaze_score,
     half_mass_share,
     null_calibrated_ram,
@@ -46,9 +46,10 @@ from mmlens.metrics.relatives import (
     ram_lift,
     ram_per_token,
 )
-from mmlens.metrics.relatives_decoding import copy_score, visual_head_score
-from mmlens.metrics.relatives_logits import logit_contribution
-from mmlens.metrics.relatives_spatial import localization_score
+from mmlens.metrics.relatives.decoding import copy_score, visual_head_score
+from mmlens.metrics.relatives.logits import logit_contribution
+from mmlens.metrics.relatives.spatial import localization_score
+from mmlens.statistics import difference_interval_of
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.core_heads import FIVE_PERCENT, difference_interval_of
+from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.examples import Example
 from mmlens.experiments.ablations import (
     ablated,
@@ -31,7 +31,7 @@ from mmlens.interventions.ablation import ablate
 from mmlens.metrics.attention import attention_mass, ram
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.prompt import Prompt
-from mmlens.statistics import benjamini_hochberg, paired_permutation_test
+from mmlens.statistics import benjamini_hochberg, difference_interval_of, paired_permutation_test
 from mmlens.viz.intervals import plot_intervals
 from mmlens.weights import subtracts_mean
 

@@ -21,7 +21,6 @@ from mmlens.experiments.common import (
     flat_per_example,
     head_names,
     kinds_of,
-    percentile_interval,
     plain,
     ranged,
     records,
@@ -31,6 +30,7 @@ from mmlens.experiments.common import (
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.metrics.attention import ram
+from mmlens.statistics import percentile_interval
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix

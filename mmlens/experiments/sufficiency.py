@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmlens.core_heads import interval_of
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
@@ -24,6 +23,7 @@ from mmlens.heads import Head, HeadScores, HeadSet, head_name, share_of
 from mmlens.hook_names import unknown_name_message
 from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.statistics import interval_of
 from mmlens.viz.intervals import plot_curves, plot_intervals
 
 RANKINGS = ("ram", "effect")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmlens.core_heads import FIVE_PERCENT, POOLED, difference_interval_of
+from mmlens.core_heads import FIVE_PERCENT, POOLED
 from mmlens.experiments.ablations import ablated, cost_interval, first_of_kinds, references
 from mmlens.experiments.common import (
     by_kind,
@@ -25,7 +25,7 @@ from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.heads import HeadSet
 from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
-from mmlens.statistics import ratio_interval
+from mmlens.statistics import difference_interval_of, ratio_interval
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +12,6 @@ from mmlens.experiments.common import (
     ablation_outcomes,
     ablation_table,
     arm_difference,
-    basic_interval,
     matched_controls,
     plain,
     resampled_means,
@@ -116,7 +114,6 @@ def test_a_shortfall_of_layer_matched_heads_is_said() -> None:
 
 
 def test_small_things() -> None:
-    assert basic_interval(1.0, np.array([1.0, 3.0]), level=1.0) == (-1.0, 1.0)
     assert plain({"heads": HeadSet([(1, 0)], n_layers=2, n_heads=1)}) == {"heads": [[1, 0]]}
     with pytest.raises(ValueError, match="none of the 2 examples has evidence"):
         with_evidence(scenes(2, 0, ["text_recall"]))

@@ -15,8 +15,8 @@ from plain_runs import scenes, small_setup, without_heads
 import mmlens
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.relatives import EXPERIMENT, run
-from mmlens.metrics.relatives import gaze_score, half_mass_share, null_calibrated_ram
-from mmlens.metrics.relatives_decoding import copy_score
+from mmlens.metrics.relatives.attention import gaze_score, half_mass_share, null_calibrated_ram
+from mmlens.metrics.relatives.decoding import copy_score
 from mmlens.runs.methods import bibtex_entries
 
 N_HEADS = 64

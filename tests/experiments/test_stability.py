@@ -13,7 +13,7 @@ from plain_attention import seen_by_plain_model
 from plain_runs import scenes
 
 import mmlens
-from mmlens.experiments.common import percentile_interval, with_evidence
+from mmlens.experiments.common import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.stability import (
     EXPERIMENT,
@@ -24,6 +24,7 @@ from mmlens.experiments.stability import (
     split_half,
 )
 from mmlens.heads import HeadScores
+from mmlens.statistics import percentile_interval
 
 KINDS = ("documents", "images", "objects")
 

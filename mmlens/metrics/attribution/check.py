@@ -20,9 +20,9 @@ from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, NoChangeWarning
 from mmlens.interventions.edits import Edit
 from mmlens.interventions.patching import PatchSource, patch, shared_source
 from mmlens.interventions.paths import path_patch
-from mmlens.metrics.attribution import Attribution, node_axes
-from mmlens.metrics.attribution_edges import EdgeAttribution, Site, read_at, write_changes
-from mmlens.metrics.attribution_runs import attention_of, difference, source_values
+from mmlens.metrics.attribution.edges import EdgeAttribution, Site, read_at, write_changes
+from mmlens.metrics.attribution.nodes import Attribution, node_axes
+from mmlens.metrics.attribution.runs import attention_of, difference, source_values
 from mmlens.metrics.outcomes import Metric
 from mmlens.prompt import Prompt
 from mmlens.sweeps.table import sweep

@@ -12,7 +12,7 @@ from tiny import REPRESENTATIVES, tiny_images, tiny_model, tiny_processor
 import mmlens
 from mmlens.data.examples import Evidence, Example
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.relatives_decoding import (
+from mmlens.metrics.relatives.decoding import (
     _before_the_end,
     _decode,
     _question_positions,
@@ -90,10 +90,10 @@ def test_copy_score_counts_steps_by_hand(micro: HookedVLM, monkeypatch: pytest.M
     keys[1, 0, :] = torch.tensor([6, 6, 6, 5, 5, 0, 6, 0])
     keys[3, 0, :] = 5
     decoded = torch.tensor([[77, 78, stop, 77]]), dict.fromkeys(range(8), keys)
-    monkeypatch.setattr("mmlens.metrics.relatives_decoding._decode", lambda *args: decoded)
-    monkeypatch.setattr("mmlens.metrics.relatives_decoding._question_positions", lambda *args: [5, 6])
+    monkeypatch.setattr("mmlens.metrics.relatives.decoding._decode", lambda *args: decoded)
+    monkeypatch.setattr("mmlens.metrics.relatives.decoding._question_positions", lambda *args: [5, 6])
     monkeypatch.setattr(
-        "mmlens.metrics.relatives_decoding.prompts_of",
+        "mmlens.metrics.relatives.decoding.prompts_of",
         lambda *args: [
             ([0], prompt.__class__(**{**prompt.__dict__, "inputs": {**prompt.inputs, "input_ids": ids}}))
         ],

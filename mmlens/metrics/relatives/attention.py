@@ -10,7 +10,7 @@
 
 Each takes (model, examples) and gives HeadScores with one score per example, as `mmlens.metrics.attention.ram` does,
 and reads nothing but rows of the pattern. The other relatives: what heads copy while decoding
-(mmlens.metrics.relatives_decoding), how compactly they look (relatives_spatial), what they write (relatives_logits).
+(decoding.py), how compactly they look (spatial.py), what they write (logits.py).
 `half_mass_share` says how few heads hold half of a score.
 
 Arguments and errors that the functions share with `ram` are described there; the docstrings here name what is theirs.

@@ -12,7 +12,7 @@ from tiny import tiny_images, tiny_model, tiny_processor
 import mmlens
 from mmlens.data.examples import Evidence, Example
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.relatives_logits import logit_contribution, position_contributions
+from mmlens.metrics.relatives.logits import logit_contribution, position_contributions
 
 
 @functools.cache

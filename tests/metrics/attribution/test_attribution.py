@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import mmlens
 from conftest import QUESTION, hooked
 from mmlens.hooked_vlm import HookedVLM, HookNeverFiredError, UnknownHookError
-from mmlens.metrics.attribution import Attribution, attribute
-from mmlens.metrics.attribution_check import PatchingComparison, compare_with_patching
-from mmlens.metrics.attribution_edges import EdgeAttribution, Site, attribute_edges
-from mmlens.metrics.attribution_patterns import _key_changes, _score_factor
+from mmlens.metrics.attribution.check import PatchingComparison, compare_with_patching
+from mmlens.metrics.attribution.edges import EdgeAttribution, Site, attribute_edges
+from mmlens.metrics.attribution.nodes import Attribution, attribute
+from mmlens.metrics.attribution.patterns import _key_changes, _score_factor
 from mmlens.prompt import Prompt
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3")
@@ -438,7 +438,7 @@ def write_change(model: HookedVLM, prompt: Prompt, source: Prompt, sender: Site)
 def test_edges_of_a_sender_sum_to_its_node(family: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt, source = setting(family)
     # Few positions at a time, which no sum over positions may notice.
-    monkeypatch.setattr("mmlens.metrics.attribution_edges._SENDER_CHUNK_BYTES", 4 * 2 * 17 * 64 * 16)
+    monkeypatch.setattr("mmlens.metrics.attribution.edges._SENDER_CHUNK_BYTES", 4 * 2 * 17 * 64 * 16)
     edges = attribute_edges(
         model, prompt, source, contrast, senders=("embed", "head", "mlp"), method=method, steps=2
     )

@@ -16,7 +16,7 @@ from mmlens.data.examples import Evidence, Example
 from mmlens.heads import HeadScores
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention import ram
-from mmlens.metrics.relatives import (
+from mmlens.metrics.relatives.attention import (
     _sum_of_documents,
     fake_region,
     gaze_score,

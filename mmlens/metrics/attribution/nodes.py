@@ -13,7 +13,7 @@ activation a is patched from the source run (Nanda 2023, "Attribution Patching")
 | qk_fix | for queries and keys: the pattern is recomputed with the patched q or k, the gradient taken there (AtP*) |
 | atp_star | qk_fix and graddrop together: AtP* |
 
-Nodes are scored here, edges in `attribution_edges`; `attribution_check` sets either beside exact patching, which says
+Nodes are scored here, edges in `edges`; `check` sets either beside exact patching, which says
 how far the estimates can be trusted.
 
 GradDrop, in the paper: 1 / (L - 1) times the sum over layers of |estimate with the gradient dropped at what the layer
@@ -40,8 +40,8 @@ from mmlens.heads import HeadScores
 from mmlens.hook_names import axes_of, block, layer_of, runs_over_positions, unknown_name_message
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.patching import PatchSource
-from mmlens.metrics.attribution_patterns import FIX_HOOKS, fixed_layers, pattern_score
-from mmlens.metrics.attribution_runs import (
+from mmlens.metrics.attribution.patterns import FIX_HOOKS, fixed_layers, pattern_score
+from mmlens.metrics.attribution.runs import (
     GradientRuns,
     Graph,
     check_choice,

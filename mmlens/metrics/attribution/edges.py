@@ -23,8 +23,8 @@ from mmlens.families.anatomy import Projection, scale_of
 from mmlens.hook_names import block, layer_of
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.patching import PatchSource
-from mmlens.metrics.attribution import word_names
-from mmlens.metrics.attribution_runs import (
+from mmlens.metrics.attribution.nodes import word_names
+from mmlens.metrics.attribution.runs import (
     GradientRuns,
     Graph,
     attention_of,

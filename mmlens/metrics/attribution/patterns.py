@@ -1,6 +1,6 @@
 """AtP*'s QK fix: the effect of a patched query or key through its attention pattern, recomputed exactly.
 
-AtP* is Kramár et al. 2024 (arXiv 2403.00745; equations 7, 9 and 10, see `attribution` for what was verified). With P
+AtP* is Kramár et al. 2024 (arXiv 2403.00745; equations 7, 9 and 10, see `nodes` for what was verified). With P
 the pattern, P' the pattern with the patched q or k, and G the metric's gradient at P, score = sum over (query, key) of
 (P' - P) * G. By position, a query's score is that of its own row; a key is patched alone, in every row that sees it.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmlens.hook_names import block, layer_of
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.attribution_runs import attention_of, finite
+from mmlens.metrics.attribution.runs import attention_of, finite
 from mmlens.weights import reads_latent
 
 FIX_HOOKS = ("attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern")

@@ -14,7 +14,7 @@ from tiny import tiny_images, tiny_model, tiny_processor
 
 from mmlens.data.examples import Example
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.relatives_spatial import elbow, localization_score, spatial_entropy
+from mmlens.metrics.relatives.spatial import elbow, localization_score, spatial_entropy
 
 
 @functools.cache
