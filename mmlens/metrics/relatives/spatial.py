@@ -31,6 +31,8 @@ def localization_score(
     *,
     cut: float | None = None,
     n_lowest: int = 10,
+    first_layer: int = 0,
+    last_row: float | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> HeadScores:
@@ -38,16 +40,18 @@ def localization_score(
 
     1. Of the last prompt token's attention, the sum on the image, per head and example. Heads stay whose mean over
        the examples is at least `cut` (None: at the elbow of the sorted means, `elbow`).
-    2. Of each example, 1 for the `n_lowest` of these heads with the lowest `spatial_entropy` (of equal ones that with
+    2. Heads of layers before `first_layer` are left out, and of each example heads that give a cell of an image's last
+       row more than `last_row` of their attention (None: none are; the source's code has 2 and .05, against heads
+       that look there whatever is shown). In models of few layers 2 would leave out where retrieval is.
+    3. Of each example, 1 for the `n_lowest` of these heads with the lowest `spatial_entropy` (of equal ones that with
        more attention on the image first), 0 for all others. The mean over examples is the selection frequency.
 
     It asks for compact attention anywhere, so it needs no evidence. Source: arXiv 2503.06287 and its code (10 heads
     of each example, of 1,024). Our reading: the cut is on means over examples; several images, or tiles of one, are
-    maps side by side with components of their own; learnt separators are left out. Not taken over from the code: a
-    filter against heads that look at the image's last row, and against the first two layers.
+    maps side by side with components of their own; learnt separators are left out.
 
-    Raises ValueError for examples without images and n_lowest below 1, TypeError where visual tokens are learnt queries
-    without a place on a grid.
+    Raises ValueError for examples without images, n_lowest below 1 and a first_layer that there is not, TypeError
+    where visual tokens are learnt queries without a place on a grid.
 
     >>> import mmlens
     >>> model = mmlens.HookedVLM.from_pretrained("micro")
@@ -58,6 +62,8 @@ def localization_score(
     refuse_cross_attention(model)
     if n_lowest < 1:
         raise ValueError(f"n_lowest is a number of heads, at least 1, not {n_lowest}")
+    if not 0 <= first_layer < model.cfg.n_layers:
+        raise ValueError(f"first_layer is a layer, 0 to {model.cfg.n_layers - 1}, not {first_layer}")
     examples = list(examples)
     without = [example.id or f"number {i}" for i, example in enumerate(examples) if not example.images]
     if without or not examples:
@@ -65,11 +71,11 @@ def localization_score(
             f"{len(without)} of {len(examples)} examples have no image, and maps need one: {without[:5]}"
         )
     shape = len(examples), model.cfg.n_layers, model.cfg.n_heads
-    mass, entropy = torch.empty(shape), torch.empty(shape)
+    mass, entropy, lowest_row = torch.empty(shape), torch.empty(shape), torch.empty(shape)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "localization"):
         canvases = [_canvas(prompt.token_map, row) for row in range(len(prompt))]
         is_image = prompt.token_map.is_image
-        of_batch = LayerBuffer(model, len(prompt)), LayerBuffer(model, len(prompt))
+        of_batch = tuple(LayerBuffer(model, len(prompt)) for _ in range(3))
 
         def consume(
             layer: int,
@@ -77,7 +83,7 @@ def localization_score(
             real: Bool[Tensor, "batch query"],
             canvases: list[np.ndarray] = canvases,
             is_image: Tensor = is_image,
-            of_batch: tuple[LayerBuffer, LayerBuffer] = of_batch,
+            of_batch: tuple[LayerBuffer, ...] = of_batch,
         ) -> None:
             last = rows[:, :, 0].cpu()
             of_batch[0].put(layer, torch.einsum("bhk,bk->bh", last, is_image.cpu().float()))
@@ -87,10 +93,17 @@ def localization_score(
                     [torch.from_numpy(_map_entropy(a, c)) for a, c in zip(last, canvases, strict=True)]
                 ),
             )
+            of_batch[2].put(
+                layer,
+                torch.stack([a[:, _last_rows(c)].amax(-1) for a, c in zip(last, canvases, strict=True)]),
+            )
 
         read_rows(model, prompt, prompt.last, real_positions(prompt), consume)
-        mass[chosen], entropy[chosen] = of_batch[0].take(), of_batch[1].take()
+        mass[chosen], entropy[chosen], lowest_row[chosen] = (values.take() for values in of_batch)
     exists = ~mass[0].isnan()
+    entropy[:, :first_layer] = torch.inf
+    if last_row is not None:
+        entropy[lowest_row > last_row] = torch.inf
     selected = _selected(mass[:, exists].numpy(), entropy[:, exists].numpy(), cut, n_lowest)
     per_example = torch.full(shape, torch.nan)
     per_example[:, exists] = torch.from_numpy(selected)
@@ -181,6 +194,13 @@ def _canvas(token_map: TokenMap, example: int) -> np.ndarray:
         part[row[at], column[at]] = at
         parts.append(part)
     return np.concatenate(parts)
+
+
+def _last_rows(canvas: np.ndarray) -> np.ndarray:
+    """Positions of the cells in the last row of each tile: the row before the empty one that ends it."""
+    empty = np.asarray((canvas < 0).all(1))
+    cells = canvas[:-1][empty[1:] & ~empty[:-1]]
+    return cells[cells >= 0]
 
 
 def _map_entropy(attention: Float[Tensor, "head key"], canvas: np.ndarray) -> Float[np.ndarray, " head"]:

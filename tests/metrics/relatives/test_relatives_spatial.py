@@ -72,8 +72,12 @@ def test_elbow_by_hand() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision"])
-@pytest.mark.parametrize("cut", [None, 0.0])
-def test_selection_frequency_from_full_patterns(family: str, cut: float | None) -> None:
+@pytest.mark.parametrize(
+    ("cut", "first_layer", "last_row"), [(None, 0, None), (0.0, 0, None), (0.0, 1, None), (0.0, 0, 0.03)]
+)
+def test_selection_frequency_from_full_patterns(
+    family: str, cut: float | None, first_layer: int, last_row: float | None
+) -> None:
     """Several images and tiles; each example alone in the plain eager model."""
     model = hooked(family)
     a, b, c, d = tiny_images(4, seed=3)
@@ -82,9 +86,10 @@ def test_selection_frequency_from_full_patterns(family: str, cut: float | None) 
         Example("Which page?", "two", (b, c)),
         Example("Where?", "left", (d,)),
     ]
-    scores = localization_score(model, examples, cut=cut, n_lowest=3, batch_size=2, progress=False)
+    options: dict[str, Any] = {"cut": cut, "first_layer": first_layer, "last_row": last_row, "n_lowest": 3}
+    scores = localization_score(model, examples, batch_size=2, progress=False, **options)
     plain: Any = tiny_model(family, attn_implementation="eager")
-    mass, entropy = [], []
+    mass, entropy, n_passed_over = [], [], 0
     for example in examples:
         prompt = model.prompt_examples([example])
         with torch.no_grad():
@@ -107,8 +112,12 @@ def test_selection_frequency_from_full_patterns(family: str, cut: float | None) 
                 picture = np.zeros(size)
                 picture[token_map.row[0][at], token_map.col[0][at]] = last[layer, head, at]
                 maps.append(picture)
-            own[layer, head] = slow_entropy(maps)
+            lowest = max(picture[-1].max() for picture in maps)
+            passed_over = layer < first_layer or (last_row is not None and lowest > last_row)
+            n_passed_over += passed_over
+            own[layer, head] = np.inf if passed_over else slow_entropy(maps)
         entropy.append(own)
+    assert n_passed_over < 3 * mass[0].size and bool(n_passed_over) == bool(first_layer or last_row)
     means = np.mean(mass, axis=0)
     keeps = means >= (elbow(means.ravel()) if cut is None else cut)
     for index in range(3):
@@ -126,3 +135,5 @@ def test_bad_input_is_refused() -> None:
         localization_score(model, [])
     with pytest.raises(ValueError, match="n_lowest is a number of heads"):
         localization_score(model, [Example("Where?", "K", tuple(tiny_images(1, seed=0)))], n_lowest=0)
+    with pytest.raises(ValueError, match="first_layer is a layer, 0 to"):
+        localization_score(model, [Example("Where?", "K", tuple(tiny_images(1, seed=0)))], first_layer=99)
