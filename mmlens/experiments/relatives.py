@@ -155,11 +155,13 @@ def run(
                 "Cost (clean minus ablated) of each top and of its controls, on evidence and on text.",
                 effects,
             ),
-            "half mass published": ("rho_0.5 in % as published (arXiv 2605.27243).", PUBLISHED),
+            "half_mass_published": ("rho_0.5 in % as published (arXiv 2605.27243).", PUBLISHED),
         },
         per_example={
             "outcomes": outcomes,
-            **{f"scores {name}": _per_example(scores) for name, scores in found.scores.items()},
+            "scores": pd.concat(
+                [_per_example(name, scores) for name, scores in found.scores.items()], ignore_index=True
+            ),
         },
         figures=[
             (
@@ -280,16 +282,17 @@ def _read_null(setup: Setup, question: str) -> list[str]:
     return [f"the model reads the null question {question!r} as {read}, so it may name what the images show"]
 
 
-def _per_example(scores: HeadScores) -> pd.DataFrame:
+def _per_example(name: str, scores: HeadScores) -> pd.DataFrame:
     example, layer, head = scores.exists.expand_as(scores.per_example).nonzero().numpy().T
     kinds = scores.kinds or ("",) * len(scores)
     return pd.DataFrame(
         {
+            "score": name,
             "example": example,
             "kind": [kinds[index] for index in example],
             "layer": layer,
             "head": head,
-            "score": scores.per_example[:, scores.exists].flatten().numpy(),
+            "value": scores.per_example[:, scores.exists].flatten().numpy(),
         }
     )
 

@@ -13,6 +13,7 @@ import mmlens
 from mmlens.data.examples import DataError
 from mmlens.experiments.emergence import EXPERIMENT, oracle_images
 from mmlens.experiments.experiment import Setup
+from mmlens.runs.run import write_findings
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def test_outcomes_are_those_of_the_model_with_heads_cut_out_of_its_weights(
 ) -> None:
     shutil.copytree(Path(mmlens.__file__).parent / "micro/micro", tmp_path / "00010")
     found = EXPERIMENT.run(setup, checkpoints=str(tmp_path), n_per_kind=4)
+    write_findings(found, tmp_path / "run")
     outcomes = found.per_example["outcomes"].set_index(["arm", "id"])["value"]
     names = found.numbers["rows"][0]["own_heads"].split()
     heads = [tuple(int(number) for number in name[1:].split("H")) for name in names]

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import string
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from mmlens.experiments.relatives import EXPERIMENT, run
 from mmlens.metrics.relatives.attention import gaze_score, half_mass_share, null_calibrated_ram
 from mmlens.metrics.relatives.decoding import copy_score
 from mmlens.runs.methods import bibtex_entries
+from mmlens.runs.run import read_findings, write_findings
 
 N_HEADS = 64
 
@@ -47,6 +49,12 @@ def test_every_score_is_there_with_its_own_top(setup: Setup, found: Findings) ->
     assert found.numbers["count"] == 3 and found.numbers["n_heads"] == N_HEADS
 
 
+def test_findings_can_be_written(found: Findings, tmp_path: Path) -> None:
+    write_findings(found, tmp_path)
+    again = read_findings(tmp_path)
+    assert len(again.per_example["scores"]) == len(found.per_example["scores"]) > 0
+
+
 def test_costs_are_the_plain_model_s(setup: Setup, found: Findings) -> None:
     examples = [e for e in setup.evaluation if e.id.endswith(("-0", "-1", "-2"))]
     effects = found.tables["effects"][1].set_index(["score", "arm", "metric", "group"])
@@ -66,9 +74,8 @@ def test_costs_are_the_plain_model_s(setup: Setup, found: Findings) -> None:
 
 def test_agreement_is_scipys(found: Findings) -> None:
     means = {
-        name.removeprefix("scores "): frame.groupby(["layer", "head"])["score"].mean()
-        for name, frame in found.per_example.items()
-        if name.startswith("scores ")
+        name: frame.groupby(["layer", "head"])["value"].mean()
+        for name, frame in found.per_example["scores"].groupby("score", sort=False)
     }
     pairs = found.tables["agreement"][1]
     assert [tuple(pair) for pair in pairs[["score", "other"]].to_numpy()] == list(
