@@ -68,7 +68,7 @@ def run(
     table["arm"] = np.where(table["heads"] == table["chosen_on"], "chosen", "layer_matched")
     cells = _cells(table, list(chosen), judged, setup.seed)
     groups = _groups(table, [kind for kind in chosen if kind != POOLED], text, setup.seed)
-    ratio = _ratio(table, list(chosen), setup.seed)
+    ratio = _ratio(table, list(chosen), groups, setup.seed)
     overlap = pd.DataFrame(
         [[len(one & other) for other in chosen.values()] for one in chosen.values()],
         index=list(chosen),
@@ -170,12 +170,18 @@ def _groups(table: pd.DataFrame, chosen: list[str], text: list[str], seed: int) 
     return pd.DataFrame(rows)
 
 
-def _ratio(table: pd.DataFrame, chosen: list[str], seed: int) -> dict[str, Any]:
-    """Loss by other kinds' heads over loss by the kind's own, both on the same examples: 1 if heads are shared."""
+def _ratio(table: pd.DataFrame, chosen: list[str], groups: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """Loss by other kinds' heads over loss by the kind's own, both on the same examples: 1 if heads are shared.
+
+    None where the own loss is not told from 0: a share of nothing is noise.
+    """
+    own = groups[(groups["judged_on"] == OWN) & (groups["arm"] == "chosen")]
+    if not (own["low"] > 0).all():
+        return {"ratio": None, "low": None, "high": None}
     part = table[(table["arm"] == "chosen") & (table["chosen_on"] != POOLED) & table["kind"].isin(chosen)]
     loss = part.assign(loss=part["clean"] - part["value"], own=part["kind"] == part["chosen_on"])
     by_example = loss.groupby(["example", "own"])["loss"].mean().unstack().dropna()
-    if not len(by_example) or by_example[True].mean() == 0:
+    if not len(by_example):
         return {"ratio": None, "low": None, "high": None}
     with warnings.catch_warnings():
         # What the warnings say is seen in the interval: it is wide, or without width.
@@ -206,7 +212,7 @@ def _statement(
     own = cells[cells["chosen_on"] == cells["judged_on"]].sort_values("lost")
     idle = list(own.loc[own["beyond_low"] <= 0, "judged_on"])
     if ratio["ratio"] is None:
-        verdict = "Own heads cost nothing, so there is nothing to transfer"
+        verdict = "What a kind's own heads cost is not told from 0, so there is nothing to transfer"
     elif ratio["low"] is None:
         verdict = f"Other kinds' heads cost {ratio['ratio']:.2f} of what a kind's own do (no finite interval)"
     else:

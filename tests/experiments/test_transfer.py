@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from plain_runs import small_setup, without_heads
 
 import mmlens
 from mmlens.experiments.experiment import Findings, Setup
-from mmlens.experiments.transfer import EXPERIMENT, run
+from mmlens.experiments.transfer import EXPERIMENT, _groups, _ratio, run
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,27 @@ def test_groups_and_ratio_follow_from_the_raw_outcomes(found: Findings) -> None:
     assert rows["own kind"]["mean"] == pytest.approx(own["loss"].mean())
     assert rows["other kinds"]["mean"] == pytest.approx(other["loss"].mean())
     assert rows["text_recall"]["mean"] == pytest.approx(raw.loc[raw["kind"] == "text_recall", "loss"].mean())
-    if own["loss"].mean() > 0:
+    if rows["own kind"]["low"] > 0:
         assert found.numbers["other_to_own"]["ratio"] == pytest.approx(
             other["loss"].mean() / own["loss"].mean()
         )
     else:
         assert found.numbers["other_to_own"]["ratio"] is None
+
+
+def test_a_share_of_a_loss_that_may_be_nothing_is_not_given() -> None:
+    """Of 20 examples the own heads cost 2, or 16, and the others' heads the same ones."""
+    rows = [
+        {"arm": "chosen", "chosen_on": on, "kind": kind, "example": f"{kind}{i}", "clean": 1.0, "heads": on}
+        for on in ("a", "b")
+        for kind in ("a", "b")
+        for i in range(10)
+    ]
+    table = pd.DataFrame(rows)
+    for lost, known in ((1, False), (8, True)):
+        table["value"] = (table["example"].str[1:].astype(int) >= lost).astype(float)
+        found = _ratio(table, ["a", "b"], _groups(table, ["a", "b"], [], 0), 0)
+        assert (found["ratio"] == 1.0) if known else (found["ratio"] is None)
 
 
 def test_layer_matched_sets_avoid_the_chosen_heads_and_are_averaged(found: Findings) -> None:
