@@ -46,13 +46,13 @@ def run(
 ) -> Findings:
     """Accuracy and invalid answers with `shares` of the heads masked: top, bottom, random and layer-matched random.
 
-    `shares` are by default those that the paper's figure masks, and the 5% of its abstract; each is rounded to a
-    whole number of heads, at least 1. The heads are chosen by pooled RAM on the selection split, and judged on the
+    `shares` are by default those that the paper's figure masks, and the 5% of its abstract; the largest of the figure
+    and the 5% are always among them. Each is rounded to a whole number of heads, at least 1. The heads are chosen by pooled RAM on the selection split, and judged on the
     first `n_per_kind` evaluation examples of each kind (None: all), `n_draws` draws of each random arm.
     "uniform" is the paper's masking within the causal mask, "uniform_leaky" its algorithm literally.
     """
     total = len(setup.model.heads)
-    counts = sorted({share_of(share, total) for share in shares})
+    counts = sorted({share_of(share, total) for share in (*shares, LARGEST_OF_QWEN)})
     evaluation = first_of_kinds(setup.evaluation, n_per_kind)
     found = core_heads(
         setup.model,
