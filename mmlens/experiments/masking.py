@@ -47,8 +47,9 @@ def run(
     """Accuracy and invalid answers with `shares` of the heads masked: top, bottom, random and layer-matched random.
 
     `shares` are by default those that the paper's figure masks, and the 5% of its abstract; the largest of the figure
-    and the 5% are always among them. Each is rounded to a whole number of heads, at least 1. The heads are chosen by pooled RAM on the selection split, and judged on the
-    first `n_per_kind` evaluation examples of each kind (None: all), `n_draws` draws of each random arm.
+    and the 5% are always among them. Each is rounded to a whole number of heads, at least 1. The heads are chosen by
+    pooled RAM on the selection split, and judged on the first `n_per_kind` evaluation examples of each kind (None:
+    all), `n_draws` draws of each random arm.
     "uniform" is the paper's masking within the causal mask, "uniform_leaky" its algorithm literally.
     """
     total = len(setup.model.heads)
