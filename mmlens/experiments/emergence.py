@@ -67,12 +67,18 @@ def _entering(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "image_token d_
     return cache["image.hook_embed"].clone()
 
 
-def run(setup: Setup, *, checkpoints: str = "checkpoints", n_per_kind: int = 16) -> Findings:
-    """RAM, accuracy and the cost of zeroing the top 5% at every checkpoint in the folder `checkpoints`.
+def run(
+    setup: Setup,
+    *,
+    checkpoints: str = "checkpoints",
+    fraction: float = FIVE_PERCENT,
+    n_per_kind: int = 16,
+) -> Findings:
+    """RAM, accuracy and the cost of zeroing the top `fraction` at every checkpoint in the folder `checkpoints`.
 
-    A checkpoint is a model folder named by its step. The top 5% are chosen by RAM on `n_per_kind` selection examples of
-    each kind, at that checkpoint and at the last one, and zeroed on as many evaluation examples. Raises DataError where
-    the folder holds no checkpoint of the model at hand.
+    A checkpoint is a model folder named by its step. The top heads are chosen by RAM on `n_per_kind` selection examples
+    of each kind, at that checkpoint and at the last one, and zeroed on as many evaluation examples. Raises DataError
+    where the folder holds no checkpoint of the model at hand.
     """
     folders = sorted(path.parent for path in Path(checkpoints).glob("*/config.json"))
     if not folders:
@@ -96,7 +102,7 @@ def run(setup: Setup, *, checkpoints: str = "checkpoints", n_per_kind: int = 16)
     last = max(scores)
     rows, raw = [], []
     for step in tqdm(sorted(scores), desc="ablations at checkpoints", disable=not setup.progress):
-        own, final = scores[step].top(FIVE_PERCENT), scores[last].top(FIVE_PERCENT)
+        own, final = scores[step].top(fraction), scores[last].top(fraction)
         arms = {
             "clean": None,
             "own_top": ablate(own, "zero"),
@@ -145,8 +151,8 @@ def run(setup: Setup, *, checkpoints: str = "checkpoints", n_per_kind: int = 16)
             )
             for arm, label in (
                 ("clean", "all heads"),
-                ("own_top", "top 5% of that step zeroed"),
-                ("final_top", "top 5% of the last step zeroed"),
+                ("own_top", f"top {fraction:.0%} of that step zeroed"),
+                ("final_top", f"top {fraction:.0%} of the last step zeroed"),
                 ("random", "layer-matched random zeroed"),
             )
         ]
@@ -162,14 +168,14 @@ def run(setup: Setup, *, checkpoints: str = "checkpoints", n_per_kind: int = 16)
     )
     half = table[table["ram_of_final_top"] >= table["ram_of_final_top"].iloc[-1] / 2]["step"].min()
     statement = (
-        f"{when}; the heads that are the top 5% at step {last} ({head_names(scores[last].top(FIVE_PERCENT))}) "
+        f"{when}; the heads that are the top {fraction:.0%} at step {last} ({head_names(scores[last].top(fraction))}) "
         f"first have half of their final RAM at step {int(half)}. Zeroing them leaves "
         f"{table['final_top'].iloc[-1]:.0%} at the last step, zeroing layer-matched random heads "
         f"{table['random'].iloc[-1]:.0%}."
     )
     caption = (
         "Stage 1 on oracle visual tokens. RAM is the mean over the heads named; overlap is the share of the "
-        "final top 5% that is in the checkpoint's own; accuracy with 95% intervals."
+        f"final top {fraction:.0%} that is in the checkpoint's own; accuracy with 95% intervals."
     )
     return Findings(
         statement,
@@ -213,7 +219,7 @@ EXPERIMENT = Experiment(
     question="At which step do the heads that end up with the largest RAM get it, and do answers come with it?",
     method=(
         "Checkpoints of the language model's training on oracle visual tokens were scored by RAM and judged with "
-        "the top 5% of heads zeroed, on {n_per_kind} examples of each kind."
+        "the top {fraction:.0%} of heads zeroed, on {n_per_kind} examples of each kind."
     ),
     run=run,
     cites=("arxiv_2606_05843",),
