@@ -28,7 +28,8 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# By file: a module's fixtures, some of them whole experiments, are made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 tests: $(INSTALLED)
 	$(PYTEST) -m "not slow"

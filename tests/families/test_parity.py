@@ -33,12 +33,7 @@ HALVES = [
 
 def _families(always: Collection[str]) -> list[Any]:
     """Every family as a parameter; those not `always` run are slow."""
-    return [
-        pytest.param(
-            name, marks=[pytest.mark.xdist_group(name), *([] if name in always else [pytest.mark.slow])]
-        )
-        for name in tiny.FAMILIES
-    ]
+    return [pytest.param(name, marks=[] if name in always else [pytest.mark.slow]) for name in tiny.FAMILIES]
 
 
 @pytest.fixture(params=_families((*tiny.REPRESENTATIVES, *FURTHER_KINDS)))
