@@ -74,6 +74,7 @@ def localization_score(
     mass, entropy, lowest_row = torch.empty(shape), torch.empty(shape), torch.empty(shape)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "localization"):
         canvases = [_canvas(prompt.token_map, row) for row in range(len(prompt))]
+        last_rows = [_last_rows(canvas) for canvas in canvases]
         is_image = prompt.token_map.is_image
         of_batch = tuple(LayerBuffer(model, len(prompt)) for _ in range(3))
 
@@ -82,6 +83,7 @@ def localization_score(
             rows: Rows,
             real: Bool[Tensor, "batch query"],
             canvases: list[np.ndarray] = canvases,
+            last_rows: list[np.ndarray] = last_rows,
             is_image: Tensor = is_image,
             of_batch: tuple[LayerBuffer, ...] = of_batch,
         ) -> None:
@@ -95,7 +97,7 @@ def localization_score(
             )
             of_batch[2].put(
                 layer,
-                torch.stack([a[:, _last_rows(c)].amax(-1) for a, c in zip(last, canvases, strict=True)]),
+                torch.stack([a[:, cells].amax(-1) for a, cells in zip(last, last_rows, strict=True)]),
             )
 
         read_rows(model, prompt, prompt.last, real_positions(prompt), consume)
