@@ -8,6 +8,7 @@ import importlib.util
 import json
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -21,6 +22,12 @@ from mmlens.data.examples import Example
 from mmlens.hooked_vlm import HookedVLM
 
 PACKAGES = ("mmlens", "torch", "transformers", "transformer-lens", "numpy", "scipy")
+
+_IMPORTED = time.time()
+"""When this process read its source; what is written later does not run in it."""
+
+EDITED = "+edited"
+"""Ends the fingerprint of source that was written after this process had read it, so that it equals no other's."""
 
 _DIGITS = 16
 """Hexadecimal digits of a fingerprint: 64 bits, so that two of a million differ but for one chance in 10^7."""
@@ -104,22 +111,24 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
 def code_fingerprint(function: Callable[..., Any]) -> str:
     """A short hash of the source that `function` is made of: its module and the modules of mmlens it imports.
 
-    Imports are followed through the source, those inside functions too; other packages have versions.
+    Imports are followed through the source, those inside functions too; other packages have versions. It ends in
+    "+edited" where a file is younger than this process: what ran is then not what was hashed.
     """
-    found: dict[str, bytes] = {}
+    found: dict[str, Path] = {}
     _follow(function.__module__, found)
     digest = hashlib.sha256()
-    for name, source in sorted(found.items()):
-        digest.update(f"{name}\n".encode() + source)
-    return digest.hexdigest()[:_DIGITS]
+    for name, path in sorted(found.items()):
+        digest.update(f"{name}\n".encode() + path.read_bytes())
+    edited = any(path.stat().st_mtime > _IMPORTED for path in found.values())
+    return digest.hexdigest()[:_DIGITS] + (EDITED if edited else "")
 
 
-def _follow(module: str, found: dict[str, bytes]) -> None:
+def _follow(module: str, found: dict[str, Path]) -> None:
     path = _source_file(module)
     if module in found or path is None:
         return
-    found[module] = path.read_bytes()
-    for name in _imports(found[module]):
+    found[module] = path
+    for name in _imports(path.read_bytes()):
         _follow(name, found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,9 @@ from PIL import Image
 
 import mmlens
 from mmlens.data.examples import Evidence, Example
+from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.provenance import (
+    EDITED,
     code_fingerprint,
     data_fingerprint,
     describe_model,
@@ -23,6 +26,7 @@ from mmlens.provenance import (
     machine,
     versions,
 )
+from mmlens.runs.rerun import is_current
 
 
 def test_fingerprint_is_of_the_weights(micro: mmlens.HookedVLM) -> None:
@@ -88,6 +92,25 @@ def test_code_s_fingerprint_follows_imports_within_the_package(
     changed.write_text(Path(sys.modules["mmlens.metrics.attention"].__file__ or "").read_text() + "x = 1\n")
     monkeypatch.setattr("mmlens.metrics.attention.__file__", str(changed))
     assert code_fingerprint(made_up.inner) != was
+
+
+def test_source_written_after_it_was_read_is_marked_and_never_current(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "written_before.py"
+    path.write_text("def run():\n    pass\n")
+    os.utime(path, (0, 0))
+    function = importlib.import_module("written_before").run
+    before = code_fingerprint(function)
+    assert not before.endswith(EDITED)
+    experiment = dataclasses.replace(EXPERIMENTS["masking"], run=function)
+    assert is_current({"versions": versions(), "code": before}, experiment)
+    path.write_text("def run():\n    return 1\n")
+    after = code_fingerprint(function)
+    assert after.endswith(EDITED) and not after.startswith(before)
+    for code in (before, after):
+        assert not is_current({"versions": versions(), "code": code}, experiment)
 
 
 def test_versions_and_machine_are_those_at_hand(micro: mmlens.HookedVLM) -> None:

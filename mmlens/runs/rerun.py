@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from mmlens.experiments.experiment import Experiment
-from mmlens.provenance import code_fingerprint, versions
+from mmlens.provenance import EDITED, code_fingerprint, versions
 from mmlens.runs.run import (
     Prepared,
     RunError,
@@ -147,8 +147,13 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[s
 
 
 def is_current(record: Mapping[str, Any], experiment: Experiment) -> bool:
-    """Whether a run's versions and the source of its experiment are those that would run now."""
-    return bool(record["versions"] == versions() and record["code"] == code_fingerprint(experiment.run))
+    """Whether a run's versions and the source of its experiment are those that would run now, and known for sure."""
+    code = record["code"]
+    return bool(
+        record["versions"] == versions()
+        and not code.endswith(EDITED)
+        and code == code_fingerprint(experiment.run)
+    )
 
 
 def runs_in(folder: str | Path) -> list[Path]:
