@@ -187,32 +187,33 @@ def _profile(parts: Mapping[str, HeadScores], fraction: float) -> pd.DataFrame:
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:
-    """Whether the heads lie later in larger models of one family (the paper's claim for 4B, 8B and 32B)."""
+    """Whether the heads lie later in larger models of one family and the same tasks (the paper's 4B, 8B and 32B)."""
     table = across_table(
         findings,
         lambda found: {
             **{name: found[name] for name in ("family", "n_parameters", "n_layers", "n_heads", "agrees")},
+            "tasks": " ".join(kind for kind in found["kinds"] if kind != POOLED),
             "mean": found["kinds"][POOLED]["depth"],
             "low": found["kinds"][POOLED]["depth_interval"][0],
             "high": found["kinds"][POOLED]["depth_interval"][1],
             "gini": found["kinds"][POOLED]["gini"],
             "share_of_top": found["kinds"][POOLED]["share_of_top"],
         },
-    ).sort_values(["family", "n_parameters"], ignore_index=True)
+    ).sort_values(["family", "tasks", "n_parameters"], ignore_index=True)
     said, later = [], {}
-    for family, part in table.groupby("family", sort=False):
+    for (family, _), part in table.groupby(["family", "tasks"], sort=False):
         if part["n_parameters"].nunique() > 1:
             small, large = part.iloc[0], part.iloc[-1]
-            later[str(family)] = bool(large["low"] > small["high"])
+            clearly = bool(large["low"] > small["high"])
+            later[family] = later.get(family, True) and clearly
             said.append(
-                f"{family}, {len(part)} sizes: mean depth {small['mean']:.2f} in the smallest, "
-                f"{large['mean']:.2f} in "
-                f"the largest, {'later with scale, as in the paper' if later[str(family)] else 'not clearly later'}"
+                f"{family}, {len(part)} sizes: mean depth {small['mean']:.2f} in {small['model']}, {large['mean']:.2f} "
+                f"in {large['model']}, {'later with scale, as in the paper' if clearly else 'not clearly later'}"
             )
     statement = (
         "; ".join(said) + ". The sizes here are far from 4B to 32B, and few."
         if said
-        else "No family has two sizes here, so whether heads move with scale cannot be seen."
+        else "No family has two sizes with the same tasks here, so whether heads move with scale cannot be seen."
     )
     return Findings(
         statement,

@@ -78,4 +78,7 @@ def test_moving_with_scale_needs_intervals_that_do_not_meet(found: Findings) -> 
     assert across({"large": at(0.5, 2), "small": at(0.4, 1)}).numbers["later_with_scale"] == {
         "qwen3_vl": False
     }
-    assert "No family has two sizes" in across({"one": at(0.5, 2), "two": at(0.9, 2)}).statement
+    small, large = at(0.4, 1), at(0.7, 2)
+    small.numbers["kinds"]["other_task"] = small.numbers["kinds"]["pooled"]
+    assert "two sizes with the same tasks" in across({"large": large, "small": small}).statement
+    assert "two sizes with the same tasks" in across({"one": at(0.5, 2), "two": at(0.9, 2)}).statement
