@@ -337,6 +337,7 @@ def test_patching_the_stream(pair: tuple[mmlens.HookedVLM, Prompt, ActivationCac
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_patching_the_stream_in_whole() -> None:
     model = hooked("qwen3_vl")
     clean, corrupted = small_prompt(model, 0), model.encode_images(small_prompt(model, 5))
@@ -411,6 +412,7 @@ def test_patching_heads_by_position(pair: tuple[mmlens.HookedVLM, Prompt, Activa
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_patching_by_position_in_whole() -> None:
     """The wrapper over all tables: one text-only pair, short enough for every cell."""
     model = hooked("llava")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from architectures import Architecture, Visual
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from mmlens.data.composed_scenes import DIRECTIONS, RELATIONS
 from mmlens.data.scene import Scene
 from mmlens.data.scenes import iterate_scenes
 
@@ -20,6 +22,9 @@ TRAIN_SEED = 2**20
 
 MOST_WORDS = 3
 """Words of which an oracle visual token may be the sum."""
+
+SIDES = ("left", "up")
+"""Sides whose cells stand before a visual token, so that it can know of them."""
 
 BREAK = -2
 """Stands in `Batch.words` for a learnt line break."""
@@ -31,7 +36,8 @@ class Batch:
 
     `words[row, pos]` holds the word of a text token, or the words of an oracle visual token; -1 where there is
     none. `positions` is [3, row, pos]. Labels are at (rows, columns). `named` has a row (row, column, word) for
-    every word of a question's key at the question mark, `hops` one for the word a first step has to find.
+    every word of a question's key at the question mark, `hops` one for the word a first step has to find,
+    `neighbours[side]` one for the word at that side of a visual token, where a question may ask for it.
     """
 
     words: Tensor
@@ -47,6 +53,7 @@ class Batch:
     scenes: list[Scene]
     named: Tensor
     hops: Tensor
+    neighbours: dict[str, Tensor]
 
 
 class Batcher:
@@ -83,6 +90,17 @@ class Batcher:
         cell = scene.contents[image][row][column]
         return [self.vocab[word] for word in cell] or [self.vocab[self.architecture.image_token]]
 
+    def visual_tokens(self, scene: Scene) -> list[Visual]:
+        """What every visual token of the scene shows, in their order."""
+        return [
+            token
+            for image, grid in enumerate(scene.contents)
+            for token in self.architecture.image_tokens(
+                image, (len(grid), len(grid[0])), len(scene.contents) == 1
+            )
+            if not isinstance(token, str)
+        ]
+
     def context(self, scene: Scene) -> tuple[list[list[int]], list[bool], list[tuple[int, int, int]], int]:
         """Words, which are visual, and (t, h, w) positions of what precedes the question; the next position."""
         words = [[self.vocab["<|im_start|>"]], [self.vocab["user"]]]
@@ -111,6 +129,20 @@ class Batcher:
         positions += [(here + i,) * 3 for i in range(len(preamble))]
         return words, visual, positions, here + len(preamble)
 
+    def neighbours(self, scene: Scene, visual: Sequence[bool], side: str) -> list[tuple[int, int]]:
+        """(position, word) of every visual token that has a cell at `side`, in scenes that ask for directions."""
+        if scene.of is not RELATIONS:
+            return []
+        down, right = DIRECTIONS[side]
+        found = []
+        places = (at for at, is_visual in enumerate(visual) if is_visual)
+        for at, token in zip(places, self.visual_tokens(scene), strict=True):
+            if token is not None and token[1] + down >= 0 and token[2] + right >= 0:
+                image, row, column = token
+                cell = scene.contents[image][row + down][column + right]
+                found += [(at, self.vocab[word]) for word in cell]
+        return found
+
     def batch(self, kinds: list[str], row_length: int, early: float = 0.0) -> Batch:
         """One row per entry of `kinds`; `early` is the weight of the answer asked for within the question."""
         vocab = self.vocab
@@ -124,12 +156,15 @@ class Batcher:
         targets: list[tuple[int, int, int, float, str, str]] = []
         named: list[tuple[int, int, int]] = []
         hops: list[tuple[int, int, int]] = []
+        neighbours: dict[str, list[tuple[int, int, int]]] = {side: [] for side in SIDES}
         scenes = []
         for row, kind in enumerate(kinds):
             scene = next(self.streams[kind])
             scenes.append(scene)
             row_words, row_visual, row_positions, start = self.context(scene)
             end = len(row_words)
+            for side, found in neighbours.items():
+                found += [(row, at, word) for at, word in self.neighbours(scene, row_visual, side)]
             for at, several in enumerate(row_words):
                 words[row, at, : len(several)] = several
             visual[row, :end] = row_visual
@@ -177,6 +212,7 @@ class Batcher:
             scenes=scenes,
             named=torch.tensor(named).reshape(-1, 3),
             hops=torch.tensor(hops).reshape(-1, 3),
+            neighbours={side: torch.tensor(found).reshape(-1, 3) for side, found in neighbours.items()},
         )
 
 

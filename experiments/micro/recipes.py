@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from architectures import INTERNVL, LLAVA_ONEVISION, QWEN3_VL, Architecture
 
@@ -175,6 +175,35 @@ def _composed(architecture: Architecture, layers: int, heads: int, width: int, *
     )
 
 
+_RELATION_ROWS = (
+    ("composed_objects", 3),
+    ("composed_documents", 3),
+    ("legends", 2),
+    ("relations", 8),
+)
+
+
+def _with_relations(recipe: Recipe) -> Recipe:
+    """The recipe with relations, learnt in two phases of their own, and with its early exits a layer later each."""
+    first, second = recipe.phases
+    rows = (*_ALL_ROWS, ("relations", 2))
+    return replace(
+        recipe,
+        kinds=(*recipe.kinds, "relations"),
+        phases=(
+            replace(first, steps=800),
+            Phase(steps=700, rows=_RELATION_ROWS, row_length=110, naming=1.0, stream=3),
+            Phase(steps=800, rows=_RELATION_ROWS, row_length=110, naming=1.0, stream=7),
+            replace(second, rows=rows, stream=6),
+        ),
+        settle=tuple(replace(phase, rows=rows) for phase in recipe.settle),
+        joint_rows=rows,
+        vision_rows=(*_VISION_ROWS, ("relations", 2)),
+        name_after=2,
+        hop_after=4,
+    )
+
+
 RECIPES = {
     "micro": MICRO,
     "qwen3-vl-s": _composed(QWEN3_VL, layers=5, heads=4, width=96),
@@ -182,4 +211,6 @@ RECIPES = {
     "qwen3-vl-l": _composed(QWEN3_VL, layers=8, heads=10, width=128),
     "llava-onevision": _composed(LLAVA_ONEVISION, layers=6, heads=8, width=128),
     "internvl": _composed(INTERNVL, layers=6, heads=8, width=128),
+    "qwen3-vl-relations": _with_relations(_composed(QWEN3_VL, layers=6, heads=8, width=128)),
+    "llava-relations": _with_relations(_composed(LLAVA_ONEVISION, layers=6, heads=8, width=128)),
 }

@@ -14,7 +14,9 @@ question has the positions and the attention it would have if it were asked alon
 asked for after the chat template's last token, and in addition within the question; the second
 loss gives the model the match first and leaves it to learn that the later tokens have to fetch it.
 Where a key is of several words, an early layer is asked to name them at the question mark, through
-the model's own embeddings: they have to be put together there before anything can be matched.
+the model's own embeddings: they have to be put together there before anything can be matched. Where a
+question asks for a direction, the visual tokens are asked in the same way for what stands to their left
+and above them.
 
 Nothing here reads attention or takes a head out: every choice is made by accuracy.
 """
@@ -33,7 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from batches import BREAK, MOST_WORDS, Batch, Batcher, sums_of_words
+from batches import BREAK, MOST_WORDS, SIDES, Batch, Batcher, sums_of_words
 from recipes import RECIPES, Phase, Recipe
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
@@ -62,9 +64,16 @@ class Exits:
 
         return keep
 
-    def naming_loss(self, model: PreTrainedModel, layer: int, named: Tensor) -> Tensor:
-        """Cross entropy of words (row, column, word) read off the stream behind a layer."""
+    def naming_loss(self, model: PreTrainedModel, layer: int, named: Tensor, side: str = "") -> Tensor:
+        """Cross entropy of words (row, column, word) read off the stream behind a layer.
+
+        What stands at a `side` is read with half of the coordinates, those of that side, turned around: left and up
+        can be told apart so.
+        """
         stream = self.kept[layer][named[:, 0], named[:, 1]]
+        if side:
+            drawn = torch.Generator().manual_seed(1 + SIDES.index(side))
+            stream = stream * (2 * torch.randint(2, stream.shape[-1:], generator=drawn) - 1)
         logits = model.lm_head(nn.functional.rms_norm(stream, stream.shape[-1:]))
         return nn.functional.cross_entropy(logits, named[:, 2])
 
@@ -165,6 +174,9 @@ def train_language_model(
             loss = loss + phase.naming * exits.naming_loss(model, recipe.name_after, batch.named)
             if len(batch.hops):
                 loss = loss + phase.naming * exits.naming_loss(model, recipe.hop_after, batch.hops) / 3
+            for side, words in batch.neighbours.items():
+                for read in ("", side) if len(words) else ():
+                    loss = loss + phase.naming * exits.naming_loss(model, recipe.name_after, words, read)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
@@ -185,15 +197,7 @@ def train_language_model(
 
 def visual_words(batcher: Batcher, scenes: list[Scene]) -> Tensor:
     """Words of every visual token of the scenes, in the order of the features."""
-    words = [
-        batcher.words_of(scene, token)
-        for scene in scenes
-        for image, grid in enumerate(scene.contents)
-        for token in batcher.architecture.image_tokens(
-            image, (len(grid), len(grid[0])), len(scene.contents) == 1
-        )
-        if not isinstance(token, str)
-    ]
+    words = [batcher.words_of(scene, token) for scene in scenes for token in batcher.visual_tokens(scene)]
     return torch.tensor([[*several, *[-1] * (MOST_WORDS - len(several))] for several in words])
 
 

@@ -11,6 +11,9 @@ neither word alone tells which item is meant. The four kinds are those of `one_k
 
 A fifth takes two steps: in `legends` the first image says which colour each letter stands for, the second shows
 numbers on coloured plaques, and the question names the letter. Its evidence are both regions.
+
+A sixth asks for a spatial relation: `relations` is a board of letters and digits in turn, and the question names a
+letter and a direction. Nothing but place joins the two cells, which are the evidence.
 """
 
 from __future__ import annotations
@@ -66,6 +69,15 @@ LEGENDS = Kind(
     "legends",
     ("Which number is on the colour of {0}?", "What number has the colour that stands for {0}?"),
     DIGITS,
+)
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+"""(rows, columns) of one step."""
+
+RELATIONS = Kind(
+    "relations",
+    ("Which number is one step {0} from {1}?", "What number comes next going {0} from {1}?"),
+    DIGITS,
+    key_words=tuple(DIRECTIONS),
 )
 
 Regions = dict[str, tuple[Evidence, ...]]
@@ -182,6 +194,31 @@ def draw_legends(rng: random.Random) -> Scene:
     images = (Image.fromarray(legend), Image.fromarray(board))
     hops = dict(zip(letters, colours[:SIDE], strict=True))
     return Scene(LEGENDS, facts, images, evidence, (lines.freeze(), plates.freeze()), hops=hops)
+
+
+def draw_relations(rng: random.Random) -> Scene:
+    canvas = blank_canvas(SIDE, SIDE, tint(rng, 200, 255))
+    contents = Contents(SIDE, SIDE)
+    facts: dict[str, str] = {}
+    evidence: Regions = {}
+    odd, letters, ink = rng.randrange(2), rng.sample(KEYS, SIDE * SIDE // 2), tint(rng, 0, 70)
+    cells = list(product(range(SIDE), repeat=2))
+    of_letter = (cell for cell in cells if sum(cell) % 2 == odd)
+    board = dict(zip(of_letter, letters, strict=True))
+    board |= {cell: rng.choice(DIGITS) for cell in cells if sum(cell) % 2 != odd}
+    for (row, column), character in board.items():
+        stamp(canvas, GLYPHS[character], CELL * row + 1, CELL * column + 3, ink)
+        contents.fill(row, column, 1, 1, (character,))
+    for (row, column), letter in board.items():
+        for direction, (down, right) in DIRECTIONS.items():
+            there = (row + down, column + right)
+            if letter in KEYS and there in board:
+                key = f"{direction} {letter}"
+                facts[key] = board[there]
+                top, left = CELL * min(row, there[0]), CELL * min(column, there[1])
+                region = box(left, top, CELL * (1 + abs(right)), CELL * (1 + abs(down)))
+                evidence[key] = (Evidence(0, region),)
+    return Scene(RELATIONS, facts, (Image.fromarray(canvas),), evidence, (contents.freeze(),))
 
 
 def _plates(rng: random.Random, count: int) -> list[tuple[int, int]]:

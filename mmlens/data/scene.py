@@ -23,6 +23,8 @@ class Kind:
     name: str
     questions: tuple[str, ...]
     answers: tuple[str, ...]
+    key_words: tuple[str, ...] = ()
+    """Words of its keys beside letters, classes, colours and shapes."""
 
     def question(self, key: str, phrasing: int = 0) -> str:
         """The question about `key`."""

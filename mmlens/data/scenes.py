@@ -27,6 +27,7 @@ _DRAW: dict[Kind, Callable[[random.Random], Scene]] = {
     composed.FRAMES: composed.draw_frames,
     composed.IMAGES: composed.draw_images,
     composed.LEGENDS: composed.draw_legends,
+    composed.RELATIONS: composed.draw_relations,
 }
 _KINDS: dict[str, Kind] = {kind.name: kind for kind in _DRAW}
 
@@ -117,7 +118,7 @@ def scene_vocabulary(kinds: Sequence[str] = (*KINDS, *TEXT_KINDS)) -> list[str]:
     text = " ".join(question.format("", "") for kind in chosen for question in kind.questions)
     words = set(text.replace("?", " ? ").split()) | set(_LIST_MARKS)
     drawn = (one_key.KEYS, one_key.CLASSES, one_key.COLOURS, one_key.SHAPES)
-    return sorted(words.union(*drawn, *(kind.answers for kind in chosen)))
+    return sorted(words.union(*drawn, *(kind.answers + kind.key_words for kind in chosen)))
 
 
 def _known(kind: str) -> Kind:

@@ -10,7 +10,7 @@ import pytest
 from mmlens.data.composed_scenes import SIDE, TEXTURES
 from mmlens.data.drawing import CELL, COLOURS, DIGITS, GLYPHS, KEYS, SHAPES
 from mmlens.data.examples import Example
-from mmlens.data.scenes import COMPOSED_KINDS, scene_examples, scene_of
+from mmlens.data.scenes import COMPOSED_KINDS, scene_examples, scene_of, scene_vocabulary
 
 NAMES = {colour: name for name, colour in COLOURS.items()}
 
@@ -133,16 +133,36 @@ def read_legends(example: Example) -> list[tuple[str, str, tuple[int, tuple | No
     return found
 
 
+def read_relations(example: Example) -> list[tuple[str, str, tuple[int, tuple | None]]]:
+    """("direction letter", digit, region) for every letter and every digit beside it."""
+    image = np.asarray(example.images[0])
+    board = {place: str(character_in(cell_of(image, *place))) for place in cells()}
+    found = []
+    for (row, column), letter in board.items():
+        for direction, there in (
+            ("left", (row, column - 1)),
+            ("right", (row, column + 1)),
+            ("up", (row - 1, column)),
+            ("down", (row + 1, column)),
+        ):
+            if letter in KEYS and there in board:
+                (top, left), (bottom, right) = sorted([(row, column), there])
+                box = (CELL * left, CELL * top, CELL * (right + 1), CELL * (bottom + 1))
+                found.append((f"{direction} {letter}", board[there], (0, box)))
+    return found
+
+
 READERS = {
     "composed_objects": read_objects,
     "composed_documents": read_documents,
     "composed_frames": read_frames,
     "composed_images": read_images,
     "legends": read_legends,
+    "relations": read_relations,
 }
 
 
-@pytest.mark.parametrize("kind", COMPOSED_KINDS)
+@pytest.mark.parametrize("kind", READERS)
 def test_pixels_hold_the_facts_and_the_evidence_of_the_question(kind: str) -> None:
     for example in scene_examples(kind, 25, 1):
         items = READERS[kind](example)
@@ -153,7 +173,7 @@ def test_pixels_hold_the_facts_and_the_evidence_of_the_question(kind: str) -> No
         assert regions == {region for name, _, region in items if name == key}
 
 
-@pytest.mark.parametrize("kind", [kind for kind in COMPOSED_KINDS if kind != "legends"])
+@pytest.mark.parametrize("kind", [kind for kind in READERS if kind != "legends"])
 def test_one_word_of_a_key_does_not_name_its_item(kind: str) -> None:
     """The best guess from one word alone is right for at most half of the questions."""
     right: Counter[int] = Counter()
@@ -195,6 +215,21 @@ def test_contents_name_what_stands_in_the_evidence_and_nowhere_else(kind: str) -
                 for column in range(int(left) // CELL, int(right) // CELL)
             }
         assert marked == covered
+
+
+def test_the_evidence_of_a_relation_is_the_letter_and_the_digit_one_step_away() -> None:
+    for example in scene_examples("relations", 20, 5):
+        _, letter = example.metadata["key"].split()
+        left, top, right, bottom = (int(side) // CELL for side in example.evidence[0].box or ())
+        contents = scene_of(example).contents[0]
+        held = [contents[row][column] for row in range(top, bottom) for column in range(left, right)]
+        assert sorted(held) == sorted([(letter,), (example.answer,)])
+
+
+def test_words_of_directions_are_in_the_vocabulary_of_relations_alone() -> None:
+    directions = {"left", "right", "up", "down"}
+    assert directions <= set(scene_vocabulary(["relations"]))
+    assert not directions & set(scene_vocabulary())
 
 
 def test_scene_of_refuses_what_it_did_not_draw() -> None:

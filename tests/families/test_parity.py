@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -19,29 +19,31 @@ from mmlens.families.catalog import FAMILIES
 from mmlens.families.support import missing_hooks
 from mmlens.hooked_vlm import HookedVLM
 
-FURTHER_KINDS = ("gemma3", "mllama", "instructblip", "qwen3_5", "llama4", "fuyu")
-"""Sliding windows, cross attention, queries, linear attention, experts, and no tower."""
-
 INSIDE_SOFTMAX = ("hook_attn_scores", "hook_pattern")
 TWO_IMAGES, PADDED = (2,), (2, 1)
-HALVES = [
-    pytest.param(attention, dtype, id=f"{attention}-{name}")
+ALWAYS = (*tiny.REPRESENTATIVES, *tiny.FURTHER_KINDS)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+IMPLEMENTATIONS = [
+    pytest.param(
+        family,
+        attention,
+        dtype,
+        id=f"{family}-{attention}-{name}",
+        # Elsewhere each implementation and each dtype once.
+        marks=[] if family in ALWAYS or (attention == "sdpa") == (name == "fp32") else [pytest.mark.slow],
+    )
+    for family in tiny.FAMILIES
     for attention in ("sdpa", "eager")
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    for name, dtype in DTYPES.items()
 ]
 
 
-def _families(always: Collection[str]) -> list[Any]:
-    """Every family as a parameter; those not `always` run are slow."""
-    return [pytest.param(name, marks=[] if name in always else [pytest.mark.slow]) for name in tiny.FAMILIES]
-
-
-@pytest.fixture(params=_families((*tiny.REPRESENTATIVES, *FURTHER_KINDS)))
+@pytest.fixture(params=tiny.others_slow(ALWAYS))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-every_family = pytest.mark.parametrize("family", _families(tiny.FAMILIES))
+every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
 """For what is quick, or what a user would miss first."""
 
 
@@ -71,9 +73,8 @@ def test_every_record_is_tested() -> None:
 # ---------------------------------------------------------------------- with no hook: the plain model
 
 
-@every_family
 @torch.no_grad()
-@pytest.mark.parametrize(("attention", "dtype"), HALVES)
+@pytest.mark.parametrize(("family", "attention", "dtype"), IMPLEMENTATIONS)
 def test_logits_are_bit_equal_and_the_weights_untouched(
     family: str, attention: str, dtype: torch.dtype
 ) -> None:

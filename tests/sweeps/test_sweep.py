@@ -113,7 +113,7 @@ def largest_difference(table: pd.DataFrame, slow: pd.DataFrame) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in tiny.FAMILIES]
+    "name", tiny.others_slow((*tiny.REPRESENTATIVES, *tiny.FURTHER_KINDS, "gemma4", "idefics"))
 )
 def test_a_sweep_is_one_run_for_each_intervention(name: str) -> None:
     plain = tiny.tiny_model(name, attn_implementation=tiny.TINY[name].attention[0])

@@ -11,10 +11,12 @@ small and the tokenizer is a byte-level BPE trained on a few sentences, so nothi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
@@ -28,12 +30,16 @@ TINY: dict[str, TinyFamily] = {family.model_type: family for group in _GROUPS fo
 FAMILIES = tuple(TINY)
 REPRESENTATIVES = tuple(family.model_type for family in first.FAMILIES)
 """A family of each common kind, for tests that need not see all."""
+FURTHER_KINDS = ("gemma3", "mllama", "instructblip", "qwen3_5", "llama4", "fuyu")
+"""Sliding windows, cross attention, queries, linear attention, experts, and no tower."""
 
 __all__ = [
     "FAMILIES",
+    "FURTHER_KINDS",
     "REPRESENTATIVES",
     "TINY",
     "cast",
+    "others_slow",
     "record_of",
     "tiny_config",
     "tiny_images",
@@ -41,6 +47,11 @@ __all__ = [
     "tiny_model",
     "tiny_processor",
 ]
+
+
+def others_slow(always: Collection[str]) -> list[ParameterSet]:
+    """Every family as a parameter of a test; those that are not `always` run are slow."""
+    return [pytest.param(name, marks=[] if name in always else [pytest.mark.slow]) for name in FAMILIES]
 
 
 def record_of(family: str) -> Family:
