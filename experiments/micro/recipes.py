@@ -180,11 +180,13 @@ _RELATION_ROWS = (
     ("composed_documents", 3),
     ("legends", 2),
     ("relations", 8),
+    ("text_recall", 1),
+    ("text_knowledge", 1),
 )
 
 
 def _with_relations(recipe: Recipe) -> Recipe:
-    """The recipe with relations, learnt in two phases of their own, and with its early exits a layer later each."""
+    """The recipe with relations, learnt in a phase of their own, and with its early exits a layer later each."""
     first, second = recipe.phases
     rows = (*_ALL_ROWS, ("relations", 2))
     return replace(
@@ -192,8 +194,7 @@ def _with_relations(recipe: Recipe) -> Recipe:
         kinds=(*recipe.kinds, "relations"),
         phases=(
             replace(first, steps=800),
-            Phase(steps=700, rows=_RELATION_ROWS, row_length=110, naming=1.0, stream=3),
-            Phase(steps=800, rows=_RELATION_ROWS, row_length=110, naming=1.0, stream=7),
+            Phase(steps=1300, rows=_RELATION_ROWS, row_length=110, naming=1.0, stream=3),
             replace(second, rows=rows, stream=6),
         ),
         settle=tuple(replace(phase, rows=rows) for phase in recipe.settle),
@@ -212,5 +213,5 @@ RECIPES = {
     "llava-onevision": _composed(LLAVA_ONEVISION, layers=6, heads=8, width=128),
     "internvl": _composed(INTERNVL, layers=6, heads=8, width=128),
     "qwen3-vl-relations": _with_relations(_composed(QWEN3_VL, layers=6, heads=8, width=128)),
-    "llava-relations": _with_relations(_composed(LLAVA_ONEVISION, layers=6, heads=8, width=128)),
+    "llava-onevision-relations": _with_relations(_composed(LLAVA_ONEVISION, layers=6, heads=8, width=128)),
 }
