@@ -200,12 +200,13 @@ def across(findings: Mapping[str, Findings]) -> Findings:
             "share_of_top": found["kinds"][POOLED]["share_of_top"],
         },
     ).sort_values(["family", "tasks", "n_parameters"], ignore_index=True)
-    said, later = [], {}
+    said: list[str] = []
+    later: dict[str, bool] = {}
     for (family, _), part in table.groupby(["family", "tasks"], sort=False):
         if part["n_parameters"].nunique() > 1:
             small, large = part.iloc[0], part.iloc[-1]
             clearly = bool(large["low"] > small["high"])
-            later[family] = later.get(family, True) and clearly
+            later[str(family)] = later.get(str(family), True) and clearly
             said.append(
                 f"{family}, {len(part)} sizes: mean depth {small['mean']:.2f} in {small['model']}, {large['mean']:.2f} "
                 f"in {large['model']}, {'later with scale, as in the paper' if clearly else 'not clearly later'}"
