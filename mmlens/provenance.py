@@ -114,21 +114,22 @@ def code_fingerprint(function: Callable[..., Any]) -> str:
     Imports are followed through the source, those inside functions too; other packages have versions. It ends in
     "+edited" where a file is younger than this process: what ran is then not what was hashed.
     """
-    found: dict[str, Path] = {}
+    found: dict[str, tuple[bytes, float]] = {}
     _follow(function.__module__, found)
     digest = hashlib.sha256()
-    for name, path in sorted(found.items()):
-        digest.update(f"{name}\n".encode() + path.read_bytes())
-    edited = any(path.stat().st_mtime > _IMPORTED for path in found.values())
+    for name, (source, _) in sorted(found.items()):
+        digest.update(f"{name}\n".encode() + source)
+    edited = any(written > _IMPORTED for _, written in found.values())
     return digest.hexdigest()[:_DIGITS] + (EDITED if edited else "")
 
 
-def _follow(module: str, found: dict[str, Path]) -> None:
+def _follow(module: str, found: dict[str, tuple[bytes, float]]) -> None:
+    """Add a module's source, when it was written, and what it imports from mmlens."""
     path = _source_file(module)
     if module in found or path is None:
         return
-    found[module] = path
-    for name in _imports(path.read_bytes()):
+    found[module] = path.read_bytes(), path.stat().st_mtime
+    for name in _imports(found[module][0]):
         _follow(name, found)
 
 

@@ -102,7 +102,7 @@ def test_arms_are_what_they_say(result: CoreHeads) -> None:
 
 
 def test_the_same_seed_gives_the_same_numbers(micro: mmlens.HookedVLM) -> None:
-    settings = {**SETTINGS, "modes": ("resample",)}
+    settings = {**SETTINGS, "modes": (*SETTINGS["modes"], "resample")}
     once, again = (core_heads(micro, scenes(1, 1), scenes(2, 2), **settings) for _ in range(2))
     pd.testing.assert_frame_equal(again.outcomes, once.outcomes)
     pd.testing.assert_frame_equal(again.ablation, once.ablation)

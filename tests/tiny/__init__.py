@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
@@ -49,7 +48,7 @@ __all__ = [
 ]
 
 
-def others_slow(always: Collection[str]) -> list[ParameterSet]:
+def others_slow(always: Collection[str]) -> list[Any]:
     """Every family as a parameter of a test; those that are not `always` run are slow."""
     return [pytest.param(name, marks=[] if name in always else [pytest.mark.slow]) for name in FAMILIES]
 
