@@ -101,6 +101,7 @@ def test_arms_are_what_they_say(result: CoreHeads) -> None:
     assert result.summary["heads"]["top_5_percent"] == [list(pair) for pair in result.top]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(micro: mmlens.HookedVLM) -> None:
     settings = {**SETTINGS, "modes": (*SETTINGS["modes"], "resample")}
     once, again = (core_heads(micro, scenes(1, 1), scenes(2, 2), **settings) for _ in range(2))

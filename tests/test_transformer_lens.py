@@ -302,7 +302,7 @@ ALL_POS = {
 }
 
 
-@pytest.fixture(params=FEW)
+@pytest.fixture(params=tiny.others_slow(["qwen3_vl"], of=FEW))
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[mmlens.HookedVLM, Prompt, ActivationCache]]:
     """A model, a batch of two corrupted prompts, and the cache of two clean ones with other images."""
     model = hooked(request.param)

@@ -85,6 +85,27 @@ def test_a_share_of_a_loss_that_may_be_nothing_is_not_given() -> None:
         assert (found["ratio"] == 1.0) if known else (found["ratio"] is None)
 
 
+def test_an_interval_without_bounds_is_none() -> None:
+    """One of four examples is lost by its own heads: a third of the draws have no loss to share."""
+    lost = {("a", "a", 0), ("b", "a", 1)}
+    table = pd.DataFrame(
+        [
+            {
+                "arm": "chosen",
+                "chosen_on": on,
+                "kind": "a",
+                "example": i,
+                "clean": 1.0,
+                "value": float((on, "a", i) not in lost),
+            }
+            for on in ("a", "b")
+            for i in range(4)
+        ]
+    )
+    told = pd.DataFrame([{"judged_on": "own kind", "arm": "chosen", "low": 0.1}])
+    assert _ratio(table, ["a", "b"], told, 0) == {"ratio": 1.0, "low": None, "high": None}
+
+
 def test_layer_matched_sets_avoid_the_chosen_heads_and_are_averaged(found: Findings) -> None:
     raw = found.per_example["outcomes"]
     part = raw[

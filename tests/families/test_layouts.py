@@ -18,7 +18,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import FAMILIES, REPRESENTATIVES, TINY, record_of, tiny_images, tiny_model, tiny_processor
+from tiny import (
+    FAMILIES,
+    REPRESENTATIVES,
+    TINY,
+    others_slow,
+    record_of,
+    tiny_images,
+    tiny_model,
+    tiny_processor,
+)
 from tiny.first import IDEFICS_SIZE, INTERNVL_SIZE
 from torch import Tensor, nn
 
@@ -263,8 +272,19 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("family", LAID_OUT)
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [
+        pytest.param(
+            family,
+            size,
+            id=f"{family}-{name}",
+            marks=[] if family in REPRESENTATIVES or name in ("wide", "odd") else [pytest.mark.slow],
+        )
+        for family in LAID_OUT
+        for name, size in SIZES.items()
+    ],
+)
 def test_pixels_of_a_box_change_its_token_alone(family: str, size: tuple[int, int]) -> None:
     processor = tiny_processor(family)
     if family in ("idefics3", "smolvlm"):
@@ -277,7 +297,7 @@ def test_pixels_of_a_box_change_its_token_alone(family: str, size: tuple[int, in
     _check(family, trials)
 
 
-@pytest.mark.parametrize("family", LAID_OUT)
+@pytest.mark.parametrize("family", others_slow(REPRESENTATIVES, of=LAID_OUT))
 def test_several_images_in_a_padded_batch(family: str) -> None:
     sizes = TINY[family].sizes or [(160, 120), (90, 200), (240, 110), (130, 133)]
     images = tiny_images(4, seed=5, sizes=sizes)

@@ -48,9 +48,9 @@ __all__ = [
 ]
 
 
-def others_slow(always: Collection[str]) -> list[Any]:
-    """Every family as a parameter of a test; those that are not `always` run are slow."""
-    return [pytest.param(name, marks=[] if name in always else [pytest.mark.slow]) for name in FAMILIES]
+def others_slow(always: Collection[str], of: Collection[str] = FAMILIES) -> list[Any]:
+    """Families `of` as parameters of a test; those that are not `always` run are slow."""
+    return [pytest.param(name, marks=[] if name in always else [pytest.mark.slow]) for name in of]
 
 
 def record_of(family: str) -> Family:

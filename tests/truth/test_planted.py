@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 
 import mmlens
@@ -161,6 +162,7 @@ NAMED: dict[tuple[str, str], set[str]] = {
 }
 
 
+@pytest.mark.parametrize("family", tiny.others_slow(["llava"], of=FAMILIES))
 def test_every_method_names_exactly_the_planted_heads(family: str) -> None:
     table = found(family)
     named = {
