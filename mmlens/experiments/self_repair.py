@@ -397,7 +397,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
             if row["metric"] == graded and row["arm"] in ("top", "random")
         ]
     table = pd.DataFrame(rows)
-    table["group"] = table["arm"] + " " + table["size"].astype(str)
+    table["group"] = table["model"] + ", " + table["size"].astype(str)
     tops = table[table["arm"] == "top"]
     above, below = int((tops["low"] > 0).sum()), int((tops["high"] < 0).sum())
     return Findings(
@@ -408,9 +408,9 @@ def across(findings: Mapping[str, Findings]) -> Findings:
         figures=[
             (
                 "Cost of groups beyond the sum of their members",
-                "Above 0 a group costs more than its members one by one; 95% intervals.",
+                "Above 0 a group costs more than its members one by one; model and number of heads; 95% intervals.",
                 plot_intervals(
-                    table, row="model", series="group", xlabel="Excess cost of the group", lines={"0": 0.0}
+                    table, row="group", series="arm", xlabel="Excess cost of the group", lines={"0": 0.0}
                 ),
             )
         ],

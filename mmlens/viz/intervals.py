@@ -17,6 +17,11 @@ COLOURS = ("#d55e00", "#0072b2", "#009e73", "#b07aa1", "#8c6d1f", "#56b4e9", "#1
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 
 
+def _look(at: int) -> tuple[str, str]:
+    """Colour and marker of a series: no two of the first 64 are alike."""
+    return COLOURS[at % len(COLOURS)], MARKERS[(at + at // len(COLOURS)) % len(MARKERS)]
+
+
 def plot_intervals(
     table: pd.DataFrame,
     *,
@@ -45,6 +50,7 @@ def plot_intervals(
     figure = new_figure(6.4, 0.24 * len(names) * max(1.0, 0.45 * len(groups)) + 1.1 + 0.2 * len(groups))
     ax = figure.subplots()
     for at, group in enumerate(groups):
+        colour, marker = _look(at)
         part = table if group is None else table[table[series] == group]
         shift = (at - (len(groups) - 1) / 2) * 0.7 / len(groups)
         y = np.array([names.index(name) for name in part[row]]) + shift
@@ -55,8 +61,8 @@ def plot_intervals(
             y,
             # A mean over draws may lie a rounding error outside its own interval.
             xerr=np.nan_to_num(reach.clip(min=0)),
-            fmt=MARKERS[at % len(MARKERS)],
-            color=COLOURS[at % len(COLOURS)],
+            fmt=marker,
+            color=colour,
             markersize=5,
             linewidth=1.3,
             label=None if group is None else str(group),
@@ -115,7 +121,7 @@ def plot_curves(
     ax = figure.subplots()
     for at, name in enumerate(names):
         part = table[table[series] == name].sort_values(x)
-        colour = COLOURS[at % len(COLOURS)]
+        colour, marker = _look(at)
         style = (
             {"linewidth": 1.0, "linestyle": (0, (4, 2)), "alpha": 0.8}
             if name in dashed
@@ -125,7 +131,7 @@ def plot_curves(
             part[x],
             part["mean"],
             color=colour,
-            marker=MARKERS[at % len(MARKERS)],
+            marker=marker,
             markersize=4,
             label=str(name),
             **style,

@@ -42,6 +42,15 @@ def test_curves_are_sorted_and_only_what_has_an_interval_has_a_band() -> None:
     figure.canvas.draw()
 
 
+def test_no_two_series_look_alike() -> None:
+    names = [str(n) for n in range(20)]
+    table = pd.DataFrame({"series": names, "row": "a", "x": 1, "mean": 0.5, "low": 0.4, "high": 0.6})
+    dots = plot_intervals(table, row="row", series="series", xlabel="").axes[0].containers
+    curves = plot_curves(table, x="x", series="series", xlabel="", ylabel="").axes[0].lines
+    for lines in ([dot.lines[0] for dot in dots], curves):
+        assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(names)
+
+
 def test_bad_tables_are_refused() -> None:
     with pytest.raises(ValueError, match=r"lacks the columns \['high'\]"):
         plot_intervals(TABLE.drop(columns="high"), row="row", xlabel="")
