@@ -175,6 +175,7 @@ def test_every_method_names_exactly_the_planted_heads(family: str) -> None:
     assert table["share"][~table["named"]].max() < 0.05
 
 
+@pytest.mark.parametrize("family", tiny.others_slow(["llava"], of=FAMILIES))
 def test_the_methods_were_asked_about_every_head(family: str) -> None:
     table, n_heads = found(family), len(planted(family).model.heads)
     for method in ("ablate mean", "patch z", "attribute z (gradient)", "knockout question to evidence"):
