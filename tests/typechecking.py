@@ -1,24 +1,30 @@
 """What checks the shapes and types of mmlens' annotations while the tests run."""
 
-from collections import Counter
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from beartype import BeartypeConf, beartype
 
-EVERY = 16
-"""A function inside another is made, and its check built, in every call of that: one of so many is checked."""
-
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
-_definitions: Counter[str] = Counter()
+_checked: dict[Any, Callable[..., Any]] = {}
 
 
-def typechecker(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check a function's annotations in every call; of functions inside others, one of `EVERY` that are made."""
-    name = f"{function.__module__}.{function.__qualname__}"
-    if "<locals>" in name:
-        _definitions[name] += 1
-        # jaxtyping asks twice for each, for its parameters and for what it returns.
-        if (_definitions[name] - 1) // 2 % EVERY:
-            return function
-    return _check(function)
+def typechecker(function: FunctionType) -> Callable[..., Any]:
+    """`function` with its annotations checked in every call.
+
+    jaxtyping hands over an empty function of each signature. One that is defined anew in every call of another has
+    the same each time, and building its check is half the time of tests that make many models: it is built once.
+    """
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    # Alive as long as its check is kept, so that no other object can have a default's identity.
+    key = (
+        function.__module__,
+        function.__qualname__,
+        function.__code__,
+        tuple(function.__annotations__.items()),
+        tuple(map(id, defaults)),
+    )
+    if key not in _checked:
+        _checked[key] = _check(function)
+    return _checked[key]
