@@ -90,14 +90,17 @@ class Batcher:
         cell = scene.contents[image][row][column]
         return [self.vocab[word] for word in cell] or [self.vocab[self.architecture.image_token]]
 
+    def image_tokens(self, scene: Scene, image: int) -> list[str | Visual]:
+        """What stands for one of the scene's images: words, and what its visual tokens show."""
+        grid = scene.contents[image]
+        return self.architecture.image_tokens(image, (len(grid), len(grid[0])), len(scene.contents) == 1)
+
     def visual_tokens(self, scene: Scene) -> list[Visual]:
         """What every visual token of the scene shows, in their order."""
         return [
             token
-            for image, grid in enumerate(scene.contents)
-            for token in self.architecture.image_tokens(
-                image, (len(grid), len(grid[0])), len(scene.contents) == 1
-            )
+            for image in range(len(scene.contents))
+            for token in self.image_tokens(scene, image)
             if not isinstance(token, str)
         ]
 
@@ -108,12 +111,11 @@ class Batcher:
         positions = [(0, 0, 0), (1, 1, 1)]
         here = 2
         for image, grid in enumerate(scene.contents):
-            shape = (len(grid), len(grid[0]))
             inside = False
-            for token in self.architecture.image_tokens(image, shape, len(scene.contents) == 1):
+            for token in self.image_tokens(scene, image):
                 is_visual = not isinstance(token, str)
                 if self.architecture.grid_positions and inside and not is_visual:
-                    here += max(shape)
+                    here += max(len(grid), len(grid[0]))
                 inside = is_visual
                 visual.append(is_visual)
                 words.append(self.words_of(scene, token) if is_visual else [self.vocab[token]])  # type: ignore

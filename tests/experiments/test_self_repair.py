@@ -174,3 +174,12 @@ def test_across_counts_groups(found: Findings) -> None:
     across = EXPERIMENT.across({"one": found, "two": found})
     assert across.numbers["groups"] == 2 * 3
     assert across.numbers["above"] + across.numbers["below"] <= 6
+    [(_, _, figure)] = across.figures
+    ax = figure.axes[0]
+    rows = [label.get_text() for label in ax.get_yticklabels()]
+    assert len(rows) == len(set(rows)) == 6 and {row.split(", ")[0] for row in rows} == {"one", "two"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["top", "random"]
+    # A mark is one group's: no two of a series stand in one row.
+    for dots in ax.containers:
+        heights = dots.lines[0].get_ydata()
+        assert len(heights) == len(set(heights)) <= len(rows)

@@ -176,7 +176,8 @@ def test_sources_of_all_kinds_agree() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "family", ["llava", "qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.slow), "internvl"]
+    "family",
+    tiny.others_slow(["llava", "qwen2_5_vl", "internvl"], of=["llava", "qwen2_5_vl", "qwen3_vl", "internvl"]),
 )
 def test_the_vision_side_is_patched_in_whole(family: str) -> None:
     """Qwen's towers call attention once per image or window: each call gets its own."""

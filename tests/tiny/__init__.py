@@ -50,6 +50,8 @@ __all__ = [
 
 def others_slow(always: Collection[str], of: Collection[str] = FAMILIES) -> list[Any]:
     """Families `of` as parameters of a test; those that are not `always` run are slow."""
+    if unknown := set(always) - set(of):
+        raise ValueError(f"{sorted(unknown)} are to be run always, and are none of {sorted(of)}")
     return [pytest.param(name, marks=[] if name in always else [pytest.mark.slow]) for name in of]
 
 

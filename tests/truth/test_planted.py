@@ -44,6 +44,10 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+of_the_findings = pytest.mark.parametrize("family", tiny.others_slow(["llava"], of=FAMILIES))
+"""The larger family's take twice as long."""
+
+
 # ---------------------------------------------------------------------- what was planted
 
 
@@ -162,7 +166,7 @@ NAMED: dict[tuple[str, str], set[str]] = {
 }
 
 
-@pytest.mark.parametrize("family", tiny.others_slow(["llava"], of=FAMILIES))
+@of_the_findings
 def test_every_method_names_exactly_the_planted_heads(family: str) -> None:
     table = found(family)
     named = {
@@ -175,7 +179,7 @@ def test_every_method_names_exactly_the_planted_heads(family: str) -> None:
     assert table["share"][~table["named"]].max() < 0.05
 
 
-@pytest.mark.parametrize("family", tiny.others_slow(["llava"], of=FAMILIES))
+@of_the_findings
 def test_the_methods_were_asked_about_every_head(family: str) -> None:
     table, n_heads = found(family), len(planted(family).model.heads)
     for method in ("ablate mean", "patch z", "attribute z (gradient)", "knockout question to evidence"):
