@@ -1,5 +1,7 @@
 """Annotations are checked in every test, also those of functions that are defined anew in every call of another."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -40,16 +42,24 @@ def test_functions_of_one_name_have_their_own_checks() -> None:
         rows(1.5)
 
 
-def test_defaults_are_each_definition_s_own() -> None:
+class Value:
+    """Something that can be referred to weakly."""
+
+
+def test_defaults_are_each_definition_s_own_and_go_with_it() -> None:
     def make(default: Any) -> Callable[[], Any]:
         @checked
-        def given(x: list = default) -> list:
+        def given(x: Value = default) -> Value:
             return x
 
         return given
 
-    one, two = [1], [2]
+    one, two = Value(), Value()
     assert make(one)() is one and make(two)() is two
+    alive = weakref.ref(one)
+    del one
+    gc.collect()
+    assert alive() is None
 
 
 def test_dimensions_of_one_name_are_one_size() -> None:

@@ -16,14 +16,14 @@ def typechecker(function: FunctionType) -> Callable[..., Any]:
     jaxtyping hands over an empty function of each signature. One that is defined anew in every call of another has
     the same each time, and building its check is half the time of tests that make many models: it is built once.
     """
-    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
-    # Alive as long as its check is kept, so that no other object can have a default's identity.
+    if function.__defaults__ or function.__kwdefaults__:
+        # A default is each definition's own, and would live as long as its check is kept.
+        return _check(function)
     key = (
         function.__module__,
         function.__qualname__,
         function.__code__,
         tuple(function.__annotations__.items()),
-        tuple(map(id, defaults)),
     )
     if key not in _checked:
         _checked[key] = _check(function)
