@@ -77,6 +77,7 @@ from mmlens.metrics.relatives.logits import logit_contribution as logit_contribu
 from mmlens.metrics.relatives.spatial import localization_score as localization_score
 from mmlens.metrics.significance import ram_significance as ram_significance
 from mmlens.prompt import Prompt as Prompt
+from mmlens.sparse.hybrid import hybrid_attention as hybrid_attention
 from mmlens.statistics import benjamini_hochberg as benjamini_hochberg
 from mmlens.statistics import minimal_detectable_change as minimal_detectable_change
 from mmlens.statistics import minimal_detectable_effect as minimal_detectable_effect

@@ -73,6 +73,28 @@ class QueryRows:
         return cls(order[:, :width], torch.arange(width, device=queries.device) < counts[:, None])
 
 
+class Streams(Protocol):
+    """A layer of which some heads see a few keys only (mmlens.sparse)."""
+
+    def acts_on(self, query: Tensor, first: int) -> bool: ...
+
+    def masked(
+        self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, first: int
+    ) -> Tensor: ...
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scaling: float | None,
+    ) -> Tensor: ...
+
+    def is_fast(self, mask: Tensor | None) -> bool: ...
+
+
 class RunsPositions(Protocol):
     """A model that knows which positions the run under way computes."""
 
@@ -94,6 +116,8 @@ class AttentionTap:
         """The model whose positions the queries are; None in towers."""
         self.around: Around | None = None
         """Stands between the module and its function where set: a partial run records and completes calls by it."""
+        self.streaming: Streams | None = None
+        """Which heads see a few keys only, where set (`mmlens.sparse.hybrid_attention`)."""
 
     @property
     def needs_softmax(self) -> bool:
@@ -102,7 +126,7 @@ class AttentionTap:
     def is_plain(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether softmax(q k^T scaling + mask) v is all that this call does: no hook inside, no cap, sink or bias."""
         is_hooked = self.needs_softmax or self.rot_q.is_live or self.rot_k.is_live
-        return not is_hooked and all(kwargs.get(name) is None for name in _PATTERN_CHANGING_ARGUMENTS)
+        return not is_hooked and self.streaming is None and _is_softmax_alone(kwargs)
 
     def run(
         self,
@@ -129,6 +153,17 @@ class AttentionTap:
             key = self.rot_k(key.transpose(1, 2)).transpose(1, 2)
         if self.rows is not None or self.needs_softmax:
             _check_readable(module, attention_mask)
+        start = 0 if self.runs is None else self.runs.span.first
+        if self.streaming is not None and self.streaming.acts_on(query, start):
+            _check_readable(module, attention_mask)
+            causal = is_causal(module, kwargs.get("is_causal"))
+            reads = self.rows is not None or self.needs_softmax or not _is_softmax_alone(kwargs)
+            if not (reads or start or fast is eager) and self.streaming.is_fast(attention_mask):
+                scaling = kwargs.get("scaling")
+                return self.streaming.run(query, key, value, attention_mask, causal, scaling), None
+            attention_mask = self.streaming.masked(query, key, attention_mask, causal, start)
+            if fast is eager:
+                attention_mask = _additive_mask(module, query, key, attention_mask, causal)
         if self.rows is not None and self.consume_rows is not None:
             rows = _attention_rows(self.rows, eager, module, query, key, value, attention_mask, kwargs)
             self.consume_rows(rows)
@@ -170,6 +205,11 @@ class AttentionTap:
             yield
         finally:
             self.runs.span = span
+
+
+def _is_softmax_alone(kwargs: Mapping[str, Any]) -> bool:
+    """Whether softmax(q k^T scaling + mask) is the family's pattern: no cap, sink or bias."""
+    return all(kwargs.get(name) is None for name in _PATTERN_CHANGING_ARGUMENTS)
 
 
 _TAPS: WeakKeyDictionary[nn.Module, AttentionTap] = WeakKeyDictionary()
@@ -295,7 +335,7 @@ def _attention_rows(
     kwargs: dict[str, Any],
 ) -> Float[Tensor, "batch head query key"]:
     """Post-softmax attention at the chosen query positions, in float32."""
-    if any(kwargs.get(name) is not None for name in _PATTERN_CHANGING_ARGUMENTS):
+    if not _is_softmax_alone(kwargs):
         return _rows_of_eager_pattern(rows, eager, module, query, key, value, mask, kwargs)
     batch, n_heads, _, d_head = query.shape
     n_kv_heads, k_length = key.shape[1], key.shape[2]

@@ -1,0 +1,80 @@
+"""Hybrid attention: chosen heads attend to everything, the others to sinks and a window (arXiv 2606.05843, section 5).
+
+It stands where the attention function of each language layer is called (`AttentionTap.streaming`). What it does there
+depends on the call:
+
+| call | done |
+|---|---|
+| one query (decoding), or all heads dense, or a prompt within sinks and window | the model's own function |
+| a hook inside the softmax, or rows of the pattern wanted | the model's own function, with the rule in its mask |
+| a softcap, learnt sinks or a position bias; eager attention | the same: the masked reference |
+| all else | dense heads by SDPA; streaming heads by blocks (CPU) or FlexAttention (CUDA) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from mmlens.heads import Heads, HeadSet, as_head_set
+from mmlens.hooked_vlm import HookedVLM
+from mmlens.metrics.attention_rows import refuse_cross_attention
+from mmlens.sparse.layer import PATHS, StreamingLayer
+from mmlens.sparse.rule import StreamingRule
+
+
+@contextmanager
+def hybrid_attention(
+    model: HookedVLM, dense: Heads, *, sink: int = 512, window: int = 4096, path: str = "auto"
+) -> Iterator[HeadSet]:
+    """While it is open, only the `dense` heads attend to the whole prompt; the others see sinks and a window.
+
+    A streaming head's query at i sees j <= i with j < `sink` or i - j < `window`, counted from the row's first real
+    token. The prompt is run so (any pass over several positions); a generated token is decoded by dense attention on
+    the cache, which holds the keys of all positions. Heads are query heads, whatever key-value heads they share.
+    Sliding-window layers keep their own window. Hooks fire as ever; where one reads scores or patterns, that layer
+    runs by its mask. Yields the dense heads.
+
+    `path` is "masked" (the reference: the model's own function under a mask for each head), "blocks" (blocks of
+    queries), "flex" (torch's FlexAttention), or "auto", which takes blocks on the CPU and FlexAttention on CUDA.
+
+    Raises TypeError for a model without causal self-attention over its visual positions (at the first run:
+    NotCausalError), NotImplementedError for an attention implementation other than sdpa and eager, and for
+    positions added to a cut cache; ValueError for a rule without a window, an unknown path, or heads of another model;
+    RuntimeError where it is open already.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> example = mmlens.scene_examples("documents", 1, seed=0)[0]
+    >>> prompt = model.prompt_examples([example])
+    >>> with hybrid_attention(model, [(0, 4), (0, 5)], sink=4, window=16):
+    ...     logits = model(prompt)
+    >>> bool((logits - model(prompt)).abs().max() > 0)
+    True
+    """
+    heads = as_head_set(dense, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
+    rule = StreamingRule(sink, window)
+    if path not in PATHS:
+        raise ValueError(f"path is one of {', '.join(PATHS)}, not {path!r}")
+    refuse_cross_attention(model)
+    implementation = model.hf_model.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise NotImplementedError(
+            f"hybrid attention stands in for sdpa or eager attention, and the model was loaded with {implementation!r}"
+        )
+    layers = [layer for layer, count in enumerate(model.heads_per_layer) if count]
+    taps = {layer: model.attention_tap(layer) for layer in layers}
+    if any(tap.streaming is not None for tap in taps.values()):
+        raise RuntimeError("hybrid attention is open on this model already: close it first")
+    by_layer = heads.by_layer()
+    try:
+        for layer, tap in taps.items():
+            is_dense = torch.zeros(model.heads_per_layer[layer], dtype=torch.bool)
+            is_dense[by_layer.get(layer, [])] = True
+            tap.streaming = StreamingLayer(f"layer {layer} of {model.family.model_type}", is_dense, rule, path)
+        yield heads
+    finally:
+        for tap in taps.values():
+            tap.streaming = None

@@ -1,0 +1,55 @@
+"""Which keys a streaming head sees: the first tokens (sinks) and a window behind the query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StreamingRule:
+    """The keys of a streaming head: the prompt's first `sink` tokens and the last `window` up to the query itself.
+
+    Positions count from the first real token of a row, so that padding on the left is no sink. Source: arXiv
+    2606.05843, section 5 (512 sinks, a window of 4,096); sinks and window as in StreamingLLM (arXiv 2309.17453).
+
+    >>> StreamingRule(sink=1, window=2).allowed(torch.arange(4), torch.arange(4)).int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+    """
+
+    sink: int
+    window: int
+
+    def __post_init__(self) -> None:
+        if self.sink < 0 or self.window < 1:
+            raise ValueError(
+                f"a streaming head sees sink >= 0 first tokens and a window of at least 1 (the query itself), not "
+                f"sink={self.sink} and window={self.window}"
+            )
+
+    def sees_all(self, n_positions: int) -> bool:
+        """Whether every query of a prompt of `n_positions` tokens sees all that a causal head sees."""
+        return n_positions <= self.sink + self.window
+
+    def allowed(
+        self,
+        queries: Int[Tensor, " query"],
+        keys: Int[Tensor, " key"],
+        first: Int[Tensor, " batch"] | None = None,
+    ) -> Bool[Tensor, "*batch query key"]:
+        """Which of the keys each query sees, both given by position; `first` are the rows' first real positions."""
+        ahead = queries[:, None] - keys[None, :]
+        near = (ahead >= 0) & (ahead < self.window)
+        if first is None:
+            return near | ((ahead >= 0) & (keys < self.sink)[None, :])
+        own = keys[None, :] - first[:, None]
+        sinks = (own >= 0) & (own < self.sink)
+        return (near[None] & (own >= 0)[:, None]) | ((ahead >= 0)[None] & sinks[:, None])
+
+
+def first_positions(mask: Bool[Tensor, "batch _ query key"]) -> Int[Tensor, " batch"]:
+    """The first key of each row that any query sees: padding on the left is seen by none."""
+    return mask.any(1).any(1).int().argmax(-1)
