@@ -78,9 +78,7 @@ class Streams(Protocol):
 
     def acts_on(self, query: Tensor, first: int) -> bool: ...
 
-    def masked(
-        self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, first: int
-    ) -> Tensor: ...
+    def masked(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, first: int) -> Tensor: ...
 
     def run(
         self,

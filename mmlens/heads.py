@@ -232,9 +232,14 @@ class HeadSet:
 
 
 def as_head_set(
-    heads: Heads, n_layers: int, n_heads: int, heads_per_layer: Sequence[int] | None = None
+    heads: Heads,
+    n_layers: int,
+    n_heads: int,
+    heads_per_layer: Sequence[int] | None = None,
+    *,
+    at_least: int = 1,
 ) -> HeadSet:
-    """`heads` as a non-empty HeadSet of a model with `n_layers` x `n_heads` heads.
+    """`heads` as a HeadSet of `at_least` one head of a model with `n_layers` x `n_heads` heads.
 
     `heads_per_layer` says how many heads each layer has; None: n_heads, or as a given HeadSet says. Raises
     ValueError for no heads, a repeated head, or a HeadSet of a model of another shape; IndexError for a head that
@@ -259,7 +264,7 @@ def as_head_set(
             )
         heads_per_layer = heads.heads_per_layer if heads_per_layer is None else heads_per_layer
     checked = HeadSet(heads, n_layers=n_layers, n_heads=n_heads, heads_per_layer=heads_per_layer)
-    if not len(checked):
+    if len(checked) < at_least:
         raise ValueError("no heads given: expected at least one (layer, head)")
     return checked
 
@@ -366,6 +371,27 @@ class HeadScores:
         """The heads of lowest score, lowest first; counted as in `top`."""
         total = sum(self.heads_per_layer)
         return self._by_rank(range(total - 1, total - 1 - self._count(n_or_fraction), -1))
+
+    def top_spread(self, n_or_fraction: int | float) -> HeadSet:
+        """As many heads as `top`, spread over the layers: the best of every layer before the second best of any.
+
+        Where the number is no multiple of the layers, those whose next head scores highest give one more.
+
+        >>> scores = HeadScores(torch.tensor([[[0.9, 0.8], [0.1, 0.2]]]), "RAM")
+        >>> scores.top(2), scores.top_spread(2)
+        (HeadSet(2 of 2 x 2: L0H0 L0H1), HeadSet(2 of 2 x 2: L0H0 L1H1))
+        """
+        count = self._count(n_or_fraction)
+        of_layer: Counter[int] = Counter()
+        turns = []
+        for layer, head in self.top(1.0):
+            turns.append((of_layer[layer], (layer, head)))
+            of_layer[layer] += 1
+        # Sorting keeps the order of the scores within a turn.
+        best = [head for _, head in sorted(turns, key=lambda turn: turn[0])][:count]
+        return HeadSet(
+            best, n_layers=self.n_layers, n_heads=self.n_heads, heads_per_layer=self.heads_per_layer
+        )
 
     def select(self, kind: str) -> HeadScores:
         """The scores of the examples of one kind."""

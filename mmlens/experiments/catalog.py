@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmlens.experiments import (
     emergence,
     head_map,
+    hybrid,
     key_tokens,
     masking,
     modes,
@@ -36,6 +37,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         sufficiency.EXPERIMENT,
         transfer.EXPERIMENT,
         relatives.EXPERIMENT,
+        hybrid.EXPERIMENT,
         emergence.EXPERIMENT,
     )
 }

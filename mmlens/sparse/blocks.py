@@ -44,7 +44,8 @@ def streaming_attention(
         parted = near > sinks[1]
         ranges = (sinks, (near, stop)) if parted else ((min(sinks[0], near), stop),)
         keys, values = (
-            torch.cat([tensor[:, :, low:high] for low, high in ranges], 2)[:, index] for tensor in (key, value)
+            torch.cat([tensor[:, :, low:high] for low, high in ranges], 2)[:, index]
+            for tensor in (key, value)
         )
         allowed = same.get(stop - start) if parted and mask is None else None
         if allowed is None:

@@ -35,7 +35,7 @@ def hybrid_attention(
     token. The prompt is run so (any pass over several positions); a generated token is decoded by dense attention on
     the cache, which holds the keys of all positions. Heads are query heads, whatever key-value heads they share.
     Sliding-window layers keep their own window. Hooks fire as ever; where one reads scores or patterns, that layer
-    runs by its mask. Yields the dense heads.
+    runs by its mask. Yields the dense heads; an empty list has all heads stream.
 
     `path` is "masked" (the reference: the model's own function under a mask for each head), "blocks" (blocks of
     queries), "flex" (torch's FlexAttention), or "auto", which takes blocks on the CPU and FlexAttention on CUDA.
@@ -54,7 +54,7 @@ def hybrid_attention(
     >>> bool((logits - model(prompt)).abs().max() > 0)
     True
     """
-    heads = as_head_set(dense, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
+    heads = as_head_set(dense, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer, at_least=0)
     rule = StreamingRule(sink, window)
     if path not in PATHS:
         raise ValueError(f"path is one of {', '.join(PATHS)}, not {path!r}")
@@ -73,7 +73,9 @@ def hybrid_attention(
         for layer, tap in taps.items():
             is_dense = torch.zeros(model.heads_per_layer[layer], dtype=torch.bool)
             is_dense[by_layer.get(layer, [])] = True
-            tap.streaming = StreamingLayer(f"layer {layer} of {model.family.model_type}", is_dense, rule, path)
+            tap.streaming = StreamingLayer(
+                f"layer {layer} of {model.family.model_type}", is_dense, rule, path
+            )
         yield heads
     finally:
         for tap in taps.values():

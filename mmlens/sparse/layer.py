@@ -13,7 +13,6 @@ from mmlens.sparse.blocks import streaming_attention
 from mmlens.sparse.flex import flex_attention
 from mmlens.sparse.rule import StreamingRule, first_positions
 
-
 PATHS = ("auto", "masked", "blocks", "flex")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -33,6 +32,18 @@ class StreamingRule:
     def sees_all(self, n_positions: int) -> bool:
         """Whether every query of a prompt of `n_positions` tokens sees all that a causal head sees."""
         return n_positions <= self.sink + self.window
+
+    def share(self, n_positions: int) -> float:
+        """Scores that a streaming head computes over a prompt, as a share of a causal head's.
+
+        Sum over i of min(i + 1, sink + window), over n (n + 1) / 2: sinks within the window count once.
+
+        >>> StreamingRule(sink=1, window=2).share(4)
+        0.9
+        """
+        n, most = n_positions, self.sink + self.window
+        few = min(n, most)
+        return (few * (few + 1) / 2 + (n - few) * most) / (n * (n + 1) / 2)
 
     def allowed(
         self,

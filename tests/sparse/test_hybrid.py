@@ -9,9 +9,20 @@ from torch import Tensor
 
 import mmlens
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.sparse.layer import NotCausalError
 
-CAUSAL = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "gemma4", "step3p7", "deepseek_vl", "lfm2_vl", "mistral3", "qwen3_5")
+CAUSAL = (
+    "llava",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "idefics3",
+    "gemma4",
+    "step3p7",
+    "deepseek_vl",
+    "lfm2_vl",
+    "mistral3",
+    "qwen3_5",
+)
 
 
 def prompt_of(model: HookedVLM, padded: bool) -> mmlens.prompt.Prompt:
@@ -58,5 +69,8 @@ def test_paths_equal_the_plain_model_with_its_pattern_cut(family: str, padded: b
     for path in ("masked", "blocks", "flex"):
         with mmlens.hybrid_attention(model, dense, sink=sink, window=window, path=path):
             logits = model(prompt)
-        assert torch.allclose(logits * shown, expected * shown, atol=1e-4), (path, (logits - expected).abs().max())
+        assert torch.allclose(logits * shown, expected * shown, atol=1e-4), (
+            path,
+            (logits - expected).abs().max(),
+        )
     assert not torch.allclose(expected * shown, model(prompt) * shown, atol=1e-3)

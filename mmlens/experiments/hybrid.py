@@ -1,0 +1,339 @@
+"""What hybrid attention costs in answers: which heads have to stay dense, how many, and behind which window?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mmlens.core_heads import POOLED
+from mmlens.data.examples import Example
+from mmlens.experiments.ablations import first_of_kinds
+from mmlens.experiments.common import PAPER, across_table, matched_controls, plain, ranged, records
+from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.heads import HeadScores, HeadSet, share_of
+from mmlens.metrics.attention import evidence_attention
+from mmlens.metrics.effects import prompt_batches
+from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
+from mmlens.prompt import Prompt
+from mmlens.sparse.hybrid import hybrid_attention
+from mmlens.sparse.rule import StreamingRule
+from mmlens.statistics import difference_interval_of, interval_of
+from mmlens.viz.intervals import plot_curves
+
+CORE, RANDOM, MATCHED = "CoRe", "random", "layer-matched"
+SPREAD, LOWEST, VISION = "CoRe, spread over layers", "lowest RAM", "vision mass"
+NONE = "no dense head"
+
+
+def run(
+    setup: Setup,
+    *,
+    fractions: Sequence[float] = (0.025, 0.05, 0.1, 0.2, 0.4),
+    windows: Sequence[int] = (8, 16, 32),
+    sink: int = 4,
+    n_per_kind: int | None = 10,
+    n_draws: int = 3,
+) -> Findings:
+    """Accuracy and KL to dense with `fractions` of the heads dense and the others streaming, by window and arm.
+
+    Arms: the heads of the highest RAM; the highest in each layer in turn, so that every layer has as many; random
+    heads and layer-matched ones (`n_draws` each, none of them in the top); the lowest RAM; the highest vision mass.
+    Heads are chosen on the selection split, and judged on the first `n_per_kind` evaluation examples of each kind
+    (None: all), text-only kinds too. `windows` and `sink` count tokens; a prompt that lies within them is dense.
+    """
+    if n_draws < 1:
+        raise ValueError(f"n_draws is at least 1, not {n_draws}")
+    rules = [StreamingRule(sink, window) for window in windows]
+    total = len(setup.model.heads)
+    counts = sorted({share_of(fraction, total) for fraction in fractions})
+    seen = evidence_attention(
+        setup.model, setup.selection, batch_size=setup.batch_size, progress=setup.progress
+    )
+    sets, moved = _arms(seen.ram, seen.vision_mass, counts, n_draws, setup.seed)
+    examples = first_of_kinds(setup.evaluation, n_per_kind)
+    outcomes = _outcomes(setup, examples, sets, rules)
+    controls = sorted({e.kind for e in examples if not e.evidence})
+    table = _table(outcomes, controls, total, setup.seed)
+    differences = _differences(outcomes, controls, setup.seed)
+    lengths = outcomes[(outcomes["metric"] == "accuracy")].drop_duplicates("example")["n_tokens"]
+    shares = pd.DataFrame(
+        [
+            {"window": rule.window, "share_of_scores": float(np.mean([rule.share(n) for n in lengths]))}
+            for rule in rules
+        ]
+    )
+    statement, numbers = _judged(table, differences, counts, total, rules)
+    figures = [
+        (
+            f"Accuracy under hybrid attention, window {rule.window}",
+            f"Held-out examples with evidence; {sink} sinks; 95% intervals. Streaming heads compute "
+            f"{shares.set_index('window').loc[rule.window, 'share_of_scores']:.0%} of a dense head's scores here.",
+            _curves(table, rule.window),
+        )
+        for rule in rules
+    ]
+    return Findings(
+        statement,
+        plain(
+            {
+                **numbers,
+                "counts": counts,
+                "n_heads": total,
+                "sink": sink,
+                "windows": list(windows),
+                "prompt_tokens": {"median": float(lengths.median()), "most": int(lengths.max())},
+                "share_of_scores": records(shares),
+                "layer_matched_shortfall": moved,
+                "table": records(table),
+                "differences": records(differences),
+            }
+        ),
+        tables={
+            "quality": ("Accuracy, ill-formed answers and KL to dense, with 95% intervals.", table),
+            "differences": ("CoRe heads dense minus another arm's, paired by example.", differences),
+            "shares": ("Scores that a streaming head computes, as a share of a dense head's.", shares),
+        },
+        per_example={"outcomes": outcomes},
+        figures=figures,
+    )
+
+
+def _arms(
+    ram: HeadScores, vision_mass: HeadScores, counts: Sequence[int], n_draws: int, seed: int
+) -> tuple[dict[tuple[str, int, int], HeadSet], dict[int, str]]:
+    """(arm, count, draw) -> dense heads, and for each count what the layer-matched draw could not keep in its layer."""
+    sets: dict[tuple[str, int, int], HeadSet] = {(NONE, 0, 0): ram.top(1) - ram.top(1)}
+    moved: dict[int, str] = {}
+    for count in counts:
+        top = ram.top(count)
+        sets[CORE, count, 0] = top
+        sets[SPREAD, count, 0] = ram.top_spread(count)
+        sets[LOWEST, count, 0] = ram.bottom(count)
+        sets[VISION, count, 0] = vision_mass.top(count)
+        matched, shortfall = matched_controls(top, n_draws, seed)
+        for draw, heads in enumerate(matched):
+            sets[MATCHED, count, draw] = heads
+            sets[RANDOM, count, draw] = top.random(seed + draw)
+        if shortfall:
+            moved[count] = shortfall
+    return sets, moved
+
+
+@torch.no_grad()
+def _outcomes(
+    setup: Setup,
+    examples: Sequence[Example],
+    sets: Mapping[tuple[str, int, int], HeadSet],
+    rules: Sequence[StreamingRule],
+) -> pd.DataFrame:
+    """One row per window, arm, count, draw, example and metric: with its value, and that of the dense run."""
+    rows: list[pd.DataFrame] = []
+    at = 0
+    graded = all(len(set(example.candidates)) > 1 for example in examples)
+    for prompt in prompt_batches(setup.model, list(examples), setup.batch_size, setup.progress):
+        part = examples[at : at + len(prompt)]
+        frame = pd.DataFrame(
+            {
+                "example": range(at, at + len(prompt)),
+                "id": [e.id for e in part],
+                "kind": [e.kind for e in part],
+                "n_tokens": (~prompt.token_map.is_padding).sum(-1).tolist(),
+            }
+        )
+        at += len(prompt)
+        dense = setup.model(prompt)
+        before = _measured(dense, prompt, dense, graded)
+        done: dict[tuple[int, HeadSet], dict[str, Any]] = {}
+        for rule in rules:
+            for (arm, count, draw), heads in sets.items():
+                run = (rule.window, heads)
+                if run not in done:
+                    with hybrid_attention(setup.model, heads, sink=rule.sink, window=rule.window):
+                        done[run] = _measured(setup.model(prompt), prompt, dense, graded)
+                rows += [
+                    frame.assign(
+                        window=rule.window,
+                        arm=arm,
+                        count=count,
+                        draw=draw,
+                        metric=metric,
+                        value=values,
+                        clean=before[metric],
+                    )
+                    for metric, values in done[run].items()
+                ]
+    return pd.concat(rows, ignore_index=True)
+
+
+def _measured(logits: torch.Tensor, prompt: Prompt, dense: torch.Tensor, graded: bool) -> dict[str, Any]:
+    found = {
+        "accuracy": accuracy(logits, prompt),
+        "kl_to_dense": kl_to_clean(logits, prompt, dense),
+        **({"invalid": invalid(logits, prompt)} if graded else {}),
+    }
+    return {name: values.float().tolist() for name, values in found.items()}
+
+
+def _table(outcomes: pd.DataFrame, controls: Sequence[str], total: int, seed: int) -> pd.DataFrame:
+    """Means over examples of each one's mean over draws, by window, arm, count, metric and kind."""
+    rows = []
+    for (window, arm, count, metric), cell in outcomes.groupby(
+        ["window", "arm", "count", "metric"], sort=False
+    ):
+        for kind, part in _by_kind(cell, controls):
+            by_example = part.groupby("example")[["value", "clean"]].mean()
+            low, high = interval_of(by_example["value"].to_numpy(), seed)
+            rows.append(
+                {
+                    "window": window,
+                    "arm": arm,
+                    "count": count,
+                    "dense_share": count / total,
+                    "kind": kind,
+                    "metric": metric,
+                    "n": len(by_example),
+                    "n_draws": part["draw"].nunique(),
+                    "mean": by_example["value"].mean(),
+                    "low": low,
+                    "high": high,
+                    "clean": by_example["clean"].mean(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _by_kind(cell: pd.DataFrame, controls: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+    evidence = cell[~cell["kind"].isin(list(controls))]
+    return [(POOLED, evidence), *((str(kind), part) for kind, part in cell.groupby("kind", sort=True))]
+
+
+def _differences(outcomes: pd.DataFrame, controls: Sequence[str], seed: int) -> pd.DataFrame:
+    """CoRe minus every other arm on the same examples with evidence, for accuracy and KL."""
+    rows = []
+    chosen = outcomes[~outcomes["kind"].isin(list(controls)) & (outcomes["metric"] != "invalid")]
+    for (window, count, metric), cell in chosen[chosen["count"] > 0].groupby(["window", "count", "metric"]):
+        by_arm = {arm: part.groupby("example")["value"].mean() for arm, part in cell.groupby("arm")}
+        for arm in (SPREAD, RANDOM, MATCHED, LOWEST, VISION):
+            one, other = by_arm[CORE].to_numpy(), by_arm[arm].to_numpy()
+            low, high = difference_interval_of(one, other, seed)
+            rows.append(
+                {
+                    "window": window,
+                    "count": count,
+                    "metric": metric,
+                    "minus": arm,
+                    "mean": (one - other).mean(),
+                    "low": low,
+                    "high": high,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _judged(
+    table: pd.DataFrame,
+    differences: pd.DataFrame,
+    counts: Sequence[int],
+    total: int,
+    rules: Sequence[StreamingRule],
+) -> tuple[str, dict[str, Any]]:
+    pooled = table[(table["kind"] == POOLED) & (table["metric"] == "accuracy")]
+    at = pooled.set_index(["window", "arm", "count"])
+    against = differences[differences["metric"] == "accuracy"].set_index(["window", "count", "minus"])
+    clean = float(pooled["clean"].iloc[0])
+    said, verdicts = [], []
+    for rule in rules:
+        window = rule.window
+        none = at.loc[(window, NONE, 0)]
+        better = [
+            count
+            for count in counts
+            if all(against.loc[(window, count, arm), "low"] > 0 for arm in (RANDOM, MATCHED))
+        ]
+        kept = [count for count in counts if at.loc[(window, CORE, count), "high"] >= clean]
+        verdicts.append(
+            {
+                "window": window,
+                "none": float(none["mean"]),
+                "window_matters": bool(none["high"] < clean),
+                "core_above_random_at": better,
+                "core_as_dense_from": min(kept) if kept else None,
+            }
+        )
+        parts = ", ".join(
+            f"{count / total:.1%}: CoRe {at.loc[(window, CORE, count), 'mean']:.0%}, random "
+            f"{at.loc[(window, RANDOM, count), 'mean']:.0%}, layer-matched {at.loc[(window, MATCHED, count), 'mean']:.0%}"
+            for count in counts
+        )
+        said.append(
+            f"window {window}: no dense head {ranged(none['mean'], none['low'], none['high'])}; {parts}; CoRe heads "
+            + (
+                "better than random and than layer-matched ones with "
+                + ", ".join(f"{count / total:.1%}" for count in better)
+                if better
+                else "told from random or layer-matched ones at no share"
+            )
+        )
+    agrees = any(verdict["window_matters"] and verdict["core_above_random_at"] for verdict in verdicts)
+    return f"All heads dense: {clean:.0%}. " + ". ".join(said) + ".", {
+        "agrees": agrees,
+        "clean": clean,
+        "verdicts": verdicts,
+    }
+
+
+def _curves(table: pd.DataFrame, window: int) -> Any:
+    chosen = table[(table["kind"] == POOLED) & (table["metric"] == "accuracy") & (table["window"] == window)]
+    none = chosen[chosen["arm"] == NONE]
+    arms = chosen[chosen["arm"] != NONE]
+    # Every curve begins with no dense head.
+    starts = pd.concat([none.assign(arm=arm) for arm in dict.fromkeys(arms["arm"])])
+    return plot_curves(
+        pd.concat([starts, arms]),
+        x="dense_share",
+        series="arm",
+        xlabel="share of heads that are dense",
+        ylabel="accuracy",
+        percent=True,
+    )
+
+
+def across(findings: Mapping[str, Findings]) -> Findings:
+    """Where CoRe heads keep more of the answers than random ones, by model."""
+    table = across_table(
+        findings, lambda found: {name: found[name] for name in ("agrees", "clean", "n_heads", "counts")}
+    )
+    rows = [
+        {"model": model, **verdict}
+        for model, found in findings.items()
+        for verdict in found.numbers["verdicts"]
+    ]
+    return Findings(
+        f"Where the window matters, dense CoRe heads keep more answers than as many random or layer-matched ones, at "
+        f"some share and window, in {int(table['agrees'].sum())} of {len(table)} models.",
+        plain({"models": records(table), "verdicts": rows}),
+        tables={"verdicts": ("By model and window.", pd.DataFrame(rows))},
+    )
+
+
+EXPERIMENT = Experiment(
+    name="hybrid",
+    title="Hybrid attention: which heads must stay dense",
+    source=f"{PAPER}, section 5 and Appendix G.4; the controls are not in the paper",
+    question=(
+        "If a few heads attend to everything and the others to sinks and a window, are the answers kept, and does it "
+        "matter which heads these are?"
+    ),
+    method=(
+        "Prompts were run with a share of the heads dense ({fractions}) and the others attending to the first {sink} "
+        "tokens and the last {windows} only. Dense heads were those of the highest RAM, the same number in every "
+        "layer, random, layer-matched random, lowest RAM or highest vision mass, chosen on the selection split."
+    ),
+    run=run,
+    cites=("arxiv_2606_05843", "arxiv_2309_17453"),
+    across=across,
+)
