@@ -23,17 +23,21 @@ from mmlens.hook_names import unknown_name_message
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
 from mmlens.loading import ModelNotFoundError, shipped_models
 from mmlens.prompt import PromptError
+from mmlens.runs.accelerate import RECORD as ACCELERATE_RECORD
+from mmlens.runs.accelerate import accelerate, load_scores
 from mmlens.runs.paper import run_all
 from mmlens.runs.rerun import TOLERANCE, rerun, runs_in
 from mmlens.runs.run import (
     Request,
     check_folder,
     experiment_named,
+    load_model,
     model_folders,
     read_record,
     run,
     write_across,
 )
+from mmlens.sparse.speed import PARTS
 from mmlens.token_map import TokenMapError
 
 _USER_ERRORS = (
@@ -129,6 +133,25 @@ def _parser() -> argparse.ArgumentParser:
     paper.add_argument("--jobs", type=int, default=1, help="models run at a time (default: 1)")
     _add_run_options(paper)
 
+    faster = command(
+        "accelerate",
+        _accelerate,
+        "time prefill with the heads of the highest scores dense, the others streaming",
+    )
+    faster.add_argument("--model", default="micro", help="a shipped model, a folder, or a hub id")
+    faster.add_argument(
+        "--heads", type=Path, required=True, help="scores, as `mmlens core-heads` writes them"
+    )
+    faster.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens of the prompts")
+    faster.add_argument("--fractions", type=float, nargs="+", default=[0.05], help="shares of dense heads")
+    faster.add_argument("--sink", type=int, default=512, help="first tokens that every head sees")
+    faster.add_argument("--window", type=int, default=4096, help="last tokens that every head sees")
+    faster.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what to time")
+    faster.add_argument("--repeats", type=int, default=5, help="pairs of runs, behind two of either side")
+    faster.add_argument("--out", type=Path, required=True, help="folder for speed.csv and report.html")
+    faster.add_argument("--seed", type=int, default=0, help="seed of the random tokens")
+    _add_loading_options(faster)
+
     families = command(
         "families",
         _families,
@@ -163,6 +186,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of examples and of all random choices")
     parser.add_argument("--batch-size", type=int, default=30, help="examples in a forward pass")
+    _add_loading_options(parser)
+
+
+def _add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="as transformers takes it, e.g. bfloat16")
     parser.add_argument("--device-map", help="as transformers takes it, e.g. auto")
     parser.add_argument("--attn-implementation", help="as transformers takes it, e.g. sdpa")
@@ -293,6 +320,36 @@ def _paper(options: argparse.Namespace) -> int:
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     print(f"{len(outcomes)} runs, {len(failed)} failed\nreport: {options.out / 'report.html'}")
     return int(bool(failed))
+
+
+def _accelerate(options: argparse.Namespace) -> None:
+    check_folder(options.out, ACCELERATE_RECORD)
+    scores = load_scores(options.heads)
+    model = load_model(
+        Request(
+            "",
+            options.model,
+            dtype=options.dtype,
+            device_map=options.device_map,
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
+    found = accelerate(
+        model,
+        scores,
+        options.lengths,
+        fractions=options.fractions,
+        sink=options.sink,
+        window=options.window,
+        parts=options.parts,
+        repeats=options.repeats,
+        seed=options.seed,
+        name=options.model,
+    )
+    shown = found.table[["heads", "length", "part", "dense_seconds", "hybrid_seconds", "speedup", "limit"]]
+    print(shown.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
+    print(f"report: {found.save(options.out) / 'report.html'}")
 
 
 def _families(options: argparse.Namespace) -> None:

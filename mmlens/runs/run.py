@@ -187,7 +187,7 @@ def run(
     out = Path(out)
     check_folder(out)
     prepared = prepared or prepare(request)
-    with _written_at_once(out, "run.json") as (folder, record):
+    with written_at_once(out, "run.json") as (folder, record):
         record |= _record(request, experiment, prepared, command)
         start = time.monotonic()
         setup = Setup(
@@ -343,7 +343,7 @@ def write_across(experiment: Experiment, folders: Mapping[str, Path], out: Path)
         return None
     check_folder(out, "across.json")
     findings = experiment.across({model: read_findings(folder) for model, folder in folders.items()})
-    with _written_at_once(out, "across.json") as (partial, record):
+    with written_at_once(out, "across.json") as (partial, record):
         record |= {"schema": "mmlens.across/1", "models": list(folders), "versions": versions()}
         write_findings(findings, partial)
         write_findings_report(partial, experiment, findings, record)
@@ -439,7 +439,7 @@ def _describe_data(
 
 
 @contextmanager
-def _written_at_once(out: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+def written_at_once(out: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """A folder to write to and a record to fill; both reach `out` if nothing is raised, and neither else.
 
     The record, a file of that name, lists the files. It goes first when they are replaced and comes last.

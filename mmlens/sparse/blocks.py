@@ -47,17 +47,20 @@ def streaming_attention(
             torch.cat([tensor[:, :, low:high] for low, high in ranges], 2)[:, index]
             for tensor in (key, value)
         )
-        allowed = same.get(stop - start) if parted and mask is None else None
-        if allowed is None:
+        bias = same.get(stop - start) if parted and mask is None else None
+        if bias is None:
             columns = torch.cat([torch.arange(low, high, device=query.device) for low, high in ranges])
             rows = torch.arange(start, stop, device=query.device)
             allowed = rule.allowed(rows, columns, first)
             allowed = allowed[None, None] if first is None else allowed[:, None]
             if mask is not None:
                 allowed = allowed & mask[:, :, start:stop][..., columns]
-            elif parted:
-                same[stop - start] = allowed
+            # SDPA on the CPU would turn a boolean mask into this one in every call.
+            bias = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
+            bias.masked_fill_(~allowed, torch.finfo(query.dtype).min)
+            if parted and mask is None:
+                same[stop - start] = bias
         output[:, :, start:stop] = F.scaled_dot_product_attention(
-            query[:, :, start:stop], keys, values, attn_mask=allowed, scale=scaling
+            query[:, :, start:stop], keys, values, attn_mask=bias, scale=scaling
         )
     return output
