@@ -264,9 +264,11 @@ def _judged(
                 "core_as_dense_from": min(kept) if kept else None,
             }
         )
-        parts = ", ".join(
-            f"{count / total:.1%}: CoRe {at.loc[(window, CORE, count), 'mean']:.0%}, random "
-            f"{at.loc[(window, RANDOM, count), 'mean']:.0%}, layer-matched {at.loc[(window, MATCHED, count), 'mean']:.0%}"
+        parts = "; ".join(
+            f"{count / total:.1%}: "
+            + ", ".join(
+                f"{arm} {at.loc[(window, arm, count), 'mean']:.0%}" for arm in (CORE, RANDOM, MATCHED)
+            )
             for count in counts
         )
         said.append(

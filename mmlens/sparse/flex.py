@@ -23,7 +23,7 @@ def flex_attention(
     first: Int[Tensor, " batch"] | None = None,
     scaling: float | None = None,
 ) -> Float[Tensor, "batch head pos d_value"]:
-    """softmax(q k^T scaling + mask) v with the keys of `rule` for heads that are not `dense`, all causal ones for these.
+    """softmax(q k^T scaling + mask) v over the keys of `rule`, or all causal ones for heads that are `dense`.
 
     Blocks of keys that a head does not see are skipped. On the CPU the same function runs uncompiled, for tests.
     """

@@ -42,7 +42,7 @@ class StreamingLayer:
         causal: bool,
         first: int,
     ) -> Tensor:
-        """The model's mask with the rule in it, [batch or 1, head, query, key]: boolean, or additive as it was given."""
+        """The model's mask with the rule in it [batch or 1, head, query, key]: boolean, or additive as given."""
         self._check(query, key, mask, causal, first)
         queries = torch.arange(first, first + query.shape[2], device=query.device)
         keys = torch.arange(key.shape[2], device=query.device)
