@@ -187,6 +187,32 @@ def test_generation_prefills_by_the_rule_and_decodes_densely(family: str) -> Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_a_sweep_under_it_is_one_run_for_each_intervention(family: str) -> None:
+    model = hooked(family)
+    prompt, dense = prompt_of(model, padded=True), one_head_a_layer(model)
+    interventions = {
+        f"L{layer}H{head} {positions}": mmlens.ablate([(layer, head)], "zero", positions=positions)
+        for layer, head in ((0, 1), (1, 3), (2, 0))
+        for positions in (None, "last")
+    }
+
+    def logit(logits: Tensor, prompt: Prompt) -> Tensor:
+        return logits[:, -1, 7]
+
+    with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW):
+        table = mmlens.sweep(model, prompt, interventions, logit, progress=False)
+        expected = [
+            logit(model.run_with_hooks(prompt, fwd_hooks=intervention(model, prompt)), prompt).tolist()
+            for intervention in interventions.values()
+        ]
+    by_name = table.groupby("intervention", sort=False)["value"].apply(list)
+    torch.testing.assert_close(torch.tensor(list(by_name)), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    plain = mmlens.sweep(model, prompt, interventions, logit, progress=False)
+    assert (plain["value"] - table["value"]).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_no_dense_head_at_all_is_allowed() -> None:
     model = hooked("llava")
     prompt = prompt_of(model, padded=False)
