@@ -36,7 +36,7 @@ SMALL = Published(
         **_qwen3_vl(
             {
                 "hidden_size": 512,
-                "intermediate_size": 1024,
+                "intermediate_size": 1536,
                 "num_hidden_layers": 8,
                 "num_attention_heads": 16,
                 "num_key_value_heads": 4,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmlens.sparse.blocks import streaming_attention
+from mmlens.sparse.blocks import like_sdpa, streaming_attention
 from mmlens.sparse.flex import flex_attention
 from mmlens.sparse.rule import StreamingRule, first_positions
 
@@ -73,26 +74,28 @@ class StreamingLayer:
         key, value = key[:, :, :length], value[:, :, :length]
         mask = None if mask is None else mask[..., :length]
         first = None if mask is None else first_positions(mask)
-        if self.path == "flex" or (query.is_cuda and self.path == "auto"):
-            output = flex_attention(query, key, value, self.rule, self.dense, mask, first, scaling)
-            return output.transpose(1, 2)
-        output = query.new_empty(*query.shape[:3], value.shape[-1])
-        dense = self.dense.nonzero().flatten()
-        streaming = (~self.dense).nonzero().flatten()
-        if len(dense):
-            at = dense.to(query.device)
-            output[:, at] = F.scaled_dot_product_attention(
-                query[:, at],
-                key[:, at // group],
-                value[:, at // group],
+        given = self.rule, mask, first, scaling
+        flexible = self.path == "flex" or (query.is_cuda and self.path == "auto")
+        if not flexible and not self.dense.any():
+            return streaming_attention(query, key, value, *given).transpose(1, 2)
+        output = like_sdpa(query, value)
+        if flexible:
+            output[:] = flex_attention(query, key, value, ~self.dense, *given)
+        else:
+            for heads, kv_heads in _equal_groups(~self.dense, group, query.device):
+                output[:, heads] = streaming_attention(
+                    query[:, heads], key[:, kv_heads], value[:, kv_heads], *given
+                )
+        for heads, kv_heads in _equal_groups(self.dense, group, query.device):
+            output[:, heads] = F.scaled_dot_product_attention(
+                query[:, heads],
+                key[:, kv_heads],
+                value[:, kv_heads],
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scaling,
+                enable_gqa=len(heads) != len(kv_heads),
             )
-        at = streaming.to(query.device)
-        output[:, at] = streaming_attention(
-            query[:, at], key, value, self.rule, (streaming // group).tolist(), mask, first, scaling
-        )
         return output.transpose(1, 2)
 
     def _check(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, first: int) -> None:
@@ -113,6 +116,22 @@ class StreamingLayer:
                 f"{self.name} lets positions see what comes behind them (both ways within an image, or an encoder): "
                 "hybrid attention is defined for causal attention"
             )
+
+
+def _equal_groups(
+    chosen: Bool[Tensor, " head"], group: int, device: torch.device | str
+) -> Iterator[tuple[Int[Tensor, " head"], Int[Tensor, " kv_head"]]]:
+    """The chosen query heads with their key-value heads, those apart whose key-value heads have more or fewer of them.
+
+    >>> [[ids.tolist() for ids in pair] for pair in _equal_groups(torch.tensor([1, 0, 1, 1, 0, 1]) > 0, 2, "cpu")]
+    [[[0, 5], [0, 2]], [[2, 3], [1]]]
+    """
+    by_key = chosen.view(-1, group)
+    counts = by_key.sum(-1)
+    for count in sorted(set(counts.tolist()) - {0}):
+        kv_heads = counts == count
+        heads = (by_key & kv_heads[:, None]).flatten()
+        yield heads.nonzero().flatten().to(device), kv_heads.nonzero().flatten().to(device)
 
 
 class NotCausalError(TypeError):

@@ -15,6 +15,7 @@ class StreamingRule:
     Positions count from the first real token of a row, so that padding on the left is no sink. Source: arXiv
     2606.05843, section 5 (512 sinks, a window of 4,096); sinks and window as in StreamingLLM (arXiv 2309.17453).
 
+    >>> import torch
     >>> StreamingRule(sink=1, window=2).allowed(torch.arange(4), torch.arange(4)).int().tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
     """

@@ -1,4 +1,4 @@
-"""Hybrid attention against the plain eager model under a mask for each head, made here position by position."""
+"""Hybrid attention against the plain eager model under a mask for each head, made here pair by pair."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from conftest import (
+    family_prompt,
+    hooked,
+    hooked_family,
+    largest_logit,
+    padded_prompt,
+    two_image_prompt,
+)
 from torch import Tensor
 
 import mmlens
@@ -14,67 +22,88 @@ from mmlens.hooked_vlm import HookedVLM
 from mmlens.prompt import Prompt
 from mmlens.sparse.layer import NotCausalError
 
-CAUSAL = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "deepseek_vl", "mistral3", "qwen3_5")
+NOT_CAUSAL = ("gemma3", "paligemma", "gemma4", "shieldgemma2", "gemma4_unified", "molmo2")
+CROSS = ("mllama", "idefics")
+CAUSAL = tuple(name for name in tiny.FAMILIES if name not in (*NOT_CAUSAL, *CROSS))
+ALWAYS = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "mistral3", "qwen3_5", "inkling2")
 SINK, WINDOW = 3, 9
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-
-
-def hooked(family: str, **options: Any) -> HookedVLM:
-    return HookedVLM(tiny.tiny_model(family, **options), tiny.tiny_processor(family))
-
-
-def prompt_of(model: HookedVLM, padded: bool) -> Prompt:
-    images = tiny.tiny_images(3, seed=1)
-    if padded:
-        return model.prompt(["What colour is the letter K?", "Where?"], images=[images[:2], images[2:]])
-    return model.prompt("What colour is the letter K?", images=images[:2])
 
 
 def one_head_a_layer(model: HookedVLM) -> list[tuple[int, int]]:
     return [(layer, (layer + 1) % count) for layer, count in enumerate(model.heads_per_layer) if count]
 
 
-def cut_rows(pattern: Tensor, real: Tensor, dense: set[int]) -> Tensor:
-    """[batch, head, query, key] with what a streaming head may not see set to 0 and rows rescaled."""
-    out = pattern.clone()
-    for row in range(len(pattern)):
+def cut_scores(scores: Tensor, real: Tensor, dense: set[int]) -> Tensor:
+    """[batch, head, query, key] with what a streaming head may not see at the lowest score there is."""
+    out, positions = scores.clone(), range(scores.shape[-1])
+    for row in range(len(scores)):
         first = int(real[row].int().argmax())
-        for head in set(range(pattern.shape[1])) - dense:
-            for query in range(pattern.shape[2]):
-                for key in range(query + 1):
-                    if key - first >= SINK and query - key >= WINDOW:
-                        out[row, head, query, key] = 0
-    return out / out.sum(-1, keepdim=True).clamp(min=1e-30)
+        unseen = torch.tensor(
+            [[key - first >= SINK and query - key >= WINDOW for key in positions] for query in positions]
+        )
+        for head in set(range(scores.shape[1])) - dense:
+            out[row, head][unseen] = torch.finfo(scores.dtype).min
+    return out
 
 
 def cut_logits(model: HookedVLM, prompt: Prompt, dense: list[tuple[int, int]]) -> Tensor:
-    """The plain run, each pattern cut by a hook."""
+    """The plain run, its scores cut by a hook."""
     real = ~prompt.token_map.is_padding
 
-    def cut(pattern: Tensor, hook: Any) -> Tensor:
+    def cut(scores: Tensor, hook: Any) -> Tensor:
         layer = int(hook.name.split(".")[1])
-        return cut_rows(pattern, real, {head for at, head in dense if at == layer})
+        return cut_scores(scores, real, {head for at, head in dense if at == layer})
 
-    def patterns(name: str) -> bool:
-        return name.startswith("blocks.") and name.endswith("attn.hook_pattern")
+    def in_decoder(name: str) -> bool:
+        return name.startswith("blocks.") and name.endswith("attn.hook_attn_scores")
 
-    return model.run_with_hooks(prompt, fwd_hooks=[(patterns, cut)])
+    return model.run_with_hooks(prompt, fwd_hooks=[(in_decoder, cut)])
+
+
+def check_every_path(model: HookedVLM, prompt: Prompt) -> None:
+    dense, real = one_head_a_layer(model), ~prompt.token_map.is_padding
+    plain, cut = model(prompt), cut_logits(model, prompt, one_head_a_layer(model))
+    # Some families answer at fewer positions than the prompt has.
+    shown = real if plain.shape[:2] == real.shape else torch.ones(plain.shape[:2], dtype=torch.bool)
+    close = 1e-5 * largest_logit(plain)
+    for path in ("auto", "masked", "blocks", "flex"):
+        with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW, path=path):
+            torch.testing.assert_close(model(prompt)[shown], cut[shown], atol=close, rtol=0)
+    assert (cut - plain)[shown].abs().max() > 1e3 * close
+    assert torch.equal(model(prompt), plain)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padded", [False, True], ids=["one", "padded"])
-@pytest.mark.parametrize("family", CAUSAL)
-def test_every_path_equals_the_plain_model_with_its_pattern_cut(family: str, padded: bool) -> None:
+@pytest.mark.parametrize("family", tiny.others_slow(ALWAYS, of=CAUSAL))
+def test_every_path_equals_the_plain_model_with_its_scores_cut(family: str) -> None:
+    model = hooked_family(family)
+    check_every_path(model, family_prompt(family, model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_a_row_without_padding_needs_no_mask(family: str) -> None:
     model = hooked(family)
-    prompt, dense = prompt_of(model, padded), one_head_a_layer(model)
-    shown = ~prompt.token_map.is_padding
-    expected, plain = cut_logits(model, prompt, dense)[shown], model(prompt)[shown]
-    for path in ("auto", "masked", "blocks", "flex"):
-        with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW, path=path):
-            torch.testing.assert_close(model(prompt)[shown], expected, atol=1e-4, rtol=1e-4)
-    assert (expected - plain).abs().max() > 1e-3
-    assert torch.equal(model(prompt)[shown], plain)
+    check_every_path(model, two_image_prompt(model))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.others_slow(["gemma3"], of=NOT_CAUSAL))
+def test_attention_both_ways_is_refused_by_name(family: str) -> None:
+    model = hooked_family(family)
+    with (
+        mmlens.hybrid_attention(model, [(0, 0)], sink=SINK, window=WINDOW),
+        pytest.raises(NotCausalError, match=f"layer 0 of {family} lets positions see what comes behind them"),
+    ):
+        model(family_prompt(family, model))
+
+
+@pytest.mark.parametrize("family", CROSS)
+def test_cross_attention_is_refused_by_name(family: str) -> None:
+    with pytest.raises(TypeError, match=f"{family} reads images by cross-attention"):
+        mmlens.hybrid_attention(hooked_family(family), [(0, 0)]).__enter__()
 
 
 @torch.no_grad()
@@ -82,7 +111,7 @@ def test_every_path_equals_the_plain_model_with_its_pattern_cut(family: str, pad
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_all_heads_dense_or_a_wide_window_is_the_plain_model(family: str, attention: str) -> None:
     model = hooked(family, attn_implementation=attention)
-    prompt = prompt_of(model, padded=True)
+    prompt = padded_prompt(model)
     shown = ~prompt.token_map.is_padding
     plain = model(prompt)[shown]
     for dense, window in ((model.heads, WINDOW), (one_head_a_layer(model), prompt.shape[1])):
@@ -94,7 +123,7 @@ def test_all_heads_dense_or_a_wide_window_is_the_plain_model(family: str, attent
 @torch.no_grad()
 def test_eager_attention_takes_the_masked_reference() -> None:
     eager, sdpa = hooked("qwen3_vl", attn_implementation="eager"), hooked("qwen3_vl")
-    prompt = prompt_of(sdpa, padded=True)
+    prompt = padded_prompt(sdpa)
     shown = ~prompt.token_map.is_padding
     runs = []
     for model in (eager, sdpa):
@@ -107,7 +136,7 @@ def test_eager_attention_takes_the_masked_reference() -> None:
 def test_a_head_streams_while_its_sibling_in_the_group_stays_dense() -> None:
     model = hooked("qwen3_vl")
     assert model.cfg.n_key_value_heads == 2 and model.cfg.n_heads == 4
-    prompt = prompt_of(model, padded=False)
+    prompt = two_image_prompt(model)
     _, plain = model.run_with_cache(prompt)
     with mmlens.hybrid_attention(model, [(0, 1)], sink=SINK, window=WINDOW):
         _, hybrid = model.run_with_cache(prompt)
@@ -121,7 +150,7 @@ def test_a_head_streams_while_its_sibling_in_the_group_stays_dense() -> None:
 @torch.no_grad()
 def test_hooks_stay_live_and_patterns_are_those_of_the_rule() -> None:
     model = hooked("llava")
-    prompt = prompt_of(model, padded=False)
+    prompt = two_image_prompt(model)
     dense, length = [(1, 2)], prompt.shape[1]
     with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW) as heads:
         logits, cache = model.run_with_cache(prompt)
@@ -165,7 +194,7 @@ def test_ram_is_read_off_the_streaming_patterns(micro: HookedVLM) -> None:
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "internvl"])
 def test_generation_prefills_by_the_rule_and_decodes_densely(family: str) -> None:
     model = hooked(family)
-    prompt, dense = prompt_of(model, padded=False), one_head_a_layer(model)
+    prompt, dense = two_image_prompt(model), one_head_a_layer(model)
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW):
         tokens = model.generate(prompt, **options)
@@ -190,7 +219,7 @@ def test_generation_prefills_by_the_rule_and_decodes_densely(family: str) -> Non
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_a_sweep_under_it_is_one_run_for_each_intervention(family: str) -> None:
     model = hooked(family)
-    prompt, dense = prompt_of(model, padded=True), one_head_a_layer(model)
+    prompt, dense = padded_prompt(model), one_head_a_layer(model)
     interventions = {
         f"L{layer}H{head} {positions}": mmlens.ablate([(layer, head)], "zero", positions=positions)
         for layer, head in ((0, 1), (1, 3), (2, 0))
@@ -215,7 +244,7 @@ def test_a_sweep_under_it_is_one_run_for_each_intervention(family: str) -> None:
 @torch.no_grad()
 def test_no_dense_head_at_all_is_allowed() -> None:
     model = hooked("llava")
-    prompt = prompt_of(model, padded=False)
+    prompt = two_image_prompt(model)
     with mmlens.hybrid_attention(model, [], sink=SINK, window=WINDOW):
         found = model(prompt)
     torch.testing.assert_close(found, cut_logits(model, prompt, []), atol=1e-4, rtol=1e-4)
@@ -223,7 +252,7 @@ def test_no_dense_head_at_all_is_allowed() -> None:
 
 def test_what_cannot_be_done_is_refused_by_name() -> None:
     model = hooked("llava")
-    prompt = prompt_of(model, padded=False)
+    prompt = two_image_prompt(model)
     with pytest.raises(ValueError, match="path is one of auto, masked, blocks, flex, not 'fast'"):
         mmlens.hybrid_attention(model, [(0, 0)], path="fast").__enter__()
     with pytest.raises(IndexError, match="layer 9 is out of range"):
@@ -235,14 +264,6 @@ def test_what_cannot_be_done_is_refused_by_name() -> None:
         pytest.raises(RuntimeError, match="open on this model already"),
     ):
         mmlens.hybrid_attention(model, [(0, 1)]).__enter__()
-    both_ways = hooked("gemma3")
-    with (
-        mmlens.hybrid_attention(both_ways, [(0, 0)], sink=SINK, window=WINDOW),
-        pytest.raises(NotCausalError, match="layer 0 of gemma3.* see what comes behind them"),
-    ):
-        both_ways(prompt_of(both_ways, padded=False))
-    with pytest.raises(TypeError, match="cross"):
-        mmlens.hybrid_attention(HookedVLM(tiny.tiny_model("mllama")), [(0, 0)]).__enter__()
     # Whatever was refused, nothing is left behind.
     with torch.no_grad():
         assert torch.equal(model(prompt), hooked("llava")(prompt))

@@ -62,7 +62,7 @@ def test_blocks_are_softmax_over_the_rule(
     first = first_positions(mask)
     assert first.tolist() == firsts
     kv_heads = [0, 0, 1, 1]
-    found = streaming_attention(query, key, value, rule, kv_heads, mask, first, 0.3, block)
+    found = streaming_attention(query, key, value, rule, mask, first, 0.3, block)
     for row in range(2):
         for head in range(4):
             for at in range(firsts[row], length):
@@ -70,7 +70,7 @@ def test_blocks_are_softmax_over_the_rule(
                 scores = 0.3 * key[row, kv_heads[head], keys] @ query[row, head, at]
                 expected = scores.softmax(0) @ value[row, kv_heads[head], keys]
                 torch.testing.assert_close(found[row, head, at], expected, atol=1e-5, rtol=1e-4)
-    unpadded = streaming_attention(query[:1], key[:1], value[:1], rule, kv_heads, None, None, 0.3, block)
+    unpadded = streaming_attention(query[:1], key[:1], value[:1], rule, None, None, 0.3, block)
     torch.testing.assert_close(unpadded, found[:1], atol=1e-5, rtol=1e-4)
 
 

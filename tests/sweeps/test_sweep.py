@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from conftest import family_prompt, hooked_family, largest_logit
 from torch import Tensor
 
 from mmlens.hooked_vlm import HookedVLM, Intervention, NoChangeWarning
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.prompt import Prompt
 from mmlens.sweeps.table import reuse_table, sweep
-from mmlens.token_map import text_only_map
 from mmlens.weights import attends_elsewhere
 
 ONE_BY_ONE = {
@@ -81,19 +81,6 @@ def every_kind(model: HookedVLM) -> dict[str, Intervention]:
     return {label: intervention for label, (name, intervention) in wanted.items() if name in model.hook_dict}
 
 
-def prompt_of(name: str, model: HookedVLM) -> Prompt:
-    """A padded batch through the real processor, or of hand-made inputs where it cannot be built here."""
-    if model.processor is not None and model.family.layout is not None:
-        n_images = tiny.TINY[name].most_images or 2
-        images = tiny.tiny_images(n_images, seed=1, sizes=tiny.TINY[name].sizes or None)
-        questions = ["What colour is K?", "Where is the big one now?"]
-        return model.prompt(questions, images=[images, images[-1:] if n_images > 1 else images])
-    inputs = tiny.tiny_inputs(name, (2, 1))
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    n = len(mask)
-    return Prompt(dict(inputs), text_only_map(mask), [""] * n, [[] for _ in range(n)], [""] * n)
-
-
 def one_by_one(model: HookedVLM, prompt: Prompt, interventions: dict[str, Intervention]) -> pd.DataFrame:
     rows = []
     with torch.no_grad():
@@ -116,17 +103,14 @@ def largest_difference(table: pd.DataFrame, slow: pd.DataFrame) -> float:
     "name", tiny.others_slow((*tiny.REPRESENTATIVES, *tiny.FURTHER_KINDS, "gemma4", "idefics"))
 )
 def test_a_sweep_is_one_run_for_each_intervention(name: str) -> None:
-    plain = tiny.tiny_model(name, attn_implementation=tiny.TINY[name].attention[0])
-    has_processor = tiny.TINY[name].processor is not None
-    model = HookedVLM(plain, tiny.tiny_processor(name) if has_processor else None)
-    prompt, interventions = prompt_of(name, model), every_kind(model)
+    model = hooked_family(name)
+    prompt, interventions = family_prompt(name, model), every_kind(model)
     with warnings.catch_warnings():
         # Some of these edits change nothing in some family: a tower head behind the layer that is read.
         warnings.simplefilter("ignore", NoChangeWarning)
         slow = one_by_one(model, prompt, interventions)
         table = sweep(model, prompt, interventions, METRICS, progress=False)
-    largest_logit = float(model(prompt).detach().abs().max())
-    assert largest_difference(table, slow) < 1e-5 * max(1.0, largest_logit)
+    assert largest_difference(table, slow) < 1e-5 * largest_logit(model(prompt).detach())
     assert not model.list_hooks()
     reused = reuse_table(table).set_index("intervention")
     partial = reused["layer"] > 0
