@@ -31,7 +31,7 @@ from mmlens.heads import HeadSet, share_of
 from mmlens.sparse.speed import PARTS, prefill_speed
 
 SMALL = Published(
-    "8 layers x 16 heads, d_model 512",
+    "qwen3_vl, d_model 512, d_mlp 1,536",
     {
         **_qwen3_vl(
             {
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warm-ups", type=int, default=2)
     parser.add_argument("--layers", type=int, help="fewer layers than published")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -120,6 +121,7 @@ def main() -> None:
         window=options.window,
         parts=options.parts,
         repeats=options.repeats,
+        warm_ups=options.warm_ups,
         seed=options.seed,
     )
     table["of_limit"] = table["speedup"] / table["limit"]

@@ -8,15 +8,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from mmlens.core_heads import POOLED
 from mmlens.data.examples import Example
 from mmlens.experiments.ablations import first_of_kinds
-from mmlens.experiments.common import PAPER, across_table, matched_controls, plain, ranged, records
+from mmlens.experiments.common import (
+    PAPER,
+    across_table,
+    matched_controls,
+    plain,
+    ranged,
+    records,
+    with_evidence,
+)
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.metrics.attention import evidence_attention
 from mmlens.metrics.effects import prompt_batches
+from mmlens.metrics.relatives.logits import logit_contribution
 from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
 from mmlens.prompt import Prompt
 from mmlens.sparse.hybrid import hybrid_attention
@@ -25,8 +35,9 @@ from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.viz.intervals import plot_curves
 
 CORE, RANDOM, MATCHED = "CoRe", "random", "layer-matched"
-SPREAD, LOWEST, VISION = "CoRe, spread over layers", "lowest RAM", "vision mass"
-NONE = "no dense head"
+SPREAD, LOWEST = "CoRe, spread over layers", "lowest RAM"
+VISION, LOGIT = "vision mass", "logit contribution"
+DENSE, NONE = "all heads dense", "no dense head"
 
 
 def run(
@@ -50,32 +61,34 @@ def run(
     rules = [StreamingRule(sink, window) for window in windows]
     total = len(setup.model.heads)
     counts = sorted({share_of(fraction, total) for fraction in fractions})
-    seen = evidence_attention(
-        setup.model, setup.selection, batch_size=setup.batch_size, progress=setup.progress
-    )
-    sets, moved = _arms(seen.ram, seen.vision_mass, counts, n_draws, setup.seed)
+    ram, others, notes = _scores(setup)
+    sets, moved = _arms(ram, others, counts, n_draws, setup.seed)
     examples = first_of_kinds(setup.evaluation, n_per_kind)
     outcomes = _outcomes(setup, examples, sets, rules)
     controls = sorted({e.kind for e in examples if not e.evidence})
     table = _table(outcomes, controls, total, setup.seed)
     differences = _differences(outcomes, controls, setup.seed)
     lengths = outcomes[(outcomes["metric"] == "accuracy")].drop_duplicates("example")["n_tokens"]
-    shares = pd.DataFrame(
-        [
-            {"window": rule.window, "share_of_scores": float(np.mean([rule.share(n) for n in lengths]))}
-            for rule in rules
-        ]
-    )
+    shares = {rule.window: float(np.mean([rule.share(n) for n in lengths])) for rule in rules}
+    table["computed"] = table["dense_share"] + (1 - table["dense_share"]) * table["window"].map(shares)
     statement, numbers = _judged(table, differences, counts, total, rules)
     figures = [
         (
             f"Accuracy under hybrid attention, window {rule.window}",
             f"Held-out examples with evidence; {sink} sinks; 95% intervals. Streaming heads compute "
-            f"{shares.set_index('window').loc[rule.window, 'share_of_scores']:.0%} of a dense head's scores here.",
-            _curves(table, rule.window),
+            f"{shares[rule.window]:.0%} of a dense head's scores here.",
+            _by_share(table, rule.window),
         )
         for rule in rules
     ]
+    figures.append(
+        (
+            "Accuracy against the attention computed",
+            "Scores computed by all heads, as a share of those with all heads dense: what a prefill can save. Held-out "
+            "examples with evidence; 95% intervals.",
+            _by_work(table),
+        )
+    )
     return Findings(
         statement,
         plain(
@@ -86,8 +99,9 @@ def run(
                 "sink": sink,
                 "windows": list(windows),
                 "prompt_tokens": {"median": float(lengths.median()), "most": int(lengths.max())},
-                "share_of_scores": records(shares),
+                "share_of_scores": shares,
                 "layer_matched_shortfall": moved,
+                "notes": notes,
                 "table": records(table),
                 "differences": records(differences),
             }
@@ -95,15 +109,27 @@ def run(
         tables={
             "quality": ("Accuracy, ill-formed answers and KL to dense, with 95% intervals.", table),
             "differences": ("CoRe heads dense minus another arm's, paired by example.", differences),
-            "shares": ("Scores that a streaming head computes, as a share of a dense head's.", shares),
         },
         per_example={"outcomes": outcomes},
         figures=figures,
     )
 
 
+def _scores(setup: Setup) -> tuple[HeadScores, dict[str, HeadScores], list[str]]:
+    """RAM on the selection split, the other scores by name, and why one is missing."""
+    options: dict[str, Any] = {"batch_size": setup.batch_size, "progress": setup.progress}
+    examples = with_evidence(setup.selection)
+    seen = evidence_attention(setup.model, examples, **options)
+    others, notes = {VISION: seen.vision_mass}, []
+    try:
+        others[LOGIT] = logit_contribution(setup.model, examples, **options)
+    except (ValueError, NoWeightError) as error:
+        notes.append(f"no arm of {LOGIT}: {error}")
+    return seen.ram, others, notes
+
+
 def _arms(
-    ram: HeadScores, vision_mass: HeadScores, counts: Sequence[int], n_draws: int, seed: int
+    ram: HeadScores, others: Mapping[str, HeadScores], counts: Sequence[int], n_draws: int, seed: int
 ) -> tuple[dict[tuple[str, int, int], HeadSet], dict[int, str]]:
     """(arm, count, draw) -> dense heads, and for each count what the layer-matched draw could not keep in its layer."""
     sets: dict[tuple[str, int, int], HeadSet] = {(NONE, 0, 0): ram.top(1) - ram.top(1)}
@@ -113,7 +139,8 @@ def _arms(
         sets[CORE, count, 0] = top
         sets[SPREAD, count, 0] = ram.top_spread(count)
         sets[LOWEST, count, 0] = ram.bottom(count)
-        sets[VISION, count, 0] = vision_mass.top(count)
+        for name, scores in others.items():
+            sets[name, count, 0] = scores.top(count)
         matched, shortfall = matched_controls(top, n_draws, seed)
         for draw, heads in enumerate(matched):
             sets[MATCHED, count, draw] = heads
@@ -212,12 +239,14 @@ def _by_kind(cell: pd.DataFrame, controls: Sequence[str]) -> list[tuple[str, pd.
 
 
 def _differences(outcomes: pd.DataFrame, controls: Sequence[str], seed: int) -> pd.DataFrame:
-    """CoRe minus every other arm on the same examples with evidence, for accuracy and KL."""
+    """CoRe minus every other arm, and minus all heads dense, on the same examples with evidence, for accuracy and KL."""
     rows = []
     chosen = outcomes[~outcomes["kind"].isin(list(controls)) & (outcomes["metric"] != "invalid")]
     for (window, count, metric), cell in chosen[chosen["count"] > 0].groupby(["window", "count", "metric"]):
         by_arm = {arm: part.groupby("example")["value"].mean() for arm, part in cell.groupby("arm")}
-        for arm in (SPREAD, RANDOM, MATCHED, LOWEST, VISION):
+        core = cell[cell["arm"] == CORE]
+        by_arm[DENSE] = core.groupby("example")["clean"].mean()
+        for arm in [arm for arm in by_arm if arm != CORE]:
             one, other = by_arm[CORE].to_numpy(), by_arm[arm].to_numpy()
             low, high = difference_interval_of(one, other, seed)
             rows.append(
@@ -254,7 +283,7 @@ def _judged(
             for count in counts
             if all(against.loc[(window, count, arm), "low"] > 0 for arm in (RANDOM, MATCHED))
         ]
-        kept = [count for count in counts if at.loc[(window, CORE, count), "high"] >= clean]
+        kept = [count for count in counts if against.loc[(window, count, DENSE), "high"] >= 0]
         verdicts.append(
             {
                 "window": window,
@@ -288,17 +317,32 @@ def _judged(
     }
 
 
-def _curves(table: pd.DataFrame, window: int) -> Any:
-    chosen = table[(table["kind"] == POOLED) & (table["metric"] == "accuracy") & (table["window"] == window)]
-    none = chosen[chosen["arm"] == NONE]
-    arms = chosen[chosen["arm"] != NONE]
-    # Every curve begins with no dense head.
-    starts = pd.concat([none.assign(arm=arm) for arm in dict.fromkeys(arms["arm"])])
+def _with_starts(table: pd.DataFrame, arms: Sequence[str] | None = None) -> pd.DataFrame:
+    """Pooled accuracies of each arm (None: all) and window, each beginning with no dense head."""
+    pooled = table[(table["kind"] == POOLED) & (table["metric"] == "accuracy")]
+    none, others = pooled[pooled["arm"] == NONE], pooled[pooled["arm"] != NONE]
+    names = list(dict.fromkeys(others["arm"])) if arms is None else arms
+    return pd.concat([part for arm in names for part in (none.assign(arm=arm), others[others["arm"] == arm])])
+
+
+def _by_share(table: pd.DataFrame, window: int) -> Figure:
     return plot_curves(
-        pd.concat([starts, arms]),
+        _with_starts(table[table["window"] == window]),
         x="dense_share",
         series="arm",
         xlabel="share of heads that are dense",
+        ylabel="accuracy",
+        percent=True,
+    )
+
+
+def _by_work(table: pd.DataFrame) -> Figure:
+    rows = _with_starts(table, (CORE, MATCHED))
+    return plot_curves(
+        rows.assign(series=rows["arm"] + ", window " + rows["window"].astype(str)),
+        x="computed",
+        series="series",
+        xlabel="attention scores computed, as a share of dense",
         ylabel="accuracy",
         percent=True,
     )
@@ -333,7 +377,8 @@ EXPERIMENT = Experiment(
     method=(
         "Prompts were run with a share of the heads dense ({fractions}) and the others attending to the first {sink} "
         "tokens and the last {windows} only. Dense heads were those of the highest RAM, the same number in every "
-        "layer, random, layer-matched random, lowest RAM or highest vision mass, chosen on the selection split."
+        "layer, random, layer-matched random, lowest RAM, highest vision mass or highest logit contribution, chosen on "
+        "the selection split."
     ),
     run=run,
     cites=("arxiv_2606_05843", "arxiv_2309_17453"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 from mmlens.sparse.rule import StreamingRule
 
-BLOCK = 128
+BLOCK = 64
 """Queries a block: fewer waste fewer keys on the window's edges, more cost fewer calls."""
 
 
@@ -28,12 +30,11 @@ def streaming_attention(
     Key-value heads are shared by equal groups of neighbouring query heads. `mask` is the model's own (None: causal);
     what it forbids stays forbidden. `first` are the rows' first real positions where rows are padded.
     """
-    batch, n_heads, length, _ = query.shape
-    grouped = n_heads != key.shape[1]
+    length, grouped = query.shape[2], query.shape[1] != key.shape[1]
     output = like_sdpa(query, value)
     # Rows that begin later have their sinks later.
     earliest, latest = (0, 0) if first is None else (int(first.min()), int(first.max()))
-    sinks = earliest, min(latest + rule.sink, length)
+    sinks_end = min(latest + rule.sink, length)
     # The first queries of every row see all that is behind them.
     whole = min(earliest + rule.sink + rule.window, length)
     output[:, :, :whole] = F.scaled_dot_product_attention(
@@ -45,32 +46,40 @@ def streaming_attention(
         scale=scaling,
         enable_gqa=grouped,
     )
-    same: dict[int, Tensor] = {}
     for start in range(whole, length, block):
         stop = min(start + block, length)
-        near = start - rule.window + 1
-        parted = near > sinks[1]
-        ranges = (sinks, (near, stop)) if parted else ((min(sinks[0], near), stop),)
+        near = min(max(start - rule.window + 1, sinks_end), stop)
         keys, values = (
-            torch.cat([tensor[:, :, low:high] for low, high in ranges], 2) for tensor in (key, value)
+            torch.cat([tensor[:, :, earliest:sinks_end], tensor[:, :, near:stop]], 2)
+            for tensor in (key, value)
         )
-        bias = same.get(stop - start) if parted and mask is None else None
-        if bias is None:
-            columns = torch.cat([torch.arange(low, high, device=query.device) for low, high in ranges])
-            rows = torch.arange(start, stop, device=query.device)
-            allowed = rule.allowed(rows, columns, first)
-            allowed = allowed[None, None] if first is None else allowed[:, None]
-            if mask is not None:
-                allowed = allowed & mask[:, :, start:stop][..., columns]
-            # SDPA on the CPU would turn a boolean mask into this one in every call.
-            bias = torch.zeros(allowed.shape, dtype=query.dtype, device=query.device)
-            bias.masked_fill_(~allowed, torch.finfo(query.dtype).min)
-            if parted and mask is None:
-                same[stop - start] = bias
+        if mask is None:
+            bias = _unpadded_bias(rule, stop - start, query.dtype, query.device)
+        else:
+            columns = torch.cat([torch.arange(earliest, sinks_end), torch.arange(near, stop)]).to(mask.device)
+            rows = torch.arange(start, stop, device=mask.device)
+            seen = rule.allowed(rows, columns, first)
+            seen = seen[None, None] if first is None else seen[:, None]
+            bias = _bias(seen & mask[:, :, start:stop][..., columns], query.dtype)
         output[:, :, start:stop] = F.scaled_dot_product_attention(
             query[:, :, start:stop], keys, values, attn_mask=bias, scale=scaling, enable_gqa=grouped
         )
     return output
+
+
+# Kept from a run in inference mode, it would be refused in a later one with gradients.
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _unpadded_bias(rule: StreamingRule, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a block of `size` queries adds to the scores of sinks and window: the same wherever the block lies."""
+    start = rule.sink + rule.window
+    columns = torch.cat([torch.arange(rule.sink), torch.arange(rule.sink + 1, start + size)])
+    return _bias(rule.allowed(torch.arange(start, start + size), columns)[None, None], dtype).to(device)
+
+
+def _bias(seen: Bool[Tensor, "batch _ query key"], dtype: torch.dtype) -> Float[Tensor, "batch _ query key"]:
+    """SDPA on the CPU would turn a boolean mask into this one in every call."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def like_sdpa(query: Tensor, value: Tensor) -> Tensor:

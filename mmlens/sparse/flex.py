@@ -97,6 +97,7 @@ Listed = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def _causal_blocks(rule: StreamingRule, length: int, device: torch.device) -> Listed:
     number = -(-length // BLOCK)
     full = torch.arange(1, number + 1, device=device) * BLOCK <= length
