@@ -147,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     faster.add_argument("--sink", type=int, default=512, help="first tokens that every head sees")
     faster.add_argument("--window", type=int, default=4096, help="last tokens that every head sees")
     faster.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what to time")
+    faster.add_argument(
+        "--quality", type=Path, help="a run of `mmlens run hybrid`, to put accuracy beside speed"
+    )
     faster.add_argument("--repeats", type=int, default=5, help="pairs of runs, behind two of either side")
     faster.add_argument("--out", type=Path, required=True, help="folder for speed.csv and report.html")
     faster.add_argument("--seed", type=int, default=0, help="seed of the random tokens")
@@ -346,6 +349,7 @@ def _accelerate(options: argparse.Namespace) -> None:
         repeats=options.repeats,
         seed=options.seed,
         name=options.model,
+        quality=options.quality,
     )
     shown = found.table[["heads", "length", "part", "dense_seconds", "hybrid_seconds", "speedup", "limit"]]
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3g}"))

@@ -59,7 +59,7 @@ def family_prompt(name: str, model: mmlens.HookedVLM) -> Prompt:
 
 
 def largest_logit(logits: Tensor) -> float:
-    """The largest size of a logit, at least 1: what rounding grows with. Some families mask logits by the lowest number."""
+    """The largest size of a logit that is not masked by the lowest number, at least 1: what rounding grows with."""
     return max(1.0, float(logits[logits > torch.finfo(logits.dtype).min].abs().max()))
 
 

@@ -26,8 +26,8 @@ from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.metrics.attention import evidence_attention
 from mmlens.metrics.effects import prompt_batches
-from mmlens.metrics.relatives.logits import logit_contribution
 from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
+from mmlens.metrics.relatives.logits import logit_contribution
 from mmlens.prompt import Prompt
 from mmlens.sparse.hybrid import hybrid_attention
 from mmlens.sparse.rule import StreamingRule
@@ -123,7 +123,7 @@ def _scores(setup: Setup) -> tuple[HeadScores, dict[str, HeadScores], list[str]]
     others, notes = {VISION: seen.vision_mass}, []
     try:
         others[LOGIT] = logit_contribution(setup.model, examples, **options)
-    except (ValueError, NoWeightError) as error:
+    except ValueError as error:
         notes.append(f"no arm of {LOGIT}: {error}")
     return seen.ram, others, notes
 
@@ -239,7 +239,7 @@ def _by_kind(cell: pd.DataFrame, controls: Sequence[str]) -> list[tuple[str, pd.
 
 
 def _differences(outcomes: pd.DataFrame, controls: Sequence[str], seed: int) -> pd.DataFrame:
-    """CoRe minus every other arm, and minus all heads dense, on the same examples with evidence, for accuracy and KL."""
+    """CoRe minus every other arm, and minus all heads dense, on the same examples with evidence."""
     rows = []
     chosen = outcomes[~outcomes["kind"].isin(list(controls)) & (outcomes["metric"] != "invalid")]
     for (window, count, metric), cell in chosen[chosen["count"] > 0].groupby(["window", "count", "metric"]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +11,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from mmlens.core_heads import POOLED
+from mmlens.experiments.hybrid import CORE, MATCHED
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.provenance import describe_model, machine, versions
-from mmlens.runs.run import RunError, check_folder, written_at_once
+from mmlens.runs.run import RunError, check_folder, read_findings, read_record, written_at_once
+from mmlens.sparse.rule import StreamingRule
 from mmlens.sparse.speed import PARTS, prefill_speed
 from mmlens.viz.intervals import plot_curves
 from mmlens.viz.report import figure_html, pairs_html, picture_files, table_html, write_page
@@ -29,10 +32,12 @@ class Acceleration:
     table: pd.DataFrame
     settings: dict[str, Any]
     record: dict[str, Any]
+    quality: pd.DataFrame | None = None
+    """Accuracies with as many dense heads, as `quality_of` reads them: against these the speed is drawn."""
 
     def figures(self) -> list[tuple[str, str, Figure]]:
-        """Speed-up by length, a curve for each share of dense heads, with its limit dashed."""
-        return [
+        """Speed-up by length, a curve for each share of dense heads, its limit dashed; and speed against accuracy."""
+        figures = [
             (
                 f"Speed-up of {part}",
                 "Time with all heads dense (SDPA) over time with the others streaming: median of the pairs, band from "
@@ -41,6 +46,35 @@ class Acceleration:
             )
             for part, rows in self.table.groupby("part", sort=False)
         ]
+        if self.quality is not None:
+            figures.append(self._against_quality(self.quality))
+        return figures
+
+    def _against_quality(self, quality: pd.DataFrame) -> tuple[str, str, Figure]:
+        length, rule = (
+            self.table["length"].max(),
+            StreamingRule(self.settings["sink"], self.settings["window"]),
+        )
+        rows = quality[quality["length"] == length]
+        shares = ", ".join(
+            f"{window} ({rows.loc[rows['window'] == window, 'streaming_share'].iloc[0]:.0%})"
+            for window in rows["window"].unique()
+        )
+        caption = (
+            f"Prefill of {length:,} tokens, sinks and window in which a streaming head computes "
+            f"{rule.share(int(length)):.0%} of a dense head's scores, against accuracy with as many dense heads on the "
+            f"held-out examples of the run, whose prompts are shorter. Their windows, with the same share: {shares}. "
+            "95% intervals."
+        )
+        figure = plot_curves(
+            rows.assign(series=rows["arm"] + ", window " + rows["window"].astype(str)),
+            x="speedup",
+            series="series",
+            xlabel=f"speed-up of prefill at {length:,} tokens",
+            ylabel="accuracy",
+            percent=True,
+        )
+        return "Speed against accuracy", caption, figure
 
     def _curves(self, rows: pd.DataFrame) -> Figure:
         measured = rows.assign(mean=rows["speedup"], low=rows["lowest"], high=rows["highest"])
@@ -64,6 +98,8 @@ class Acceleration:
             record |= {**self.record, "settings": self.settings}
             self.table.to_parquet(place / "speed.parquet")
             self.table.to_csv(place / "speed.csv", index=False)
+            if self.quality is not None:
+                self.quality.to_csv(place / "speed_quality.csv", index=False)
             figures = self.figures()
             for number, (_, _, figure) in enumerate(figures, start=1):
                 picture_files(figure, place / "figures", f"{number:02d}-speed-up")
@@ -93,15 +129,23 @@ def accelerate(
     repeats: int = 5,
     seed: int = 0,
     name: str = "",
+    quality: str | Path | None = None,
     progress: bool = True,
 ) -> Acceleration:
     """`prefill_speed` with the heads of the highest scores dense, `fractions` of all, at each of the lengths.
 
-    Raises ValueError for scores of a model of another shape, and as `prefill_speed`.
+    `quality` is the folder of a run of the experiment `hybrid` on this model: its accuracies are put beside the speeds.
+
+    Raises ValueError for scores of a model of another shape, and as `prefill_speed`; RunError for a `quality` that is
+    no such run, is of other weights, or has no number of dense heads in common.
     """
+    described = describe_model(model, name)
+    outcomes = None if quality is None else _accuracies(quality, described)
     sets: dict[str, HeadSet] = {
         f"{fraction:.1%} dense": scores.top(float(fraction)) for fraction in fractions
     }
+    if outcomes is not None:
+        _check_counts(outcomes, {len(heads) for heads in sets.values()}, parts)
     table = prefill_speed(
         model,
         sets,
@@ -125,12 +169,48 @@ def accelerate(
     }
     record = {
         "schema": "mmlens.accelerate/1",
-        "model": describe_model(model, name),
+        "model": described,
         "machine": machine(model),
         "versions": versions(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return Acceleration(table, settings, record)
+    against = None if outcomes is None else _speed_and_accuracy(table, outcomes)
+    return Acceleration(table, settings, record, against)
+
+
+def _accuracies(folder: str | Path, model: Mapping[str, Any]) -> pd.DataFrame:
+    """Of a run of `hybrid`: accuracy with evidence by window, arm and number of dense heads."""
+    record = read_record(folder)
+    if record["request"]["experiment"] != "hybrid":
+        raise RunError(f"{str(folder)!r} is a run of {record['request']['experiment']!r}, not of 'hybrid'")
+    if record["model"]["fingerprint"] != model["fingerprint"]:
+        raise RunError(
+            f"{str(folder)!r} is a run of {record['model']['name']!r} with other weights than {model['name']!r}"
+        )
+    found = read_findings(folder)
+    table = found.tables["quality"][1]
+    chosen = table[(table["kind"] == POOLED) & (table["metric"] == "accuracy")]
+    chosen = chosen[chosen["arm"].isin([CORE, MATCHED])]
+    shares = {int(window): share for window, share in found.numbers["share_of_scores"].items()}
+    return chosen.assign(streaming_share=chosen["window"].map(shares))
+
+
+def _check_counts(outcomes: pd.DataFrame, counts: set[int], parts: Sequence[str]) -> None:
+    known = sorted(set(outcomes["count"].tolist()))
+    if not counts & set(known):
+        raise RunError(
+            f"the run of 'hybrid' has {known} dense heads, and none of these is timed: {sorted(counts)}"
+        )
+    if "prefill" not in parts:
+        raise RunError(f"speed is put against accuracy by prefill, and only {list(parts)} is timed")
+
+
+def _speed_and_accuracy(table: pd.DataFrame, outcomes: pd.DataFrame) -> pd.DataFrame:
+    """One row per length, window, arm and number of dense heads that both have."""
+    speeds = table.loc[table["part"] == "prefill", ["length", "n_dense", "speedup"]]
+    names = ["window", "arm", "count", "dense_share", "streaming_share", "mean", "low", "high"]
+    joined = speeds.merge(outcomes[names], left_on="n_dense", right_on="count")
+    return joined.drop(columns="count")
 
 
 def load_scores(path: str | Path) -> HeadScores:

@@ -79,7 +79,9 @@ def _unpadded_bias(rule: StreamingRule, size: int, dtype: torch.dtype, device: t
 
 def _bias(seen: Bool[Tensor, "batch _ query key"], dtype: torch.dtype) -> Float[Tensor, "batch _ query key"]:
     """SDPA on the CPU would turn a boolean mask into this one in every call."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, torch.finfo(dtype).min
+    )
 
 
 def like_sdpa(query: Tensor, value: Tensor) -> Tensor:

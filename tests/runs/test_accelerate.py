@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import mmlens
+from conftest import hooked
 from mmlens.cli import main
 from mmlens.hooked_vlm import HookedVLM
+from mmlens.runs.accelerate import accelerate
+from mmlens.runs.run import RunError, read_findings
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +48,64 @@ def test_it_prints_and_writes_table_and_pictures(
     assert main([*command, *options, "--out", str(tmp_path)]) == 2
 
 
+@pytest.fixture(scope="module")
+def quality(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quality")
+    sizes = ["--n-selection", "3", "--n-evaluation", "2"]
+    settings = ["--set", "fractions=0.03,0.2", "windows=8,16", "n_draws=1", "n_per_kind=2"]
+    assert main(["run", "hybrid", "--model", "micro", "--out", str(out), *sizes, *settings]) == 0
+    return out / "micro"
+
+
+def test_accuracy_of_a_run_is_put_beside_speed(scores: Path, quality: Path, tmp_path: Path) -> None:
+    given = ["accelerate", "--heads", str(scores), "--lengths", "64", "128", "--repeats", "1", "--sink", "4"]
+    options = [
+        "--window",
+        "16",
+        "--fractions",
+        "0.03",
+        "0.2",
+        "--parts",
+        "prefill",
+        "--quality",
+        str(quality),
+    ]
+    assert main([*given, *options, "--out", str(tmp_path / "out")]) == 0
+    speed = pd.read_csv(tmp_path / "out" / "speed.csv").set_index(["length", "n_dense"])["speedup"]
+    table = read_findings(quality).tables["quality"][1]
+    rows = pd.read_csv(tmp_path / "out" / "speed_quality.csv")
+    assert len(rows) == 2 * 2 * 2 * 2
+    for row in rows.itertuples():
+        assert row.speedup == pytest.approx(speed[row.length, row.n_dense])
+        same = table[
+            (table["window"] == row.window) & (table["arm"] == row.arm) & (table["count"] == row.n_dense)
+            & (table["kind"] == "pooled") & (table["metric"] == "accuracy")
+        ]  # fmt: skip
+        assert row.mean == pytest.approx(same["mean"].item())
+    assert "Speed against accuracy" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_run_that_does_not_fit_is_refused(
+    scores: Path, quality: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["accelerate", "--heads", str(scores), "--lengths", "64", "--out", str(tmp_path / "out")]
+    for options, message in (
+        (["--quality", str(tmp_path)], "there is no run"),
+        (["--quality", str(quality), "--fractions", "0.5"], "has [2, 13] dense heads, and none"),
+        (["--quality", str(quality), "--parts", "attention", "--fractions", "0.03"], "by prefill, and only"),
+    ):
+        assert main([*given, *options]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(RunError, match="other weights than 'other'"):
+        accelerate(
+            hooked("qwen3_vl"),
+            mmlens.HeadScores(torch.rand(1, 3, 4), "x"),
+            [64],
+            name="other",
+            quality=quality,
+        )
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -55,8 +118,6 @@ def test_it_prints_and_writes_table_and_pictures(
 def test_bad_input_is_one_line(
     scores: Path, tmp_path: Path, changed: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     given = [
         "accelerate",
         "--heads",

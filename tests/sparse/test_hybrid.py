@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from torch import Tensor
+
+import mmlens
 from conftest import (
     family_prompt,
     hooked,
@@ -15,9 +18,6 @@ from conftest import (
     padded_prompt,
     two_image_prompt,
 )
-from torch import Tensor
-
-import mmlens
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.prompt import Prompt
 from mmlens.sparse.layer import NotCausalError
@@ -25,7 +25,7 @@ from mmlens.sparse.layer import NotCausalError
 NOT_CAUSAL = ("gemma3", "paligemma", "gemma4", "shieldgemma2", "gemma4_unified", "molmo2")
 CROSS = ("mllama", "idefics")
 CAUSAL = tuple(name for name in tiny.FAMILIES if name not in (*NOT_CAUSAL, *CROSS))
-ALWAYS = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "mistral3", "qwen3_5", "inkling2")
+ALWAYS = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "cohere_compass", "qwen3_5", "inkling2")
 SINK, WINDOW = 3, 9
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -213,6 +213,43 @@ def test_generation_prefills_by_the_rule_and_decodes_densely(family: str) -> Non
             .argmax(-1)
         )
     assert tokens[0, -5:].tolist() == expected
+
+
+def continued(model: HookedVLM, prompt: Prompt, further: Tensor) -> Tensor:
+    """Logits of further tokens run on the prompt's cache."""
+    cache = model.hf_model(**prompt.inputs, use_cache=True).past_key_values
+    return model.hf_model(input_ids=further, past_key_values=cache, use_cache=True).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_a_prompt_in_two_pieces_is_the_prompt_in_one(family: str) -> None:
+    model, further = hooked(family), torch.arange(40, 52)[None]
+    prompt = two_image_prompt(model)
+    added = {"input_ids": further, "attention_mask": torch.ones_like(further)}
+    whole = {
+        name: torch.cat([value, added.get(name, torch.zeros_like(further))], 1)
+        if name in (*added, "mm_token_type_ids")
+        else value
+        for name, value in prompt.inputs.items()
+    }
+    with mmlens.hybrid_attention(model, one_head_a_layer(model), sink=SINK, window=WINDOW):
+        found, expected = continued(model, prompt, further), model.hf_model(**whole).logits[:, -12:]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert (continued(model, prompt, further) - expected).abs().max() > 1
+
+
+@torch.no_grad()
+def test_further_tokens_on_a_cut_cache_are_refused_by_name() -> None:
+    model = hooked("exaone4_5")
+    prompt = two_image_prompt(model)
+    with (
+        mmlens.hybrid_attention(model, [(0, 0)], sink=SINK, window=WINDOW),
+        pytest.raises(
+            NotImplementedError, match="layer 0 of exaone4_5: 12 further positions are run on a cache"
+        ),
+    ):
+        continued(model, prompt, torch.arange(40, 52)[None])
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from conftest import family_prompt, hooked_family, largest_logit
 from torch import Tensor
 
+from conftest import family_prompt, hooked_family, largest_logit
 from mmlens.hooked_vlm import HookedVLM, Intervention, NoChangeWarning
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.prompt import Prompt
