@@ -23,7 +23,7 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup
-from mmlens.heads import HeadScores, HeadSet, share_of
+from mmlens.heads import HeadScores, HeadSet, as_head_set, share_of
 from mmlens.metrics.attention import evidence_attention
 from mmlens.metrics.effects import prompt_batches
 from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
@@ -34,10 +34,32 @@ from mmlens.sparse.rule import StreamingRule
 from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.viz.intervals import plot_curves
 
-CORE, RANDOM, MATCHED = "CoRe", "random", "layer-matched"
+CORE, RANDOM, MATCHED, ANY = "CoRe", "random", "layer-matched", "random of all heads"
 SPREAD, LOWEST = "CoRe, spread over layers", "lowest RAM"
 VISION, LOGIT = "vision mass", "logit contribution"
 DENSE, NONE = "all heads dense", "no dense head"
+
+PUBLISHED = pd.DataFrame(
+    [
+        {"model": model, "dense_share": share, "MLVU": mlvu, "VideoMME": video, "speedup": speedup}
+        for model, rows in {
+            "LLaVA-OneVision-7B": (
+                (1, 64.7, 56.3, 1), (.026, 61.0, 54.0, 2.1), (.038, 63.0, 55.1, 2.1), (.064, 62.6, 55.2, 2.0),
+                (.128, 63.2, 55.0, 1.9), (.191, 64.8, 56.5, 1.8),
+            ),
+            "Qwen3-VL-8B": (
+                (1, 65.8, 65.0, 1), (.017, 62.8, 64.7, 2.3), (.026, 64.0, 65.0, 2.3), (.043, 64.8, 64.9, 2.2),
+                (.087, 65.6, 64.9, 2.1), (.13, 65.7, 65.0, 2.0), (.217, 65.9, None, 1.8),
+            ),
+            "Qwen3-VL-32B": (
+                (1, 69.4, 69.9, 1), (.012, 67.6, 69.4, 2.2), (.024, 68.1, 69.1, 2.2), (.037, 68.1, 69.2, 2.1),
+                (.049, 68.7, 69.7, 2.1), (.061, 68.6, 69.6, 2.1), (.073, 68.6, 69.6, 2.0),
+            ),
+        }.items()
+        for share, mlvu, video, speedup in rows
+    ]
+)  # fmt: skip
+"""Averages over tasks, in percent, with CoRe heads dense, 512 sinks and a window of 4,096; no control was run."""
 
 
 def run(
@@ -52,7 +74,8 @@ def run(
     """Accuracy and KL to dense with `fractions` of the heads dense and the others streaming, by window and arm.
 
     Arms: the heads of the highest RAM; the highest in each layer in turn, so that every layer has as many; random
-    heads and layer-matched ones (`n_draws` each, none of them in the top); the lowest RAM; the highest vision mass.
+    heads and layer-matched ones, none of them in the top, and random ones of all heads (`n_draws` each); the lowest
+    RAM; the highest vision mass and the highest logit contribution, where the model's heads have one.
     Heads are chosen on the selection split, and judged on the first `n_per_kind` evaluation examples of each kind
     (None: all), text-only kinds too. `windows` and `sink` count tokens; a prompt that lies within them is dense.
     """
@@ -68,7 +91,8 @@ def run(
     controls = sorted({e.kind for e in examples if not e.evidence})
     table = _table(outcomes, controls, total, setup.seed)
     differences = _differences(outcomes, controls, setup.seed)
-    lengths = outcomes[(outcomes["metric"] == "accuracy")].drop_duplicates("example")["n_tokens"]
+    judged = outcomes[~outcomes["kind"].isin(controls)]
+    lengths = judged.drop_duplicates("example")["n_tokens"]
     shares = {rule.window: float(np.mean([rule.share(n) for n in lengths])) for rule in rules}
     table["computed"] = table["dense_share"] + (1 - table["dense_share"]) * table["window"].map(shares)
     statement, numbers = _judged(table, differences, counts, total, rules)
@@ -145,9 +169,17 @@ def _arms(
         for draw, heads in enumerate(matched):
             sets[MATCHED, count, draw] = heads
             sets[RANDOM, count, draw] = top.random(seed + draw)
+            sets[ANY, count, draw] = _drawn(ram, count, seed + draw)
         if shortfall:
             moved[count] = shortfall
     return sets, moved
+
+
+def _drawn(scores: HeadScores, count: int, seed: int) -> HeadSet:
+    """`count` heads of all, whatever their scores."""
+    every = list(scores.top(1.0))
+    drawn = np.random.default_rng(seed).choice(len(every), size=count, replace=False)
+    return as_head_set([every[at] for at in drawn], scores.n_layers, scores.n_heads, scores.heads_per_layer)
 
 
 @torch.no_grad()
@@ -349,20 +381,38 @@ def _by_work(table: pd.DataFrame) -> Figure:
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:
-    """Where CoRe heads keep more of the answers than random ones, by model."""
+    """Where CoRe heads keep more of the answers than random ones, and what every arm keeps, by model."""
     table = across_table(
         findings, lambda found: {name: found[name] for name in ("agrees", "clean", "n_heads", "counts")}
     )
-    rows = [
-        {"model": model, **verdict}
-        for model, found in findings.items()
-        for verdict in found.numbers["verdicts"]
-    ]
+    verdicts = pd.DataFrame(
+        [
+            {"model": model, **verdict}
+            for model, found in findings.items()
+            for verdict in found.numbers["verdicts"]
+        ]
+    )
+    accuracies = pd.concat([_wide(found).assign(model=model) for model, found in findings.items()])
+    kept = accuracies[["model", *(name for name in accuracies if name != "model")]]
     return Findings(
         f"Where the window matters, dense CoRe heads keep more answers than as many random or layer-matched ones, at "
         f"some share and window, in {int(table['agrees'].sum())} of {len(table)} models.",
-        plain({"models": records(table), "verdicts": rows}),
-        tables={"verdicts": ("By model and window.", pd.DataFrame(rows))},
+        plain({"models": records(table), "verdicts": records(verdicts), "accuracies": records(kept)}),
+        tables={
+            "verdicts": ("By model and window.", verdicts),
+            "accuracies": ("Accuracy with evidence by arm.", kept),
+        },
+    )
+
+
+def _wide(found: Findings) -> pd.DataFrame:
+    """Pooled accuracy: a row for each window and number of dense heads, a column for each arm."""
+    pooled = _with_starts(found.tables["quality"][1])
+    return (
+        pooled.pivot_table("mean", ["window", "dense_share"], "arm", sort=False)
+        .rename_axis(columns=None)
+        .reset_index()
+        .sort_values(["window", "dense_share"])
     )
 
 
@@ -377,10 +427,11 @@ EXPERIMENT = Experiment(
     method=(
         "Prompts were run with a share of the heads dense ({fractions}) and the others attending to the first {sink} "
         "tokens and the last {windows} only. Dense heads were those of the highest RAM, the same number in every "
-        "layer, random, layer-matched random, lowest RAM, highest vision mass or highest logit contribution, chosen on "
-        "the selection split."
+        "layer, random, layer-matched random (both without the top), random of all, lowest RAM, highest vision mass or "
+        "highest logit contribution, chosen on the selection split."
     ),
     run=run,
     cites=("arxiv_2606_05843", "arxiv_2309_17453"),
+    published=PUBLISHED,
     across=across,
 )

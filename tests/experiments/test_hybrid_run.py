@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 
 import mmlens
 from mmlens.experiments.experiment import Findings, Setup
-from mmlens.experiments.hybrid import CORE, EXPERIMENT, LOWEST, MATCHED, NONE, RANDOM, across
+from mmlens.experiments.hybrid import ANY, CORE, EXPERIMENT, LOWEST, MATCHED, NONE, RANDOM, across
 from mmlens.sparse.rule import StreamingRule
 
 SINK, WINDOW = 2, 8
@@ -55,7 +56,7 @@ def test_without_a_dense_head_it_is_the_plain_model_under_the_rule_s_mask(
 def test_arms_and_tables_follow_from_the_raw_outcomes(setup: Setup, found: Findings) -> None:
     outcomes, table = found.per_example["outcomes"], found.tables["quality"][1]
     assert found.numbers["counts"] == [2, 3] and found.numbers["n_heads"] == 64
-    assert outcomes.groupby("arm")["draw"].nunique()[[RANDOM, MATCHED, CORE]].tolist() == [2, 2, 1]
+    assert outcomes.groupby("arm")["draw"].nunique()[[RANDOM, MATCHED, ANY, CORE]].tolist() == [2, 2, 2, 1]
     cell = outcomes[(outcomes["window"] == WINDOW) & (outcomes["count"] == 2) & (outcomes["arm"] == RANDOM)]
     pooled = cell[(cell["metric"] == "kl_to_dense") & (cell["kind"] != "text_recall")]
     row = table[
@@ -82,10 +83,26 @@ def test_a_window_over_the_whole_prompt_costs_nothing(found: Findings) -> None:
     assert kl.groupby("arm")["value"].mean()[LOWEST] > kl.groupby("arm")["value"].mean()[CORE]
 
 
+def outcomes_of(found: Findings, arm: str, metric: str) -> pd.DataFrame:
+    rows = found.per_example["outcomes"]
+    rows = rows[(rows["arm"] == arm) & (rows["metric"] == metric) & (rows["window"] == WINDOW)]
+    return rows[rows["kind"] != "text_recall"]
+
+
 def test_across_counts_the_models_in_which_it_matters_which_heads_are_dense(found: Findings) -> None:
     said = across({"one": found, "two": found})
     assert f"in {2 * found.numbers['agrees']} of 2 models" in said.statement
     assert len(said.tables["verdicts"][1]) == 4
+    wide = said.tables["accuracies"][1].set_index(["model", "window", "dense_share"])
+    quality = found.tables["quality"][1]
+    for arm in (CORE, LOWEST, RANDOM):
+        row = quality[
+            (quality["arm"] == arm) & (quality["count"] == 3) & (quality["window"] == WINDOW)
+            & (quality["kind"] == "pooled") & (quality["metric"] == "accuracy")
+        ]  # fmt: skip
+        assert wide.loc[("two", WINDOW, 3 / 64), arm] == row["mean"].item()
+    none = outcomes_of(found, NONE, "accuracy")
+    assert wide.loc[("one", WINDOW, 0.0), CORE] == none["value"].mean()
 
 
 def test_no_draws_are_refused(setup: Setup) -> None:
