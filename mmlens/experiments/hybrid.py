@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from mmlens.experiments.common import (
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.heads import HeadScores, HeadSet, as_head_set, share_of
+from mmlens.hooked_vlm import NoChangeWarning
 from mmlens.metrics.attention import evidence_attention
 from mmlens.metrics.effects import prompt_batches
 from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
@@ -211,7 +213,12 @@ def _outcomes(
             for (arm, count, draw), heads in sets.items():
                 run = (rule.window, heads)
                 if run not in done:
-                    with hybrid_attention(setup.model, heads, sink=rule.sink, window=rule.window):
+                    with (
+                        warnings.catch_warnings(),
+                        hybrid_attention(setup.model, heads, sink=rule.sink, window=rule.window),
+                    ):
+                        # Some batches have short prompts only.
+                        warnings.simplefilter("ignore", NoChangeWarning)
                         done[run] = _measured(setup.model(prompt), prompt, dense, graded)
                 rows += [
                     frame.assign(

@@ -13,15 +13,16 @@ depends on the call:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from mmlens.heads import Heads, HeadSet, as_head_set
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
 from mmlens.metrics.attention_rows import refuse_cross_attention
-from mmlens.sparse.layer import PATHS, StreamingLayer
+from mmlens.sparse.layer import PATHS, StreamingLayer, Tally
 from mmlens.sparse.rule import StreamingRule
 
 
@@ -43,7 +44,8 @@ def hybrid_attention(
     Raises TypeError for a model without causal self-attention over its visual positions (at the first run:
     NotCausalError), NotImplementedError for an attention implementation other than sdpa and eager, and for
     positions added to a cut cache; ValueError for a rule without a window, an unknown path, or heads of another model;
-    RuntimeError where it is open already.
+    RuntimeError where it is open already. Warns (NoChangeWarning) at the end where prompts were run and all heads saw
+    all of them.
 
     >>> import mmlens
     >>> model = mmlens.HookedVLM.from_pretrained("micro")
@@ -68,15 +70,22 @@ def hybrid_attention(
     taps = {layer: model.attention_tap(layer) for layer in layers}
     if any(tap.streaming is not None for tap in taps.values()):
         raise RuntimeError("hybrid attention is open on this model already: close it first")
-    by_layer = heads.by_layer()
+    by_layer, tally = heads.by_layer(), Tally()
     try:
         for layer, tap in taps.items():
             is_dense = torch.zeros(model.heads_per_layer[layer], dtype=torch.bool)
             is_dense[by_layer.get(layer, [])] = True
             tap.streaming = StreamingLayer(
-                f"layer {layer} of {model.family.model_type}", is_dense, rule, path
+                f"layer {layer} of {model.family.model_type}", is_dense, rule, path, tally
             )
         yield heads
     finally:
         for tap in taps.values():
             tap.streaming = None
+    if tally.longest and not tally.streamed:
+        why = (
+            "all heads are dense"
+            if len(heads) == len(model.heads)
+            else f"no prompt was longer than {sink} sinks and a window of {window} (the longest has {tally.longest})"
+        )
+        warnings.warn(f"hybrid attention changed nothing: {why}", NoChangeWarning, stacklevel=3)

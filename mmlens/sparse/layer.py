@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,14 @@ from mmlens.sparse.rule import StreamingRule, first_positions
 PATHS = ("auto", "masked", "blocks", "flex")
 
 
+@dataclass
+class Tally:
+    """What the layers were asked for: the longest run of several positions, and whether any head streamed in one."""
+
+    longest: int = 0
+    streamed: bool = False
+
+
 @dataclass(frozen=True)
 class StreamingLayer:
     """`dense` [head]: the heads that attend to everything; all others follow `rule`. `path`: see `hybrid_attention`."""
@@ -25,11 +33,17 @@ class StreamingLayer:
     dense: Bool[Tensor, " head"]
     rule: StreamingRule
     path: str = "auto"
+    tally: Tally = field(default_factory=Tally)
 
     def acts_on(self, query: Float[Tensor, "batch head query d_head"], first: int) -> bool:
         """Whether a call is hybrid: several queries, some that do not see all, and a head that streams."""
         length = query.shape[2]
-        return length > 1 and not bool(self.dense.all()) and not self.rule.sees_all(first + length)
+        if length == 1:
+            return False
+        acts = not bool(self.dense.all()) and not self.rule.sees_all(first + length)
+        self.tally.longest = max(self.tally.longest, first + length)
+        self.tally.streamed |= acts
+        return acts
 
     def is_fast(self, mask: Tensor | None) -> bool:
         """Whether a call under this mask may leave the masked reference."""

@@ -66,6 +66,8 @@ def test_bad_requests_are_refused(micro: HookedVLM) -> None:
         prefill_speed(micro, {"a": [(0, 0)]}, [64], parts=["decode"])
     with pytest.raises(ValueError, match=r"lengths=\[1\] and repeats=5"):
         prefill_speed(micro, {"a": [(0, 0)]}, [1])
+    with pytest.raises(ValueError, match=r"none of the lengths \[64, 4608\] exceeds 512 sinks"):
+        prefill_speed(micro, {"a": [(0, 0)]}, [64, 4608])
     with pytest.raises(IndexError, match="layer 8 is out of range"):
         prefill_speed(micro, {"a": [(8, 0)]}, [64])
 
