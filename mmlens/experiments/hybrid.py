@@ -322,31 +322,35 @@ def _judged(
             for count in counts
             if all(against.loc[(window, count, arm), "low"] > 0 for arm in (RANDOM, MATCHED))
         ]
-        kept = [count for count in counts if against.loc[(window, count, DENSE), "high"] >= 0]
+        kept = [
+            count
+            for count in counts
+            if all(against.loc[(window, more, DENSE), "high"] >= 0 for more in counts if more >= count)
+        ]
         verdicts.append(
             {
                 "window": window,
                 "none": float(none["mean"]),
                 "window_matters": bool(none["high"] < clean),
                 "core_above_random_at": better,
-                "core_as_dense_from": min(kept) if kept else None,
+                "core_as_dense_from": kept[0] if kept else None,
             }
         )
-        parts = "; ".join(
-            f"{count / total:.1%}: "
-            + ", ".join(
-                f"{arm} {at.loc[(window, arm, count), 'mean']:.0%}" for arm in (CORE, RANDOM, MATCHED)
-            )
-            for count in counts
+        by_share = ", ".join(
+            f"{at.loc[(window, CORE, count), 'mean']:.0%} ({count / total:.1%})" for count in counts
         )
+        most = {
+            arm: max(at.loc[(window, arm, count), "mean"] for count in counts) for arm in (RANDOM, MATCHED)
+        }
         said.append(
-            f"window {window}: no dense head {ranged(none['mean'], none['low'], none['high'])}; {parts}; CoRe heads "
+            f"Window {window}: {ranged(none['mean'], none['low'], none['high'])} without a dense head; with CoRe heads "
+            f"dense (share of all) {by_share}; random ones at most {most[RANDOM]:.0%}, layer-matched {most[MATCHED]:.0%}. "
             + (
-                "better than random and than layer-matched ones with "
-                + ", ".join(f"{count / total:.1%}" for count in better)
+                f"CoRe heads are better than both with {_shares(better, total)}"
                 if better
-                else "told from random or layer-matched ones at no share"
+                else "CoRe heads are told from both at no share"
             )
+            + (f", and not told from dense from {_shares(kept[:1], total)} on" if kept else "")
         )
     agrees = any(verdict["window_matters"] and verdict["core_above_random_at"] for verdict in verdicts)
     return f"All heads dense: {clean:.0%}. " + ". ".join(said) + ".", {
@@ -354,6 +358,10 @@ def _judged(
         "clean": clean,
         "verdicts": verdicts,
     }
+
+
+def _shares(counts: Sequence[int], total: int) -> str:
+    return ", ".join(f"{count / total:.1%}" for count in counts)
 
 
 def _with_starts(table: pd.DataFrame, arms: Sequence[str] | None = None) -> pd.DataFrame:
