@@ -322,6 +322,10 @@ def _judged(
             for count in counts
             if all(against.loc[(window, count, arm), "low"] > 0 for arm in (RANDOM, MATCHED))
         ]
+        worse = {
+            arm: [count for count in counts if against.loc[(window, count, arm), "high"] < 0]
+            for arm in (RANDOM, MATCHED)
+        }
         kept = [
             count
             for count in counts
@@ -333,6 +337,7 @@ def _judged(
                 "none": float(none["mean"]),
                 "window_matters": bool(none["high"] < clean),
                 "core_above_random_at": better,
+                "core_below_random_at": sorted({count for fewer in worse.values() for count in fewer}),
                 "core_as_dense_from": kept[0] if kept else None,
             }
         )
@@ -344,11 +349,17 @@ def _judged(
         }
         said.append(
             f"Window {window}: {ranged(none['mean'], none['low'], none['high'])} without a dense head; with CoRe heads "
-            f"dense (share of all) {by_share}; random ones at most {most[RANDOM]:.0%}, layer-matched {most[MATCHED]:.0%}. "
+            f"dense (share of all) {by_share}; random ones at most {most[RANDOM]:.0%}, layer-matched ones at most "
+            f"{most[MATCHED]:.0%}. "
             + (
                 f"CoRe heads are better than both with {_shares(better, total)}"
                 if better
-                else "CoRe heads are told from both at no share"
+                else "CoRe heads are better than both at no share"
+            )
+            + "".join(
+                f", worse than {arm} ones with {_shares(fewer, total)}"
+                for arm, fewer in worse.items()
+                if fewer
             )
             + (f", and not told from dense from {_shares(kept[:1], total)} on" if kept else "")
         )
