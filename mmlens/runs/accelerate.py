@@ -19,7 +19,7 @@ from mmlens.provenance import describe_model, machine, versions
 from mmlens.runs.run import RunError, check_folder, read_findings, read_record, written_at_once
 from mmlens.sparse.rule import StreamingRule
 from mmlens.sparse.speed import PARTS, prefill_speed
-from mmlens.viz.intervals import plot_curves
+from mmlens.viz.intervals import plot_curves, plot_trade_off
 from mmlens.viz.report import figure_html, pairs_html, picture_files, table_html, write_page
 
 RECORD = "accelerate.json"
@@ -61,13 +61,13 @@ class Acceleration:
             for window in rows["window"].unique()
         )
         caption = (
-            f"Prefill of {length:,} tokens, sinks and window in which a streaming head computes "
-            f"{rule.share(int(length)):.0%} of a dense head's scores, against accuracy with as many dense heads on the "
-            f"held-out examples of the run, whose prompts are shorter. Their windows, with the same share: {shares}. "
-            "95% intervals."
+            f"From few dense heads to many, along each line. Across: prefill of {length:,} tokens, with sinks and window "
+            f"in which a streaming head computes {rule.share(int(length)):.0%} of a dense head's scores; median of the "
+            "pairs, from the lowest to the highest. Upright: accuracy with as many dense heads on the held-out "
+            f"examples of the run, whose prompts are shorter; its windows, with the same share: {shares}; 95% intervals."
         )
-        figure = plot_curves(
-            rows.assign(series=rows["arm"] + ", window " + rows["window"].astype(str)),
+        figure = plot_trade_off(
+            rows.sort_values("n_dense").assign(series=rows["arm"] + ", window " + rows["window"].astype(str)),
             x="speedup",
             series="series",
             xlabel=f"speed-up of prefill at {length:,} tokens",
@@ -87,7 +87,7 @@ class Acceleration:
             series="heads",
             xlabel="tokens of the prompt",
             ylabel="speed-up",
-            dashed=list(dict.fromkeys(limit["heads"])),
+            dashed={f"limit, {heads}": heads for heads in measured["heads"]},
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -207,7 +207,8 @@ def _check_counts(outcomes: pd.DataFrame, counts: set[int], parts: Sequence[str]
 
 def _speed_and_accuracy(table: pd.DataFrame, outcomes: pd.DataFrame) -> pd.DataFrame:
     """One row per length, window, arm and number of dense heads that both have."""
-    speeds = table.loc[table["part"] == "prefill", ["length", "n_dense", "speedup"]]
+    speeds = table.loc[table["part"] == "prefill", ["length", "n_dense", "speedup", "lowest", "highest"]]
+    speeds = speeds.rename(columns={"lowest": "speedup_low", "highest": "speedup_high"})
     names = ["window", "arm", "count", "dense_share", "streaming_share", "mean", "low", "high"]
     joined = speeds.merge(outcomes[names], left_on="n_dense", right_on="count")
     return joined.drop(columns="count")

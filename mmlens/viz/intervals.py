@@ -1,4 +1,4 @@
-"""Means with their intervals: as rows of dots and whiskers, or as curves with bands."""
+"""Means with their intervals: rows of dots and whiskers, curves with bands, dots with whiskers both ways."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -101,12 +102,13 @@ def plot_curves(
     ylabel: str,
     percent: bool = False,
     title: str = "",
-    dashed: Sequence[str] = (),
+    dashed: Sequence[str] | Mapping[str, str] = (),
 ) -> Figure:
     """`mean` against the column `x`, one curve for each value of `series`, with a band from `low` to `high`.
 
-    Series in `dashed` (numbers from elsewhere) are drawn thin and dashed. A row whose low and high are missing has
-    no band. Raises ValueError as `plot_intervals`, and for a `dashed` name that is no series.
+    Series in `dashed` (numbers from elsewhere) are drawn thin and dashed; where `dashed` gives each another series, in
+    the colour of that. A row whose low and high are missing has no band. Raises ValueError as `plot_intervals`, and for
+    a name in `dashed` that is no series.
 
     >>> table = pd.DataFrame({"k": [1, 2], "arm": "top", "mean": [.4, .6], "low": [.3, .5], "high": [.5, .7]})
     >>> len(plot_curves(table, x="k", series="arm", xlabel="heads", ylabel="coverage").axes[0].lines)
@@ -114,14 +116,15 @@ def plot_curves(
     """
     _check(table, [x, series])
     names = list(dict.fromkeys(table[series]))
-    unknown = [name for name in dashed if name not in names]
+    partners = dict(dashed) if isinstance(dashed, Mapping) else {}
+    unknown = [name for name in (*dashed, *partners.values()) if name not in names]
     if unknown:
         raise ValueError(f"no series {unknown} to dash; the series are {names}")
     figure = new_figure(6.2, 3.9)
     ax = figure.subplots()
     for at, name in enumerate(names):
         part = table[table[series] == name].sort_values(x)
-        colour, marker = _look(at)
+        colour, marker = _look(names.index(partners[name]) if name in partners else at)
         style = (
             {"linewidth": 1.0, "linestyle": (0, (4, 2)), "alpha": 0.8}
             if name in dashed
@@ -140,14 +143,59 @@ def plot_curves(
         ax.fill_between(
             with_band[x], with_band["low"], with_band["high"], color=colour, alpha=0.15, linewidth=0
         )
+    ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left")
+    _label_curves(ax, xlabel, ylabel, percent)
+    _legend(figure, names)
+    return figure
+
+
+def plot_trade_off(
+    table: pd.DataFrame, *, x: str, series: str, xlabel: str, ylabel: str, percent: bool = False
+) -> Figure:
+    """`mean` against `x`, both measured: a dot for every row with whiskers both ways, from `x`_low to `x`_high across.
+
+    Dots of a series are joined in the order of the table's rows, which need not be that of `x`. Raises ValueError as
+    `plot_intervals`.
+
+    >>> row = {"arm": "top", "speed": 2., "speed_low": 1.9, "speed_high": 2.2, "mean": .4, "low": .3, "high": .5}
+    >>> figure = plot_trade_off(pd.DataFrame([row]), x="speed", series="arm", xlabel="speed-up", ylabel="accuracy")
+    >>> figure.axes[0].get_xlabel()
+    'speed-up'
+    """
+    _check(table, [x, f"{x}_low", f"{x}_high", series])
+    names = list(dict.fromkeys(table[series]))
+    figure = new_figure(6.2, 3.9)
+    ax = figure.subplots()
+    for at, name in enumerate(names):
+        part = table[table[series] == name]
+        colour, marker = _look(at)
+        across, up = (
+            np.vstack([part[middle] - part[low], part[high] - part[middle]]).clip(min=0)
+            for middle, low, high in ((x, f"{x}_low", f"{x}_high"), ("mean", "low", "high"))
+        )
+        ax.errorbar(
+            part[x],
+            part["mean"],
+            xerr=across,
+            yerr=up,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=1.4,
+            elinewidth=0.7,
+            label=str(name),
+        )
+    _label_curves(ax, xlabel, ylabel, percent)
+    _legend(figure, names)
+    return figure
+
+
+def _label_curves(ax: Axes, xlabel: str, ylabel: str, percent: bool) -> None:
     tidy(ax, grid=True)
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     ax.set_xlabel(xlabel, fontsize=LABEL_SIZE, color=INK)
     ax.set_ylabel(ylabel, fontsize=LABEL_SIZE, color=INK)
-    ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left")
-    _legend(figure, names)
-    return figure
 
 
 def _check(table: pd.DataFrame, columns: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmlens.viz.intervals import plot_curves, plot_intervals
+from mmlens.viz.intervals import plot_curves, plot_intervals, plot_trade_off
 
 TABLE = pd.DataFrame(
     {
@@ -40,6 +40,31 @@ def test_curves_are_sorted_and_only_what_has_an_interval_has_a_band() -> None:
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     assert lines["top"].get_xdata().tolist() == [1, 2] and lines["bottom"].get_linestyle() == "--"
     figure.canvas.draw()
+
+
+def test_a_dashed_series_takes_the_look_of_its_partner() -> None:
+    partners = {"bottom": "top"}
+    figure = plot_curves(TABLE, x="k", series="arm", xlabel="heads", ylabel="coverage", dashed=partners)
+    top, bottom = figure.axes[0].lines
+    assert (top.get_color(), top.get_linestyle()) == (bottom.get_color(), "-")
+    assert bottom.get_linestyle() == "--"
+    with pytest.raises(ValueError, match=r"no series \['middle'\]"):
+        plot_curves(TABLE, x="k", series="arm", xlabel="", ylabel="", dashed={"bottom": "middle"})
+
+
+def test_a_trade_off_joins_rows_in_their_order_with_whiskers_both_ways() -> None:
+    table = pd.DataFrame({"arm": "top", "mean": [0.4, 0.6], "low": [0.3, 0.5], "high": [0.6, 0.7]})
+    table = table.assign(speed=[2.0, 1.5], speed_low=[1.8, 1.5], speed_high=[2.5, 1.6])
+    figure = plot_trade_off(
+        table, x="speed", series="arm", xlabel="speed-up", ylabel="accuracy", percent=True
+    )
+    (bars,) = figure.axes[0].containers
+    assert bars.lines[0].get_xdata().tolist() == [2.0, 1.5]
+    across, up = ([segment.tolist() for segment in lines.get_segments()] for lines in bars.lines[2])
+    np.testing.assert_allclose([[x for x, _ in ends] for ends in across], [[1.8, 2.5], [1.5, 1.6]])
+    np.testing.assert_allclose([[y for _, y in ends] for ends in up], table[["low", "high"]].to_numpy())
+    with pytest.raises(ValueError, match=r"lacks the columns \['speed_low'\]"):
+        plot_trade_off(table.drop(columns="speed_low"), x="speed", series="arm", xlabel="", ylabel="")
 
 
 def test_no_two_series_look_alike() -> None:
