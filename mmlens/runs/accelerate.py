@@ -60,11 +60,12 @@ class Acceleration:
             f"{window} ({rows.loc[rows['window'] == window, 'streaming_share'].iloc[0]:.0%})"
             for window in rows["window"].unique()
         )
+        share = rule.share(int(length))
         caption = (
-            f"From few dense heads to many, along each line. Across: prefill of {length:,} tokens, with sinks and window "
-            f"in which a streaming head computes {rule.share(int(length)):.0%} of a dense head's scores; median of the "
-            "pairs, from the lowest to the highest. Upright: accuracy with as many dense heads on the held-out "
-            f"examples of the run, whose prompts are shorter; its windows, with the same share: {shares}; 95% intervals."
+            f"From few dense heads to many, along each line. Across: prefill of {length:,} tokens, with sinks and a "
+            f"window in which a streaming head computes {share:.0%} of a dense head's scores; median of the pairs, "
+            "from the lowest to the highest. Upright: accuracy with as many dense heads on the held-out examples of "
+            f"the run, whose prompts are shorter; its windows, with the same share: {shares}; 95% intervals."
         )
         figure = plot_trade_off(
             rows.sort_values("n_dense").assign(series=rows["arm"] + ", window " + rows["window"].astype(str)),
