@@ -20,6 +20,7 @@ from conftest import (
 )
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.prompt import Prompt
+from mmlens.sparse import layer as sparse_layer
 from mmlens.sparse.layer import NotCausalError
 
 NOT_CAUSAL = ("gemma3", "paligemma", "gemma4", "shieldgemma2", "gemma4_unified", "molmo2")
@@ -172,6 +173,44 @@ def test_hooks_stay_live_and_patterns_are_those_of_the_rule() -> None:
         for head in range(model.cfg.n_heads):
             allowed = ahead >= 0 if (layer, head) in dense else seen
             assert (pattern[head][~allowed] == 0).all() and (pattern[head][allowed] > 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_each_path_is_the_one_that_computes(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal numbers would not show a fast path that is never taken."""
+    taken: list[str] = []
+
+    def counted(name: str) -> None:
+        compute = getattr(sparse_layer, name)
+        monkeypatch.setattr(sparse_layer, name, lambda *given: (taken.append(name), compute(*given))[1])
+
+    for name in ("streaming_attention", "flex_attention"):
+        counted(name)
+    model = hooked("llava")
+    prompt = padded_prompt(model) if padded else two_image_prompt(model)
+    dense = [(at, 1) for at in range(model.cfg.n_layers)]
+    for path, expected in (
+        ("auto", {"streaming_attention"}),
+        ("blocks", {"streaming_attention"}),
+        ("flex", {"flex_attention"}),
+        ("masked", set()),
+    ):
+        taken.clear()
+        with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW, path=path):
+            model(prompt)
+            assert set(taken) == expected
+            assert path != "flex" or len(taken) == model.cfg.n_layers
+            # Whatever reads the pattern takes the reference.
+            taken.clear()
+            model.run_with_cache(prompt, names_filter="blocks.1.attn.hook_pattern")
+            assert len(set(taken)) == len(expected) and taken.count("flex_attention") in (
+                0,
+                model.cfg.n_layers - 1,
+            )
+            taken.clear()
+            model.run_with_cache(prompt, names_filter=lambda name: name.endswith("attn.hook_pattern"))
+            assert not taken
 
 
 @torch.no_grad()
