@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import init_empty_weights
-from hooked_vlm import paired_ratios, process_status, wall_clock
+from hooked_vlm import paired_ratios, wall_clock
 from scipy.stats import quantile_test
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
@@ -39,6 +39,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import unpad_i
 from transformers.utils import logging as transformers_logging
 
 from mmlens import HookedVLM, hook_names
+from mmlens.sparse.speed import process_status
 
 N_TEXT = 40
 """Text tokens around the image."""

@@ -10,14 +10,12 @@ shared machine drifts. Peak memory is that of one forward above the loaded model
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
 import os
 import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 # Before transformers is imported: the bridge asks the hub for a processor by the model's name, with retries.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -28,6 +26,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from mmlens import HookedVLM, attention_mass
+from mmlens.sparse.speed import peak_bytes
 
 IMAGE_TOKEN = 1
 Run = Callable[[], object]
@@ -150,30 +149,18 @@ def ratio(base: Run, other: Run, pairs: int) -> tuple[float, float, float]:
     return float(np.median(ratios)), min(ratios), max(ratios)
 
 
-def process_status(field: str) -> int:
-    """A field of this process's status in Linux, in kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-def _peak(make: Callable[..., Run], *arguments: object) -> int:
-    """In kB, of this process."""
+def _peak(make: Callable[..., Run], *arguments: object) -> float:
+    """In bytes, of this process."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     with torch.no_grad():
-        run = make(*arguments)
-        # Give freed memory back and restart the kernel's high-water mark, so that loading does not count.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = process_status("VmRSS")
-        run()
-        return process_status("VmHWM") - before
+        return peak_bytes(make(*arguments), torch.device("cpu"))
 
 
 def peak_megabytes(make: Callable[..., Run], *arguments: object) -> float:
     """Peak memory of the run that make(*arguments) gives, above what it loaded, in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak, make, *arguments).result() / 1024
+        return pool.submit(_peak, make, *arguments).result() / 2**20
 
 
 @torch.no_grad()

@@ -259,7 +259,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> float:
 
 def _peak_of_process(run: Callable[[], object]) -> float:
     """By the kernel's high-water mark, restarted (Linux): freed pages that malloc keeps do not count."""
-    status, restart = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    restart = Path("/proc/self/clear_refs")
     if not restart.exists():
         return float("nan")
     ctypes.CDLL(None).malloc_trim(0)
@@ -267,12 +267,12 @@ def _peak_of_process(run: Callable[[], object]) -> float:
         restart.write_text("5")
     except OSError:
         return float("nan")
-    before = _kilobytes(status, "VmRSS")
+    before = process_status("VmRSS")
     run()
-    return 1024.0 * (_kilobytes(status, "VmHWM") - before)
+    return 1024.0 * (process_status("VmHWM") - before)
 
 
-def _kilobytes(status: Path, field: str) -> int:
-    return next(
-        int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(f"{field}:")
-    )
+def process_status(field: str) -> int:
+    """A field of this process's status in Linux, in kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
