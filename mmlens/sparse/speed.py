@@ -104,8 +104,8 @@ def prefill_speed(
     for attention that of its parts), and peak bytes above what the model holds (CUDA and Linux, else NaN).
 
     The work is that of layers that attend to the whole prompt: where a family's own window cuts it, the limit is not
-    reached. Raises ValueError where no length exceeds `sink` + `window`, so that nothing would stream; for a length
-    below 2, an unknown part, or no repeats.
+    reached. Raises ValueError for a model that was not loaded with SDPA; where no length exceeds `sink` + `window`, so
+    that nothing would stream; for a length below 2, an unknown part, or no repeats.
     """
     for part in parts:
         if part not in PARTS:
@@ -122,6 +122,11 @@ def prefill_speed(
     if all(rule.sees_all(length) for length in lengths):
         raise ValueError(
             f"no head would stream: none of the lengths {list(lengths)} exceeds {sink} sinks and a window of {window}"
+        )
+    implementation = model.hf_model.config._attn_implementation
+    if implementation != "sdpa":
+        raise ValueError(
+            f"hybrid attention is timed against SDPA, and the model was loaded with {implementation!r} attention"
         )
     rates = machine_rates(model)
     device = model.hf_model.device

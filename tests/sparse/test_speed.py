@@ -68,6 +68,9 @@ def test_bad_requests_are_refused(micro: HookedVLM) -> None:
         prefill_speed(micro, {"a": [(0, 0)]}, [1])
     with pytest.raises(ValueError, match=r"none of the lengths \[64, 4608\] exceeds 512 sinks"):
         prefill_speed(micro, {"a": [(0, 0)]}, [64, 4608])
+    eager = HookedVLM(tiny.tiny_model("qwen3_vl", attn_implementation="eager"))
+    with pytest.raises(ValueError, match="timed against SDPA, and the model was loaded with 'eager'"):
+        prefill_speed(eager, {"a": [(0, 0)]}, [64], sink=2, window=8)
     with pytest.raises(IndexError, match="layer 8 is out of range"):
         prefill_speed(micro, {"a": [(8, 0)]}, [64])
 
