@@ -9,6 +9,8 @@ from mmlens.data.examples import load_examples as load_examples
 from mmlens.data.examples import save_examples as save_examples
 from mmlens.data.examples import split_examples as split_examples
 from mmlens.data.scenes import scene_examples as scene_examples
+from mmlens.errors import MmlensError as MmlensError
+from mmlens.errors import MmlensWarning as MmlensWarning
 from mmlens.heads import HeadScores as HeadScores
 from mmlens.heads import HeadSet as HeadSet
 from mmlens.hooked_vlm import HookedVLM as HookedVLM

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import AttentionInterface
 
+from mmlens.errors import InvalidValueError, UnsupportedError
 from mmlens.taps import LazyHookPoint
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -66,7 +67,7 @@ class QueryRows:
         counts = queries.sum(-1)
         if (counts == 0).any():
             empty = (counts == 0).nonzero().flatten().tolist()
-            raise ValueError(f"no query position is chosen in batch row(s) {empty}")
+            raise InvalidValueError(f"no query position is chosen in batch row(s) {empty}")
         # A stable sort on "not chosen" brings the chosen positions first, in prompt order.
         order = (~queries).to(torch.int8).sort(dim=-1, stable=True).indices
         width = int(counts.max())
@@ -272,7 +273,7 @@ def _check_readable(module: nn.Module, mask: Any) -> None:
     if implementation not in ("sdpa", "eager") or not (
         mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
     ):
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"{type(module).__name__} runs {implementation!r} attention: its scores, pattern and pattern rows cannot "
             "be read exactly; load the model with attn_implementation='sdpa' (or 'eager')"
         )
@@ -375,7 +376,7 @@ def _rows_of_eager_pattern(
     full = _additive_mask(module, query, key, mask, kwargs.get("is_causal"))
     pattern = eager(module, query, key, value, full, **kwargs)[1]
     if pattern is None:
-        raise NotImplementedError(f"{type(module).__name__} gives no attention pattern to take rows from")
+        raise UnsupportedError(f"{type(module).__name__} gives no attention pattern to take rows from")
     attending = _attending(mask, kwargs)
     pattern = pattern if attending is None else pattern * attending
     index = rows.index.to(pattern.device)[:, None, :, None]

@@ -17,10 +17,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.hooked_vlm import HookedVLM
 
 
-class BridgeError(ValueError):
+class BridgeError(InvalidValueError):
     """A TransformerBridge whose weights HookedVLM cannot take as they are."""
 
 
@@ -66,7 +67,7 @@ def _hf_model(bridge: Any) -> PreTrainedModel:
     from transformer_lens.model_bridge import TransformerBridge
 
     if not isinstance(bridge, TransformerBridge):
-        raise TypeError(f"from_bridge takes a TransformerBridge, not a {type(bridge).__name__}")
+        raise InvalidTypeError(f"from_bridge takes a TransformerBridge, not a {type(bridge).__name__}")
     try:
         model = bridge.original_model
     except AttributeError as error:

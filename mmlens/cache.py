@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
+from mmlens.errors import InvalidValueError
 from mmlens.taps import norm_arithmetic
 
 Labelled: TypeAlias = Tensor | tuple[Tensor, list[str]]
@@ -67,7 +68,7 @@ class VLMActivationCache(ActivationCache):
         if chosen.mode == "empty":
             return self
         if not self.has_batch_dim:
-            raise ValueError("this cache has no batch axis to slice")
+            raise InvalidValueError("this cache has no batch axis to slice")
         cache: dict[str, Tensor] = {}
         if self.image_mask is not None:
             batch = torch.arange(len(self.image_mask), device=self.image_mask.device)
@@ -126,13 +127,13 @@ class VLMActivationCache(ActivationCache):
         n = len(parts) if layer in (None, -1) else layer
         without = [index for index in range(n) if parts[index].attention is None]
         if without:
-            raise ValueError(
+            raise InvalidValueError(
                 f"layers {without} have no attention heads, so the stream is no sum of heads; decompose_resid "
                 "has what their mixers add"
             )
         uneven = [index for index in range(n) if parts[index].attention.n_heads != self.model.cfg.n_heads]
         if uneven:
-            raise ValueError(
+            raise InvalidValueError(
                 f"layers {uneven} have another number of heads than cfg.n_heads = {self.model.cfg.n_heads}; read "
                 "blocks.{layer}.attn.hook_result layer by layer"
             )
@@ -176,7 +177,7 @@ class VLMActivationCache(ActivationCache):
         last = self.model.cfg.n_layers if layer in (None, -1) else layer
         normed = [index for index, block in enumerate(self.model.anatomy.language[:last]) if block.post_norm2]
         if normed:
-            raise ValueError(
+            raise InvalidValueError(
                 f"layers {normed} have a norm behind the MLP, so what enters the stream is no sum of neurons; "
                 "take get_full_resid_decomposition(expand_neurons=False)"
             )
@@ -187,7 +188,7 @@ class VLMActivationCache(ActivationCache):
     def _check_adds(self) -> None:
         family = self.model.family
         if not family.adds:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the layers of {family.model_type!r} do more than add to the residual stream, so it is no sum of "
                 "their outputs; accumulated_resid gives the stream itself"
             )
@@ -227,9 +228,11 @@ class VLMActivationCache(ActivationCache):
         had no images.
         """
         if not is_packed(name):
-            raise ValueError(f"{name!r} is not packed: it has no axis of visual positions alone")
+            raise InvalidValueError(f"{name!r} is not packed: it has no axis of visual positions alone")
         if self.image_mask is None:
-            raise ValueError(f"{name!r} cannot be laid over the positions: the run had no visual positions")
+            raise InvalidValueError(
+                f"{name!r} cannot be laid over the positions: the run had no visual positions"
+            )
         rows = self[name]
         full = over_positions(rows, self.image_mask)
         return full if self.has_batch_dim else full[0]
@@ -277,5 +280,5 @@ def without_batch_axis(cache: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A batch of one without its batch axis. Raises ValueError for a larger batch."""
     sizes = {len(value) for name, value in cache.items() if is_batched(name)}
     if sizes - {1}:
-        raise ValueError(f"remove_batch_dim needs a batch of one prompt, this one has {max(sizes)}")
+        raise InvalidValueError(f"remove_batch_dim needs a batch of one prompt, this one has {max(sizes)}")
     return {name: value[0] if is_batched(name) else value for name, value in cache.items()}

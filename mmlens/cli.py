@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from mmlens.arguments import unknown_name_message
 from mmlens.core_heads import MODES
 from mmlens.data.examples import DataError
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment
 from mmlens.families.catalog import UnknownFamilyError
 from mmlens.families.support import support_table
-from mmlens.hook_names import unknown_name_message
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
 from mmlens.loading import ModelNotFoundError, shipped_models
 from mmlens.prompt import PromptError
@@ -221,13 +222,13 @@ def parsed_settings(experiment: Experiment, given: Sequence[str]) -> dict[str, A
     for item in given:
         name, equals, text = item.partition("=")
         if not equals:
-            raise ValueError(f"--set takes NAME=VALUE, not {item!r}")
+            raise InvalidValueError(f"--set takes NAME=VALUE, not {item!r}")
         if name not in defaults:
-            raise ValueError(unknown_name_message(f"{experiment.name} setting", name, defaults))
+            raise InvalidValueError(unknown_name_message(f"{experiment.name} setting", name, defaults))
         try:
             settings[name] = _parsed(text, defaults[name])
         except ValueError as error:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the setting {name} is like its default {defaults[name]!r}, which {text!r} is not: {error}"
             ) from error
     return settings
@@ -235,10 +236,10 @@ def parsed_settings(experiment: Experiment, given: Sequence[str]) -> dict[str, A
 
 def _parsed(text: str, default: Any) -> Any:
     if default is not None and text == "none":
-        raise ValueError("it cannot be none")
+        raise InvalidValueError("it cannot be none")
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
-            raise ValueError("true or false")
+            raise InvalidValueError("true or false")
         return text.lower() == "true"
     if isinstance(default, int | float | str):
         return type(default)(text)
@@ -248,7 +249,7 @@ def _parsed(text: str, default: Any) -> Any:
     if isinstance(default, dict):
         value = json.loads(text)
         if not isinstance(value, dict):
-            raise ValueError("expected a JSON object")
+            raise InvalidValueError("expected a JSON object")
         return value
     if text.lower() in ("none", "null"):
         return None

@@ -25,6 +25,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from mmlens.data.examples import Example, overlap_message, shared_groups
+from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import Means, ablate, mean_activations
@@ -128,7 +129,7 @@ def core_heads(
     total = len(model.heads)
     counts = _counts(counts, total)
     if n_draws < 1:
-        raise ValueError(f"n_draws is at least 1, not {n_draws}")
+        raise InvalidValueError(f"n_draws is at least 1, not {n_draws}")
     with_evidence = [example for example in selection if example.evidence]
     attention = evidence_attention(
         model, with_evidence, batch_size=batch_size, mapping=mapping, progress=progress
@@ -188,7 +189,7 @@ def _counts(counts: Sequence[int] | None, total: int) -> tuple[int, ...]:
     chosen = {five, *(counts if counts is not None else (1, round(0.1 * total), round(0.2 * total)))}
     for count in chosen:
         if not 1 <= count <= total // 2:
-            raise ValueError(
+            raise InvalidValueError(
                 f"a count of {count} heads: the controls need as many others, so it lies between 1 and "
                 f"{total // 2} of the model's {total} heads"
             )
@@ -231,10 +232,10 @@ def _check_splits(
     """The number of shared examples or groups: 0 unless forced."""
     for name, split in (("selection", selection), ("evaluation", evaluation)):
         if not any(example.evidence for example in split):
-            raise ValueError(f"the {name} split of {len(split)} example(s) has none with evidence")
+            raise InvalidValueError(f"the {name} split of {len(split)} example(s) has none with evidence")
         mixed = {e.kind for e in split if e.evidence} & {e.kind for e in split if not e.evidence}
         if mixed:
-            raise ValueError(
+            raise InvalidValueError(
                 f"in the {name} split some examples of kind {sorted(mixed)[0]!r} have evidence and some have none; "
                 "text-only controls need a kind of their own"
             )
@@ -242,7 +243,7 @@ def _check_splits(
     shared = shared_groups(selection, evaluation)
     n_shared = len(shared)
     if n_shared and not force_overlap:
-        raise ValueError(f"{overlap_message(shared)}, or pass force_overlap=True to see by how much")
+        raise InvalidValueError(f"{overlap_message(shared)}, or pass force_overlap=True to see by how much")
     if n_shared:
         warnings.warn(_leaks(n_shared), stacklevel=3)
     return n_shared

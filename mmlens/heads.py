@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+
 Head = tuple[int, int]
 
 
@@ -66,7 +68,7 @@ class HeadSet:
     >>> HeadSet([(2, 0)], n_layers=2, n_heads=4)
     Traceback (most recent call last):
         ...
-    IndexError: head (2, 0): layer 2 is out of range; the model has 2 layers (0 to 1) of 4 heads (0 to 3)
+    mmlens.errors.OutOfRangeError: head (2, 0): layer 2 is out of range; ...
     >>> hybrid = HeadSet([(1, 0)], n_layers=3, n_heads=2, heads_per_layer=(0, 2, 2))
     >>> hybrid.complement()
     HeadSet(3 of 4 heads in 2 of 3 layers: L1H1 L2H0 L2H1)
@@ -81,12 +83,12 @@ class HeadSet:
         self, heads: Heads, *, n_layers: int, n_heads: int, heads_per_layer: Sequence[int] | None = None
     ) -> None:
         if n_layers < 1 or n_heads < 1:
-            raise ValueError(f"a model has at least 1 layer and 1 head, not {n_layers} and {n_heads}")
+            raise InvalidValueError(f"a model has at least 1 layer and 1 head, not {n_layers} and {n_heads}")
         per_layer = _checked_layers(n_layers, n_heads, heads_per_layer)
         checked = tuple(_check_head(head, n_heads, per_layer) for head in _pairs(heads))
         repeated = sorted(head for head, count in Counter(checked).items() if count > 1)
         if repeated:
-            raise ValueError(f"each head may be named once; named more than once: {repeated}")
+            raise InvalidValueError(f"each head may be named once; named more than once: {repeated}")
         object.__setattr__(self, "heads", checked)
         object.__setattr__(self, "n_layers", n_layers)
         object.__setattr__(self, "n_heads", n_heads)
@@ -214,9 +216,11 @@ class HeadSet:
 
     def _same_model(self, other: HeadSet) -> HeadSet:
         if not isinstance(other, HeadSet):
-            raise TypeError(f"a HeadSet combines with another HeadSet, not with {type(other).__name__}")
+            raise InvalidTypeError(
+                f"a HeadSet combines with another HeadSet, not with {type(other).__name__}"
+            )
         if other._model != self._model:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the two sets are of different models: {_size(*self._model)} and {_size(*other._model)}"
             )
         return other
@@ -224,7 +228,7 @@ class HeadSet:
     def _complement_of_at_least_its_size(self) -> tuple[Head, ...]:
         others = self.complement().heads
         if len(others) < len(self):
-            raise ValueError(
+            raise InvalidValueError(
                 f"no {len(self)} random heads outside the set: of the model's "
                 f"{sum(self.heads_per_layer)} heads only {len(others)} are not in it"
             )
@@ -250,22 +254,22 @@ def as_head_set(
     >>> as_head_set((0, 1), n_layers=2, n_heads=4)
     Traceback (most recent call last):
         ...
-    TypeError: heads are (layer, head) pairs of integers, not 0; one head is written [(layer, head)]
+    mmlens.errors.InvalidTypeError: heads are (layer, head) pairs of integers, not 0; ...
     >>> as_head_set([(0, 1)], n_layers=3, n_heads=2, heads_per_layer=(0, 2, 2))
     Traceback (most recent call last):
         ...
-    IndexError: head (0, 1): layer 0 has no softmax attention; layers with heads: 1, 2
+    mmlens.errors.OutOfRangeError: head (0, 1): layer 0 has no softmax attention; layers with heads: 1, 2
     """
     if isinstance(heads, HeadSet):
         if heads.shape != (n_layers, n_heads):
-            raise ValueError(
+            raise InvalidValueError(
                 f"the heads are of a model with {heads.n_layers} x {heads.n_heads} heads, "
                 f"this model has {n_layers} x {n_heads} (layers x heads)"
             )
         heads_per_layer = heads.heads_per_layer if heads_per_layer is None else heads_per_layer
     checked = HeadSet(heads, n_layers=n_layers, n_heads=n_heads, heads_per_layer=heads_per_layer)
     if len(checked) < at_least:
-        raise ValueError("no heads given: expected at least one (layer, head)")
+        raise InvalidValueError("no heads given: expected at least one (layer, head)")
     return checked
 
 
@@ -297,7 +301,7 @@ class HeadScores:
     def __post_init__(self) -> None:
         scores = torch.as_tensor(self.per_example).detach().cpu()
         if scores.ndim != 3 or 0 in scores.shape or not scores.is_floating_point():
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.name}: expected floating-point scores of shape [example, layer, head] with at least "
                 f"one of each, got {scores.dtype} {list(scores.shape)}"
             )
@@ -310,15 +314,17 @@ class HeadScores:
         exists = _exists(n_heads, self.heads_per_layer)
         if bool((missing & exists).any()):
             example, layer, head = (missing & exists).nonzero()[0].tolist()
-            raise ValueError(f"{self.name}: the score of head ({layer}, {head}) in example {example} is NaN")
+            raise InvalidValueError(
+                f"{self.name}: the score of head ({layer}, {head}) in example {example} is NaN"
+            )
         if bool((~missing & ~exists).any()):
             example, layer, head = (~missing & ~exists).nonzero()[0].tolist()
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.name}: head ({layer}, {head}) has a score in example {example}, but layer {layer} has "
                 f"{self.heads_per_layer[layer]} heads; a head that does not exist is NaN"
             )
         if self.kinds is not None and len(self.kinds) != len(scores):
-            raise ValueError(f"{self.name}: {len(self.kinds)} kinds for {len(scores)} examples")
+            raise InvalidValueError(f"{self.name}: {len(self.kinds)} kinds for {len(scores)} examples")
         object.__setattr__(self, "per_example", scores)
         object.__setattr__(self, "kinds", None if self.kinds is None else tuple(self.kinds))
 
@@ -396,10 +402,12 @@ class HeadScores:
     def select(self, kind: str) -> HeadScores:
         """The scores of the examples of one kind."""
         if self.kinds is None:
-            raise ValueError(f"{self.name}: the examples carry no kinds, so none can be selected")
+            raise InvalidValueError(f"{self.name}: the examples carry no kinds, so none can be selected")
         chosen = [index for index, own in enumerate(self.kinds) if own == kind]
         if not chosen:
-            raise ValueError(f"{self.name}: no example of kind {kind!r}; kinds are {sorted(set(self.kinds))}")
+            raise InvalidValueError(
+                f"{self.name}: no example of kind {kind!r}; kinds are {sorted(set(self.kinds))}"
+            )
         return HeadScores(
             self.per_example[chosen], self.name, (kind,) * len(chosen), heads_per_layer=self.heads_per_layer
         )
@@ -415,9 +423,11 @@ class HeadScores:
         where the model has no head. Raises ValueError for fewer than 2 examples.
         """
         if not 0 < level < 1:
-            raise ValueError(f"level is a share between 0 and 1, not {level}")
+            raise InvalidValueError(f"level is a share between 0 and 1, not {level}")
         if len(self) < 2:
-            raise ValueError(f"{self.name}: a rank interval needs at least 2 examples, there is {len(self)}")
+            raise InvalidValueError(
+                f"{self.name}: a rank interval needs at least 2 examples, there is {len(self)}"
+            )
         # A resample is a multinomial count of each example, so all resampled means are one matrix product.
         rng = np.random.default_rng(seed)
         counts = rng.multinomial(len(self), np.full(len(self), 1 / len(self)), size=n_resamples)
@@ -433,13 +443,15 @@ class HeadScores:
         Raises ValueError for models of different shape, and where one score is the same for every head.
         """
         if other._model != self._model:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.name} is of {_size(*self._model)}, {other.name} of {_size(*other._model)}: "
                 "no head-by-head correlation"
             )
         for scores in (self, other):
             if np.ptp(scores._flat()) == 0:
-                raise ValueError(f"{scores.name} is equal for all heads: its rank correlation is undefined")
+                raise InvalidValueError(
+                    f"{scores.name} is equal for all heads: its rank correlation is undefined"
+                )
         return float(scipy.stats.spearmanr(self._flat(), other._flat()).statistic)
 
     def stability(self, n_or_fraction: int | float = 0.05) -> Int[Tensor, "layer head"]:
@@ -448,7 +460,7 @@ class HeadScores:
         NO_HEAD (-1) where the model has no head.
         """
         if self.kinds is None:
-            raise ValueError(f"{self.name}: the examples carry no kinds to compare")
+            raise InvalidValueError(f"{self.name}: the examples carry no kinds to compare")
         count = self._on_grid(np.zeros(sum(self.heads_per_layer), dtype=np.int64))
         for kind in sorted(set(self.kinds)):
             for head in self.select(kind).top(n_or_fraction):
@@ -494,7 +506,7 @@ class HeadScores:
             column for column in ("name", "example", "layer", "head", "score") if column not in frame.columns
         ]
         if missing:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{path} holds no head scores: no column {missing}; its columns are {list(frame.columns)}"
             )
         frame = frame.sort_values(["example", "layer", "head"], ignore_index=True)
@@ -503,7 +515,7 @@ class HeadScores:
         )
         expected = np.indices(shape).reshape(3, -1).T
         if not np.array_equal(frame[["example", "layer", "head"]].to_numpy(), expected):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{path} does not hold one score for each of {shape} (example, layer, head): "
                 f"{len(frame)} rows, expected {len(expected)} different ones"
             )
@@ -535,15 +547,15 @@ class HeadScores:
         total = sum(self.heads_per_layer)
         if isinstance(n_or_fraction, float):
             if not 0 < n_or_fraction <= 1:
-                raise ValueError(
+                raise InvalidValueError(
                     f"a fraction of heads lies in (0, 1], not {n_or_fraction}; a count is an int"
                 )
             return share_of(n_or_fraction, total)
         if isinstance(n_or_fraction, bool):
-            raise TypeError("expected a number of heads (int) or a fraction (float), not a bool")
+            raise InvalidTypeError("expected a number of heads (int) or a fraction (float), not a bool")
         count = operator.index(n_or_fraction)
         if not 1 <= count <= total:
-            raise ValueError(f"a count of heads lies in 1 to {total} (all heads), not {count}")
+            raise InvalidValueError(f"a count of heads lies in 1 to {total} (all heads), not {count}")
         return count
 
 
@@ -567,7 +579,7 @@ def _ranks(scores: np.ndarray) -> np.ndarray:
 
 def _pairs(heads: Heads) -> list[Any]:
     if isinstance(heads, str) or not isinstance(heads, Iterable):
-        raise TypeError(f"heads are a HeadSet or a list of (layer, head) pairs, not {heads!r}")
+        raise InvalidTypeError(f"heads are a HeadSet or a list of (layer, head) pairs, not {heads!r}")
     return list(heads)
 
 
@@ -577,7 +589,7 @@ def _checked_layers(n_layers: int, n_heads: int, heads_per_layer: Sequence[int] 
         return (n_heads,) * n_layers
     per_layer = tuple(map(operator.index, heads_per_layer))
     if len(per_layer) != n_layers or not any(per_layer) or not all(0 <= n <= n_heads for n in per_layer):
-        raise ValueError(
+        raise InvalidValueError(
             f"heads_per_layer is a number from 0 to {n_heads} for each of {n_layers} layers, one at least above 0; "
             f"got {per_layer}"
         )
@@ -599,23 +611,23 @@ def _check_head(pair: Any, n_heads: int, heads_per_layer: Sequence[int]) -> Head
     try:
         layer, head = (_integer(part) for part in pair)
     except (TypeError, ValueError):
-        raise TypeError(
+        raise InvalidTypeError(
             f"heads are (layer, head) pairs of integers, not {pair!r}; one head is written [(layer, head)]"
         ) from None
     n_layers = len(heads_per_layer)
     of = f" of {n_heads} heads (0 to {n_heads - 1})" if set(heads_per_layer) == {n_heads} else ""
     model = f"the model has {n_layers} layers (0 to {n_layers - 1}){of}"
     if not 0 <= layer < n_layers:
-        raise IndexError(f"head ({layer}, {head}): layer {layer} is out of range; {model}")
+        raise OutOfRangeError(f"head ({layer}, {head}): layer {layer} is out of range; {model}")
     count = heads_per_layer[layer]
     if not count:
         others = ", ".join(str(other) for other, n in enumerate(heads_per_layer) if n)
-        raise IndexError(
+        raise OutOfRangeError(
             f"head ({layer}, {head}): layer {layer} has no softmax attention; layers with heads: {others}"
         )
     if not 0 <= head < count:
         here = model if of else f"layer {layer} has {count} heads (0 to {count - 1})"
-        raise IndexError(f"head ({layer}, {head}): head {head} is out of range; {here}")
+        raise OutOfRangeError(f"head ({layer}, {head}): head {head} is out of range; {here}")
     return layer, head
 
 

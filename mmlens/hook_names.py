@@ -6,9 +6,9 @@ queries; scores and patterns have one block of rows per query head.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
+
+from mmlens.errors import InvalidValueError, UnknownNameError
 
 STREAM = "[batch, pos, d_model]"
 """The residual stream's axes in all but a few families."""
@@ -111,7 +111,7 @@ def axes_of(name: str) -> tuple[str, ...]:
             return tuple(hooks[key][1:].split("]")[0].split(", "))
     if name.endswith("hook_embed"):
         return axes_of("vision.hook_embed")
-    raise KeyError(f"{name!r} is in no list of hook points")
+    raise UnknownNameError(f"{name!r} is in no list of hook points")
 
 
 def layer_of(name: str) -> int | None:
@@ -145,7 +145,7 @@ def position_axis(name: str) -> int:
     for axis, what in enumerate(axes):
         if what in ("pos", "query", "key"):
             return axis
-    raise ValueError(f"{name} is [{', '.join(axes)}]: it has no axis of positions")
+    raise InvalidValueError(f"{name} is [{', '.join(axes)}]: it has no axis of positions")
 
 
 def head_axis(name: str) -> int | None:
@@ -156,16 +156,3 @@ def head_axis(name: str) -> int | None:
     """
     axes = axes_of(name)
     return next((axis - len(axes) for axis, what in enumerate(axes) if what in ("head", "kv_head")), None)
-
-
-def unknown_name_message(kind: str, given: str, known: Iterable[str]) -> str:
-    """What was given, and the nearest right names.
-
-    >>> unknown_name_message("hook point", "blocks.0.attn.hook_Z", ["blocks.0.attn.hook_z"])
-    "there is no hook point 'blocks.0.attn.hook_Z'; the nearest: 'blocks.0.attn.hook_z'"
-    """
-    known = list(known)
-    nearest = difflib.get_close_matches(given, known, n=3, cutoff=0.5)
-    shown = nearest or known[:8]
-    label = "the nearest" if nearest else "there are"
-    return f"there is no {kind} {given!r}; {label}: {', '.join(map(repr, shown))}"

@@ -25,9 +25,11 @@ from transformer_lens.config import TransformerLensConfig
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mmlens import hook_names, loading
+from mmlens.arguments import unknown_name_message
 from mmlens.attention import AttentionTap, QueryRows, tap_attention
 from mmlens.cache import VLMActivationCache
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensWarning, StateError, UnknownNameError
 from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, dissect, scale_of
 from mmlens.families.catalog import family_of
 from mmlens.families.record import Family
@@ -79,18 +81,15 @@ class Span(NamedTuple):
     length: int
 
 
-class UnknownHookError(KeyError):
+class UnknownHookError(UnknownNameError):
     """A hook name that does not exist, or a filter that matches nothing."""
 
-    def __str__(self) -> str:
-        return str(self.args[0])
 
-
-class HookNeverFiredError(RuntimeError):
+class HookNeverFiredError(StateError):
     """The model ran, and a hook set for that run never fired."""
 
 
-class NoChangeWarning(UserWarning):
+class NoChangeWarning(MmlensWarning):
     """An intervention fired and changed nothing."""
 
 
@@ -183,7 +182,9 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         Images (PIL images or paths) stand before the question, through the processor's own chat template.
         """
         if self.processor is None:
-            raise ValueError("this HookedVLM has no processor; pass one: HookedVLM(hf_model, processor)")
+            raise InvalidValueError(
+                "this HookedVLM has no processor; pass one: HookedVLM(hf_model, processor)"
+            )
         if self.family.layout is None:
             raise TokenMapError(
                 f"prompts of {self.family.model_type!r} have no token map: {self.family.no_layout}. Run the model on "
@@ -254,7 +255,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
     def to_text(self, token_ids: Tensor) -> list[str]:
         """Decode a batch of token ids, special tokens left out."""
         if self.tokenizer is None:
-            raise ValueError(
+            raise InvalidValueError(
                 "this HookedVLM has no tokenizer; pass a processor: HookedVLM(hf_model, processor)"
             )
         return [text.strip() for text in self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
@@ -273,10 +274,10 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         `inputs` may also be token ids of plain text [batch, pos], as TransformerLens' tools pass them.
         """
         if return_type not in ("logits", None):
-            raise ValueError(f"return_type is 'logits' or None, not {return_type!r}")
+            raise InvalidValueError(f"return_type is 'logits' or None, not {return_type!r}")
         dropped = _PARTIAL_RUN_OPTIONS & hf_inputs.keys()
         if dropped:
-            raise TypeError(
+            raise InvalidTypeError(
                 f"HookedVLM takes no {', '.join(sorted(dropped))}, which transformers would drop in silence: "
                 "every run is a whole one. Edit the stream with hooks, slice the cache after the run"
             )
@@ -317,7 +318,9 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         keyword_inputs = self._keyword_inputs(inputs, {})
         shape = tuple(keyword_inputs["input_ids"].shape)
         if tuple(queries.shape) != shape:
-            raise ValueError(f"queries has shape {tuple(queries.shape)}, the inputs [batch, pos] = {shape}")
+            raise InvalidValueError(
+                f"queries has shape {tuple(queries.shape)}, the inputs [batch, pos] = {shape}"
+            )
         rows = QueryRows.of(queries.bool().to(self.device))
         try:
             for layer, tap in self._attention_taps.items():
@@ -343,7 +346,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
                 )
             return names
         if match not in self.hook_dict:
-            raise UnknownHookError(hook_names.unknown_name_message("hook point", match, self.hook_dict))
+            raise UnknownHookError(unknown_name_message("hook point", match, self.hook_dict))
         return [match]
 
     def add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
@@ -487,7 +490,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             return {**inputs, **more}
         if isinstance(inputs, Tensor):
             return {**self._text_inputs(inputs), **more}
-        raise TypeError(
+        raise InvalidTypeError(
             f"inputs are a Prompt (model.prompt(question, images)), the model's keyword inputs, or token ids of "
             f"text, not {type(inputs).__name__}"
         )
@@ -497,11 +500,11 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         ids = (ids[None] if ids.ndim == 1 else ids).to(self.device)
         image_id = getattr(self.hf_model.config, self.anatomy.image_token or "", None)
         if ids.is_floating_point():
-            raise TypeError(f"token ids are integers, not {ids.dtype}")
+            raise InvalidTypeError(f"token ids are integers, not {ids.dtype}")
         # Its length alone, which an offloaded embedding has too.
         n_known = len(self.embed.get_parameter("weight"))
         if int(ids.max()) >= n_known or (image_id is not None and bool((ids == image_id).any())):
-            raise ValueError(
+            raise InvalidValueError(
                 "token ids alone bring no image, and these have visual positions: pass the prompt itself "
                 "(model.prompt(question, images)), or to an analysis tool its cache"
             )
@@ -549,7 +552,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         # Beams repeat a prompt; without a cache, generated tokens follow it.
         fits = ids.shape[1] >= own.shape[1] and len(own) in (1, len(ids))
         if not fits or not bool((ids[:, : own.shape[1]] == own.to(ids.device)).all()):
-            raise ValueError(
+            raise InvalidValueError(
                 f"an intervention built for a prompt of [batch, pos] = {list(own.shape)} is run on another one of "
                 f"{list(ids.shape)}: interventions are built for each prompt, intervention(model, prompt)"
             )
@@ -581,7 +584,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
 
     def _image_mask(self, x: Tensor) -> Tensor | None:
         if "input_ids" not in self._inputs:
-            raise ValueError("image.* hooks need input_ids: the model was run on inputs_embeds alone")
+            raise InvalidValueError("image.* hooks need input_ids: the model was run on inputs_embeds alone")
         mask = self.image_mask(self._inputs)
         if mask is None or not bool(mask.any()):
             return None

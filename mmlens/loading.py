@@ -22,9 +22,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidValueError, MmlensError
 from mmlens.families.catalog import UnknownFamilyError, family_of
 from mmlens.families.processors import load_processor
-from mmlens.hook_names import unknown_name_message
 
 _SHIPPED_FOLDER = Path(__file__).parent / "micro"
 _HUB_OPTIONS = (
@@ -38,7 +39,7 @@ _HUB_OPTIONS = (
 )
 
 
-class ModelNotFoundError(OSError):
+class ModelNotFoundError(MmlensError, OSError):
     """No such shipped model or folder, or the hub did not give it."""
 
 
@@ -68,9 +69,9 @@ def scene_kinds(name_or_path: str | Path) -> dict[str, list[str]] | None:
     try:
         kinds = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+        raise InvalidValueError(f"{str(file)!r} is no JSON: {error}") from error
     if not isinstance(kinds, dict) or not all(isinstance(kinds.get(key), list) for key in ("visual", "text")):
-        raise ValueError(
+        raise InvalidValueError(
             f"{str(file)!r} should hold two lists of kinds, 'visual' and 'text'; it holds {kinds!r:.200}"
         )
     return {key: [str(kind) for kind in kinds[key]] for key in ("visual", "text")}

@@ -45,10 +45,11 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import Evidence, Example
+from mmlens.errors import InvalidValueError
 from mmlens.families.processors import load_processor
 from mmlens.heads import Head, HeadSet
-from mmlens.hook_names import unknown_name_message
 from mmlens.hooked_vlm import HookedVLM
 
 FAMILIES = ("qwen3_vl", "llava")
@@ -98,7 +99,7 @@ class Planted:
         """The heads of these roles. Raises ValueError for a role that there is not."""
         for role in roles:
             if role not in self.roles:
-                raise ValueError(unknown_name_message("role", role, self.roles))
+                raise InvalidValueError(unknown_name_message("role", role, self.roles))
         return HeadSet(
             [self.roles[role] for role in roles],
             n_layers=self.model.cfg.n_layers,
@@ -126,7 +127,7 @@ class Planted:
         that of the changed example. Raises ValueError for another word.
         """
         if what not in CORRUPTIONS:
-            raise ValueError(unknown_name_message("corruption", what, CORRUPTIONS))
+            raise InvalidValueError(unknown_name_message("corruption", what, CORRUPTIONS))
         return [
             _corrupted(example, what, random.Random(f"planted/{what}/{seed}/{i}"), self.cell)
             for i, example in enumerate(examples)
@@ -365,7 +366,7 @@ _PARTS = {"qwen3_vl": _qwen3_vl, "llava": _llava}
 @functools.cache
 def _parts(family: str) -> tuple[ProcessorMixin, PretrainedConfig]:
     if family not in FAMILIES:
-        raise ValueError(unknown_name_message("family of planted models", family, FAMILIES))
+        raise InvalidValueError(unknown_name_message("family of planted models", family, FAMILIES))
     return _PARTS[family]()
 
 
@@ -668,5 +669,7 @@ def _plant_words(
 def _token(tokenizer: Any, text: str) -> int:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise ValueError(f"the shipped model's tokenizer has no single token for {text!r}: it gives {ids}")
+        raise InvalidValueError(
+            f"the shipped model's tokenizer has no single token for {text!r}: it gives {ids}"
+        )
     return int(ids[0])

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from mmlens.errors import InvalidValueError, MissingFileError
 from mmlens.families.layouts.grids import Layout
 from mmlens.token_map import ImageGrid, TokenMap
 
@@ -28,7 +29,7 @@ MAX_IMAGE_PIXELS = 89_478_485
 """The largest image taken: PIL's own bound against decompression bombs (256 MB at three bytes a pixel)."""
 
 
-class PromptError(ValueError):
+class PromptError(InvalidValueError):
     """A question, image or template from which no prompt can be made."""
 
 
@@ -309,7 +310,7 @@ def load_image(image: Any, where: str = "the image") -> Image.Image:
         return _decoded(image, where)
     name = f"{where} ({os.fspath(image)})"
     if not Path(image).is_file():
-        raise FileNotFoundError(f"{name} does not exist")
+        raise MissingFileError(f"{name} does not exist")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

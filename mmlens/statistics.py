@@ -28,6 +28,8 @@ import scipy.stats
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.errors import InvalidValueError
+
 Values = Sequence[float] | Sequence[int] | np.ndarray | Tensor
 
 
@@ -85,7 +87,9 @@ def proportion_interval(values: Values, *, level: float = 0.95) -> Interval:
     sample = _sample(values, "a proportion", at_least=1)
     _check_level(level)
     if not is_binary(sample):
-        raise ValueError(f"a proportion is of values that are 0 or 1; got values up to {sample.max():g}")
+        raise InvalidValueError(
+            f"a proportion is of values that are 0 or 1; got values up to {sample.max():g}"
+        )
     result = scipy.stats.binomtest(int(sample.sum()), len(sample))
     interval = result.proportion_ci(confidence_level=level, method="wilson")
     return Interval(float(interval.low), float(interval.high), level)
@@ -137,7 +141,7 @@ def ratio_interval(
     above, below = _pairs(numerator, denominator, "a ratio of means", at_least=2)
     _check_level(level)
     if below.mean() == 0:
-        raise ValueError("a ratio of means needs a denominator whose mean is not zero")
+        raise InvalidValueError("a ratio of means needs a denominator whose mean is not zero")
     ratio = float(above.mean() / below.mean())
     reach = scipy.stats.norm.ppf(0.5 + level / 2) * below.std(ddof=1) / math.sqrt(len(below))
     if abs(below.mean()) <= reach:
@@ -191,9 +195,9 @@ def paired_permutation_test(
     """
     sample, reference = _pairs(values, baseline, "a paired test", at_least=1)
     if alternative not in ("two-sided", "less", "greater"):
-        raise ValueError(f"alternative is 'two-sided', 'less' or 'greater', not {alternative!r}")
+        raise InvalidValueError(f"alternative is 'two-sided', 'less' or 'greater', not {alternative!r}")
     if n_resamples < 1:
-        raise ValueError(f"n_resamples is at least 1, not {n_resamples}")
+        raise InvalidValueError(f"n_resamples is at least 1, not {n_resamples}")
     differences = sample - reference
     differences = differences[differences != 0]
     if not len(differences):
@@ -233,10 +237,10 @@ def benjamini_hochberg(
     adjusted = np.array(given, dtype=np.float64)
     tested = ~np.isnan(adjusted)
     if not tested.any():
-        raise ValueError(f"no p-value given: {adjusted.size} number(s), none but NaN")
+        raise InvalidValueError(f"no p-value given: {adjusted.size} number(s), none but NaN")
     outside = tested & ~((adjusted >= 0) & (adjusted <= 1))
     if outside.any():
-        raise ValueError(f"p-values lie between 0 and 1, got {adjusted[outside][0]:g}")
+        raise InvalidValueError(f"p-values lie between 0 and 1, got {adjusted[outside][0]:g}")
     adjusted[tested] = scipy.stats.false_discovery_control(adjusted[tested], method="bh")
     return adjusted
 
@@ -259,7 +263,9 @@ def minimal_detectable_effect(n: int, sd: float, *, power: float = 0.8, alpha: f
     _check_n(n)
     _check_power(power, alpha)
     if not (math.isfinite(sd) and sd > 0):
-        raise ValueError(f"sd is the standard deviation of the per-example differences, above 0, not {sd}")
+        raise InvalidValueError(
+            f"sd is the standard deviation of the per-example differences, above 0, not {sd}"
+        )
     critical = scipy.stats.t.isf(alpha / 2, n - 1)
 
     def excess(shift: float) -> float:
@@ -289,7 +295,9 @@ def minimal_detectable_change(n: int, discordant: float, *, power: float = 0.8, 
     _check_n(n)
     _check_power(power, alpha)
     if not 0 < discordant <= 1:
-        raise ValueError(f"discordant is a share of the examples, above 0 and at most 1, not {discordant}")
+        raise InvalidValueError(
+            f"discordant is a share of the examples, above 0 and at most 1, not {discordant}"
+        )
     z_alpha, z_power = scipy.stats.norm.isf(alpha / 2), scipy.stats.norm.ppf(power)
 
     def excess(change: float) -> float:
@@ -297,7 +305,7 @@ def minimal_detectable_change(n: int, discordant: float, *, power: float = 0.8, 
         return math.sqrt(n) * change - z_alpha * math.sqrt(discordant) - z_power * spread
 
     if excess(discordant) < 0:
-        raise ValueError(
+        raise InvalidValueError(
             f"{n} examples of which {discordant:g} differ cannot show a change with power {power:g} at alpha "
             f"{alpha:g}, not even where all of them differ the same way: use more examples"
         )
@@ -412,34 +420,36 @@ def _sample(values: Values, what: str, *, at_least: int) -> np.ndarray:
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     sample = array.astype(np.float64)
     if sample.ndim != 1 or len(sample) < at_least:
-        raise ValueError(
+        raise InvalidValueError(
             f"{what} needs one number for each of at least {at_least} example(s), "
             f"got shape {list(sample.shape)}"
         )
     if not np.isfinite(sample).all():
-        raise ValueError(f"{what} needs finite numbers, got {sample[~np.isfinite(sample)][0]}")
+        raise InvalidValueError(f"{what} needs finite numbers, got {sample[~np.isfinite(sample)][0]}")
     return sample
 
 
 def _pairs(values: Values, baseline: Values, what: str, *, at_least: int) -> tuple[np.ndarray, np.ndarray]:
     sample, reference = (_sample(one, what, at_least=at_least) for one in (values, baseline))
     if len(sample) != len(reference):
-        raise ValueError(f"paired values are of the same examples: got {len(sample)} and {len(reference)}")
+        raise InvalidValueError(
+            f"paired values are of the same examples: got {len(sample)} and {len(reference)}"
+        )
     return sample, reference
 
 
 def _check_n(n: int) -> None:
     if n < 2:
-        raise ValueError(f"n is a number of examples, at least 2, not {n}")
+        raise InvalidValueError(f"n is a number of examples, at least 2, not {n}")
 
 
 def _check_power(power: float, alpha: float) -> None:
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha is a share between 0 and 1, not {alpha}")
+        raise InvalidValueError(f"alpha is a share between 0 and 1, not {alpha}")
     if not alpha < power < 1:
-        raise ValueError(f"power lies between alpha ({alpha}) and 1, not {power}")
+        raise InvalidValueError(f"power lies between alpha ({alpha}) and 1, not {power}")
 
 
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise ValueError(f"level is a share between 0 and 1, not {level}")
+        raise InvalidValueError(f"level is a share between 0 and 1, not {level}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers.utils import ModelOutput
 
+from mmlens.errors import InvalidValueError, UnsupportedError
 from mmlens.families.anatomy import Projection
 
 
@@ -170,7 +171,7 @@ def _before(factor: Tensor, change: Tensor, module: nn.Module) -> Tensor:
     """The change of a branch's output that becomes `change` once it is multiplied by the layer's factor."""
     shut = factor == 0
     if bool(shut.any()) and bool((change * shut).any()):
-        raise ValueError(
+        raise InvalidValueError(
             f"what {type(module).__name__} adds to the stream is multiplied by a gate of exactly 0: it can be "
             "read, but no edit of it can reach the stream"
         )
@@ -243,7 +244,7 @@ def norm_arithmetic(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor, 
         None,
     )
     if eps is None:
-        raise NotImplementedError(f"{type(norm).__name__} has no epsilon that mmlens knows of")
+        raise UnsupportedError(f"{type(norm).__name__} has no epsilon that mmlens knows of")
     weight = next(norm.parameters(), like)
     # accelerate brings its inputs to an offloaded norm by itself.
     ones = torch.ones(1, 1, width, dtype=like.dtype, device=like.device if weight.is_meta else weight.device)

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mmlens.errors import InvalidValueError, OutOfRangeError
+
 Box = tuple[float, float, float, float]
 Mapping = Literal["merged", "paper_floor"]
 
@@ -32,7 +34,7 @@ _SLIVER = 0.01
 """Pixels of overlap that do not count, so that rounded box edges match no neighbour."""
 
 
-class TokenMapError(ValueError):
+class TokenMapError(InvalidValueError):
     """A region or layout that cannot be mapped to positions."""
 
 
@@ -102,7 +104,7 @@ class TokenMap:
     >>> token_map.image_tokens(0)
     Traceback (most recent call last):
         ...
-    IndexError: image 0 of example 0: the example has no image
+    mmlens.errors.OutOfRangeError: image 0 of example 0: the example has no image
     """
 
     image: Int[Tensor, "batch pos"]
@@ -284,7 +286,7 @@ class TokenMap:
         self._check_example(example)
         length = self.image.shape[1]
         if not -length <= position < length:
-            raise IndexError(
+            raise OutOfRangeError(
                 f"position {position} is outside the prompt of {length} positions (0 to {length - 1})"
             )
         at = (example, position)
@@ -356,14 +358,16 @@ class TokenMap:
 
     def _check_example(self, example: int) -> None:
         if not 0 <= example < len(self):
-            raise IndexError(f"example {example}: the batch has {len(self)} example(s), 0 to {len(self) - 1}")
+            raise OutOfRangeError(
+                f"example {example}: the batch has {len(self)} example(s), 0 to {len(self) - 1}"
+            )
 
     def _grid(self, image: int, example: int) -> ImageGrid:
         self._check_example(example)
         own = self.grids[example]
         if not 0 <= image < len(own):
             there = f"{len(own)} image(s), 0 to {len(own) - 1}" if own else "no image"
-            raise IndexError(f"image {image} of example {example}: the example has {there}")
+            raise OutOfRangeError(f"image {image} of example {example}: the example has {there}")
         return own[image]
 
     def _shown(self, image: int, example: int) -> str:

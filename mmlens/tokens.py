@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mmlens.errors import InvalidValueError
 from mmlens.loading import input_device
 from mmlens.prompt import Prompt
 
@@ -53,9 +54,9 @@ class TokenMethods:
         tokenizer = self._tokenizer()
         texts = [input] if isinstance(input, str) else list(input)
         if prepend_bos and tokenizer.bos_token is None:
-            raise ValueError("prepend_bos=True, but the tokenizer has no start token")
+            raise InvalidValueError("prepend_bos=True, but the tokenizer has no start token")
         if len(texts) > 1 and tokenizer.pad_token_id is None:
-            raise ValueError("several texts need padding, but the tokenizer has no pad_token")
+            raise InvalidValueError("several texts need padding, but the tokenizer has no pad_token")
         encoded = tokenizer(
             [tokenizer.bos_token + text for text in texts] if prepend_bos else texts,
             add_special_tokens=prepend_bos is None,
@@ -69,7 +70,7 @@ class TokenMethods:
         """The id of a text that is one token; ValueError where it is several."""
         ids = self.to_tokens(string, prepend_bos=False)[0].tolist()
         if len(ids) != 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{string!r} is {len(ids)} tokens, not one: {self.to_str_tokens(string, prepend_bos=False)}"
             )
         return ids[0]
@@ -82,7 +83,7 @@ class TokenMethods:
         """The text of token ids [pos], or one text per row of [batch, pos]."""
         ids = torch.as_tensor(tokens)
         if ids.ndim > 2:
-            raise ValueError(f"token ids are [pos] or [batch, pos], not {tuple(ids.shape)}")
+            raise InvalidValueError(f"token ids are [pos] or [batch, pos], not {tuple(ids.shape)}")
         return (
             self._tokenizer().decode(ids.reshape(-1)) if ids.ndim < 2 else self._tokenizer().batch_decode(ids)
         )
@@ -105,7 +106,7 @@ class TokenMethods:
         if isinstance(input, (str, Tensor, np.ndarray)):
             ids = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else torch.as_tensor(input)
             if ids.ndim > 1 and len(ids) > 1:
-                raise ValueError(f"to_str_tokens takes one row of token ids, not {tuple(ids.shape)}")
+                raise InvalidValueError(f"to_str_tokens takes one row of token ids, not {tuple(ids.shape)}")
             return self._each(ids.reshape(-1).tolist())
         return [self._each(self.to_tokens(text, prepend_bos)[0].tolist()) for text in input]
 
@@ -114,7 +115,7 @@ class TokenMethods:
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise ValueError(
+            raise InvalidValueError(
                 "this HookedVLM has no tokenizer; pass a processor: HookedVLM(hf_model, processor)"
             )
         return self.tokenizer

@@ -20,6 +20,7 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.utilities.quantization import require_readable_weight
 from transformers import PreTrainedModel
 
+from mmlens.errors import InvalidValueError
 from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, Projection, scale_of
 from mmlens.taps import norm_arithmetic
 
@@ -34,7 +35,7 @@ MLP_ROLES: dict[str, tuple[str, ...]] = {
 _LATENT = ("kv_b_proj", "q_b_proj")
 
 
-class NoWeightError(ValueError):
+class NoWeightError(InvalidValueError):
     """A weight that the model does not have in TransformerLens' sense; the message says why."""
 
 

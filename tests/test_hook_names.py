@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from mmlens import HookedVLM
-from mmlens.hook_names import BLOCK_HOOKS, BLOCK_IMAGE_HOOKS, MODEL_HOOKS, block, unknown_name_message
+from mmlens.arguments import unknown_name_message
+from mmlens.hook_names import BLOCK_HOOKS, BLOCK_IMAGE_HOOKS, MODEL_HOOKS, block
 
 OPTIONAL = re.compile(
     r"vision\.ln_post|vision\.deepstack|blocks\.{l}\.(hook_deepstack|ln\d_post|mlp\.|attn\.hook_._input)"

@@ -19,7 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-from mmlens.hook_names import unknown_name_message
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidValueError
 from mmlens.token_map import Box, checked_box
 
 
@@ -46,7 +47,7 @@ class Example:
     >>> Example(question="What colour is K", answer="red", evidence=(Evidence(0),)).evidence[0].box
     Traceback (most recent call last):
         ...
-    ValueError: example '': evidence names image 0, but the example has 0 image(s)
+    mmlens.errors.InvalidValueError: example '': evidence names image 0, but the example has 0 image(s)
     """
 
     question: str
@@ -62,7 +63,7 @@ class Example:
     def __post_init__(self) -> None:
         for region in self.evidence:
             if not 0 <= region.image < len(self.images):
-                raise ValueError(
+                raise InvalidValueError(
                     f"example {self.id!r}: evidence names image {region.image}, "
                     f"but the example has {len(self.images)} image(s)"
                 )
@@ -71,7 +72,7 @@ class Example:
                 checked_box(region.box, self.images[region.image].size, where)
 
 
-class DataError(ValueError):
+class DataError(InvalidValueError):
     """A folder of examples that is missing, empty or not in the documented format."""
 
 
@@ -135,15 +136,15 @@ def load_examples(folder: str | Path) -> list[Example]:
 
 def _example(record: Any, folder: Path) -> Example:
     if not isinstance(record, dict):
-        raise ValueError(
+        raise InvalidValueError(
             f"expected an object with the fields {', '.join(_FIELDS)}, got {type(record).__name__}"
         )
     for field_name in record:
         if field_name not in _FIELDS:
-            raise ValueError(unknown_name_message("field", field_name, _FIELDS))
+            raise InvalidValueError(unknown_name_message("field", field_name, _FIELDS))
     for field_name in ("question", "answer"):
         if not isinstance(record.get(field_name), str) or not record[field_name].strip():
-            raise ValueError(
+            raise InvalidValueError(
                 f"the field {field_name!r} must be a non-empty text, got {record.get(field_name)!r}"
             )
     images = tuple(_open_image(folder / name) for name in record.get("images", ()))
@@ -162,7 +163,7 @@ def _example(record: Any, folder: Path) -> Example:
 
 def _open_image(path: Path) -> Image.Image:
     if not path.is_file():
-        raise ValueError(f"there is no image {str(path)!r}")
+        raise InvalidValueError(f"there is no image {str(path)!r}")
     with Image.open(path) as image:
         return image.convert("RGB")
 
@@ -175,7 +176,7 @@ def split_examples(
     Raises ValueError where there is no example, or a kind with fewer than two groups.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction is a share between 0 and 1, not {fraction}")
+        raise InvalidValueError(f"fraction is a share between 0 and 1, not {fraction}")
     rng = random.Random(seed)
     first: list[Example] = []
     second: list[Example] = []
@@ -186,7 +187,7 @@ def split_examples(
                 groups.setdefault(example.group or example.id or index, []).append(example)
         names = list(groups)
         if len(names) < 2:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{len(examples)} example(s) cannot be split in two: those of kind {kind!r} form "
                 f"{len(names)} group, and every kind needs at least two"
             )
@@ -195,7 +196,7 @@ def split_examples(
         for position, name in enumerate(names):
             (first if position < cut else second).extend(groups[name])
     if not examples:
-        raise ValueError("there is no example to split")
+        raise InvalidValueError("there is no example to split")
     return first, second
 
 

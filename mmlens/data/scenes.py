@@ -9,11 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 
+from mmlens.arguments import unknown_name_message
 from mmlens.data import composed_scenes as composed
 from mmlens.data import one_key_scenes as one_key
 from mmlens.data.examples import Example
 from mmlens.data.scene import Kind, Scene
-from mmlens.hook_names import unknown_name_message
+from mmlens.errors import InvalidValueError
 
 _DRAW: dict[Kind, Callable[[random.Random], Scene]] = {
     one_key.OBJECTS: one_key.draw_objects,
@@ -58,7 +59,7 @@ def scene_examples(kind: str, n: int, seed: int) -> list[Example]:
     """
     questions = _known(kind).questions
     if n < 0:
-        raise ValueError(f"the number of examples must not be negative, got {n}")
+        raise InvalidValueError(f"the number of examples must not be negative, got {n}")
     examples = []
     for index in range(n):
         rng = random.Random(f"{kind}/{seed}/{index}")
@@ -81,7 +82,7 @@ def scene_of(example: Example) -> Scene:
     kind, _, rest = example.id.partition("-")
     seed, _, index = rest.partition("-")
     if kind not in _KINDS or not (seed.isdigit() and index.isdigit()):
-        raise ValueError(
+        raise InvalidValueError(
             f"example {example.id!r} is no generated scene: the id of one is KIND-SEED-INDEX, as in 'objects-0-3'"
         )
     return draw_scene(kind, random.Random(f"{kind}/{seed}/{index}"))
@@ -123,5 +124,5 @@ def scene_vocabulary(kinds: Sequence[str] = (*KINDS, *TEXT_KINDS)) -> list[str]:
 
 def _known(kind: str) -> Kind:
     if kind not in _KINDS:
-        raise ValueError(unknown_name_message("kind", kind, _KINDS))
+        raise InvalidValueError(unknown_name_message("kind", kind, _KINDS))
     return _KINDS[kind]

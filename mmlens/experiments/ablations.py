@@ -12,10 +12,11 @@ import scipy.stats
 import torch
 from jaxtyping import Float
 
+from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.experiment import Setup
 from mmlens.heads import HeadScores, HeadSet, head_name
-from mmlens.hook_names import unknown_name_message
 from mmlens.interventions.ablation import Means, ablate, mean_activations
 from mmlens.metrics.outcomes import Metric, answer_log_probability, logit_difference
 from mmlens.statistics import difference_interval_of
@@ -33,7 +34,7 @@ def first_of_kinds(examples: Sequence[Example], n_per_kind: int | None) -> list[
     Raises ValueError for fewer than 2: there is no interval of one example.
     """
     if n_per_kind is not None and n_per_kind < 2:
-        raise ValueError(
+        raise InvalidValueError(
             f"n_per_kind is a number of examples of each kind, at least 2, or None; not {n_per_kind}"
         )
     seen: Counter[str] = Counter()
@@ -49,7 +50,7 @@ def first_with_evidence(examples: Sequence[Example], n_per_kind: int | None) -> 
     """`first_of_kinds` of those that have evidence; raises ValueError where none has."""
     chosen = [example for example in examples if example.evidence]
     if not chosen:
-        raise ValueError(f"none of the {len(examples)} examples has evidence")
+        raise InvalidValueError(f"none of the {len(examples)} examples has evidence")
     return first_of_kinds(chosen, n_per_kind)
 
 
@@ -243,7 +244,7 @@ def named(functions: Mapping[str, Callable[..., HeadScores]], names: Sequence[st
     """The names, each checked to be one of `functions`; raises ValueError with the nearest for another."""
     for name in names:
         if name not in functions:
-            raise ValueError(unknown_name_message(what, name, functions))
+            raise InvalidValueError(unknown_name_message(what, name, functions))
     if not names:
-        raise ValueError(f"no {what} given; there are {', '.join(functions)}")
+        raise InvalidValueError(f"no {what} given; there are {', '.join(functions)}")
     return list(names)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mmlens.core_heads import POOLED
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import ablated, references
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.heads import HeadScores, HeadSet, head_name
@@ -31,7 +32,7 @@ def with_evidence(examples: Sequence[Example]) -> list[Example]:
     """
     chosen = sorted((e for e in examples if e.evidence), key=lambda e: (e.kind, len(e.images)))
     if not chosen:
-        raise ValueError(f"none of the {len(examples)} examples has evidence")
+        raise InvalidValueError(f"none of the {len(examples)} examples has evidence")
     return chosen
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mmlens.data.examples import Example, overlap_message, shared_groups
+from mmlens.errors import InvalidValueError
 from mmlens.hooked_vlm import HookedVLM
 
 
@@ -33,7 +34,7 @@ class Setup:
     def __post_init__(self) -> None:
         shared = shared_groups(self.selection, self.evaluation)
         if shared:
-            raise ValueError(overlap_message(shared))
+            raise InvalidValueError(overlap_message(shared))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mmlens.core_heads import FIVE_PERCENT, POOLED
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.common import (
     PAPER,
     across_table,
@@ -49,7 +50,7 @@ def gini(values: np.ndarray) -> np.ndarray:
     [0.0, 0.667]
     """
     if (values < 0).any() or (values.sum(-1) == 0).any():
-        raise ValueError("the Gini coefficient is of scores >= 0, one at least above 0")
+        raise InvalidValueError("the Gini coefficient is of scores >= 0, one at least above 0")
     n = values.shape[-1]
     weights = 2 * np.arange(1, n + 1) - n - 1
     return np.asarray((np.sort(values, axis=-1) * weights).sum(-1) / (n * values.sum(-1)))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from mmlens.core_heads import POOLED
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
     PAPER,
@@ -82,7 +83,7 @@ def run(
     (None: all), text-only kinds too. `windows` and `sink` count tokens; a prompt that lies within them is dense.
     """
     if n_draws < 1:
-        raise ValueError(f"n_draws is at least 1, not {n_draws}")
+        raise InvalidValueError(f"n_draws is at least 1, not {n_draws}")
     rules = [StreamingRule(sink, window) for window in windows]
     total = len(setup.model.heads)
     counts = sorted({share_of(fraction, total) for fraction in fractions})

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mmlens.arguments import unknown_name_message
 from mmlens.core_heads import FIVE_PERCENT
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
@@ -33,7 +35,6 @@ from mmlens.experiments.common import (
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.heads import HeadScores, HeadSet, head_name
-from mmlens.hook_names import unknown_name_message
 from mmlens.interventions.ablation import MODES
 from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
@@ -59,9 +60,9 @@ def run(
     """
     for mode in modes:
         if mode not in MODES:
-            raise ValueError(unknown_name_message("ablation mode", mode, MODES))
+            raise InvalidValueError(unknown_name_message("ablation mode", mode, MODES))
     if len(set(modes)) < 2:
-        raise ValueError(f"modes are compared: at least two different ones, not {list(modes)}")
+        raise InvalidValueError(f"modes are compared: at least two different ones, not {list(modes)}")
     heads = all_heads(setup)
     scores = ram(
         setup.model, with_evidence(setup.selection), batch_size=setup.batch_size, progress=setup.progress

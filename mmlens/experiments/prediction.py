@@ -11,6 +11,7 @@ import torch
 
 from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
@@ -120,7 +121,7 @@ def run(
     names = named(SCORES, scores, "score")
     heads = all_heads(setup)
     if not 3 <= n_groups <= len(heads):
-        raise ValueError(
+        raise InvalidValueError(
             f"n_groups is a number of groups from 3 to the model's {len(heads)} heads, not {n_groups}"
         )
     selection = first_with_evidence(setup.selection, n_per_kind)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mmlens.core_heads import FIVE_PERCENT, POOLED
 from mmlens.data.examples import Evidence, Example
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
     PAPER,
@@ -312,7 +313,9 @@ def usable_tags(model: HookedVLM, *candidates: Tags) -> Tags | None:
 def tagged_prompt(model: HookedVLM, examples: Sequence[Example], tags: Tags) -> Prompt:
     """The examples' prompts with literal `tags` as text around every run of consecutive images that hold evidence."""
     if model.processor is None or model.family.layout is None:
-        raise ValueError("prompts with tags need a processor and a token map: model.prompt(...) must work")
+        raise InvalidValueError(
+            "prompts with tags need a processor and a token map: model.prompt(...) must work"
+        )
     rendered = []
     for example in examples:
         marked = {region.image for region in example.evidence}

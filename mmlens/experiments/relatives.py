@@ -14,6 +14,7 @@ import scipy.stats
 
 from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
     ablated,
     cost_interval,
@@ -101,9 +102,9 @@ def run(
     of each kind of either split (None: all).
     """
     if not null_questions:
-        raise ValueError("null_questions holds no question: give at least one, such as 'N/A'")
+        raise InvalidValueError("null_questions holds no question: give at least one, such as 'N/A'")
     if n_draws < 1:
-        raise ValueError(f"n_draws is at least 1, not {n_draws}")
+        raise InvalidValueError(f"n_draws is at least 1, not {n_draws}")
     found = _scores(setup, fraction, null_questions, n_per_kind)
     agreement, spearman, overlap = _agreement(found.scores, fraction, n_resamples, setup.seed)
     tops = {name: scores.top(fraction) for name, scores in found.scores.items()}

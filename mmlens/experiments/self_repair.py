@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
@@ -62,7 +63,7 @@ def run(
     metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
     sizes = sorted({max(2, share_of(share, len(heads))) for share in (*shares, FIVE_PERCENT)} | {2})
     if sizes[-1] > len(heads) // 2:
-        raise ValueError(
+        raise InvalidValueError(
             f"a group of {sizes[-1]} of {len(heads)} heads leaves too few others for random groups: shares up to 0.5"
         )
     groups: dict[tuple[str, int, int], HeadSet] = {}
@@ -190,9 +191,9 @@ def direct_contributions(
     """
     reason = no_direct_parts(model)
     if reason:
-        raise ValueError(reason)
+        raise InvalidValueError(reason)
     if prompt.answer_ids is None:
-        raise ValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
     names = [block(layer, "attn.hook_z") for layer in model.attention_layers]
     final = [] if model.ln_final is None else ["ln_final.hook_scale"]
     _, cache = model.run_with_cache(prompt, names_filter=[*names, *final], logits_to_keep=1)

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mmlens.core_heads import FIVE_PERCENT, POOLED
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.common import (
     PAPER,
     across_table,
@@ -90,7 +91,7 @@ def split_half(scores: HeadScores, n_splits: int, seed: int) -> np.ndarray:
     values, kinds = flat_per_example(scores), np.array(scores.kinds or [""] * len(scores))
     groups = [np.flatnonzero(kinds == kind) for kind in sorted(set(kinds))]
     if min(map(len, groups)) < 2:
-        raise ValueError(f"{scores.name}: split halves need at least 2 examples of every kind")
+        raise InvalidValueError(f"{scores.name}: split halves need at least 2 examples of every kind")
     halves = np.zeros((2, n_splits, values.shape[1]))
     for split in range(n_splits):
         for group in groups:
@@ -135,7 +136,7 @@ def run(
     )
     kinds = kinds_of(scores)
     if len(kinds) < 2:
-        raise ValueError(f"stability compares kinds of task; the examples have {kinds or 'none'}")
+        raise InvalidValueError(f"stability compares kinds of task; the examples have {kinds or 'none'}")
     reliability = _reliability(scores, n_splits, setup.seed)
     reliable = {row["kind"]: float(row["reliability"]) for row in records(reliability)}
     parts = {kind: scores.select(kind) for kind in kinds}

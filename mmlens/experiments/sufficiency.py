@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
@@ -20,7 +22,6 @@ from mmlens.experiments.ablations import (
 from mmlens.experiments.common import plain, with_evidence
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.heads import Head, HeadScores, HeadSet, head_name, share_of
-from mmlens.hook_names import unknown_name_message
 from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.statistics import interval_of
@@ -51,9 +52,9 @@ def run(
     """
     for ranking in rankings:
         if ranking not in RANKINGS:
-            raise ValueError(unknown_name_message("ranking", ranking, RANKINGS))
+            raise InvalidValueError(unknown_name_message("ranking", ranking, RANKINGS))
     if not rankings or not 0 < keep <= 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"at least one of the rankings {RANKINGS}, and keep in (0, 1]; got {list(rankings)}, {keep}"
         )
     heads = all_heads(setup)

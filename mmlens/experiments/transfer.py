@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mmlens.core_heads import FIVE_PERCENT, POOLED
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import ablated, cost_interval, first_of_kinds, references
 from mmlens.experiments.common import (
     by_kind,
@@ -50,7 +51,7 @@ def run(
     selection = with_evidence(setup.selection)
     scores = ram(setup.model, selection, batch_size=setup.batch_size, progress=setup.progress)
     if len(kinds_of(scores)) < 2:
-        raise ValueError(
+        raise InvalidValueError(
             f"transfer is between kinds of task: the selection split has {kinds_of(scores)} with evidence, expected two"
         )
     chosen = {kind: own.top(fraction) for kind, own in by_kind(scores).items()}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmlens.errors import InvalidValueError
 from mmlens.families.record import Family, Stack
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -104,7 +105,7 @@ _IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id")
 _NOT_VISION = ("audio", "qformer", "resampler", "video_tower")
 
 
-class AnatomyError(ValueError):
+class AnatomyError(InvalidValueError):
     """A model in which a part is not where it is looked for."""
 
 

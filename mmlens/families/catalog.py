@@ -6,6 +6,8 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidValueError, MmlensWarning
 from mmlens.families.layouts import (
     anyres,
     block_grid,
@@ -26,7 +28,6 @@ from mmlens.families.layouts import (
 )
 from mmlens.families.record import DeepInjection, Family, Stack
 from mmlens.families.refused import REFUSED
-from mmlens.hook_names import unknown_name_message
 
 
 def _deepstack(mergers: str = "model.visual.deepstack_merger_list") -> DeepInjection:
@@ -467,11 +468,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-class UnknownFamilyError(ValueError):
+class UnknownFamilyError(InvalidValueError):
     """A model of a family that mmlens refuses."""
 
 
-class UntestedFamilyWarning(UserWarning):
+class UntestedFamilyWarning(MmlensWarning):
     """A model of a family that mmlens has no record of: its parts are found by the common names alone."""
 
 

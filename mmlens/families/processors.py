@@ -28,6 +28,8 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import is_torchvision_available
 
+from mmlens.errors import InvalidValueError
+
 
 class _NoVideo:
     """Stands where a video half was: processors that copy its settings (MiniCPM-V's) find None."""
@@ -111,7 +113,7 @@ def _processor_class(name_or_path: str | Path, **hub_options: Any) -> type[Proce
     if "processor_class" not in named:
         named, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **hub_options)
     if "processor_class" not in named:
-        raise ValueError(
+        raise InvalidValueError(
             f"no file of {name_or_path} names its processor_class; transformers knows no other way"
         )
     return processor_class_from_name(named["processor_class"])

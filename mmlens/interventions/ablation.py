@@ -27,10 +27,12 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
+from mmlens.arguments import unknown_name_message
 from mmlens.cache import is_batched, is_masked, is_packed
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadSet
-from mmlens.hook_names import axes_of, layer_of, unknown_name_message
+from mmlens.hook_names import axes_of, layer_of
 from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention
 from mmlens.interventions.components import Component, Specs
 from mmlens.interventions.components import components as components_of
@@ -71,7 +73,7 @@ def mean_activations(
     True
     """
     if not examples:
-        raise ValueError("mean_activations needs at least one example, got an empty list")
+        raise InvalidValueError("mean_activations needs at least one example, got an empty list")
     names = _mean_hooks(model, hooks)
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
@@ -93,7 +95,7 @@ def mean_activations(
             model.run_with_hooks(prompt, fwd_hooks=[(name, add) for name in fire], logits_to_keep=1)
     missing = [name for name in names if name not in sums]
     if missing:
-        raise ValueError(f"no example has an image, so there is no mean of {missing[:5]}")
+        raise InvalidValueError(f"no example has an image, so there is no mean of {missing[:5]}")
     return {
         name: (total / counts[name].view(-1, *[1] * (total.ndim - 1))).float() for name, total in sums.items()
     }
@@ -126,10 +128,10 @@ def ablate(
     >>> ablate([(0, 1)], "zeroed")
     Traceback (most recent call last):
         ...
-    ValueError: there is no ablation mode 'zeroed'; the nearest: 'zero'
+    mmlens.errors.InvalidValueError: there is no ablation mode 'zeroed'; the nearest: 'zero'
     """
     if mode not in MODES:
-        raise ValueError(unknown_name_message("ablation mode", mode, MODES))
+        raise InvalidValueError(unknown_name_message("ablation mode", mode, MODES))
     _check_reference(mode, reference)
     if not isinstance(components, str | HeadSet | np.ndarray | Tensor):
         components = list(components)
@@ -183,7 +185,7 @@ def _targets(parts: Sequence[Component], mode: str) -> list[_Target]:
     by_hook: dict[str, list[Component]] = {}
     for part in parts:
         if mode in _HEAD_MODES and (part.kind != "head" or part.stack):
-            raise ValueError(
+            raise InvalidValueError(
                 f"mode {mode!r} is for heads of the language model; {part.label} takes 'zero', 'mean' or 'resample'"
             )
         for hook in part.hooks:
@@ -199,9 +201,13 @@ def _check_image_positions(
         return
     images = model.image_mask(prompt)
     if images is None or not bool(images.any()):
-        raise ValueError("the prompt has no image positions, so there are no image embeddings to ablate")
+        raise InvalidValueError(
+            "the prompt has no image positions, so there are no image embeddings to ablate"
+        )
     if where is not None and not bool((where.cpu() & images.cpu()).any()):
-        raise ValueError("positions chooses no image position: there are no image embeddings to ablate there")
+        raise InvalidValueError(
+            "positions chooses no image position: there are no image embeddings to ablate there"
+        )
 
 
 # ---------------------------------------------------------------------- what stands in a component's place
@@ -228,7 +234,7 @@ def _mean(
     has_images = bool(prompt.token_map.is_image.any())
     absent = [target.hook for target in targets if target.hook not in reference]
     if absent:
-        raise ValueError(
+        raise InvalidValueError(
             f"the reference holds no means of {absent[:5]} ({len(absent)} of the {len(targets)} hook points that are "
             "ablated): take them of this model by mean_activations(model, examples, hooks=[every hook point])"
         )
@@ -236,15 +242,17 @@ def _mean(
     for target in targets:
         means, first = reference[target.hook], target.parts[0]
         if first.index is not None and means.shape[first.axis] != first.size:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the reference means of {target.hook} have shape {list(means.shape)}; this model has "
                 f"{first.size} {first.kind}s there"
             )
         means = target.of(means)
         if is_batched(target.hook) and has_images and bool(means[1].isnan().all()):
-            raise ValueError("the prompt has images, but the reference means come from examples without any")
+            raise InvalidValueError(
+                "the prompt has images, but the reference means come from examples without any"
+            )
         if bool(means[: 1 + has_images].isnan().any()):
-            raise ValueError(f"the reference means of {target.hook} are NaN: its activations were")
+            raise InvalidValueError(f"the reference means of {target.hook} are NaN: its activations were")
         changes.append(partial(_to_mean, means=means, hook=target.hook))
     return changes
 
@@ -252,7 +260,7 @@ def _mean(
 def _to_mean(x: Tensor, here: Here, *, means: Float[Tensor, "kind ..."], hook: str) -> Tensor:
     features = means.shape[1:]
     if x.shape[x.ndim - len(features) :] != features:
-        raise ValueError(
+        raise InvalidValueError(
             f"the reference means of {hook} end in {list(features)}, this model's activation in "
             f"{list(x.shape[-len(features) :])}: they are of another model"
         )
@@ -316,7 +324,7 @@ def _to_image_values(model: HookedVLM, prompt: Prompt, other: Prompt, source: Te
 
 def _to_same_patches(x: Tensor, here: Here, *, source: Tensor, hook: str) -> Tensor:
     if x.shape != source.shape:
-        raise ValueError(
+        raise InvalidValueError(
             f"resample: {hook} is {list(x.shape)} here and {list(source.shape)} in the reference run, so their patches "
             "cannot be matched (a tower that runs several times in one forward pass cannot be resampled)"
         )
@@ -333,7 +341,7 @@ def _matched_positions(
             to = targets[row].nonzero().flatten().cpu().flip(0)
             given = sources[row].nonzero().flatten().cpu().flip(0)
             if len(to) and not len(given):
-                raise ValueError("resample: the prompt has images, but a reference example has none")
+                raise InvalidValueError("resample: the prompt has images, but a reference example has none")
             if len(to):
                 index[row, to] = given[torch.arange(len(to)) % len(given)]
     return index
@@ -370,7 +378,7 @@ def _mean_hooks(model: HookedVLM, hooks: HookName | Sequence[str] | None) -> lis
     names = [name for match in given for name in model.hook_names(match)]
     for name in names:
         if "query" in axes_of(name):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name} is [{', '.join(axes_of(name))}]: a mean over positions of queries and keys is none of a head"
             )
     return names
@@ -383,18 +391,18 @@ def _position_kinds(prompt: Prompt) -> tuple[Mask, Mask]:
 
 def _check_reference(mode: str, reference: Any) -> None:
     if mode in ("mean", "mean_query") and not isinstance(reference, Mapping):
-        raise ValueError(
+        raise InvalidValueError(
             f"ablate(..., {mode!r}) needs reference=mean_activations(model, examples), "
             f"got {type(reference).__name__}"
         )
     if mode == "resample" and not (
         isinstance(reference, Sequence) and reference and all(isinstance(e, Example) for e in reference)
     ):
-        raise ValueError(
+        raise InvalidValueError(
             f"ablate(..., 'resample') needs reference=[examples to draw from], got {type(reference).__name__}"
         )
     if mode in ("zero", "uniform", "uniform_leaky") and reference is not None:
-        raise ValueError(f"ablate(..., {mode!r}) takes no reference, got {type(reference).__name__}")
+        raise InvalidValueError(f"ablate(..., {mode!r}) takes no reference, got {type(reference).__name__}")
 
 
 def _fingerprint(prompt: Prompt) -> list[int]:
@@ -424,7 +432,7 @@ def _another(
             e for e in others if bool(e.images) == bool(images)
         ]
     if not alike:
-        raise ValueError(
+        raise InvalidValueError(
             f"resample: no reference example but the prompt's own for the question {question!r} "
             f"with {len(images)} image(s)" + (f" of sizes {sizes}" if same_sizes else "")
         )

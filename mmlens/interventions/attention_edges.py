@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.cache import is_masked
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.heads import Head, Heads, HeadSet, as_head_set
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, Span
@@ -119,7 +120,7 @@ class KnockoutEdit(Edit):
         row, head, _ = empty.nonzero()[0].tolist()
         positions = (empty[row].any(0).nonzero().flatten() + self.model.span.first).tolist()
         shown = f"{', '.join(map(str, positions[:8]))}{', ...' if len(positions) > 8 else ''}"
-        raise ValueError(
+        raise InvalidValueError(
             f"knockout at {self.name}: in batch row {row}, query position(s) {shown} would keep no key to attend to "
             f"(head {head} is one such head), and a softmax over no key is not defined. Leave these queries out, "
             "or leave them a key"
@@ -146,7 +147,7 @@ def steer(
     >>> steer([(0, 1)], "image", float("-inf"))
     Traceback (most recent call last):
         ...
-    ValueError: steer: delta is a finite number, not -inf; to block the edges use knockout(queries, keys, heads=...)
+    mmlens.errors.InvalidValueError: steer: delta is a finite number, not -inf; ...
     """
     _check_keys("steer", keys, "a bias towards every key changes no softmax")
     heads = heads if isinstance(heads, HeadSet) else list(heads)
@@ -207,7 +208,7 @@ def _head_set(model: HookedVLM, heads: Heads, *, over_the_prompt: bool = False) 
     chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
     elsewhere = [layer for layer in chosen.by_layer() if _looks_elsewhere(model, layer)]
     if over_the_prompt and elsewhere:
-        raise ValueError(
+        raise InvalidValueError(
             f"layer(s) {elsewhere} attend to the image by cross-attention, so their keys are no positions of the "
             f"prompt; edit the scores of {block(elsewhere[0], _SCORES)} with a hook of your own"
         )
@@ -222,7 +223,7 @@ def _edge_heads(
     """What `layers` and `heads` of a knockout mean in this model."""
     if heads is not None and (isinstance(heads, HeadSet) or not _are_integers(heads)):
         if layers is not None:
-            raise ValueError(
+            raise InvalidValueError(
                 f"knockout: (layer, head) pairs name their layers themselves; give integers with layers={layers!r}, "
                 "or pairs alone"
             )
@@ -232,9 +233,9 @@ def _edge_heads(
     else:
         chosen = [layers] if isinstance(layers, int) else list(layers)
         if not _are_integers(chosen):
-            raise TypeError(f"knockout: layers are integers, not {chosen!r}")
+            raise InvalidTypeError(f"knockout: layers are integers, not {chosen!r}")
         if not chosen:
-            raise ValueError("knockout: no layers given: expected at least one, or None for all")
+            raise InvalidValueError("knockout: no layers given: expected at least one, or None for all")
     pairs = []
     for layer in chosen:
         n_heads = model.heads_per_layer[layer] if 0 <= layer < model.cfg.n_layers else 0
@@ -265,9 +266,9 @@ def _per_head(
 ) -> Float[Tensor, ""] | Float[Tensor, " head"]:
     number = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float32)
     if not bool(number.isfinite().all()):
-        raise ValueError(f"{function}: {name} is a finite number, not {value}; {hint}")
+        raise InvalidValueError(f"{function}: {name} is a finite number, not {value}; {hint}")
     if number.ndim and tuple(number.shape) != (n_heads,):
-        raise ValueError(
+        raise InvalidValueError(
             f"{function}: {name} is one number, or one for each of the {n_heads} heads, "
             f"not of shape {list(number.shape)}"
         )
@@ -299,14 +300,14 @@ def _per_head_edits(
 
 def _check_keys(function: str, keys: Positions, why: str) -> None:
     if keys is None:
-        raise ValueError(f"{function} needs keys=positions of the prompt, got None: {why}")
+        raise InvalidValueError(f"{function} needs keys=positions of the prompt, got None: {why}")
 
 
 def _real(prompt: Prompt, mask: Mask, role: str) -> Mask:
     """The mask without padding, which no query attends to and whose rows nobody reads."""
     real = mask & ~prompt.token_map.is_padding.to(mask.device)
     if not bool(real.any()):
-        raise ValueError(f"the {role} are padding alone: the edit would do nothing")
+        raise InvalidValueError(f"the {role} are padding alone: the edit would do nothing")
     return real
 
 

@@ -28,9 +28,10 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.families.anatomy import LayerParts
 from mmlens.heads import HeadSet, as_head_set
-from mmlens.hook_names import unknown_name_message
 from mmlens.hooked_vlm import HookedVLM, UnknownHookError
 from mmlens.weights import Block
 
@@ -94,11 +95,11 @@ def component(model: HookedVLM, spec: Spec) -> Component:
     >>> component(model, (2, "mpl"))
     Traceback (most recent call last):
         ...
-    ValueError: there is no component (2, 'mpl') of a layer, 'mpl'; the nearest: 'mlp'
+    mmlens.errors.InvalidValueError: there is no component (2, 'mpl') of a layer, 'mpl'; the nearest: 'mlp'
     """
     if isinstance(spec, str):
         if spec != "image":
-            raise ValueError(f"there is no component {spec!r}; components are a list of {_WAYS}")
+            raise InvalidValueError(f"there is no component {spec!r}; components are a list of {_WAYS}")
         why = model.family.past_the_stream
         if why:
             raise UnknownHookError(
@@ -107,19 +108,19 @@ def component(model: HookedVLM, spec: Spec) -> Component:
         deep = [f"blocks.{layer}.hook_deepstack" for layer in model.anatomy.deep_after]
         return _known(model, spec, Component("image", ("image.hook_embed", *deep)))
     if not isinstance(spec, Sequence):
-        raise TypeError(f"components are a list of {_WAYS}; {spec!r} is none of them")
+        raise InvalidTypeError(f"components are a list of {_WAYS}; {spec!r} is none of them")
     stack, within = (
         ("", tuple(spec)) if not spec or not isinstance(spec[0], str) else (f"{spec[0]}.", spec[1:])
     )
     layers = model.anatomy.language if not stack else _stack(model, spec, stack)
     if len(within) not in (2, 3) or not _is_integer(within[0]):
-        raise TypeError(f"a component is {_WAYS}, not {spec!r}")
+        raise InvalidTypeError(f"a component is {_WAYS}, not {spec!r}")
     layer, what = int(within[0]), within[1]
     if not stack and len(within) == 2 and not isinstance(what, str):
         as_head_set([within], model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
     if not 0 <= layer < len(layers):
         where = f"its {spec[0]} stack" if stack else "the model"
-        raise IndexError(
+        raise OutOfRangeError(
             f"component {spec!r}: layer {layer} is out of range; {where} has {len(layers)} layers "
             f"(0 to {len(layers) - 1})"
         )
@@ -128,7 +129,7 @@ def component(model: HookedVLM, spec: Spec) -> Component:
         return _neuron(model, spec, stack, layer, parts, within[1:])
     if isinstance(what, str):
         if what not in _OUTPUTS:
-            raise ValueError(unknown_name_message(f"component {spec!r} of a layer,", what, _OUTPUTS))
+            raise InvalidValueError(unknown_name_message(f"component {spec!r} of a layer,", what, _OUTPUTS))
         kind, outputs = _OUTPUTS[what]
         hooks = tuple(prefix + hook for hook in outputs)
         if kind == "layer":
@@ -136,7 +137,7 @@ def component(model: HookedVLM, spec: Spec) -> Component:
             hooks = tuple(h for h in hooks if h in model.hook_dict or not why_missing(model, h)) or hooks
         return _known(model, spec, Component(kind, hooks, stack, layer))
     if not _is_integer(what):
-        raise TypeError(f"a component is {_WAYS}, not {spec!r}")
+        raise InvalidTypeError(f"a component is {_WAYS}, not {spec!r}")
     hook = f"{prefix}attn.hook_z"
     size = parts.attention.n_heads if parts.attention is not None else 0
     found = _known(model, spec, Component("head", (hook,), stack, layer, int(what), axis=-2, size=size))
@@ -152,11 +153,13 @@ def components(model: HookedVLM, given: Specs) -> list[Component]:
         given = list(as_head_set(given, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer))
     found = [component(model, spec) for spec in ([given] if isinstance(given, str) else given)]
     if not found:
-        raise ValueError(f"no heads or other components given: expected at least one of {_WAYS}")
+        raise InvalidValueError(f"no heads or other components given: expected at least one of {_WAYS}")
     counts = Counter((hook, part.index) for part in found for hook in part.hooks)
     twice = [part.label for part in found if any(counts[hook, part.index] > 1 for hook in part.hooks)]
     if twice:
-        raise ValueError(f"each component may be named once; these are or share the same: {', '.join(twice)}")
+        raise InvalidValueError(
+            f"each component may be named once; these are or share the same: {', '.join(twice)}"
+        )
     return found
 
 
@@ -166,7 +169,7 @@ def _stack(model: HookedVLM, spec: Spec, prefix: str) -> list[LayerParts]:
         if why:
             raise UnknownHookError(f"{model.family.model_type} has no component {spec!r}: {why}")
         known = [name.removesuffix(".") for name in model.anatomy.stacks]
-        raise ValueError(unknown_name_message(f"component {spec!r} of a stack", str(spec[0]), known))
+        raise InvalidValueError(unknown_name_message(f"component {spec!r} of a stack", str(spec[0]), known))
     return model.anatomy.stacks[prefix]
 
 
@@ -175,7 +178,7 @@ def _neuron(
 ) -> Component:
     what, neuron = within
     if what != "mlp" or not _is_integer(neuron):
-        raise TypeError(f"a neuron is (layer, 'mlp', neuron), not {spec!r}")
+        raise InvalidTypeError(f"a neuron is (layer, 'mlp', neuron), not {spec!r}")
     hook = f"{stack}blocks.{layer}.mlp.hook_post"
     if hook not in model.hook_dict:
         kind = (
@@ -203,7 +206,7 @@ def _known(model: HookedVLM, spec: Spec, found: Component) -> Component:
 def _in_range(spec: Spec, found: Component, what: str) -> Component:
     assert found.index is not None and found.size is not None
     if not 0 <= found.index < found.size:
-        raise IndexError(
+        raise OutOfRangeError(
             f"component {spec!r}: {what} {found.index} is out of range; {found.hooks[0]} has {found.size} {what}s "
             f"(0 to {found.size - 1})"
         )

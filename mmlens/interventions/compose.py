@@ -15,8 +15,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mmlens.arguments import unknown_name_message
 from mmlens.cache import is_batched, is_packed
-from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions, unknown_name_message
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError, StateError
+from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, Span
 from mmlens.interventions.edits import Edit, Here, Positions, positions_mask
 from mmlens.prompt import Prompt
@@ -40,12 +42,14 @@ def compose(*interventions: Intervention, built: str = "clean") -> Intervention:
     >>> compose(ablate([(0, 1)]), ablate([(2, 3)]), built="in turn")
     Traceback (most recent call last):
         ...
-    ValueError: there is no way to build a composition 'in turn'; the nearest: 'in_turn'
+    mmlens.errors.InvalidValueError: there is no way to build a composition 'in turn'; the nearest: 'in_turn'
     """
     if not interventions:
-        raise ValueError("compose needs at least one intervention")
+        raise InvalidValueError("compose needs at least one intervention")
     if built not in ("clean", "in_turn"):
-        raise ValueError(unknown_name_message("way to build a composition", built, ("clean", "in_turn")))
+        raise InvalidValueError(
+            unknown_name_message("way to build a composition", built, ("clean", "in_turn"))
+        )
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         hooks: list[Hook] = []
@@ -78,7 +82,7 @@ def _running_under(model: HookedVLM, intervention: Intervention) -> Iterator[Non
     def under(run: Callable[..., Any]) -> Callable[..., Any]:
         def edited(inputs: Any = None, *args: Any, **options: Any) -> Any:
             if not isinstance(inputs, Prompt):
-                raise TypeError(
+                raise InvalidTypeError(
                     "compose(..., built='in_turn'): the interventions before are built for each prompt that is run, "
                     f"and this run is given {type(inputs).__name__}, not a Prompt"
                 )
@@ -189,7 +193,9 @@ def during(intervention: Intervention, when: str) -> Intervention:
     [(None, False)]
     """
     if when not in ("prompt", "decode", "both"):
-        raise ValueError(unknown_name_message("part of a generation", when, ("prompt", "decode", "both")))
+        raise InvalidValueError(
+            unknown_name_message("part of a generation", when, ("prompt", "decode", "both"))
+        )
 
     def restricted(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         hooks: list[Hook] = []
@@ -206,7 +212,7 @@ def _restricted(
 ) -> Callable[..., Any]:
     if not is_batched(name):
         if when == "decode":
-            raise ValueError(
+            raise InvalidValueError(
                 f"during(..., 'decode'): {name} holds the prompt's images, which no generated token is part of"
             )
         return function
@@ -273,10 +279,10 @@ def by_layer(schedule: Schedule) -> Intervention:
     >>> by_layer({1: ablate([(0, 0)])})(model, prompt)
     Traceback (most recent call last):
         ...
-    ValueError: by_layer: the intervention for layer 1 hooks blocks.0.attn.hook_z, which is outside
+    mmlens.errors.InvalidValueError: by_layer: the intervention for layer 1 hooks blocks.0.attn.hook_z, which is outside
     """
     if not callable(schedule) and not schedule:
-        raise ValueError("by_layer needs a schedule {layer or range: intervention}, got an empty one")
+        raise InvalidValueError("by_layer needs a schedule {layer or range: intervention}, got an empty one")
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         hooks: list[Hook] = []
@@ -291,23 +297,25 @@ def by_layer(schedule: Schedule) -> Intervention:
                 continue
             scheduled = True
             if not (isinstance(key, range) or hasattr(key, "__index__")):
-                raise TypeError(f"by_layer: a schedule's keys are layers or ranges of layers, not {key!r}")
+                raise InvalidTypeError(
+                    f"by_layer: a schedule's keys are layers or ranges of layers, not {key!r}"
+                )
             layers = key if isinstance(key, range) else range(key, key + 1)
             shown = f"layers {key.start} to {key.stop - 1}" if isinstance(key, range) else f"layer {key}"
             if not layers or min(layers) < 0 or max(layers) >= model.cfg.n_layers:
-                raise IndexError(
+                raise OutOfRangeError(
                     f"by_layer: {key!r} is out of range; the model has {model.cfg.n_layers} layers "
                     f"(0 to {model.cfg.n_layers - 1})"
                 )
             for match, function in part(model, prompt):
                 outside = [name for name in model.hook_names(match) if layer_of(name) not in layers]
                 if outside:
-                    raise ValueError(
+                    raise InvalidValueError(
                         f"by_layer: the intervention for {shown} hooks {outside[0]}, which is outside"
                     )
                 hooks.append((match, function))
         if not scheduled:
-            raise ValueError("by_layer: the schedule gives no intervention for any layer of the model")
+            raise InvalidValueError("by_layer: the schedule gives no intervention for any layer of the model")
         return hooks
 
     return intervention
@@ -357,13 +365,13 @@ def relay(
 
         def change(x: Tensor, here: Here) -> Tensor:
             if not seen:
-                raise RuntimeError(f"relay: {write} fired in a run in which {read} had not fired before it")
+                raise StateError(f"relay: {write} fired in a run in which {read} had not fired before it")
             source, span = seen.pop()
             source = _same_positions(source, span, read, here.span).to(x.device)
             edited = function(x, source)
             if not isinstance(edited, Tensor) or edited.shape != x.shape:
                 given = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-                raise ValueError(
+                raise InvalidValueError(
                     f"relay: the function gives what stands at {write} instead, a tensor of shape {list(x.shape)}, "
                     f"not {given}; its source, {read}, has shape {list(source.shape)}"
                 )
@@ -381,17 +389,17 @@ def relay(
 def _check_relay(read: str, write: str) -> None:
     for name in (read, write):
         if not runs_over_positions(name):
-            raise ValueError(
+            raise InvalidValueError(
                 f"relay: {name} is no hook point of the language model; a relay joins two hook points that fire in "
                 "every step over the same positions"
             )
     if is_packed(read) != is_packed(write):
-        raise ValueError(
+        raise InvalidValueError(
             f"relay: {read} and {write} are not over the same positions: one holds the image positions alone. Use "
             "the hook point of all positions, with positions='image'"
         )
     if _place(write) <= _place(read):
-        raise ValueError(
+        raise InvalidValueError(
             f"relay: {write} does not come after {read} in the forward pass, so it cannot read it"
         )
 
@@ -426,7 +434,7 @@ def _same_positions(source: Tensor, span: Span, name: str, wanted: Span) -> Tens
         return source
     start = wanted.first - span.first
     if start < 0 or start + wanted.length > span.length:
-        raise RuntimeError(
+        raise StateError(
             f"relay: {name} was computed for positions {span.first} to {span.first + span.length - 1} alone, "
             f"and {wanted.first} to {wanted.first + wanted.length - 1} are to be edited"
         )

@@ -34,8 +34,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageColor
 from torch import Tensor
 
+from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import Evidence, Example
-from mmlens.hook_names import block, unknown_name_message
+from mmlens.errors import InvalidValueError, OutOfRangeError
+from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention
 from mmlens.interventions.edits import Change, Edit, Here, Positions, positions_mask
 from mmlens.prompt import Prompt, load_image, render, with_answers
@@ -52,7 +54,7 @@ _SLIVER = 0.01
 """Part of a pixel that does not count, as in token maps."""
 
 
-class CorruptionError(ValueError):
+class CorruptionError(InvalidValueError):
     """A corruption that cannot be made, changes nothing, or changes the layout."""
 
 
@@ -432,7 +434,7 @@ def noise_images(
     (1, True)
     """
     if not (std > 0 and math.isfinite(std)):
-        raise ValueError(f"std is a number above 0 (3 is three standard deviations), not {std}")
+        raise InvalidValueError(f"std is a number above 0 (3 is three standard deviations), not {std}")
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         is_image = model.image_mask(prompt)
@@ -499,7 +501,7 @@ def _added(noise: Float[Tensor, "image_token d_model"], is_image: Bool[Tensor, "
         rows = here.of_prompt(number, -1)
         rows = rows[rows >= 0]
         if len(rows) != len(x):
-            raise ValueError(
+            raise InvalidValueError(
                 f"noise_images: the run has {len(x)} image tokens where its prompt has {len(rows)}; it was built for "
                 "another prompt, or the run repeats the batch (beams)"
             )
@@ -585,7 +587,7 @@ def _checked_image(prompt: Prompt, example: int, image: int) -> int:
     n_images = len(prompt.images[example])
     if not 0 <= image < n_images:
         there = f"{n_images} image(s), 0 to {n_images - 1}" if n_images else "no image"
-        raise IndexError(f"image {image} of example {example}: the example has {there}")
+        raise OutOfRangeError(f"image {image} of example {example}: the example has {there}")
     return image
 
 
@@ -610,13 +612,13 @@ def _colour(fill: str | Sequence[int]) -> Pixels | UInt8[np.ndarray, " 3"] | Non
             values: Sequence[int] = ImageColor.getrgb(fill)
         except ValueError:
             known = ["mean", *ImageColor.colormap]
-            raise ValueError(unknown_name_message("fill", fill, known)) from None
+            raise InvalidValueError(unknown_name_message("fill", fill, known)) from None
     else:
         values = fill
     if len(values) != 3 or not all(
         isinstance(each, (int, np.integer)) and 0 <= each <= 255 for each in values
     ):
-        raise ValueError(
+        raise InvalidValueError(
             f"fill is 'mean', a colour's name, '#rrggbb' or (red, green, blue) in whole numbers from 0 to 255, not "
             f"{fill!r}"
         )

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mmlens.hook_names import axes_of, head_axis, position_axis, runs_over_positions, unknown_name_message
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidValueError, OutOfRangeError
+from mmlens.hook_names import axes_of, head_axis, position_axis, runs_over_positions
 from mmlens.hooked_vlm import HookedVLM, Span
 from mmlens.prompt import Prompt
 
@@ -42,17 +44,19 @@ def positions_mask(prompt: Prompt, positions: Positions) -> Mask | None:
         return None
     if isinstance(positions, str):
         if positions not in NAMED_POSITIONS:
-            raise ValueError(unknown_name_message("named positions", positions, NAMED_POSITIONS))
+            raise InvalidValueError(unknown_name_message("named positions", positions, NAMED_POSITIONS))
         mask = NAMED_POSITIONS[positions](prompt)
     else:
         mask = positions(prompt) if callable(positions) else positions
     shape = tuple(prompt.shape)
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape or mask.dtype != torch.bool:
         given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"positions is a boolean mask [batch, pos] = {shape}, got {given}")
+        raise InvalidValueError(f"positions is a boolean mask [batch, pos] = {shape}, got {given}")
     if not bool(mask.any()):
         named = f" ({positions!r})" if isinstance(positions, str) else ""
-        raise ValueError(f"positions{named} chooses no position of the prompt: the edit would do nothing")
+        raise InvalidValueError(
+            f"positions{named} chooses no position of the prompt: the edit would do nothing"
+        )
     return mask
 
 
@@ -127,19 +131,19 @@ class Edit:
         self.mask = positions_mask(prompt, positions)
         self.generated = self.mask is None if generated is None else generated
         if not self.is_language and not (self.mask is None and self.generated):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name} does not run over the prompt's positions, so positions cannot be chosen there; edit "
                 "image.hook_embed (the same embeddings as they enter the language model) at image positions"
             )
         if self.axes[0] == "image_token" and self.mask is not None:
             is_image = model.image_mask(prompt)
             if is_image is None or not bool((self.mask.to(is_image.device) & is_image).any()):
-                raise ValueError(
+                raise InvalidValueError(
                     f"{name} has rows of visual positions alone, and positions chooses none of these"
                 )
         self.heads = None if heads is None else list(heads)
         if heads is not None and head_axis(name) is None:
-            raise ValueError(f"{name} is [{', '.join(self.axes)}]: it has no heads to choose")
+            raise InvalidValueError(f"{name} is [{', '.join(self.axes)}]: it has no heads to choose")
         self.fired = 0
         self._sizes: list[Tensor] = []
 
@@ -167,7 +171,7 @@ class Edit:
         if self.heads is not None:
             n_heads = x.shape[of_heads]
             if min(self.heads) < 0 or max(self.heads) >= n_heads:
-                raise IndexError(f"heads {self.heads} of {self.name}: it has heads 0 to {n_heads - 1}")
+                raise OutOfRangeError(f"heads {self.heads} of {self.name}: it has heads 0 to {n_heads - 1}")
             index = torch.tensor(self.heads, device=x.device)
             chosen = x.index_select(of_heads, index)
         # The change may work in place; what was there is still needed.
@@ -204,7 +208,7 @@ class Edit:
             return rows.reshape(-1, *[1] * (x.ndim - 1))
         axis = position_axis(self.name)
         if x.shape[axis] != where.shape[1]:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.name} covers {x.shape[axis]} places in a run of {where.shape[1]} positions: it is not over the "
                 "prompt's positions here (keys and values of cross-attention are not), so positions cannot be chosen"
             )

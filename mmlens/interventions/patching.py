@@ -21,8 +21,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from mmlens.arguments import unknown_name_message
 from mmlens.cache import is_packed, over_positions
-from mmlens.hook_names import axes_of, head_axis, runs_over_positions, unknown_name_message
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+from mmlens.hook_names import axes_of, head_axis, runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, UnknownHookError
 from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.edits import Change, Edit, Here, Positions, positions_mask
@@ -98,9 +100,9 @@ def patch(
     """
     chosen = None if heads is None else list(heads)
     if chosen is not None and not chosen:
-        raise ValueError(f"patch({hook!r}, ...): heads is empty, so the patch would do nothing")
+        raise InvalidValueError(f"patch({hook!r}, ...): heads is empty, so the patch would do nothing")
     if source_positions is not None and positions is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"patch({hook!r}, ...): source_positions says where the activations for `positions` come from; "
             "give positions too"
         )
@@ -111,7 +113,7 @@ def patch(
         origin = shared.origins(model, prompt, [hook])[hook]
         if not runs_over_positions(hook):
             if source_positions is not None:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{hook} does not run over the prompt's positions: it takes no source_positions"
                 )
             _check_equal_images(hook, prompt, origin)
@@ -206,12 +208,12 @@ class SharedSource:
         if callable(given):
             given = given(model, prompt)
             if not isinstance(given, (Prompt, Mapping, ActivationCache)):
-                raise TypeError(
+                raise InvalidTypeError(
                     "a source function (model, prompt) gives a Prompt or activations, this one gave "
                     f"{type(given).__name__}; for a run under an intervention take Source(under=...)"
                 )
         if self.source.under is not None and isinstance(given, (Mapping, ActivationCache)):
-            raise TypeError("Source(under=...) needs a prompt to run; its function gave activations")
+            raise InvalidTypeError("Source(under=...) needs a prompt to run; its function gave activations")
         return _Latest(weakref.ref(model), weakref.ref(prompt), None if given is prompt else given)
 
     def _read(
@@ -254,7 +256,7 @@ def shared_source(source: PatchSource) -> SharedSource:
     if isinstance(source, Prompt) or (callable(source) and not isinstance(source, (type, torch.nn.Module))):
         source = Source(source)
     if not isinstance(source, Source):
-        raise TypeError(
+        raise InvalidTypeError(
             "a source is a Prompt, a function (model, prompt) -> Prompt or activations, a Source, an ActivationCache "
             f"or a dict of activations, not {type(source).__name__}"
         )
@@ -354,7 +356,7 @@ def _with_batch_axis(hook: str, origin: Origin, n_rows: int) -> Tensor:
     if axes[0] != "batch" or not lacks_one:
         return origin.value
     if n_rows != 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"{hook}: the source's activations have no batch axis, which fits a batch of one prompt, this one has "
             f"{n_rows}"
         )
@@ -364,12 +366,12 @@ def _with_batch_axis(hook: str, origin: Origin, n_rows: int) -> Tensor:
 def _unpacked(hook: str, rows: Tensor, mask: Bool[Tensor, "batch pos"] | None) -> Tensor:
     """[image_token, ...] over all positions, zeros at text."""
     if mask is None:
-        raise ValueError(
+        raise InvalidValueError(
             f"{hook} holds rows of visual positions alone, and which they were in the source is not known: give "
             "a Prompt, or the ActivationCache of model.run_with_cache"
         )
     if len(rows) != int(mask.sum()):
-        raise ValueError(
+        raise InvalidValueError(
             f"{hook}: the source has {len(rows)} visual positions, "
             f"expected {int(mask.sum())}, of batch rows with {mask.sum(1).tolist()}"
         )
@@ -387,11 +389,11 @@ def _check_equal_layout(
     if origin.prompt is not None:
         difference = layout_difference(prompt, origin.prompt)
         if difference is not None:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{hook}: this prompt and the source's are laid out differently: {difference}; {remedy}"
             )
     if tuple(values.shape[:2]) != tuple(prompt.shape):
-        raise ValueError(
+        raise InvalidValueError(
             f"{hook}: the source's activation {list(origin.value.shape)} does not run over this prompt's "
             f"[batch, pos] = {list(prompt.shape)}; {remedy}"
         )
@@ -401,7 +403,7 @@ def _check_equal_layout(
         and origin.image_mask is not None
         and not torch.equal(own.cpu(), origin.image_mask.cpu())
     ):
-        raise ValueError(f"{hook}: visual positions of this prompt and of the source differ; {remedy}")
+        raise InvalidValueError(f"{hook}: visual positions of this prompt and of the source differ; {remedy}")
 
 
 def _source_mask(
@@ -412,12 +414,12 @@ def _source_mask(
         assert mask is not None
         return mask.cpu()
     if not isinstance(source_positions, Tensor):
-        raise ValueError(
+        raise InvalidValueError(
             "source_positions of activations without a prompt is a boolean mask [batch, pos] of the source, not "
             f"{source_positions!r}"
         )
     if source_positions.dtype != torch.bool or source_positions.shape != values.shape[:2]:
-        raise ValueError(
+        raise InvalidValueError(
             f"source_positions is a boolean mask [batch, pos] = {list(values.shape[:2])} of the source, got "
             f"{source_positions.dtype} {list(source_positions.shape)}"
         )
@@ -430,7 +432,7 @@ def _matched(
     """For each chosen position, the source's position of the same rank in its row; 0 for others."""
     counts = [mask.sum(1).tolist() for mask in (here, there)]
     if counts[0] != counts[1]:
-        raise ValueError(
+        raise InvalidValueError(
             f"{hook}: positions and source_positions are matched in order, so each row needs as many of one as of the "
             f"other; they choose {counts[0]} and {counts[1]}"
         )
@@ -444,10 +446,10 @@ def _check_heads(hook: str, n_heads: int, heads: Sequence[int] | None) -> None:
     if heads is None:
         return
     if head_axis(hook) is None:
-        raise ValueError(f"{hook} is [{', '.join(axes)}]: it has no heads to choose")
+        raise InvalidValueError(f"{hook} is [{', '.join(axes)}]: it has no heads to choose")
     if min(heads) < 0 or max(heads) >= n_heads:
         kind = "key-value heads" if "kv_head" in axes else "heads"
-        raise IndexError(f"heads {list(heads)} of {hook}: it has {n_heads} {kind}, 0 to {n_heads - 1}")
+        raise OutOfRangeError(f"heads {list(heads)} of {hook}: it has {n_heads} {kind}, 0 to {n_heads - 1}")
 
 
 def _of_heads(x: Tensor, axis: int, heads: Sequence[int] | None) -> Tensor:
@@ -495,7 +497,7 @@ def _rows_of_queries(
 
 def _fitting(hook: str, given: Tensor, x: Tensor) -> Tensor:
     if given.shape != x.shape:
-        raise ValueError(
+        raise InvalidValueError(
             f"{hook}: the source's activation {list(given.shape)} does not fit this run's {list(x.shape)}"
         )
     return given.to(x)
@@ -520,7 +522,7 @@ def _check_equal_images(hook: str, prompt: Prompt, origin: Origin) -> None:
         for each in (prompt, origin.prompt)
     ]
     if layouts[0] != layouts[1]:
-        raise ValueError(
+        raise InvalidValueError(
             f"{hook}: the images of this prompt and of the source are laid out differently; it is patched in whole, so "
             "each image needs one of the same layout in the source"
         )

@@ -34,10 +34,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.arguments import unknown_name_message
 from mmlens.cache import is_packed
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.families.anatomy import scale_of
 from mmlens.heads import HeadSet, as_head_set
-from mmlens.hook_names import block, layer_of, unknown_name_message
+from mmlens.hook_names import block, layer_of
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, UnknownHookError
 from mmlens.interventions.components import Component, Spec, components, why_missing
 from mmlens.interventions.edits import Change, Edit, Mask, Positions, positions_mask
@@ -102,11 +104,11 @@ def path_patch(
     >>> path_patch([(2, 1)], [(2, 3, "q")], other)(model, one)
     Traceback (most recent call last):
         ...
-    ValueError: sender L2H1 comes before no receiver (L2H3 q): a sender writes what later parts read
+    mmlens.errors.InvalidValueError: sender L2H1 comes before no receiver (L2H3 q): a sender writes ...
     """
     for name, given, known in (("mlps", mlps, MLPS), ("downstream", downstream, DOWNSTREAM)):
         if given not in known:
-            raise ValueError(unknown_name_message(f"variant {name} =", given, known))
+            raise InvalidValueError(unknown_name_message(f"variant {name} =", given, known))
     if not isinstance(senders, HeadSet | str):
         senders = list(senders)
     receivers = [receivers] if isinstance(receivers, str) else list(receivers)
@@ -170,7 +172,7 @@ def _senders(model: HookedVLM, given: HeadSet | Sequence[Spec] | str) -> list[Co
     sending = components(model, given)
     elsewhere = [part.label for part in sending if part.stack]
     if elsewhere:
-        raise ValueError(
+        raise InvalidValueError(
             f"path_patch sends from the language model and the image embeddings, not from {', '.join(elsewhere)}; "
             "what the vision tower tells the language model enters by 'image'"
         )
@@ -178,7 +180,9 @@ def _senders(model: HookedVLM, given: HeadSet | Sequence[Spec] | str) -> list[Co
     for part in sending:
         held = "hook_attn_out" if part.kind == "head" else "hook_mlp_out"
         if part.index is not None and (part.layer, f"blocks.{part.layer}.{held}") in whole:
-            raise ValueError(f"sender {part.label} is part of another sender, the whole {held} of its layer")
+            raise InvalidValueError(
+                f"sender {part.label} is part of another sender, the whole {held} of its layer"
+            )
         if part.layer is None or part.index is None:
             continue
         parts = model.anatomy.language[part.layer]
@@ -186,7 +190,7 @@ def _senders(model: HookedVLM, given: HeadSet | Sequence[Spec] | str) -> list[Co
         if part.kind == "neuron":
             what, output, known = "mlp", parts.mlp_output, (parts.mlp_out, parts.post_norm2)
         if output not in known:
-            raise ValueError(
+            raise InvalidValueError(
                 f"sender {part.label}: what {model.family.model_type!r} adds to the stream comes out of a "
                 f"{type(output).__name__} behind it, which may mix positions; send from ({part.layer}, {what!r})"
             )
@@ -195,11 +199,13 @@ def _senders(model: HookedVLM, given: HeadSet | Sequence[Spec] | str) -> list[Co
 
 def _readers(model: HookedVLM, receivers: Sequence[Receiver]) -> list[_Reader]:
     if not receivers:
-        raise ValueError(f"no receivers given: expected at least one of {_WAYS}")
+        raise InvalidValueError(f"no receivers given: expected at least one of {_WAYS}")
     readers = [_reader(model, receiver) for receiver in receivers]
     repeated = sorted({reader.label for reader in readers if readers.count(reader) > 1})
     if repeated:
-        raise ValueError(f"each receiver may be named once; named more than once: {', '.join(repeated)}")
+        raise InvalidValueError(
+            f"each receiver may be named once; named more than once: {', '.join(repeated)}"
+        )
     return sorted(readers, key=lambda reader: reader.sees)
 
 
@@ -207,19 +213,19 @@ def _reader(model: HookedVLM, receiver: Any) -> _Reader:
     n_layers = model.cfg.n_layers
     if isinstance(receiver, str):
         if receiver != "logits":
-            raise ValueError(
+            raise InvalidValueError(
                 unknown_name_message("receiver", receiver, ["logits"]) + f"; receivers are {_WAYS}"
             )
         hook = block(n_layers - 1, "hook_resid_post")
         return _Reader("logits", n_layers, _depth(n_layers, _ATTENTION), hook, "logits")
     if not isinstance(receiver, tuple) or not 2 <= len(receiver) <= 3:
-        raise TypeError(f"a receiver is {_WAYS}, not {receiver!r}; receivers are given as a list")
+        raise InvalidTypeError(f"a receiver is {_WAYS}, not {receiver!r}; receivers are given as a list")
     what = receiver[-1]
     known = _INPUTS if len(receiver) == 3 else ("mlp",)
     if not isinstance(what, str):
-        raise TypeError(f"a receiver is {_WAYS}, not {receiver!r}")
+        raise InvalidTypeError(f"a receiver is {_WAYS}, not {receiver!r}")
     if what not in known:
-        raise ValueError(
+        raise InvalidValueError(
             unknown_name_message(f"receiver {receiver!r}:", what, known) + f"; receivers are {_WAYS}"
         )
     if len(receiver) == 2:
@@ -236,10 +242,10 @@ def _reader(model: HookedVLM, receiver: Any) -> _Reader:
     if what != "q" and (
         attends_elsewhere(attention) or getattr(attention.module, "is_kv_shared_layer", False)
     ):
-        raise ValueError(f"receiver {receiver!r}: layer {layer} attends with keys and values {others}")
+        raise InvalidValueError(f"receiver {receiver!r}: layer {layer} attends with keys and values {others}")
     _require(model, f"receiver {receiver!r}", hook)
     if what == "k" and reads_latent(attention, attention.projections["k"]):
-        raise ValueError(
+        raise InvalidValueError(
             f"receiver {receiver!r}: under latent attention part of a key is rotated and shared by all heads of the "
             "layer, so no head has a key of its own; its 'q' and 'v' can receive"
         )
@@ -258,22 +264,26 @@ def _require(model: HookedVLM, what: str, hook: str) -> None:
 def _check_family(model: HookedVLM, mlps: str) -> None:
     name, layers = model.family.model_type, range(model.cfg.n_layers)
     if not model.family.adds:
-        raise ValueError(
+        raise InvalidValueError(
             f"path_patch: the layers of {name!r} do more than add to the residual stream, so what one part tells "
             "another has no path of its own; patch() replaces any activation"
         )
     if "cross." in model.anatomy.stacks:
-        raise ValueError(f"path_patch: layers of {name!r} that read the image stand between its layers")
+        raise InvalidValueError(
+            f"path_patch: layers of {name!r} that read the image stand between its layers"
+        )
     if mlps == "free" and any(block(layer, "hook_mlp_out") not in model.hook_dict for layer in layers):
-        raise ValueError(f"mlps='free': {name!r} has layers in which no MLP can be told from attention")
+        raise InvalidValueError(
+            f"mlps='free': {name!r} has layers in which no MLP can be told from attention"
+        )
 
 
 def _check_image(model: HookedVLM, prompt: Prompt, mask: Mask) -> None:
     is_image = model.image_mask(prompt)
     if is_image is None or not bool(is_image.any()):
-        raise ValueError("sender 'image': the prompt has no image")
+        raise InvalidValueError("sender 'image': the prompt has no image")
     if not bool((is_image & mask.to(is_image.device)).any()):
-        raise ValueError("sender 'image': the positions choose none of the prompt's image positions")
+        raise InvalidValueError("sender 'image': the positions choose none of the prompt's image positions")
 
 
 def _check_order(senders: Sequence[Component], readers: Sequence[_Reader]) -> None:
@@ -282,12 +292,12 @@ def _check_order(senders: Sequence[Component], readers: Sequence[_Reader]) -> No
     for label, depth in first.items():
         if depth >= readers[-1].sees:
             names = ", ".join(reader.label for reader in readers)
-            raise ValueError(
+            raise InvalidValueError(
                 f"sender {label} comes before no receiver ({names}): a sender writes what later parts read"
             )
     for reader in readers:
         if min(first.values()) >= reader.sees:
-            raise ValueError(
+            raise InvalidValueError(
                 f"receiver {reader.label} comes behind no sender ({', '.join(first)}): it would read what it reads "
                 "anyway"
             )

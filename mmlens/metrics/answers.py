@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.errors import InvalidValueError
 from mmlens.metrics.outcomes import Metric, metric_name, reads, what_reads
 from mmlens.prompt import Prompt
 
@@ -41,9 +42,9 @@ def generating(metric: Metric, *, max_new_tokens: int) -> Metric:
     """
     what = what_reads(metric)
     if what != "answers":
-        raise ValueError(f"metric {metric_name(metric)} reads {what}, so nothing is generated for it")
+        raise InvalidValueError(f"metric {metric_name(metric)} reads {what}, so nothing is generated for it")
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is at least 1, not {max_new_tokens}")
+        raise InvalidValueError(f"max_new_tokens is at least 1, not {max_new_tokens}")
 
     @functools.wraps(metric)
     def longer(texts: Sequence[str], prompt: Prompt) -> Tensor:
@@ -73,7 +74,7 @@ def invalid_answer(texts: Sequence[str], prompt: Prompt) -> Float[Tensor, " batc
     """
     for row, own in enumerate(_candidates(prompt)):
         if not own:
-            raise ValueError(
+            raise InvalidValueError(
                 f"invalid_answer: example {row} of the batch has no candidates, so no answer is ill-formed"
             )
     return _scored(texts, prompt, lambda text, answer, options: parse_answer(text, options) is None)
@@ -278,7 +279,7 @@ def _scored(
 
 def _candidates(prompt: Prompt) -> list[tuple[str, ...]]:
     if prompt.answers is None or prompt.candidates is None:
-        raise ValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
     return prompt.candidates
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
 from mmlens.hooked_vlm import HookedVLM, Inputs
 from mmlens.prompt import Prompt
 
@@ -32,11 +33,11 @@ class LayerBuffer:
 
     def take(self) -> Float[Tensor, "batch layer head"]:
         if self._missing:
-            raise RuntimeError(f"layers {sorted(self._missing)} gave no attention rows in this forward pass")
+            raise StateError(f"layers {sorted(self._missing)} gave no attention rows in this forward pass")
         return self._values
 
 
-class CrossAttentionError(TypeError):
+class CrossAttentionError(InvalidTypeError):
     """Attention from positions to positions was asked of a model whose images are at no position."""
 
 
@@ -74,27 +75,27 @@ def check_positions(name: str, chosen: Bool[Tensor, "batch pos"], real: Bool[Ten
     """Raise TypeError or ValueError for a mask of another type or shape, an empty row, or a padded position."""
     if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool:
         given = chosen.dtype if isinstance(chosen, Tensor) else type(chosen).__name__
-        raise TypeError(f"{name} is a boolean tensor [batch, pos], not {given}")
+        raise InvalidTypeError(f"{name} is a boolean tensor [batch, pos], not {given}")
     if chosen.shape != real.shape:
-        raise ValueError(
+        raise InvalidValueError(
             f"{name} has shape {list(chosen.shape)}, the inputs are [batch, pos] = {list(real.shape)}"
         )
     empty = (~chosen.any(-1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"{name} marks no position in batch row(s) {empty}")
+        raise InvalidValueError(f"{name} marks no position in batch row(s) {empty}")
     padded = (chosen & ~real.to(chosen.device)).any(-1).nonzero().flatten().tolist()
     if padded:
-        raise ValueError(f"{name} marks padding in batch row(s) {padded}")
+        raise InvalidValueError(f"{name} marks padding in batch row(s) {padded}")
 
 
 def examples_with_evidence(examples: Sequence[Example]) -> list[Example]:
     """The examples as a list; ValueError for none, and for examples without evidence, named."""
     examples = list(examples)
     if not examples:
-        raise ValueError("no examples given: expected at least one with evidence")
+        raise InvalidValueError("no examples given: expected at least one with evidence")
     without = [example.id or f"number {i}" for i, example in enumerate(examples) if not example.evidence]
     if without:
-        raise ValueError(
+        raise InvalidValueError(
             f"{len(without)} of {len(examples)} examples have no evidence (text-only controls have none): "
             f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}"
         )
@@ -111,7 +112,7 @@ def prompts_of(
 ) -> Iterator[tuple[list[int], Prompt]]:
     """Batches of examples of like image size, which keeps the padding short."""
     if batch_size < 1:
-        raise ValueError(f"batch_size is at least 1, not {batch_size}")
+        raise InvalidValueError(f"batch_size is at least 1, not {batch_size}")
 
     def pixels(index: int) -> int:
         return sum(image.width * image.height for image in examples[index].images)

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention, NoChangeWarning
 from mmlens.interventions.edits import Edit
 from mmlens.metrics.outcomes import DEFAULT_MAX_NEW_TOKENS, Metric, evaluate, metric_name, what_reads
@@ -85,7 +86,7 @@ def _watch(point: HookName, function: Callable[..., Any]) -> WatchedHook:
         result = function(tensor, **kwargs)
         after = result if isinstance(result, Tensor) else tensor
         if after.shape != before.shape:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the hook on {name} gave a tensor {list(after.shape)} for an activation {list(before.shape)}"
             )
         this._fired += 1
@@ -177,7 +178,7 @@ class Effect:
 
     def __post_init__(self) -> None:
         if self.values.shape != self.clean.shape or self.values.ndim != 1 or not len(self.values):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.metric}: expected one value per example under the intervention and one without, "
                 f"got {list(self.values.shape)} and {list(self.clean.shape)}"
             )
@@ -243,19 +244,23 @@ class Effect:
         goal = target
         if isinstance(target, Effect):
             if target.metric != self.metric:
-                raise ValueError(f"the target is of metric {target.metric}, this effect of {self.metric}")
+                raise InvalidValueError(
+                    f"the target is of metric {target.metric}, this effect of {self.metric}"
+                )
             goal = target.clean
         if not isinstance(goal, Tensor) or goal.shape != self.values.shape:
             given = list(goal.shape) if isinstance(goal, Tensor) else type(goal).__name__
-            raise ValueError(
+            raise InvalidValueError(
                 f"the target is an Effect or a tensor of the same {len(self)} examples, clean; got {given}"
             )
         corrupted, aim = self.clean.double(), goal.detach().cpu().double()
         if not all(bool(part.isfinite().all()) for part in (self.values, corrupted, aim)):
-            raise ValueError(f"{self.metric}: a share of a gap needs finite numbers, and one of these is not")
+            raise InvalidValueError(
+                f"{self.metric}: a share of a gap needs finite numbers, and one of these is not"
+            )
         gain, gap = self.values.double() - corrupted, aim - corrupted
         if abs(float(gap.mean())) <= 1e-5 * max(abs(float(aim.mean())), abs(self.clean_mean)):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{self.metric}: its mean is {float(aim.mean()):.6g} on the target prompts and {self.clean_mean:.6g} "
                 "on the corrupted ones, so there is nothing to recover"
             )
@@ -369,7 +374,7 @@ def effect(
         without = earlier[name].clean if earlier is not None else torch.cat(clean_values[name])
         under = without if intervention is None else torch.cat(values[name])
         if len(under) != len(without):
-            raise ValueError(
+            raise InvalidValueError(
                 f"`clean` holds {len(without)} examples, these prompts {len(under)}: "
                 "it must come from the same prompts"
             )
@@ -447,9 +452,9 @@ def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:
         functions = [metric] if callable(metric) else list(metric)
         metrics = {metric_name(function): function for function in functions}
         if len(metrics) < len(functions):
-            raise ValueError("two of the metrics have the same name; pass {name: metric}")
+            raise InvalidValueError("two of the metrics have the same name; pass {name: metric}")
     if not metrics:
-        raise ValueError("no metric given")
+        raise InvalidValueError("no metric given")
     return metrics
 
 
@@ -457,7 +462,7 @@ def _earlier(clean: Effect | Mapping[str, Effect], metrics: Mapping[str, Metric]
     given = {clean.metric: clean} if isinstance(clean, Effect) else dict(clean)
     missing = [name for name in metrics if name not in given]
     if missing:
-        raise ValueError(f"`clean` holds no values of {missing}, only of {list(given)}")
+        raise InvalidValueError(f"`clean` holds no values of {missing}, only of {list(given)}")
     return {name: given[name] for name in metrics}
 
 
@@ -466,13 +471,13 @@ def prompt_batches(
 ) -> Iterator[Prompt]:
     items: list[Prompt | Example] = [prompts] if isinstance(prompts, Prompt) else list(prompts)
     if not items:
-        raise ValueError("no prompts given")
+        raise InvalidValueError("no prompts given")
     if batch_size < 1:
-        raise ValueError(f"batch_size is at least 1, not {batch_size}")
+        raise InvalidValueError(f"batch_size is at least 1, not {batch_size}")
     ready = [item for item in items if isinstance(item, Prompt)]
     examples = [item for item in items if isinstance(item, Example)]
     if len(items) not in (len(ready), len(examples)):
-        raise TypeError(
+        raise InvalidTypeError(
             "prompts are a Prompt, a list of Prompt or a list of Example, all of one type; "
             f"got {', '.join(sorted({type(item).__name__ for item in items}))}"
         )

@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmlens.hook_names import unknown_name_message
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidValueError
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.prompt import Prompt
 
@@ -39,7 +40,9 @@ _AnyMetric = TypeVar("_AnyMetric", bound=Metric)
 
 def _check_reads(what: str, where: str) -> None:
     if what not in get_args(Reads):
-        raise ValueError(f"{where}: {unknown_name_message('thing a metric reads', what, get_args(Reads))}")
+        raise InvalidValueError(
+            f"{where}: {unknown_name_message('thing a metric reads', what, get_args(Reads))}"
+        )
 
 
 def reads(what: Reads, *, max_new_tokens: int | None = None) -> Callable[[_AnyMetric], _AnyMetric]:
@@ -55,7 +58,7 @@ def reads(what: Reads, *, max_new_tokens: int | None = None) -> Callable[[_AnyMe
     """
     _check_reads(what, "reads(...)")
     if max_new_tokens is not None and (what != "answers" or max_new_tokens < 1):
-        raise ValueError(
+        raise InvalidValueError(
             f"max_new_tokens is a number from 1 on, of a metric that reads 'answers'; got {max_new_tokens} for {what!r}"
         )
 
@@ -105,17 +108,17 @@ def evaluate(
     what = what_reads(metric)
     if what == "answers":
         if answers is None:
-            raise ValueError(f"metric {name} reads generated answers: none were given")
+            raise InvalidValueError(f"metric {name} reads generated answers: none were given")
         texts = list(answers)
         if len(texts) != len(prompt):
-            raise ValueError(f"metric {name}: {len(texts)} answer(s) for a prompt of {len(prompt)}")
+            raise InvalidValueError(f"metric {name}: {len(texts)} answer(s) for a prompt of {len(prompt)}")
         return _checked(name, metric(texts, prompt), prompt)
     if logits is None:
-        raise ValueError(f"metric {name} reads logits: none were given")
+        raise InvalidValueError(f"metric {name} reads logits: none were given")
     if what == "logits":
         return _checked(name, metric(logits, prompt), prompt)
     if clean_logits is None:
-        raise ValueError(f"metric {name} reads the clean run's logits too: none were given")
+        raise InvalidValueError(f"metric {name} reads the clean run's logits too: none were given")
     return _checked(name, metric(logits, prompt, clean_logits), prompt)
 
 
@@ -151,7 +154,9 @@ def logit_difference(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -
         _check_distinct(prompt, row, answer, ids)
         wrong = ids[ids != answer]
         if not len(wrong):
-            raise ValueError(f"logit_difference: example {row} of the batch has no candidate but its answer")
+            raise InvalidValueError(
+                f"logit_difference: example {row} of the batch has no candidate but its answer"
+            )
         differences.append(last[row, answer] - last[row, wrong].max())
     return torch.stack(differences)
 
@@ -176,9 +181,9 @@ def logit_difference_of(
     given = [wrong] if isinstance(wrong, str | int) else list(wrong)
     right, others = _token_id(model, answer), [_token_id(model, token) for token in given]
     if not others:
-        raise ValueError("logit_difference_of needs at least one wrong token")
+        raise InvalidValueError("logit_difference_of needs at least one wrong token")
     if right in others:
-        raise ValueError(f"the answer {answer!r} and a wrong token are the same token ({right})")
+        raise InvalidValueError(f"the answer {answer!r} and a wrong token are the same token ({right})")
 
     def difference(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
         last = _last_logits(logits, prompt)
@@ -214,7 +219,7 @@ def kl_to_clean(
     clean = _last_logits(clean_logits, prompt).detach().double().log_softmax(-1)
     under = _last_logits(logits, prompt).double().log_softmax(-1)
     if clean.shape != under.shape:
-        raise ValueError(
+        raise InvalidValueError(
             f"kl_to_clean: the clean run has logits {list(clean_logits.shape)}, this one {list(logits.shape)}"
         )
     share = clean.exp()
@@ -234,7 +239,7 @@ def invalid(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[T
     outcomes = []
     for row, (greedy, ids) in enumerate(zip(last.argmax(-1), _candidate_ids(prompt, last), strict=True)):
         if not len(ids):
-            raise ValueError(
+            raise InvalidValueError(
                 f"invalid: example {row} of the batch has no candidates, so no answer is ill-formed"
             )
         outcomes.append(not bool((ids == greedy).any()) and bool(greedy != answers[row]))
@@ -245,44 +250,50 @@ def _token_id(model: HookedVLM, token: str | int) -> int:
     if isinstance(token, str):
         return model.to_single_token(token)
     if not 0 <= token < model.cfg.d_vocab:
-        raise ValueError(f"token id {token} lies outside the vocabulary, 0 to {model.cfg.d_vocab - 1}")
+        raise InvalidValueError(f"token id {token} lies outside the vocabulary, 0 to {model.cfg.d_vocab - 1}")
     return token
 
 
 def _checked(name: str, values: Tensor, prompt: Prompt) -> Float[Tensor, " example"]:
     if not isinstance(values, Tensor) or tuple(values.shape) != (len(prompt),):
         given = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
+        raise InvalidValueError(
             f"metric {name} gives one number per example, a tensor of shape [{len(prompt)}], not {given}"
         )
     values = values.cpu().float()
     if bool(values.isnan().any()):
-        raise ValueError(f"metric {name} is NaN for example {int(values.isnan().nonzero()[0])} of a batch")
+        raise InvalidValueError(
+            f"metric {name} is NaN for example {int(values.isnan().nonzero()[0])} of a batch"
+        )
     return values
 
 
 def _last_logits(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, "batch vocab"]:
     if logits.ndim != 3 or len(logits) != len(prompt):
-        raise ValueError(
+        raise InvalidValueError(
             f"expected logits [batch, pos, vocab] of the prompt's {len(prompt)} example(s), "
             f"got {list(logits.shape)}"
         )
     mask = prompt.inputs.get("attention_mask")
     if mask is not None and not bool(mask[:, -1].all()):
         rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
-        raise ValueError(f"batch row(s) {rows} end in padding: metrics of the next token need left padding")
+        raise InvalidValueError(
+            f"batch row(s) {rows} end in padding: metrics of the next token need left padding"
+        )
     return logits[:, -1].float()
 
 
 def _answer_ids(prompt: Prompt, logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
     if prompt.answer_ids is None:
-        raise ValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
     return prompt.answer_ids.to(logits.device)
 
 
 def _candidate_ids(prompt: Prompt, logits: Float[Tensor, "batch vocab"]) -> list[Int[Tensor, " _"]]:
     if prompt.candidate_ids is None:
-        raise ValueError("the prompt carries no candidates: make it with model.prompt_examples(examples)")
+        raise InvalidValueError(
+            "the prompt carries no candidates: make it with model.prompt_examples(examples)"
+        )
     return [ids.to(logits.device) for ids in prompt.candidate_ids]
 
 
@@ -294,7 +305,7 @@ def _check_distinct(prompt: Prompt, row: int, answer: int, ids: Int[Tensor, " ca
         name for name, first in zip(names, ids.tolist(), strict=True) if first == answer and name != own
     ]
     if sharing:
-        raise ValueError(
+        raise InvalidValueError(
             f"logit_difference: in example {row} of the batch the answer {own!r} and the wrong candidate(s) "
             f"{sharing} share their first token ({answer}), and one position cannot tell them apart"
         )

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.data.examples import Evidence, Example
+from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention import mean_of_rows
@@ -67,7 +68,7 @@ class RamSignificance:
         Among them the expected share of false ones is at most `q`.
         """
         if not 0 < q < 1:
-            raise ValueError(f"q is a share between 0 and 1, not {q}")
+            raise InvalidValueError(f"q is a share between 0 and 1, not {q}")
         order = self.lift.top(1.0)
         return order - order._with(head for head in order if not self.adjusted[head] <= q)
 
@@ -122,12 +123,14 @@ def ram_significance(
     examples = examples_with_evidence(examples)
     n_heads = len(model.heads)
     if n_resamples < 20 * n_heads:
-        raise ValueError(
+        raise InvalidValueError(
             f"n_resamples={n_resamples} cannot show one of {n_heads} heads at 5% after correction: take {20 * n_heads} "
             "or more"
         )
     if max_regions < 2:
-        raise ValueError(f"max_regions counts the evidence's own, so it is at least 2, not {max_regions}")
+        raise InvalidValueError(
+            f"max_regions counts the evidence's own, so it is at least 2, not {max_regions}"
+        )
     masses: list[Tensor] = [torch.empty(0)] * len(examples)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM of regions"):
         masks = [
@@ -167,7 +170,7 @@ def region_permutation_test(
     [0.001, 1.0]
     """
     if not masses:
-        raise ValueError("no examples given")
+        raise InvalidValueError("no examples given")
     rng = np.random.default_rng(seed)
     sums = np.zeros((n_resamples, masses[0].shape[1]))
     reached = np.zeros(masses[0].shape[1])
@@ -234,7 +237,7 @@ def _token_size(prompt: Prompt, row: int, example: Example) -> tuple[float, floa
     sizes = boxes[:, 2:] - boxes[:, :2]
     sizes = sizes[(sizes > 0).all(-1)]
     if not len(sizes):
-        raise ValueError(f"example {example.id!r}: the evidence's tokens show no pixels of their own")
+        raise InvalidValueError(f"example {example.id!r}: the evidence's tokens show no pixels of their own")
     return float(sizes[:, 0].min()), float(sizes[:, 1].min())
 
 
@@ -280,7 +283,7 @@ def _masks(
         if mask.sum() == evidence.sum():
             kept.setdefault(tuple(mask.nonzero().flatten().tolist()), mask)
     if len(kept) < 2:
-        raise ValueError(
+        raise InvalidValueError(
             f"example {example.id!r}: of {len(others)} other region(s) none covers {int(evidence.sum())} token(s), as "
             "its evidence does, elsewhere; give regions=..., or leave the example out"
         )

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.experiment import Experiment
-from mmlens.hook_names import unknown_name_message
 
 SOFTWARE = ("mmlens", "transformers", "transformer_lens")
 """What every run cites."""
@@ -26,7 +27,7 @@ def filled_method(experiment: Experiment, settings: Mapping[str, Any]) -> str:
     try:
         return experiment.method.format(**words)
     except KeyError as error:
-        raise ValueError(
+        raise InvalidValueError(
             unknown_name_message(f"setting in the method of {experiment.name}", error.args[0], settings)
         ) from error
 
@@ -93,7 +94,7 @@ def bibliography(keys: Iterable[str]) -> str:
     chosen = list(dict.fromkeys((*keys, *SOFTWARE)))
     for key in chosen:
         if key not in entries:
-            raise ValueError(unknown_name_message("entry of references.bib", key, entries))
+            raise InvalidValueError(unknown_name_message("entry of references.bib", key, entries))
     return "\n\n".join(entries[key] for key in chosen) + "\n"
 
 
@@ -110,7 +111,7 @@ def bibtex_entries() -> dict[str, str]:
             if depth == 0:
                 break
         if depth or start[1] in entries:
-            raise ValueError(
+            raise InvalidValueError(
                 f"references.bib: the entry {start[1]!r} "
                 + ("has a brace that is not closed" if depth else "stands there twice")
             )

@@ -24,9 +24,10 @@ from typing import Any
 
 import pandas as pd
 
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment, Findings
-from mmlens.hook_names import unknown_name_message
 from mmlens.provenance import versions
 from mmlens.runs.methods import bibliography
 from mmlens.runs.report import (
@@ -102,10 +103,10 @@ def run_all(
     unknown experiment or citation, or `jobs` below 1, RunError where `out` holds other files than those of such a run.
     """
     if jobs < 1:
-        raise ValueError(f"jobs is a number of models run at a time, 1 or more, not {jobs}")
+        raise InvalidValueError(f"jobs is a number of models run at a time, 1 or more, not {jobs}")
     for name in experiments or ():
         if name not in EXPERIMENTS:
-            raise ValueError(unknown_name_message("experiment", name, EXPERIMENTS))
+            raise InvalidValueError(unknown_name_message("experiment", name, EXPERIMENTS))
     by_default = [name for name, experiment in EXPERIMENTS.items() if not experiment.needs]
     chosen = [EXPERIMENTS[name] for name in experiments or by_default]
     references = bibliography(key for experiment in chosen for key in experiment.cites)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.experiment import Experiment
 from mmlens.provenance import EDITED, code_fingerprint, versions
 from mmlens.runs.run import (
@@ -80,7 +81,7 @@ def rerun(
     """
     folder = Path(folder)
     if tolerance < 0:
-        raise ValueError(f"the tolerance is a relative difference, 0 or more, not {tolerance}")
+        raise InvalidValueError(f"the tolerance is a relative difference, 0 or more, not {tolerance}")
     if out is not None and Path(out).resolve() == folder.resolve():
         raise RunError("the new run would replace the one that it is compared with: give another folder")
     record = read_record(folder)

@@ -24,12 +24,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import DataError, Example, load_examples, split_examples
 from mmlens.data.scenes import scene_examples
+from mmlens.errors import InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.core_heads import CORE_HEADS
 from mmlens.experiments.experiment import Experiment, Findings, Setup
-from mmlens.hook_names import unknown_name_message
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.loading import scene_kinds, shipped_models
 from mmlens.provenance import code_fingerprint, data_fingerprint, describe_model, machine, versions
@@ -46,7 +47,7 @@ _PARTIAL = ".partial"
 """Where a run's files wait until all are written."""
 
 
-class RunError(ValueError):
+class RunError(InvalidValueError):
     """A folder that is no run, a run that cannot be repeated, or results that cannot be written."""
 
 
@@ -94,7 +95,7 @@ def experiment_named(name: str) -> Experiment:
     """
     known = {**EXPERIMENTS, CORE_HEADS.name: CORE_HEADS}
     if name not in known:
-        raise ValueError(
+        raise InvalidValueError(
             unknown_name_message("experiment", name, known) + ". `mmlens experiments` lists them all"
         )
     return known[name]
@@ -108,7 +109,7 @@ def full_settings(experiment: Experiment, given: Mapping[str, Any]) -> dict[str,
     defaults = experiment.settings
     for name in given:
         if name not in defaults:
-            raise ValueError(unknown_name_message(f"{experiment.name} setting", name, defaults))
+            raise InvalidValueError(unknown_name_message(f"{experiment.name} setting", name, defaults))
     return defaults | {
         name: value if isinstance(defaults[name], list) else _frozen(value) for name, value in given.items()
     }
@@ -278,7 +279,7 @@ def model_folders(models: Sequence[str], out: str | Path) -> dict[str, Path]:
     folders = {model: Path(out) / folder_name(model) for model in models}
     for folder, count in Counter(folders.values()).items():
         if count > 1 or folder.name == "across":
-            raise ValueError(
+            raise InvalidValueError(
                 f"the models {', '.join(models)} cannot be told apart by their folders' names: {folder.name!r}"
                 if count > 1
                 else "no model may be called 'across': that folder holds what is said across models"

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 
 import torch
 
+from mmlens.errors import InvalidValueError, StateError, UnsupportedError
 from mmlens.heads import Heads, HeadSet, as_head_set
 from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
 from mmlens.metrics.attention_rows import refuse_cross_attention
@@ -59,17 +60,17 @@ def hybrid_attention(
     heads = as_head_set(dense, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer, at_least=0)
     rule = StreamingRule(sink, window)
     if path not in PATHS:
-        raise ValueError(f"path is one of {', '.join(PATHS)}, not {path!r}")
+        raise InvalidValueError(f"path is one of {', '.join(PATHS)}, not {path!r}")
     refuse_cross_attention(model)
     implementation = model.hf_model.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"hybrid attention stands in for sdpa or eager attention, and the model was loaded with {implementation!r}"
         )
     layers = [layer for layer, count in enumerate(model.heads_per_layer) if count]
     taps = {layer: model.attention_tap(layer) for layer in layers}
     if any(tap.streaming is not None for tap in taps.values()):
-        raise RuntimeError("hybrid attention is open on this model already: close it first")
+        raise StateError("hybrid attention is open on this model already: close it first")
     by_layer, tally = heads.by_layer(), Tally()
     try:
         for layer, tap in taps.items():

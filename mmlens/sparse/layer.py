@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmlens.errors import InvalidTypeError, UnsupportedError
 from mmlens.sparse.blocks import like_sdpa, streaming_attention
 from mmlens.sparse.flex import flex_attention
 from mmlens.sparse.rule import StreamingRule, first_positions
@@ -116,7 +117,7 @@ class StreamingLayer:
         """Raise NotCausalError where a query sees what comes behind it, NotImplementedError where keys are cut off."""
         length, n_keys = query.shape[2], key.shape[2]
         if n_keys < first + length:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{self.name}: {length} further positions are run on a cache that keeps {n_keys - length} of {first} "
                 "keys (a sliding window): hybrid attention needs the prompt in one piece here"
             )
@@ -148,5 +149,5 @@ def _equal_groups(
         yield heads.nonzero().flatten().to(device), kv_heads.nonzero().flatten().to(device)
 
 
-class NotCausalError(TypeError):
+class NotCausalError(InvalidTypeError):
     """Hybrid attention was asked of attention that is not causal."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mmlens.errors import InvalidValueError
+
 
 @dataclass(frozen=True)
 class StreamingRule:
@@ -25,7 +27,7 @@ class StreamingRule:
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.window < 1:
-            raise ValueError(
+            raise InvalidValueError(
                 f"a streaming head sees sink >= 0 first tokens and a window of at least 1 (the query itself), not "
                 f"sink={self.sink} and window={self.window}"
             )

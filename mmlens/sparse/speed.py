@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from mmlens.errors import InvalidValueError
 from mmlens.heads import Heads, HeadSet, as_head_set
 from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
 from mmlens.sparse.hybrid import hybrid_attention
@@ -109,9 +110,9 @@ def prefill_speed(
     """
     for part in parts:
         if part not in PARTS:
-            raise ValueError(f"parts are {', '.join(PARTS)}; {part!r} is none of them")
+            raise InvalidValueError(f"parts are {', '.join(PARTS)}; {part!r} is none of them")
     if any(length < 2 for length in lengths) or repeats < 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"lengths are 2 or more, repeats 1 or more, not lengths={list(lengths)} and repeats={repeats}"
         )
     rule = StreamingRule(sink, window)
@@ -120,12 +121,12 @@ def prefill_speed(
         for name, heads in dense.items()
     }
     if all(rule.sees_all(length) for length in lengths):
-        raise ValueError(
+        raise InvalidValueError(
             f"no head would stream: none of the lengths {list(lengths)} exceeds {sink} sinks and a window of {window}"
         )
     implementation = model.hf_model.config._attn_implementation
     if implementation != "sdpa":
-        raise ValueError(
+        raise InvalidValueError(
             f"hybrid attention is timed against SDPA, and the model was loaded with {implementation!r} attention"
         )
     rates = machine_rates(model)

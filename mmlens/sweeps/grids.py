@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmlens.hook_names import axes_of, block, unknown_name_message
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidValueError
+from mmlens.hook_names import axes_of, block
 from mmlens.hooked_vlm import HookedVLM, Intervention, UnknownHookError
 from mmlens.interventions.edits import Positions, positions_mask
 from mmlens.interventions.patching import PatchSource, patch
@@ -85,7 +87,7 @@ def patch_layers_regions(
     Raises UnknownHookError where no layer has the hook point, ValueError for no region.
     """
     if not regions:
-        raise ValueError(
+        raise InvalidValueError(
             'regions is empty: give positions by name, such as {"image": "image", "last": "last"}'
         )
     return {
@@ -123,7 +125,7 @@ def patch_heads_qkv(
     """
     for kind in kinds:
         if kind not in KINDS:
-            raise ValueError(unknown_name_message("kind", kind, KINDS))
+            raise InvalidValueError(unknown_name_message("kind", kind, KINDS))
     return {
         (layer, head, kind): intervention
         for kind in kinds
@@ -152,7 +154,7 @@ def n_heads_at(model: HookedVLM, layer: int, hook: str) -> int:
     axes = axes_of(block(layer, hook))
     attention = model.anatomy.language[layer].attention
     if attention is None or not {"head", "kv_head"} & set(axes):
-        raise ValueError(f"{hook} is [{', '.join(axes)}]: it has no heads")
+        raise InvalidValueError(f"{hook} is [{', '.join(axes)}]: it has no heads")
     return attention.n_kv_heads if "kv_head" in axes else attention.n_heads
 
 
@@ -176,24 +178,24 @@ def grid(table: pd.DataFrame, metric: str | None = None, *, of: str = "effect") 
     """
     needed = {"intervention", "metric", "value", "clean"}
     if not needed <= set(table.columns) or not len(table):
-        raise ValueError(
+        raise InvalidValueError(
             f"grid needs rows with the columns {', '.join(sorted(needed))}, as a sweep's table has them; got "
             f"{len(table)} rows of {', '.join(map(str, table.columns))}"
         )
     if of not in ("effect", "value", "clean"):
-        raise ValueError(unknown_name_message("quantity", of, ("effect", "value", "clean")))
+        raise InvalidValueError(unknown_name_message("quantity", of, ("effect", "value", "clean")))
     metrics = list(table["metric"].unique())
     if metric is None and len(metrics) > 1:
-        raise ValueError(f"the table holds the metrics {', '.join(map(repr, metrics))}: name one")
+        raise InvalidValueError(f"the table holds the metrics {', '.join(map(repr, metrics))}: name one")
     if metric is not None and metric not in metrics:
-        raise ValueError(unknown_name_message("metric in the table", metric, map(str, metrics)))
+        raise InvalidValueError(unknown_name_message("metric in the table", metric, map(str, metrics)))
     chosen = table[table["metric"] == (metrics[0] if metric is None else metric)]
     values = chosen["value"] - chosen["clean"] if of == "effect" else chosen[of]
     by_label: dict[tuple[Any, ...], list[float]] = {}
     for label, value in zip(chosen["intervention"], values, strict=True):
         by_label.setdefault(label if isinstance(label, tuple) else (label,), []).append(float(value))
     if len({len(label) for label in by_label}) > 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"labels of a grid are (layer, column) or (layer,) all alike; got {list(by_label)[:3]} and others"
         )
     rows = list(dict.fromkeys(label[0] for label in by_label))

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmlens.attention import Around, Attend, AttentionCall, AttentionTap, is_causal
+from mmlens.errors import InvalidValueError, StateError
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Span
 from mmlens.interventions.edits import Edit
@@ -36,7 +37,7 @@ _MOST_SCORES = 2**26
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-class NotExactError(RuntimeError):
+class NotExactError(StateError):
     """A partial run without edits that did not give the clean logits."""
 
 
@@ -262,7 +263,7 @@ class _Recorder:
         """Raise ValueError where a layer did not run once."""
         n_layers = len(self.model.anatomy.layers)
         if len(self.streams) != n_layers or len(self.outputs) != n_layers or self._left is None:
-            raise ValueError(f"{len(self.outputs)} layer calls in a model of {n_layers} layers")
+            raise InvalidValueError(f"{len(self.outputs)} layer calls in a model of {n_layers} layers")
         self.streams.append(self._left)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

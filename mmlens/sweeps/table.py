@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidValueError
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, NoChangeWarning
 from mmlens.metrics.effects import (
     Metric,
@@ -73,9 +74,9 @@ def sweep(
     (['intervention', 'example', 'metric', 'value', 'clean'], 12)
     """
     if memory <= 0:
-        raise ValueError(f"memory is a number of GiB above 0, not {memory}")
+        raise InvalidValueError(f"memory is a number of GiB above 0, not {memory}")
     if not interventions:
-        raise ValueError("sweep needs at least one intervention, as {label: intervention}")
+        raise InvalidValueError("sweep needs at least one intervention, as {label: intervention}")
     metrics = named_metrics(metric)
     collected = _Collected(list(interventions), list(metrics))
     with tqdm(
@@ -96,7 +97,7 @@ def reuse_table(table: pd.DataFrame) -> pd.DataFrame:
     """What each run of a sweep reused: intervention, example (the first of its batch), layer, position, batch,
     fired, size of the largest change, and why not more."""
     if "reuse" not in table.attrs:
-        raise ValueError(
+        raise InvalidValueError(
             "this table is not a sweep's, or has lost its attrs on the way: no 'reuse' in table.attrs"
         )
     return pd.DataFrame(table.attrs["reuse"])

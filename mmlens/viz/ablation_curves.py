@@ -22,7 +22,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from mmlens.hook_names import unknown_name_message
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidValueError
 from mmlens.viz.style import (
     INK,
     LABEL_SIZE,
@@ -122,7 +123,7 @@ def plot_ablation_panels(
     if modes is None:
         modes = list(dict.fromkeys(table["mode"][table["arm"] != CLEAN]))
     if not modes or not kinds:
-        raise ValueError(
+        raise InvalidValueError(
             f"expected at least one mode and one kind, got modes {list(modes)} and kinds {list(kinds)}"
         )
     panels = [[_curves(table, metric, kind, mode) for mode in modes] for kind in kinds]
@@ -160,12 +161,12 @@ class _Curves:
 def _check_table(table: pd.DataFrame) -> None:
     missing = [column for column in _COLUMNS if column not in table.columns]
     if missing:
-        raise ValueError(
+        raise InvalidValueError(
             f"the ablation table lacks the columns {missing}; it has {[str(name) for name in table.columns]}"
         )
     for arm in table["arm"].unique():
         if arm not in (CLEAN, *ARM_STYLES):
-            raise ValueError(unknown_name_message("arm", str(arm), [CLEAN, *ARM_STYLES]))
+            raise InvalidValueError(unknown_name_message("arm", str(arm), [CLEAN, *ARM_STYLES]))
 
 
 def _curves(table: pd.DataFrame, metric: str, kind: str, mode: str) -> _Curves:
@@ -177,28 +178,32 @@ def _curves(table: pd.DataFrame, metric: str, kind: str, mode: str) -> _Curves:
         ("mode", mode, table["mode"][ablated]),
     ):
         if given not in set(known):
-            raise ValueError(unknown_name_message(word, given, [str(name) for name in dict.fromkeys(known)]))
+            raise InvalidValueError(
+                unknown_name_message(word, given, [str(name) for name in dict.fromkeys(known)])
+            )
     wanted = table[(table["metric"] == metric) & (table["kind"] == kind)]
     rows = wanted[(wanted["mode"] == mode) & (wanted["arm"] != CLEAN)]
     if rows.empty:
-        raise ValueError(f"the table has no {metric} of {kind} examples under {mode} ablation")
+        raise InvalidValueError(f"the table has no {metric} of {kind} examples under {mode} ablation")
     twice = rows[rows.duplicated(_KEYS)]
     if len(twice):
-        raise ValueError(f"the table holds more than one row for {twice[_KEYS].iloc[0].to_dict()}")
+        raise InvalidValueError(f"the table holds more than one row for {twice[_KEYS].iloc[0].to_dict()}")
     # A clean run has no mode of its own: its row may stand once for all modes.
     clean = wanted[wanted["arm"] == CLEAN]
     clean = clean[clean["mode"] == mode] if (clean["mode"] == mode).any() else clean
     if clean.empty:
-        raise ValueError(f"the table has no clean row for the {metric} of {kind} examples")
+        raise InvalidValueError(f"the table has no clean row for the {metric} of {kind} examples")
     if clean["mean"].nunique() > 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"the clean {metric} of {kind} examples is not one value: {sorted(clean['mean'].unique())}"
         )
     for row in (*clean.to_dict("records"), *rows.to_dict("records")):
         _check_row(row)
     shares = rows.groupby("count")["fraction"]
     if (shares.nunique() > 1).any():
-        raise ValueError(f"one count of heads is given as different fractions: {shares.unique().to_dict()}")
+        raise InvalidValueError(
+            f"one count of heads is given as different fractions: {shares.unique().to_dict()}"
+        )
     arms = {
         arm: rows[rows["arm"] == arm].sort_values("count") for arm in ARM_STYLES if arm in set(rows["arm"])
     }
@@ -209,11 +214,11 @@ def _curves(table: pd.DataFrame, metric: str, kind: str, mode: str) -> _Curves:
 def _check_row(row: Mapping[Any, Any]) -> None:
     where = {key: row[key] for key in _KEYS}
     if not np.isfinite([row["mean"], row["low"], row["high"]]).all() or row["low"] > row["high"]:
-        raise ValueError(
+        raise InvalidValueError(
             f"mean {row['mean']} with the interval {row['low']} to {row['high']} is no curve's point: {where}"
         )
     if row["arm"] != CLEAN and not (row["count"] >= 1 and 0 < row["fraction"] <= 1):
-        raise ValueError(
+        raise InvalidValueError(
             f"{row['count']} heads as fraction {row['fraction']} of all: expected at least 1 head: {where}"
         )
 

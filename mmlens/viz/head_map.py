@@ -15,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.viz.style import (
     INK,
@@ -117,11 +118,13 @@ def _checked_scores(
     """Scores [layer, head], and at which of them there is a head."""
     values = as_array(scores.values if isinstance(scores, HeadScores) else scores)
     if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(f"a head map takes scores [layer, head], not an array of shape {list(values.shape)}")
+        raise InvalidValueError(
+            f"a head map takes scores [layer, head], not an array of shape {list(values.shape)}"
+        )
     exists = scores.exists.numpy() if isinstance(scores, HeadScores) else np.ones(values.shape, dtype=bool)
     if not np.isfinite(values[exists]).all():
         layer, head = np.argwhere(~np.isfinite(values) & exists)[0]
-        raise ValueError(
+        raise InvalidValueError(
             f"the score of head ({layer}, {head}) is {values[layer, head]}: expected a finite number"
         )
     return values, exists
@@ -130,17 +133,17 @@ def _checked_scores(
 def _check_heads(heads: HeadSet, exists: NDArray[np.bool_]) -> None:
     shape = exists.shape
     if not isinstance(heads, HeadSet):
-        raise TypeError(
+        raise InvalidTypeError(
             f"the marked heads are a HeadSet, not {type(heads).__name__}: HeadSet([(layer, head)], ...)"
         )
     if heads.shape != shape:
-        raise ValueError(
+        raise InvalidValueError(
             f"the marked heads are of a model with {heads.n_layers} x {heads.n_heads} heads, the scores of one "
             f"with {shape[0]} x {shape[1]} (layers x heads)"
         )
     absent = [head for head in heads if not exists[head]]
     if absent:
-        raise IndexError(f"the marked heads {absent} have no score: the model has no such heads")
+        raise OutOfRangeError(f"the marked heads {absent} have no score: the model has no such heads")
 
 
 def _hatch(ax: Axes, absent: NDArray[np.bool_]) -> None:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from mmlens.errors import InvalidValueError
 from mmlens.viz.style import GRID, INK, LABEL_SIZE, MUTED, TICK_SIZE, TITLE_SIZE, new_figure, tidy
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#b07aa1", "#8c6d1f", "#56b4e9", "#1f2328", "#cc79a7")
@@ -119,7 +120,7 @@ def plot_curves(
     partners = dict(dashed) if isinstance(dashed, Mapping) else {}
     unknown = [name for name in (*dashed, *partners.values()) if name not in names]
     if unknown:
-        raise ValueError(f"no series {unknown} to dash; the series are {names}")
+        raise InvalidValueError(f"no series {unknown} to dash; the series are {names}")
     figure = new_figure(6.2, 3.9)
     ax = figure.subplots()
     for at, name in enumerate(names):
@@ -201,13 +202,13 @@ def _label_curves(ax: Axes, xlabel: str, ylabel: str, percent: bool) -> None:
 def _check(table: pd.DataFrame, columns: Sequence[str]) -> None:
     missing = [name for name in (*columns, "mean", "low", "high") if name not in table.columns]
     if missing:
-        raise ValueError(
+        raise InvalidValueError(
             f"the table lacks the columns {missing}; it has {[str(name) for name in table.columns]}"
         )
     if not len(table):
-        raise ValueError("the table has no rows, so there is nothing to draw")
+        raise InvalidValueError("the table has no rows, so there is nothing to draw")
     if not np.isfinite(table["mean"].to_numpy(float)).all():
-        raise ValueError("a mean of the table is not finite")
+        raise InvalidValueError("a mean of the table is not finite")
 
 
 def _legend(figure: Figure, names: Sequence[object]) -> None:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from mmlens.errors import InvalidValueError
 from mmlens.viz.style import INK, LABEL_SIZE, MUTED, PAPER, TICK_SIZE, TITLE_SIZE, as_array, new_figure, tidy
 
 
@@ -39,12 +40,12 @@ def plot_matrix(
     table = as_array(values)
     columns = rows if columns is None else columns
     if table.shape != (len(rows), len(columns)):
-        raise ValueError(
+        raise InvalidValueError(
             f"values of shape {list(table.shape)} for {len(rows)} rows and {len(columns)} columns of names"
         )
     numbers = table[np.isfinite(table)]
     if not len(numbers):
-        raise ValueError("no number to draw: every cell is missing")
+        raise InvalidValueError("no number to draw: every cell is missing")
     signed = bool((numbers < 0).any())
     top = float(np.abs(numbers).max()) if vmax is None else vmax
     norm: Normalize = CenteredNorm(0, top or 1.0) if signed else Normalize(0, top or 1.0)

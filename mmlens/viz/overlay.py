@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.viz.style import (
     INK,
     LABEL_SIZE,
@@ -115,12 +116,12 @@ def plot_overlay_grid(
     Raises ValueError where the lists differ in length, there is no image, or as `plot_attention_overlay`.
     """
     if not images:
-        raise ValueError("no images given: expected at least one")
+        raise InvalidValueError("no images given: expected at least one")
     evidence = [()] * len(images) if evidence is None else evidence
     names = [f"image {number}" for number in range(len(images))] if names is None else names
     for word, given in (("boxes", boxes), ("weights", weights), ("evidence", evidence), ("names", names)):
         if len(given) != len(images):
-            raise ValueError(f"{word} for {len(given)} images, but {len(images)} images")
+            raise InvalidValueError(f"{word} for {len(given)} images, but {len(images)} images")
     all_cells = [
         _cells(images[number], boxes[number], weights[number], evidence[number], f"image {number}")
         for number in range(len(images))
@@ -192,28 +193,28 @@ def _cells(
     where: str,
 ) -> _Cells:
     if not isinstance(image, Image.Image):
-        raise TypeError(f"{where} is a {type(image).__name__}: expected a PIL image")
+        raise InvalidTypeError(f"{where} is a {type(image).__name__}: expected a PIL image")
     edges, values = as_array(boxes), as_array(weights)
     if edges.ndim != 2 or edges.shape[1] != 4 or values.shape != edges.shape[:1]:
-        raise ValueError(
+        raise InvalidValueError(
             f"{where}: boxes of shape {list(edges.shape)} and weights of shape {list(values.shape)}: expected "
             "[token, 4] and [token] with as many tokens"
         )
     if not np.isfinite(values).all() or (values < 0).any():
         token = int(np.flatnonzero(~(np.isfinite(values) & (values >= 0)))[0])
-        raise ValueError(f"{where}: the weight of token {token} is {values[token]}; attention is >= 0")
+        raise InvalidValueError(f"{where}: the weight of token {token} is {values[token]}; attention is >= 0")
     for box in evidence:
         _check_evidence(box, image.size, where)
     with_pixels = (edges[:, 2] > edges[:, 0]) & (edges[:, 3] > edges[:, 1])
     if not with_pixels.any():
-        raise ValueError(
+        raise InvalidValueError(
             f"{where}: none of the {len(edges)} tokens has a box with pixels, so nothing can be drawn"
         )
     shown, size = edges[with_pixels], np.array(image.size)
     outside = (shown[:, :2] >= size).any(1) | (shown[:, 2:] <= 0).any(1) | ~np.isfinite(shown).all(1)
     if outside.any():
         box = tuple(shown[outside][0].tolist())
-        raise ValueError(
+        raise InvalidValueError(
             f"{where}: the box {box} lies outside its {size[0]} x {size[1]} pixels; are the boxes this image's?"
         )
     area = (shown[:, 2] - shown[:, 0]) * (shown[:, 3] - shown[:, 1])
@@ -230,7 +231,7 @@ def _cells(
 
 def _check_evidence(box: Sequence[float], size: tuple[int, int], where: str) -> None:
     if len(box) != 4 or not (0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]):
-        raise ValueError(
+        raise InvalidValueError(
             f"{where}: the evidence {tuple(box)} is no box (left, top, right, bottom) inside its "
             f"{size[0]} x {size[1]} pixels"
         )
@@ -241,7 +242,7 @@ def _colour_top(all_cells: Sequence[_Cells], vmax: float | None) -> float:
     if vmax is None:
         return largest or 1.0
     if not vmax > 0 or largest > vmax * (1 + 1e-6):
-        raise ValueError(
+        raise InvalidValueError(
             f"vmax = {vmax} is below the largest weight, {largest}: its cells would look like fewer"
         )
     return vmax

@@ -23,6 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.viz.ablation_curves import ARM_STYLES, METRIC_LABELS, SHARES
 
 Section = tuple[str, str, Sequence[tuple[str, str]]]
@@ -133,16 +134,18 @@ def _check(
 ) -> None:
     missing = [name for name in _SECTIONS if not isinstance(summary.get(name), Mapping)]
     if missing:
-        raise ValueError(f"the summary lacks {missing}, each a dict; it has {sorted(map(str, summary))}")
+        raise InvalidValueError(
+            f"the summary lacks {missing}, each a dict; it has {sorted(map(str, summary))}"
+        )
     absent = [name for name in ("statement", "holds", "rows") if name not in summary["finding"]]
     if absent:
-        raise ValueError(
+        raise InvalidValueError(
             f"the summary's finding lacks {absent}; it has {sorted(map(str, summary['finding']))}"
         )
     for word, kind, given in (("figure", Figure, figures), ("table", pd.DataFrame, tables)):
         for entry in given:
             if len(entry) != 3 or not isinstance(entry[2], kind):
-                raise TypeError(
+                raise InvalidTypeError(
                     f"a {word} of the report is (title, caption, {kind.__name__}), not "
                     f"({', '.join(type(part).__name__ for part in entry)})"
                 )

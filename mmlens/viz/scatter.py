@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
+from mmlens.errors import InvalidValueError
 from mmlens.viz.head_map import MARK
 from mmlens.viz.style import INK, LABEL_SIZE, MUTED, TICK_SIZE, TITLE_SIZE, new_figure, tidy
 
@@ -28,7 +29,7 @@ def plot_scatter(
     """
     missing = [name for name in (panel, x, y, marked) if name not in table.columns]
     if missing or not len(table):
-        raise ValueError(f"the table has {len(table)} rows and lacks the columns {missing}")
+        raise InvalidValueError(f"the table has {len(table)} rows and lacks the columns {missing}")
     names = list(dict.fromkeys(table[panel]))
     columns = min(4, len(names))
     rows = -(-len(names) // columns)

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from mmlens.errors import InvalidValueError
+
 INK = "#1f2328"
 MUTED = "#59636e"
 GRID = "#e3e7eb"
@@ -57,7 +59,9 @@ def root_figure(ax: Axes) -> Figure:
     """The figure that holds `ax`, through subfigures."""
     figure = ax.get_figure(root=True)
     if figure is None:
-        raise ValueError("the axes given as `ax` belong to no figure; make them with Figure.subplots()")
+        raise InvalidValueError(
+            "the axes given as `ax` belong to no figure; make them with Figure.subplots()"
+        )
     return figure
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from mmlens.errors import InvalidValueError
 from mmlens.hook_names import runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, NoChangeWarning
 from mmlens.interventions.edits import Edit
@@ -113,9 +114,9 @@ def compare_with_patching(
     4
     """
     if n is not None and n < 1:
-        raise ValueError(f"n is at least 1, or None for all, not {n}")
+        raise InvalidValueError(f"n is at least 1, or None for all, not {n}")
     if attribution.n_examples != len(prompt):
-        raise ValueError(
+        raise InvalidValueError(
             f"the attribution is of {attribution.n_examples} example(s), the prompt has {len(prompt)}: pass the same"
         )
     places = _nodes(attribution) if isinstance(attribution, Attribution) else _edges(attribution)

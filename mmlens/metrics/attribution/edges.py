@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jvp
 
 from mmlens.cache import is_packed
+from mmlens.errors import InvalidValueError
 from mmlens.families.anatomy import Projection, scale_of
 from mmlens.hook_names import block, layer_of
 from mmlens.hooked_vlm import HookedVLM
@@ -167,7 +168,7 @@ def attribute_edges(
     """
     check_choice("method for edges", method, EDGE_METHODS)
     if not model.family.adds:
-        raise ValueError(
+        raise InvalidValueError(
             f"layers of {model.family.model_type!r} do more than add to the stream, so no edge leads from one write "
             "to one reader"
         )
@@ -175,7 +176,7 @@ def attribute_edges(
     sending = [site for word in _words("sender", senders, SENDERS) for site in _senders(model, prompt, word)]
     reading = [site for word in _words("receiver", receivers, RECEIVERS) for site in _receivers(model, word)]
     if not sending or not reading:
-        raise ValueError("edges need at least one sender and one receiver")
+        raise InvalidValueError("edges need at least one sender and one receiver")
     sending.sort(key=lambda site: site.time)
     reading.sort(key=lambda site: site.time)
     written = list(dict.fromkeys(map(written_at, sending)))
@@ -223,7 +224,7 @@ def _senders(model: HookedVLM, prompt: Prompt, word: str) -> list[Site]:
         assert layer is not None
         attention = attention_of(model, layer)
         if not isinstance(attention.out, nn.Linear):
-            raise ValueError(
+            raise InvalidValueError(
                 f"the output projection of layer {layer} is a {type(attention.out).__name__}, not linear: what one "
                 "head writes is not defined; take the sender 'attention'"
             )

@@ -35,9 +35,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.arguments import unknown_name_message
 from mmlens.cache import is_batched, is_packed
+from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadScores
-from mmlens.hook_names import axes_of, block, layer_of, runs_over_positions, unknown_name_message
+from mmlens.hook_names import axes_of, block, layer_of, runs_over_positions
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.patching import PatchSource
 from mmlens.metrics.attribution.patterns import FIX_HOOKS, fixed_layers, pattern_score
@@ -123,16 +125,18 @@ class Attribution:
         these nodes were not scored.
         """
         if node not in ("head", "q", "k", "v"):
-            raise ValueError(unknown_name_message("head node", node, ("head", "q", "k", "v")))
+            raise InvalidValueError(unknown_name_message("head node", node, ("head", "q", "k", "v")))
         if self.by_position:
-            raise ValueError("these scores are by position; a head's one score takes by_position=False")
+            raise InvalidValueError(
+                "these scores are by position; a head's one score takes by_position=False"
+            )
         per_layer = self.heads_per_layer
         hooks = [block(layer, _LAYER_NODES[node]) for layer in range(len(per_layer))]
         found = {layer: self.scores[hook] for layer, hook in enumerate(hooks) if hook in self.scores}
         if not found:
-            raise ValueError(f"{node!r} was not scored, only {list(self.scores)[:5]}")
+            raise InvalidValueError(f"{node!r} was not scored, only {list(self.scores)[:5]}")
         if node in ("k", "v") and any(own.shape[1] != per_layer[layer] for layer, own in found.items()):
-            raise ValueError(
+            raise InvalidValueError(
                 f"{node!r} has one score per KV head, which several heads share: read scores or table()"
             )
         grid = torch.full((self.n_examples, len(per_layer), max(per_layer)), torch.nan)
@@ -140,7 +144,7 @@ class Attribution:
             grid[:, layer, : own.shape[1]] = own
         missing = [layer for layer, count in enumerate(per_layer) if count and layer not in found]
         if missing:
-            raise ValueError(f"{node!r} was scored in some layers only, not in {missing}")
+            raise InvalidValueError(f"{node!r} was scored in some layers only, not in {missing}")
         return HeadScores(grid, name=f"attribution ({self.method})", heads_per_layer=per_layer)
 
     def axes(self, name: str) -> list[str]:
@@ -238,18 +242,18 @@ def attribute(
 
 def _check_method(model: HookedVLM, prompt: Prompt, method: str, names: Sequence[str]) -> None:
     if method in UNSIGNED and not model.family.adds:
-        raise ValueError(
+        raise InvalidValueError(
             f"layers of {model.family.model_type!r} do more than add to the stream, so {method!r} cannot drop one"
         )
     if all(map(runs_over_positions, names)):
         return
     if method == "integrated":
-        raise ValueError(
+        raise InvalidValueError(
             "'integrated' moves the embeddings behind the vision tower, so it has no scores of vision.* and "
             "projector.*; take 'integrated_activation'"
         )
     if len(prompt) > 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"vision.* and projector.* take a batch of one prompt, this one has {len(prompt)}: towers lay out images "
             "and tiles without saying whose they are"
         )
@@ -265,10 +269,10 @@ def _node_names(model: HookedVLM, nodes: str | Callable[[str], bool] | Sequence[
         else:
             names += model.hook_names(node)
     if not names:
-        raise ValueError("no nodes given")
+        raise InvalidValueError("no nodes given")
     inputs = [name for name in names if name.endswith("_input")]
     if inputs:
-        raise ValueError(
+        raise InvalidValueError(
             f"{inputs[0]} is a receiver of edges: attribute_edges scores what heads read, sender by sender"
         )
     return list(dict.fromkeys(names))
@@ -307,7 +311,7 @@ def _node_scores(
     """Sums of elements: [example, position, head], less the axes that the node does not have."""
     example, positions, head = node_axes(model, name, product.ndim)
     if by_position and not runs_over_positions(name) and "query" in axes_of(name):
-        raise ValueError(f"{name} has no scores by position; take by_position=False")
+        raise InvalidValueError(f"{name} has no scores by position; take by_position=False")
     if not by_position and not is_packed(name):
         positions = ()
     kept = [axis for axis in (example, *positions, head) if axis is not None]
@@ -339,7 +343,7 @@ def _contributions(model: HookedVLM) -> dict[str, int]:
         own = [block(layer, hook) for hook in ("hook_attn_out", "hook_mlp_out")]
         present = [name for name in own if name in model.hook_dict]
         if not present:
-            raise ValueError(
+            raise InvalidValueError(
                 f"layer {layer} has neither hook_attn_out nor hook_mlp_out, so GradDrop cannot drop it"
             )
         found |= dict.fromkeys(present, layer)
@@ -364,5 +368,5 @@ def _dropped(
             totals[name] = scores[name].abs() + totals.get(name, 0.0)
             counts[name] += 1
     if len(totals) < len(names):
-        raise ValueError("GradDrop needs a model of at least two layers")
+        raise InvalidValueError("GradDrop needs a model of at least two layers")
     return {name: totals[name] / counts[name] for name in names}

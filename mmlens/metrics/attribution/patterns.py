@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.errors import InvalidValueError
 from mmlens.hook_names import block, layer_of
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attribution.runs import attention_of, finite
@@ -31,13 +32,13 @@ def fixed_layers(model: HookedVLM, names: Sequence[str]) -> dict[str, int]:
             continue
         attention = attention_of(model, layer)
         if "k" not in attention.projections or model._shares_keys:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the QK fix of {name} is refused: layers of {model.family.model_type!r} share keys, so a key acts in "
                 "several patterns"
             )
         used = [projection for role, projection in attention.projections.items() if role != "v"]
         if any(reads_latent(attention, projection) for projection in used):
-            raise ValueError(
+            raise InvalidValueError(
                 f"the QK fix of {name} is refused: under latent attention hook_k is only a part of the keys"
             )
         found[name] = layer
@@ -129,7 +130,7 @@ def _score_factor(
     off = float((y - factor * x).norm() / y.norm())
     spread = float((_softmax(scores, allowed) - pattern).abs().max())
     if off > (1e-4 if exact else 3e-2) or spread > (1e-4 if exact else 3e-2):
-        raise ValueError(
+        raise InvalidValueError(
             f"the QK fix is refused in layer {layer}: its pattern is not softmax(factor * q k) (a softcap, a learnt "
             "sink or a position bias stands there); take method='gradient' for q and k"
         )

@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.arguments import unknown_name_message
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.families.anatomy import AttentionParts
-from mmlens.hook_names import block, runs_over_positions, unknown_name_message
+from mmlens.hook_names import block, runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM
 from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.patching import PatchSource, Source, shared_source
@@ -59,19 +61,21 @@ class GradientRuns:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps is at least 1, not {self.steps}")
+            raise InvalidValueError(f"steps is at least 1, not {self.steps}")
         if not isinstance(self.prompt, Prompt):
-            raise TypeError(f"attribution takes a Prompt, not {type(self.prompt).__name__}")
+            raise InvalidTypeError(f"attribution takes a Prompt, not {type(self.prompt).__name__}")
         if not callable(self.metric):
-            raise TypeError(f"the metric is a function of (logits, prompt), not {type(self.metric).__name__}")
+            raise InvalidTypeError(
+                f"the metric is a function of (logits, prompt), not {type(self.metric).__name__}"
+            )
         if self.model.hf_model.training:
-            raise ValueError(
+            raise InvalidValueError(
                 "the model is in training mode, where dropout changes every run: call hf_model.eval()"
             )
         self.metric_name = metric_name(self.metric)
         reads = what_reads(self.metric)
         if reads == "answers":
-            raise ValueError(
+            raise InvalidValueError(
                 f"metric {self.metric_name} reads generated answers, which have no gradient: take one of the logits"
             )
         self.clean_logits = None
@@ -97,7 +101,7 @@ class GradientRuns:
 
         def record(x: Tensor, hook: Any) -> Tensor | None:
             if hook.name in tensors:
-                raise ValueError(
+                raise InvalidValueError(
                     f"{hook.name} fires several times in one run (once per image or window), so it is no single node"
                 )
             if not x.requires_grad:
@@ -124,7 +128,7 @@ class GradientRuns:
                 self.metric, self.metric_name, self.prompt, logits=logits, clean_logits=self.clean_logits
             )
         if not measured.requires_grad:
-            raise ValueError(
+            raise InvalidValueError(
                 "the metric has no gradient at these nodes: it is not differentiable (an argmax, a detached tensor), "
                 "or none of them reaches the logits"
             )
@@ -165,7 +169,7 @@ class GradientRuns:
         clean, end = final(()).to(there.device), final(edits).to(there.device)
         rounding = 1e-4 if self.model.cfg.dtype == torch.float32 else 2e-2
         if (end - there).norm() > 0.02 * (there - clean).norm() + rounding * there.norm():
-            raise ValueError(
+            raise InvalidValueError(
                 f"'integrated' cannot reach the source: {self.model.family.model_type!r} takes more from it than the "
                 "embeddings that enter its first layer; take 'integrated_activation'"
             )
@@ -197,7 +201,7 @@ def source_values(
     for other in prompts.values():
         different = layout_difference(prompt, other)
         if different is not None:
-            raise ValueError(f"prompt and source are laid out differently: {different}")
+            raise InvalidValueError(f"prompt and source are laid out differently: {different}")
     return {name: origin.value.detach() for name, origin in origins.items()}
 
 
@@ -209,7 +213,7 @@ def clean_values(model: HookedVLM, prompt: Prompt, names: Sequence[str]) -> dict
 def difference(name: str, source: Tensor, own: Tensor) -> Tensor:
     """source - own in float32. Raises ValueError for unequal shapes."""
     if source.shape != own.shape:
-        raise ValueError(
+        raise InvalidValueError(
             f"the source's {name} has shape {list(source.shape)}, the prompt's {list(own.shape)}: patching takes a "
             "source of equal layout"
         )
@@ -239,19 +243,19 @@ def over_positions(
 def attention_of(model: HookedVLM, layer: int) -> AttentionParts:
     attention = model.anatomy.language[layer].attention
     if attention is None:
-        raise ValueError(f"layer {layer} has no softmax attention")
+        raise InvalidValueError(f"layer {layer} has no softmax attention")
     return attention
 
 
 def check_choice(kind: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
-        raise ValueError(unknown_name_message(kind, given, known))
+        raise InvalidValueError(unknown_name_message(kind, given, known))
 
 
 def finite(name: str, scores: Tensor) -> Tensor:
     """The scores, on the CPU. Raises ValueError where one is not finite."""
     if not bool(scores.isfinite().all()):
-        raise ValueError(f"scores of {name} are not finite: its activations or gradients overflow")
+        raise InvalidValueError(f"scores of {name} are not finite: its activations or gradients overflow")
     return scores.cpu()
 
 

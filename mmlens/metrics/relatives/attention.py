@@ -28,9 +28,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import Evidence, Example
+from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadScores
-from mmlens.hook_names import unknown_name_message
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention import attention_mass, mean_of_rows
 from mmlens.metrics.attention_rows import (
@@ -126,7 +127,9 @@ def query_focused_score(
     refuse_cross_attention(model)
     _check_region(region)
     if cut is not None and cut < 0:
-        raise ValueError(f"cut is a number of standard deviations below the mean, 0 or more, not {cut}")
+        raise InvalidValueError(
+            f"cut is a number of standard deviations below the mean, 0 or more, not {cut}"
+        )
     examples = examples_with_evidence(examples)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     pairs = (
@@ -290,9 +293,9 @@ def fake_region(
     chosen = evidence.cpu().numpy()
     others = token_map.is_image[example].cpu().numpy() & ~chosen
     if not chosen.any():
-        raise ValueError("no position is marked as evidence, so it has no fake region")
+        raise InvalidValueError("no position is marked as evidence, so it has no fake region")
     if not others.any():
-        raise ValueError(
+        raise InvalidValueError(
             "the evidence is every visual token of the prompt: there is none left for a fake region"
         )
     image, tile, row, column = (
@@ -317,7 +320,7 @@ def fake_region(
             counts[grid] += covered[row[grid] - low_row, column[grid] - low_column]
             n_places += n
         if not n_places:
-            raise ValueError(
+            raise InvalidValueError(
                 f"the evidence's shape of {cells.shape[0]} x {cells.shape[1]} tokens fits nowhere else in the prompt's "
                 "images; shape='any' takes other visual tokens of any shape"
             )
@@ -337,11 +340,11 @@ def half_mass_share(scores: HeadScores, share: float = 0.5) -> float:
     0.2
     """
     if not 0 < share <= 1:
-        raise ValueError(f"share lies above 0 and at most at 1, not {share}")
+        raise InvalidValueError(f"share lies above 0 and at most at 1, not {share}")
     values = scores.values[scores.exists].double()
     positive = values.clamp(min=0).sort(descending=True).values
     if not bool(positive[0] > 0):
-        raise ValueError(f"{scores.name}: no head has a positive score, so there is no mass to share")
+        raise InvalidValueError(f"{scores.name}: no head has a positive score, so there is no mass to share")
     held = positive.cumsum(0)
     # A sum that should meet the share exactly may miss it by rounding.
     n = int((held < share * held[-1] * (1 - 1e-12)).sum()) + 1
@@ -433,12 +436,12 @@ def _placements(free: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, int]:
 
 def _check_region(region: str) -> None:
     if region not in get_args(Region):
-        raise ValueError(unknown_name_message("region", region, get_args(Region)))
+        raise InvalidValueError(unknown_name_message("region", region, get_args(Region)))
 
 
 def _check_shape(shape: str) -> None:
     if shape not in ("same", "any"):
-        raise ValueError(unknown_name_message("shape of fake regions", shape, ("same", "any")))
+        raise InvalidValueError(unknown_name_message("shape of fake regions", shape, ("same", "any")))
 
 
 def _fake_of(
@@ -452,4 +455,4 @@ def _fake_of(
     try:
         return fake_region(token_map, evidence[row], row, shape=shape)
     except ValueError as error:
-        raise ValueError(f"example {example.id!r}: {error}") from error
+        raise InvalidValueError(f"example {example.id!r}: {error}") from error

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mmlens.data.examples import Evidence, Example
+from mmlens.errors import InvalidValueError, StateError
 from mmlens.heads import HeadScores
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention_rows import (
@@ -62,10 +63,10 @@ def copy_score(
     _check_tokens(max_new_tokens)
     examples = list(examples)
     if not examples:
-        raise ValueError("no examples given: expected at least one whose question holds its needle")
+        raise InvalidValueError("no examples given: expected at least one whose question holds its needle")
     texts = [example.answer for example in examples] if needles is None else list(needles)
     if len(texts) != len(examples):
-        raise ValueError(f"{len(texts)} needles for {len(examples)} examples: one text each")
+        raise InvalidValueError(f"{len(texts)} needles for {len(examples)} examples: one text each")
     spans = [_needle_span(example, text) for example, text in zip(examples, texts, strict=True)]
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "copy score"):
@@ -118,7 +119,7 @@ def visual_head_score(
     else:
         pairs = [[(word, [region]) for word, region in own] for own in words]
     if len(pairs) != len(examples):
-        raise ValueError(f"words for {len(pairs)} examples, but there are {len(examples)}")
+        raise InvalidValueError(f"words for {len(pairs)} examples, but there are {len(examples)}")
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "visual head score"):
         regions = [
@@ -175,7 +176,7 @@ def _decode(
     read = {layer: torch.stack(steps) for layer, steps in attended.items()}
     counts = {len(steps) for steps in read.values()}
     if counts != {ids.shape[1]}:
-        raise RuntimeError(f"{ids.shape[1]} tokens were generated, but the patterns were read {counts} times")
+        raise StateError(f"{ids.shape[1]} tokens were generated, but the patterns were read {counts} times")
     return ids, read
 
 
@@ -202,7 +203,7 @@ def _needle_span(example: Example, needle: str) -> tuple[int, int]:
     """Where the needle stands in the question: characters (start, stop)."""
     found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(needle)}(?!\w)", example.question)]
     if not needle.strip() or len(found) != 1:
-        raise ValueError(
+        raise InvalidValueError(
             f"example {example.id!r}: its question holds the needle {needle!r} {len(found)} times as whole words, "
             f"expected once: {example.question!r}"
         )
@@ -229,10 +230,10 @@ def _question_positions(model: HookedVLM, prompt: Prompt, row: int, span: tuple[
     n_tail = len(plain["input_ids"]) - covered[0]
     end = int(prompt.last[row].nonzero()) + 1
     if ids[end - n_tail : end].tolist() != plain["input_ids"][covered[0] :]:
-        raise ValueError(f"the question {question!r} was not found among the prompt's tokens")
+        raise InvalidValueError(f"the question {question!r} was not found among the prompt's tokens")
     return [end - len(plain["input_ids"]) + index for index in covered]
 
 
 def _check_tokens(max_new_tokens: int) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is at least 1, not {max_new_tokens}")
+        raise InvalidValueError(f"max_new_tokens is at least 1, not {max_new_tokens}")

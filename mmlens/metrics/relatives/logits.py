@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadScores
-from mmlens.hook_names import unknown_name_message
 from mmlens.hooked_vlm import Hook, HookedVLM
 from mmlens.metrics.attention_rows import (
     LayerBuffer,
@@ -65,9 +66,9 @@ def logit_contribution(
     """
     refuse_cross_attention(model)
     if final_norm not in FINAL_NORMS:
-        raise ValueError(unknown_name_message("final_norm", final_norm, FINAL_NORMS))
+        raise InvalidValueError(unknown_name_message("final_norm", final_norm, FINAL_NORMS))
     if off_evidence is not None and off_evidence not in OFF_EVIDENCE:
-        raise ValueError(unknown_name_message("off_evidence", off_evidence, OFF_EVIDENCE))
+        raise InvalidValueError(unknown_name_message("off_evidence", off_evidence, OFF_EVIDENCE))
     examples = examples_with_evidence(examples)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "logit contribution"):
@@ -97,7 +98,7 @@ def position_contributions(
     model has no head.
     """
     if prompt.answer_ids is None:
-        raise ValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
     check_left_padding(prompt.inputs["attention_mask"])
     towards = _directions(model, prompt, final_norm)
     total = LayerBuffer(model, len(prompt))
@@ -131,7 +132,7 @@ def position_contributions(
             given = expected.pop(layer).to(own)
             rounding = 1e-4 if z.dtype == torch.float32 else 3e-2
             if float((own - given).abs().max()) > rounding * max(float(own.abs().max()), 1e-3):
-                raise ValueError(
+                raise InvalidValueError(
                     f"blocks.{layer}.attn: its heads' output is not their pattern times hook_v (a gate, or a norm of "
                     "values, stands between), so no position's contribution can be told apart"
                 )
@@ -145,7 +146,7 @@ def position_contributions(
     for layer in model.attention_layers:
         name = f"blocks.{layer}.attn.hook_v"
         if name not in model.hook_dict:
-            raise ValueError(
+            raise InvalidValueError(
                 f"{name}: the layer has no values of its own, so no head's contribution can be told"
             )
         hooks += [(name, keep_value(layer)), (f"blocks.{layer}.attn.hook_z", check(layer))]
@@ -191,7 +192,7 @@ def _length_matched(
 ) -> Float[Tensor, "batch pos"]:
     counts = others.sum(-1)
     if bool((counts == 0).any()):
-        raise ValueError(
+        raise InvalidValueError(
             f"batch row(s) {(counts == 0).nonzero().flatten().tolist()} have no such position off the evidence; "
             "off_evidence='all' or None"
         )

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.data.examples import Example
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.heads import HeadScores
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention_rows import (
@@ -61,13 +62,13 @@ def localization_score(
     """
     refuse_cross_attention(model)
     if n_lowest < 1:
-        raise ValueError(f"n_lowest is a number of heads, at least 1, not {n_lowest}")
+        raise InvalidValueError(f"n_lowest is a number of heads, at least 1, not {n_lowest}")
     if not 0 <= first_layer < model.cfg.n_layers:
-        raise ValueError(f"first_layer is a layer, 0 to {model.cfg.n_layers - 1}, not {first_layer}")
+        raise InvalidValueError(f"first_layer is a layer, 0 to {model.cfg.n_layers - 1}, not {first_layer}")
     examples = list(examples)
     without = [example.id or f"number {i}" for i, example in enumerate(examples) if not example.images]
     if without or not examples:
-        raise ValueError(
+        raise InvalidValueError(
             f"{len(without)} of {len(examples)} examples have no image, and maps need one: {without[:5]}"
         )
     shape = len(examples), model.cfg.n_layers, model.cfg.n_heads
@@ -186,7 +187,7 @@ def _canvas(token_map: TokenMap, example: int) -> np.ndarray:
     )
     on_grid = row != NO_PATCH
     if not on_grid.any():
-        raise TypeError(
+        raise InvalidTypeError(
             "the visual tokens are learnt queries, which have no place on a grid: there is no map"
         )
     parts = []

@@ -1,0 +1,51 @@
+"""The errors that mmlens raises: one base class, and beside it the built-in class that fits each.
+
+`except MmlensError` catches whatever mmlens refuses; `except ValueError` and its like go on working.
+"""
+
+from __future__ import annotations
+
+
+class MmlensError(Exception):
+    """Base of every error that mmlens raises on purpose. Its message says what was given and what was expected.
+
+    >>> import mmlens
+    >>> issubclass(mmlens.UnknownHookError, mmlens.MmlensError), issubclass(mmlens.UnknownHookError, KeyError)
+    (True, True)
+    """
+
+
+class InvalidValueError(MmlensError, ValueError):
+    """An argument of the right type with a value that cannot be used."""
+
+
+class InvalidTypeError(MmlensError, TypeError):
+    """An argument of a type that cannot be used, or a keyword that nothing knows."""
+
+
+class UnknownNameError(MmlensError, KeyError):
+    """A name that is in no list of names."""
+
+    def __str__(self) -> str:
+        # KeyError shows its message in quotation marks.
+        return str(self.args[0]) if self.args else ""
+
+
+class OutOfRangeError(MmlensError, IndexError):
+    """A layer, head, example or position that there is not."""
+
+
+class MissingFileError(MmlensError, FileNotFoundError):
+    """A path at which there is no file."""
+
+
+class UnsupportedError(MmlensError, NotImplementedError):
+    """What this model or this machine cannot do."""
+
+
+class StateError(MmlensError, RuntimeError):
+    """A call that is right by itself, at a time or in a state in which it would give a wrong number."""
+
+
+class MmlensWarning(UserWarning):
+    """Base of every warning that mmlens gives."""
