@@ -24,7 +24,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.config import TransformerLensConfig
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mmlens import hook_names, loading
+from mmlens import hook_names, internals, loading
 from mmlens.arguments import unknown_name_message
 from mmlens.attention import AttentionTap, QueryRows, tap_attention
 from mmlens.cache import VLMActivationCache
@@ -534,9 +534,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         given = kwargs.get("inputs_embeds")
         if given is None:
             given = args[0] if args else kwargs.get("input_ids")
-        known = kwargs.get("past_key_values")
-        first = 0 if known is None else int(known.get_seq_length())
-        self.span = Span(first, 0 if given is None else given.shape[1])
+        self.span = Span(internals.cached_length(kwargs), 0 if given is None else given.shape[1])
 
     def check_running(self, prompt: Prompt) -> None:
         """Raise ValueError where the run under way is of another prompt; compared once a run."""
