@@ -9,10 +9,16 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import operator
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from torch import Tensor
 
 from mmlens.errors import InvalidTypeError, InvalidValueError
 
@@ -60,7 +66,7 @@ def instance_of(name: str, value: object, types: type[T] | tuple[type[T], ...], 
 
 
 def whole_number(name: str, value: object, *, least: int | None = None, most: int | None = None) -> int:
-    """An int, or a NumPy integer; a bool or a float is none.
+    """An int, or an integer of NumPy or torch; a bool or a float is none.
 
     >>> whole_number("n", np.int64(3), least=1), whole_number("seed", 0)
     (3, 0)
@@ -70,9 +76,13 @@ def whole_number(name: str, value: object, *, least: int | None = None, most: in
     mmlens.errors.InvalidTypeError: n is True (bool); expected a whole number
     """
     bounds = _bounds(least, most)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+    try:
+        plain = _scalar(value)
+        given = None if isinstance(plain, (bool, np.bool_)) else operator.index(cast("Any", plain))
+    except TypeError:
+        given = None
+    if given is None:
         raise InvalidTypeError(f"{name} is {shown(value)}; expected a whole number{bounds}")
-    given = int(value)
     if (least is not None and given < least) or (most is not None and given > most):
         raise InvalidValueError(f"{name} is {given}; expected a whole number{bounds}")
     return given
@@ -102,9 +112,10 @@ def number(
     mmlens.errors.InvalidTypeError: level is '0.95' (str); expected a number above 0 and below 1
     """
     bounds = _bounds(least, most, above, below)
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+    plain = _scalar(value)
+    if isinstance(plain, (bool, np.bool_)) or not isinstance(plain, numbers.Real):
         raise InvalidTypeError(f"{name} is {shown(value)}; expected a number{bounds}")
-    given = float(value)
+    given = float(plain)
     is_outside = (
         (least is not None and given < least)
         or (most is not None and given > most)
@@ -114,6 +125,11 @@ def number(
     if is_outside or not math.isfinite(given):
         raise InvalidValueError(f"{name} is {value!r}; expected a finite number{bounds}")
     return given
+
+
+def fraction_of(name: str, value: object) -> float:
+    """A share of a whole: above 0 and at most 1."""
+    return number(name, value, above=0, most=1)
 
 
 def flag(name: str, value: object) -> bool:
@@ -145,6 +161,52 @@ def one_of(name: str, value: object, known: Iterable[str]) -> str:
     return value
 
 
+def text(name: str, value: object, expected: str = "a text", *, may_be_empty: bool = False) -> str:
+    """A text that is not empty.
+
+    >>> text("null_question", " ")
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: null_question is ' '; expected a text that is not empty
+    """
+    given = instance_of(name, value, str, expected)
+    if not may_be_empty and not given.strip():
+        raise InvalidValueError(f"{name} is {given!r}; expected {expected} that is not empty")
+    return given
+
+
+def path_of(name: str, value: object) -> Path:
+    """A path, given as a text or a Path."""
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
+        raise InvalidTypeError(f"{name} is {shown(value)}; expected a path (a text or a pathlib.Path)")
+    if not os.fspath(value):
+        raise InvalidValueError(f"{name} is {value!r}; expected a path")
+    return Path(value)
+
+
+def file_to_write(name: str, value: object) -> Path:
+    """The path of a file that can be written: no folder, and in a folder that there is."""
+    path = path_of(name, value)
+    if path.is_dir():
+        raise InvalidValueError(f"{name} is the folder {str(path)!r}; expected the path of a file to write")
+    if not path.parent.is_dir():
+        raise InvalidValueError(
+            f"{name} is {str(path)!r}, and there is no folder {str(path.parent)!r} to write it to: make it first"
+        )
+    return path
+
+
+def folder_to_write(name: str, value: object) -> Path:
+    """The path of a folder that is there or can be made: no part of it is a file."""
+    path = path_of(name, value)
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise InvalidValueError(
+                f"{name} is {str(path)!r}, and {str(part)!r} is a file; expected a folder"
+            )
+    return path
+
+
 def listed(name: str, value: object, expected: str, *, least: int = 0) -> list[Any]:
     """The items of a list, tuple, generator or other ordered iterable, gathered once.
 
@@ -166,9 +228,98 @@ def listed(name: str, value: object, expected: str, *, least: int = 0) -> list[A
     return items
 
 
+def names_of(name: str, value: object, known: Iterable[str], *, least: int = 1) -> list[str]:
+    """A list of some of a few names, each once.
+
+    >>> names_of("modes", ("zero", "meen"), ["zero", "mean"])
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: there is no modes 'meen'; the nearest: 'mean'
+    """
+    names = list(known)
+    given = listed(name, value, f"a list of some of {', '.join(map(repr, names))}", least=least)
+    return _each_once(name, [one_of(name, item, names) for item in given])
+
+
+def whole_numbers(
+    name: str, value: object, *, least: int | None = None, most: int | None = None, at_least: int = 1
+) -> list[int]:
+    """A list of `at_least` one whole number, each from `least` to `most`."""
+    given = listed(name, value, f"a list of whole numbers{_bounds(least, most)}", least=at_least)
+    return [whole_number(f"{name}[{at}]", item, least=least, most=most) for at, item in enumerate(given)]
+
+
+def fractions_of(name: str, value: object) -> list[float]:
+    """A list of at least one share of a whole, each above 0 and at most 1."""
+    given = listed(name, value, "a list of numbers above 0 and of at most 1", least=1)
+    return [fraction_of(f"{name}[{at}]", item) for at, item in enumerate(given)]
+
+
+def texts(name: str, value: object, expected: str = "a list of texts", *, least: int = 0) -> list[str]:
+    """A list of texts; one text alone is none."""
+    given = listed(name, value, expected, least=least)
+    return [
+        instance_of(f"{name}[{at}]", item, str, f"a text: {name} is {expected}")
+        for at, item in enumerate(given)
+    ]
+
+
+def array_of(name: str, value: object, axes: str) -> NDArray[np.float64]:
+    """Numbers as a float64 array with these axes: a tensor of any device and type, an array, a Series or a list.
+
+    >>> array_of("values", [1, 2.5], "example").tolist()
+    [1.0, 2.5]
+    >>> array_of("scores", [1.0, 2.0], "layer head")
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: scores is an array of shape [2]; expected numbers [layer, head]
+    """
+    names = axes.split()
+    expected = f"numbers [{', '.join(names)}]"
+    if isinstance(value, Tensor):
+        array = value.detach().cpu().numpy() if not value.is_floating_point() else None
+        array = value.detach().cpu().double().numpy() if array is None else array
+    elif isinstance(value, (str, bytes, Mapping, set, frozenset)) or not isinstance(
+        value, (Iterable, np.ndarray)
+    ):
+        raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")
+    else:
+        try:
+            array = np.asarray(value if hasattr(value, "__array__") else list(value))
+        except (ValueError, TypeError, RuntimeError):
+            array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "biuf" and array.size:
+        array = _numbers_of_objects(array)
+    if array is None or array.dtype.kind not in "biuf":
+        raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}, all of them real numbers")
+    if array.ndim != len(names):
+        raise InvalidValueError(f"{name} is an array of shape {list(array.shape)}; expected {expected}")
+    return array.astype(np.float64)
+
+
+def table_of(name: str, value: object, columns: Iterable[str], expected: str) -> pd.DataFrame:
+    """A pandas table with rows and with these columns.
+
+    >>> table_of("table", pd.DataFrame({"a": [1]}), ["a", "b"], "a table of pairs")
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: the table lacks the columns ['b']; it has ['a']; expected a table of pairs
+    """
+    table = instance_of(name, value, pd.DataFrame, f"{expected}, as a pandas DataFrame")
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise InvalidValueError(
+            f"the {name} lacks the columns {missing}; it has {[str(column) for column in table.columns]}; "
+            f"expected {expected}"
+        )
+    if not len(table):
+        raise InvalidValueError(f"the {name} has no rows; expected {expected}")
+    return table
+
+
 def called(name: str, value: object, expected: str) -> Callable[..., Any]:
-    """A function."""
-    if not callable(value):
+    """A function, or anything else that can be called; a class is none."""
+    if not callable(value) or isinstance(value, type):
         raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")
     return value
 
@@ -184,6 +335,29 @@ def known_keywords(function: str, given: Iterable[str], known: Sequence[str]) ->
     for name in given:
         if name not in known:
             raise InvalidTypeError(f"{function}: {unknown_name_message('keyword', name, known)}")
+
+
+def _scalar(value: object) -> object:
+    """What an array or tensor without axes holds; anything else as it is."""
+    return value.item() if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0 else value
+
+
+def _numbers_of_objects(array: NDArray[Any]) -> NDArray[np.float64] | None:
+    """Numbers in an array of Python objects (tensors without axes, Fractions); None where there is anything else."""
+    try:
+        found = [number("", item) if np.isfinite(float(item)) else float(item) for item in array.ravel()]
+    except (TypeError, ValueError):
+        return None
+    return np.array(found, dtype=np.float64).reshape(array.shape)
+
+
+def _each_once(name: str, items: list[str]) -> list[str]:
+    repeated = sorted({item for item in items if items.count(item) > 1})
+    if repeated:
+        raise InvalidValueError(
+            f"{name} names {', '.join(map(repr, repeated))} more than once; expected each once"
+        )
+    return items
 
 
 def _bounds(
