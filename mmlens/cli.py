@@ -15,15 +15,13 @@ import torch
 
 from mmlens.arguments import unknown_name_message
 from mmlens.core_heads import MODES
-from mmlens.data.examples import DataError
-from mmlens.errors import InvalidValueError
+from mmlens.errors import InvalidValueError, MmlensError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment
 from mmlens.families.catalog import UnknownFamilyError
 from mmlens.families.support import support_table
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
-from mmlens.loading import ModelNotFoundError, shipped_models
-from mmlens.prompt import PromptError
+from mmlens.loading import shipped_models
 from mmlens.runs.accelerate import RECORD as ACCELERATE_RECORD
 from mmlens.runs.accelerate import accelerate, load_scores
 from mmlens.runs.paper import run_all
@@ -35,21 +33,13 @@ from mmlens.runs.run import (
     load_model,
     model_folders,
     read_record,
+    request_of,
     run,
     write_across,
 )
 from mmlens.sparse.speed import PARTS
-from mmlens.token_map import TokenMapError
 
-_USER_ERRORS = (
-    DataError,
-    ModelNotFoundError,
-    PromptError,
-    TokenMapError,
-    UnknownFamilyError,
-    ValueError,
-    IndexError,
-)
+_USER_ERRORS = (MmlensError, OSError, ValueError, IndexError)
 
 _DIFFERENCES_SHOWN = 50
 
@@ -69,10 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mmlens", description="Find and test attention heads of vision-language models."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = _Parser(prog="mmlens", description="Find and test attention heads of vision-language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(
         name: str, does: Callable[[argparse.Namespace], int | None], help: str
@@ -80,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(
             name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        added.set_defaults(run=does, threads=0)
+        added.set_defaults(run=does, threads=0, given=set())
         return added
 
     core = command(
@@ -126,6 +114,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     again.add_argument("--model", help="where the model lies now, if not where it lay")
     again.add_argument("--data", help="where the folder of examples lies now, if not where it lay")
+    again.add_argument("--threads", type=int, help="torch threads, if not those of the run")
+    again.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that lies in the model's folder, where the run did",
+    )
+    again.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings in place of the record's, which are not taken from it above a million",
+    )
 
     paper = command("paper", _paper, "run all experiments on all models, and write one report of them")
     _add_models(paper)
@@ -164,6 +167,60 @@ def _parser() -> argparse.ArgumentParser:
     families.add_argument("family", nargs="?", help="one family (a model_type), with all its notes")
     families.add_argument("--csv", type=Path, help="write the whole table to this file")
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, but for what it lets pass: an option cut short, or given twice, of which it takes the last."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        if names and str(names[0]).startswith("--"):
+            known = {"store": _Once, "store_true": _FlagOnce}
+            options["action"] = known.get(options.get("action", "store"), options.get("action"))
+        return super().add_argument(*names, **options)
+
+
+def _note_given(namespace: argparse.Namespace, action: argparse.Action, option: str | None) -> None:
+    given = namespace.__dict__.setdefault("given", set())
+    if action.dest in given:
+        raise argparse.ArgumentError(action, f"{option} is given twice")
+    given.add(action.dest)
+
+
+class _Once(argparse.Action):
+    """An option with a value, or with several that all differ."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        _note_given(namespace, self, option)
+        for index, value in enumerate(values if isinstance(values, list) else []):
+            if value in values[:index]:
+                raise argparse.ArgumentError(self, f"{value!r} is given twice")
+        setattr(namespace, self.dest, values)
+
+
+class _FlagOnce(argparse.Action):
+    """An option without a value."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, default=False, **options)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        _note_given(namespace, self, option)
+        setattr(namespace, self.dest, True)
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +280,8 @@ def parsed_settings(experiment: Experiment, given: Sequence[str]) -> dict[str, A
         name, equals, text = item.partition("=")
         if not equals:
             raise InvalidValueError(f"--set takes NAME=VALUE, not {item!r}")
+        if name in settings:
+            raise InvalidValueError(f"--set gives the setting {name!r} twice")
         if name not in defaults:
             raise InvalidValueError(unknown_name_message(f"{experiment.name} setting", name, defaults))
         try:
@@ -298,7 +357,16 @@ def _rerun(options: argparse.Namespace) -> int:
     differ = False
     for folder in runs_in(options.folder):
         out = options.out / folder.relative_to(options.folder) if options.out is not None else None
-        found = rerun(folder, out, tolerance=options.tolerance, model=options.model, data=options.data)
+        found = rerun(
+            folder,
+            out,
+            tolerance=options.tolerance,
+            model=options.model,
+            data=options.data,
+            threads=options.threads,
+            trust_remote_code=options.trust_remote_code,
+            settings=_given_settings(folder, options.settings),
+        )
         print(f"{folder}: {found.n_values} values compared, {len(found.differences)} differ")
         for name, (before, after) in found.changed.items():
             print(f"    {name}: was {before}, is {after}")
@@ -310,6 +378,12 @@ def _rerun(options: argparse.Namespace) -> int:
         print(f"    largest relative difference of two floats: {found.largest:.3g}{where}")
         differ |= not found.same
     return int(differ)
+
+
+def _given_settings(folder: Path, given: Sequence[str]) -> dict[str, Any]:
+    if not given:
+        return {}
+    return parsed_settings(experiment_named(request_of(read_record(folder)).experiment), given)
 
 
 def _paper(options: argparse.Namespace) -> int:

@@ -145,3 +145,24 @@ def test_a_folder_in_use_is_refused_before_anything_runs(
     (tmp_path / "precious.txt").write_text("mine")
     assert main(["core-heads", "--out", str(tmp_path)]) == 2
     assert "holds files but no run.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["core-heads", "--out", "x", "--trust-remote-cod"], "--trust-remote-cod"),
+        (["rerun", "x", "--trust"], "--trust"),
+        (["run", "small", "--ou", "x"], "--ou"),
+        (["core-heads", "--out", "x", "--seed", "1", "--seed", "2"], "--seed is given twice"),
+        (["core-heads", "--out", "x", "--trust-remote-code", "--trust-remote-code"], "given twice"),
+        (["paper", "--out", "x", "--model", "micro", "--model", "micro"], "--model is given twice"),
+        (["core-heads", "--out", "x", "--counts", "3", "5", "3"], "3 is given twice"),
+    ],
+)
+def test_an_option_cut_short_or_given_twice_is_refused(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert not Path("x").exists()

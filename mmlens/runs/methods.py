@@ -15,6 +15,36 @@ SOFTWARE = ("mmlens", "transformers", "transformer_lens")
 """What every run cites."""
 
 
+_ENTITIES = {
+    "&": "&amp;",
+    "<": "&lt;",
+    ">": "&gt;",
+    **{sign: f"&#{ord(sign)};" for sign in "*`\\$|~"},
+}
+
+
+def markdown_text(text: object) -> str:
+    """A text that nobody wrote as Markdown (a model's name, a question, an error), on one line, showing as it stands.
+
+    What Markdown would take for markup, HTML or a link is written as entities; other text stays readable.
+
+    >>> print(markdown_text("<b> of a_b, [.8, .9] and [here](http://x)"))
+    &lt;b&gt; of a_b, [.8, .9] and [here&#93;(http://x)
+    """
+    line = " ".join(str(text).split())
+    line = "".join(_ENTITIES.get(sign, sign) for sign in line)
+    # Brackets are links where these follow; underscores emphasise at the edge of a word only.
+    line = re.sub(r"\](?=[(\[{:])", "&#93;", line)
+    line = re.sub(r"\[(?=[@^])", "&#91;", line)
+    line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", line)
+    # At the start of a line: headings, lists, quotations, rules.
+    return re.sub(
+        r"^(?:#+(?=\s|$)|[+-](?=\s|$)|[=-]+$|\d+(?=[.)](?:\s|$)))",
+        lambda found: "".join(f"&#{ord(c)};" for c in found[0]),
+        line,
+    )
+
+
 def filled_method(experiment: Experiment, settings: Mapping[str, Any]) -> str:
     """The experiment's method with its settings in place of their {names}.
 
@@ -34,6 +64,7 @@ def filled_method(experiment: Experiment, settings: Mapping[str, Any]) -> str:
 
 def methods_text(record: Mapping[str, Any]) -> str:
     """The methods paragraph of a run as Markdown, citations as [@key]; `record` is its run.json."""
+    record = _escaped(record)
     model, data, machine, version = record["model"], record["data"], record["machine"], record["versions"]
     request, splits = record["request"], {name: data[name] for name in ("selection", "evaluation")}
     heads = (
@@ -117,6 +148,17 @@ def bibtex_entries() -> dict[str, str]:
             )
         entries[start[1]] = text[start.start() : end + 1]
     return entries
+
+
+def _escaped(value: Any) -> Any:
+    """A record with every text in it, names of fields too, as `markdown_text` writes it."""
+    if isinstance(value, Mapping):
+        return {
+            key if key.isidentifier() else markdown_text(key): _escaped(inner) for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_escaped(inner) for inner in value]
+    return markdown_text(value) if isinstance(value, str) else value
 
 
 def _words(value: Any) -> str:

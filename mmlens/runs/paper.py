@@ -28,8 +28,9 @@ from mmlens.arguments import unknown_name_message
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment, Findings
+from mmlens.files import read_json
 from mmlens.provenance import versions
-from mmlens.runs.methods import bibliography
+from mmlens.runs.methods import bibliography, markdown_text
 from mmlens.runs.report import (
     LARGEST_PICTURE,
     pictures_html,
@@ -347,7 +348,7 @@ def _write_report(
 
 
 def _words(folder: Path) -> dict[str, Any]:
-    words: dict[str, Any] = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
+    words: dict[str, Any] = read_json(folder / "findings.json", RunError)
     return words
 
 
@@ -426,16 +427,16 @@ def _write_markdown(
             parts += ["Published:", markdown_table(experiment.published)]
         found = across.get(experiment.name)
         if isinstance(found, str):
-            parts.append(f"Across models: failed, {found}")
+            parts.append(f"Across models: failed, {markdown_text(found)}")
         elif found is not None:
-            parts.append(f"**Across models.** {found.statement}")
+            parts.append(f"**Across models.** {markdown_text(found.statement)}")
             for caption, table in found.tables.values():
-                parts += [caption, markdown_table(table)]
+                parts += [markdown_text(caption), markdown_table(table)]
         for outcome in outcomes:
             if outcome.experiment == experiment.name:
                 failed = outcome.status == "failed"
                 said = f"failed, {outcome.error}" if failed else _words(outcome.folder)["statement"]
-                parts.append(f"- **{outcome.model}**: {said}")
+                parts.append(f"- **{markdown_text(outcome.model)}**: {markdown_text(said)}")
     (out / "paper.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -447,11 +448,11 @@ def markdown_table(table: pd.DataFrame) -> str:
     | --- | --- |
     | L0H4 | 0.417 |
     """
-    rows = [[str(column) for column in table.columns], ["---"] * table.shape[1]]
+    rows = [[markdown_text(column) for column in table.columns], ["---"] * table.shape[1]]
     rows += [[_cell(value) for value in row] for row in table.itertuples(index=False)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _cell(value: object) -> str:
     text = f"{value:.3g}" if isinstance(value, float) else str(value)
-    return "" if text in ("nan", "None") else text.replace("|", "\\|")
+    return "" if text in ("nan", "None") else markdown_text(text)

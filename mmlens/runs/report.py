@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from mmlens.arguments import instance_of, number
 from mmlens.experiments.experiment import Experiment, Findings
+from mmlens.files import path_within, read_json
+from mmlens.runs.record import RunError
 from mmlens.viz.report import Section, pairs_html, picture_html, table_html, write_page
 
 LARGEST_PICTURE = 600_000
 """Bytes of a picture in a page, base64 and all."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure among a run's files: `stem`.svg and `stem`.png, `width` inches wide."""
+
+    title: str
+    caption: str
+    stem: Path
+    width: float
 
 
 def write_findings_report(
@@ -43,16 +56,35 @@ def write_findings_report(
 
 def pictures_html(folder: Path, largest: int) -> list[tuple[str, str]]:
     """Title and HTML of every figure of a folder, each in at most `largest` bytes where that can be."""
-    pictures = json.loads((folder / "findings.json").read_text(encoding="utf-8"))["figures"]
     return [
-        (
-            picture["title"],
-            picture_html(
-                picture["title"], picture["caption"], folder / picture["file"], picture["width"], largest
-            ),
-        )
-        for picture in pictures
+        (picture.title, picture_html(picture.title, picture.caption, picture.stem, picture.width, largest))
+        for picture in pictures_of(folder)
     ]
+
+
+def pictures_of(folder: Path) -> list[Picture]:
+    """The figures that a folder's findings.json names; RunError where what it says of them is wrong."""
+    path = folder / "findings.json"
+    words = read_json(path, RunError)
+    try:
+        return [
+            Picture(
+                instance_of("title", given["title"], str, "a text"),
+                instance_of("caption", given["caption"], str, "a text"),
+                _stem(folder, given["file"]),
+                number("width", given["width"], above=0, most=1000),
+            )
+            for given in words["figures"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{str(path)!r} does not hold a run's findings: {error}") from error
+
+
+def _stem(folder: Path, name: object) -> Path:
+    """Where the files of a picture lie, but for their suffix; both inside the folder, symbolic links followed."""
+    for suffix in (".svg", ".png"):
+        path_within(folder, f"{name}{suffix}" if isinstance(name, str) else name, "a figure's file")
+    return folder / str(name)
 
 
 def title_of(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,17 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmlens.errors import InvalidValueError
+from mmlens.arguments import flag, number
 from mmlens.experiments.experiment import Experiment
+from mmlens.files import read_json
 from mmlens.provenance import EDITED, code_fingerprint, versions
-from mmlens.runs.run import (
-    Prepared,
-    RunError,
-    prepare,
-    read_record,
-    request_of,
-    run,
-)
+from mmlens.runs.record import RunError, check_harmless, check_settings, read_record, threads_of
+from mmlens.runs.run import Prepared, experiment_named, full_settings, prepare, read_table, request_of, run
 
 TOLERANCE = 1e-6
 
@@ -71,27 +65,40 @@ def rerun(
     tolerance: float = TOLERANCE,
     model: str | None = None,
     data: str | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Run again what a folder's `run.json` says, with the same settings, seed and threads, and compare the results.
 
     The new run is kept where `out` is given. `model` and `data` say where these lie now, if not where they lay.
+    A record is a file that anybody may have written, so some things count only where they are given here:
+    `trust_remote_code` (code that lies in the model's folder), `threads` beyond the cores of this machine, and
+    `settings` above a million, which take the place of the record's.
 
-    Raises RunError where the weights or the examples are not those of the run, or `out` is the run itself.
+    Raises RunError where the weights or the examples are not those of the run, `out` is the run itself, or the record
+    asks for what has to be given here.
     """
     folder = Path(folder)
-    if tolerance < 0:
-        raise InvalidValueError(f"the tolerance is a relative difference, 0 or more, not {tolerance}")
+    number("tolerance", tolerance, least=0)
+    flag("trust_remote_code", trust_remote_code)
     if out is not None and Path(out).resolve() == folder.resolve():
         raise RunError("the new run would replace the one that it is compared with: give another folder")
     record = read_record(folder)
+    check_harmless(record, folder, trust_remote_code=trust_remote_code)
     request = request_of(record)
+    given = dict(settings or {})
+    check_settings({name: value for name, value in request.settings.items() if name not in given})
     request = replace(
         request,
         model=model or request.model,
         data=data or request.data,
-        threads=record["machine"]["threads"],
+        threads=threads_of(record) if threads is None else threads,
+        trust_remote_code=trust_remote_code,
+        settings={**request.settings, **given},
     )
+    full_settings(experiment_named(request.experiment), request.settings)
     prepared = prepare(request)
     _check_fingerprints(record, prepared)
     # The record's name, wherever the model lies now.
@@ -164,7 +171,11 @@ def runs_in(folder: str | Path) -> list[Path]:
         raise RunError(f"there is no folder {str(folder)!r}")
     if (folder / "run.json").is_file():
         return [folder]
-    found = sorted(path.parent for path in folder.rglob("run.json"))
+    found = sorted(
+        path.parent
+        for path in folder.rglob("run.json")
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
     if not found:
         raise RunError(f"there is no run in {str(folder)!r}: no run.json")
     return found
@@ -190,11 +201,13 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise RunError(f"the run lacks {str(path)!r}, which its record names")
     if path.suffix == ".parquet":
-        table = pd.read_parquet(path)
+        table = read_table(path)
         if not isinstance(table.index, pd.RangeIndex):
             table = table.reset_index()
         return {str(column): table[column].tolist() for column in table}
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, RunError)
+    if not isinstance(content, dict):
+        raise RunError(f"{str(path)!r} holds no results: {content!r:.60}")
     # core-heads notes versions among its results; they are compared apart.
     return {key: value for key, value in content.items() if key != "versions"}
 

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,31 +24,34 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import flag, instance_of, number, one_of, unknown_name_message, whole_number
 from mmlens.data.examples import DataError, Example, load_examples, split_examples
 from mmlens.data.scenes import scene_examples
-from mmlens.errors import InvalidValueError
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.core_heads import CORE_HEADS
 from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.files import path_within, read_json
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.loading import scene_kinds, shipped_models
 from mmlens.provenance import code_fingerprint, data_fingerprint, describe_model, machine, versions
 from mmlens.runs.methods import bibliography, filled_method, methods_text
-from mmlens.runs.report import write_findings_report
+from mmlens.runs.record import SCHEMA, RunError
+from mmlens.runs.record import read_record as read_record
+from mmlens.runs.report import pictures_of, write_findings_report
 from mmlens.viz.report import picture_files
-
-SCHEMA = "mmlens.run/1"
 
 # Scenes are drawn from their seed: these differ from each other and from the training's, 2**20 and up.
 SELECTION_SEED, EVALUATION_SEED = 100_000, 200_000
 
+MOST_SEED = 2**62
+"""Seeds are added up, and torch and NumPy take no more than 2^63 - 1."""
+
+MOST_THREADS = max(1024, os.cpu_count() or 1)
+"""More threads than any machine has cores: a number above it is a slip, and would stop the machine."""
+
 _PARTIAL = ".partial"
 """Where a run's files wait until all are written."""
-
-
-class RunError(InvalidValueError):
-    """A folder that is no run, a run that cannot be repeated, or results that cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,40 @@ class Request:
     trust_remote_code: bool = False
     threads: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("experiment", "model"):
+            instance_of(name, getattr(self, name), str, "a name")
+        for name in ("data", "device_map", "attn_implementation"):
+            instance_of(name, getattr(self, name), (str, type(None)), "a text, or None")
+        for name in ("n_selection", "n_evaluation", "batch_size"):
+            whole_number(name, getattr(self, name), least=1)
+        number("selection_share", self.selection_share, above=0, below=1)
+        whole_number("seed", self.seed, least=0, most=MOST_SEED)
+        if self.dtype is not None:
+            checked_dtype("dtype", self.dtype)
+        flag("trust_remote_code", self.trust_remote_code)
+        whole_number("threads", self.threads, least=0, most=MOST_THREADS)
+        instance_of("settings", self.settings, Mapping, "a dict of the experiment's settings")
+
+
+def checked_dtype(name: str, value: object) -> str:
+    """The name of one of torch's dtypes, or "auto", as transformers takes it.
+
+    >>> checked_dtype("dtype", "bfloat17")
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: there is no dtype 'bfloat17'; the nearest: 'bfloat16', 'float16', 'float'
+    """
+    known = [
+        "auto",
+        *(
+            key
+            for key, found in vars(torch).items()
+            if isinstance(found, torch.dtype) and found.is_floating_point
+        ),
+    ]
+    return one_of(name, value, known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +141,31 @@ def experiment_named(name: str) -> Experiment:
 def full_settings(experiment: Experiment, given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of an experiment: its defaults, and over them those given (lists, as JSON has them, as tuples).
 
-    Raises ValueError for a setting that the experiment does not have.
+    Raises ValueError for a setting that the experiment does not have, TypeError for one of another type than its
+    default.
     """
     defaults = experiment.settings
-    for name in given:
+    for name, value in given.items():
         if name not in defaults:
             raise InvalidValueError(unknown_name_message(f"{experiment.name} setting", name, defaults))
+        _check_kind(f"the setting {name}", value, defaults[name])
     return defaults | {
         name: value if isinstance(defaults[name], list) else _frozen(value) for name, value in given.items()
     }
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """Raise InvalidTypeError where a setting is not of the kind of its default; a default of None says nothing."""
+    if isinstance(default, bool):
+        flag(name, value)
+    elif isinstance(default, int):
+        whole_number(name, value)
+    elif isinstance(default, float):
+        number(name, value)
+    elif isinstance(default, str):
+        instance_of(name, value, str, "a text")
+    elif isinstance(default, list | tuple):
+        instance_of(name, value, (list, tuple), "a list")
 
 
 def _frozen(value: Any) -> Any:
@@ -228,28 +281,19 @@ def is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """What `run.json` of a folder says. RunError where there is none, or one of another schema."""
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        raise RunError(f"there is no run in {str(folder)!r}: no run.json")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        schema = record["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{str(path)!r} is no record of a run: {error!r}") from error
-    if schema != SCHEMA:
-        raise RunError(f"{str(path)!r} has the schema {schema!r}; this version reads {SCHEMA!r}")
-    return record
-
-
 def request_of(record: Mapping[str, Any]) -> Request:
-    """The request that a record came from."""
-    given = record["request"]
+    """The request that a record came from; RunError where a field is not what `Request` takes.
+
+    Threads and the leave to run a model's own code are never taken from a record.
+    """
+    given = {**record["request"], "threads": 0, "trust_remote_code": False}
     unknown = sorted(set(given) - {known.name for known in fields(Request)})
     if unknown:
         raise RunError(f"the run was asked for with {', '.join(unknown)}, which this version does not know")
-    return Request(**given)
+    try:
+        return Request(**given)
+    except (InvalidValueError, InvalidTypeError, TypeError) as error:
+        raise RunError(f"what the run was asked for cannot be asked: {error}") from error
 
 
 def request_record(request: Request, experiment: Experiment) -> dict[str, Any]:
@@ -305,9 +349,9 @@ def write_findings(findings: Findings, folder: Path) -> list[str]:
             results.append(f"{kind}/{name}.parquet")
             _write_table(table, folder / kind, name, with_csv=kind == "tables")
     pictures = []
-    for number, (title, caption, figure) in enumerate(findings.figures, start=1):
+    for count, (title, caption, figure) in enumerate(findings.figures, start=1):
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60]
-        stem = f"{number:02d}-{slug}".strip("-")
+        stem = f"{count:02d}-{slug}".strip("-")
         width = picture_files(figure, folder / "figures", stem)
         pictures.append({"file": f"figures/{stem}", "title": title, "caption": caption, "width": width})
     words = {
@@ -321,18 +365,55 @@ def write_findings(findings: Findings, folder: Path) -> list[str]:
 
 
 def read_findings(folder: str | Path) -> Findings:
-    """Findings as they were written, but for the figures, of which there are none."""
+    """Findings as they were written, but for the figures, of which there are none.
+
+    Raises RunError, the file named, where one is missing, broken, or not what `write_findings` writes.
+    """
     folder = Path(folder)
-    words = json.loads((folder / "findings.json").read_text(encoding="utf-8"))
+    path = folder / "findings.json"
+    words = read_json(path, RunError)
+    pictures_of(folder)
+    try:
+        instance_of("statement", words["statement"], str, "a text")
+        captions = {
+            name: instance_of(f"tables.{name}", caption, str, "a text")
+            for name, caption in words["tables"].items()
+        }
+        names = [instance_of("per_example", name, str, "a list of names") for name in words["per_example"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{str(path)!r} does not hold a run's findings: {error!r}") from error
+    numbers = read_json(folder / "numbers.json", RunError)
+    if not isinstance(numbers, dict):
+        raise RunError(
+            f"{str(folder / 'numbers.json')!r} does not hold the numbers of a run: {numbers!r:.60}"
+        )
     return Findings(
         words["statement"],
-        json.loads((folder / "numbers.json").read_text(encoding="utf-8")),
-        {
-            name: (caption, pd.read_parquet(folder / "tables" / f"{name}.parquet"))
-            for name, caption in words["tables"].items()
-        },
-        {name: pd.read_parquet(folder / "per_example" / f"{name}.parquet") for name in words["per_example"]},
+        numbers,
+        {name: (caption, _read_table(folder, "tables", name)) for name, caption in captions.items()},
+        {name: _read_table(folder, "per_example", name) for name in names},
     )
+
+
+def _read_table(folder: Path, kind: str, name: str) -> pd.DataFrame:
+    if not re.fullmatch(_TABLE_NAME, name):
+        raise RunError(f"{str(folder / 'findings.json')!r} names a table {name!r}, which is no name of one")
+    try:
+        path = path_within(folder, f"{kind}/{name}.parquet", "a table")
+    except InvalidValueError as error:
+        raise RunError(str(error)) from error
+    return read_table(path)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of a run; RunError, the file named, where it is missing or broken."""
+    try:
+        return pd.read_parquet(path)
+    # pyarrow has errors of its own for every way in which a file can be broken.
+    except Exception as error:
+        raise RunError(
+            f"{str(path)!r} cannot be read as parquet ({error}): it is missing, broken or was cut off"
+        ) from error
 
 
 def write_across(experiment: Experiment, folders: Mapping[str, Path], out: Path) -> Findings | None:
@@ -351,8 +432,11 @@ def write_across(experiment: Experiment, folders: Mapping[str, Path], out: Path)
     return findings
 
 
+_TABLE_NAME = r"[A-Za-z0-9_.-]+"
+
+
 def _write_table(table: pd.DataFrame, folder: Path, name: str, *, with_csv: bool) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+    if not re.fullmatch(_TABLE_NAME, name):
         raise RunError(f"a table's name is a file's: letters, digits, '_', '.', '-' only, not {name!r}")
     folder.mkdir(parents=True, exist_ok=True)
     # Whatever a sweep notes beside its table need not be JSON, which parquet's metadata is.
@@ -470,13 +554,17 @@ def written_at_once(out: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]
 
 
 def _written_files(folder: Path, name: str) -> list[Path]:
-    """The files within the folder that a record lists."""
-    try:
-        listed = json.loads((folder / name).read_text(encoding="utf-8"))["files"]
-        paths = [folder / file for file in listed]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{str(folder / name)!r} is no record of what was written there: {error!r}") from error
-    return [path for path in paths if path.resolve().is_relative_to(folder.resolve())]
+    """The files below the folder that a record lists; whatever else it lists is none of a run's, and left alone."""
+    record = read_json(folder / name, RunError)
+    if not isinstance(record, dict) or not isinstance(record.get("files"), list):
+        raise RunError(f"{str(folder / name)!r} is no record of what was written there: it lists no files")
+    paths = []
+    for file in record["files"]:
+        with suppress(InvalidValueError):
+            path = path_within(folder, file, "one of files")
+            if path.is_file() and path != folder / name:
+                paths.append(path)
+    return paths
 
 
 def _remove_written(folder: Path, name: str) -> None:
