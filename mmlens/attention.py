@@ -25,14 +25,12 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers.modeling_utils import AttentionInterface
 
+from mmlens import internals
 from mmlens.errors import InvalidValueError, UnsupportedError
+from mmlens.internals import AttentionFunction
 from mmlens.taps import LazyHookPoint
-
-AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -216,35 +214,23 @@ _TAPS: WeakKeyDictionary[nn.Module, AttentionTap] = WeakKeyDictionary()
 
 def tap_attention(module: nn.Module, tap: AttentionTap) -> None:
     """Route the attention layer `module` through `tap` (a module is tapped once; the last tap counts)."""
-    _wrap_get_interface()
+    internals.wrap_attention(_tapped)
     _TAPS[module] = tap
 
 
-@functools.cache
-def _wrap_get_interface() -> None:
-    original = AttentionInterface.get_interface
+def _tapped(fast: AttentionFunction, eager: AttentionFunction) -> AttentionFunction:
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        tap = _TAPS.get(module)
+        if tap is None:
+            return fast(module, *args, **kwargs)
+        return tap.run(fast, eager, module, *args, **kwargs)
 
-    @functools.wraps(original)
-    def get_interface(
-        self: AttentionInterface, attn_implementation: str, default: Callable
-    ) -> AttentionFunction:
-        fast = original(self, attn_implementation, default)
-
-        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-            tap = _TAPS.get(module)
-            if tap is None:
-                return fast(module, *args, **kwargs)
-            return tap.run(fast, default, module, *args, **kwargs)
-
-        return attention
-
-    AttentionInterface.get_interface = get_interface
+    return attention
 
 
 class _SoftmaxWatch(TorchFunctionMode):
     """Fires the score hook on the input of an eager function's softmax, the pattern hook on its dropout's input.
 
-    Every eager attention function of transformers calls F.softmax and then F.dropout on the pattern.
     `attending` are the rows that may attend to anything: a row that may not has no pattern, as in SDPA. Behind
     the `n_keys` columns some families have one for a learnt sink, which no hook sees.
     """
@@ -256,11 +242,11 @@ class _SoftmaxWatch(TorchFunctionMode):
         self._scores, self._pattern, self._attending, self._n_keys = scores, pattern, attending, n_keys
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.softmax and self._scores.is_live:
+        if func is internals.EAGER_SOFTMAX and self._scores.is_live:
             keys, sinks = args[0][..., : self._n_keys], args[0][..., self._n_keys :]
             edited = self._scores(keys)
             args = (torch.cat([edited, sinks], dim=-1) if sinks.shape[-1] else edited, *args[1:])
-        if func is F.dropout:
+        if func is internals.EAGER_DROPOUT:
             pattern = args[0] if self._attending is None else args[0] * self._attending
             args = (self._pattern(pattern) if self._pattern.is_live else pattern, *args[1:])
         return func(*args, **(kwargs or {}))
@@ -268,8 +254,7 @@ class _SoftmaxWatch(TorchFunctionMode):
 
 def _check_readable(module: nn.Module, mask: Any) -> None:
     """Refuse implementations whose mask says less than their kernel does (flash, flex, paged)."""
-    config: Any = module.config
-    implementation = config._attn_implementation
+    implementation = internals.attention_implementation(module)
     if implementation not in ("sdpa", "eager") or not (
         mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
     ):

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from mmlens import internals
 from mmlens.arguments import unknown_name_message
 from mmlens.errors import InvalidValueError, MmlensError
 from mmlens.families.catalog import UnknownFamilyError, family_of
@@ -98,10 +99,8 @@ def load(name_or_path: str | Path, **hf_options: Any) -> tuple[PreTrainedModel, 
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model's inputs go: to its weights or, with a device_map, where accelerate runs its first module."""
-    placed = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
-    if placed is None:
-        return model.device
-    return torch.device("cuda", placed) if isinstance(placed, int) else torch.device(placed)
+    placed = internals.execution_device(model)
+    return model.device if placed is None else placed
 
 
 def _check_takes_images(config: PretrainedConfig) -> None:

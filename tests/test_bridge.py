@@ -646,7 +646,7 @@ def test_attribution_patching_runs_the_bridge_without_the_image() -> None:
 _GREEDY = {"max_new_tokens": 4, "do_sample": False}
 _BRIDGE_GREEDY = {**_GREEDY, "verbose": False, "return_type": "tokens", "stop_at_eos": False}
 LOSES_ITS_CACHE = "cache" in inspect.signature(LlamaModel.forward).parameters
-"""Since transformers 5.24 the cache is `cache`; attention that a bridge (4.3) computes itself looks for the old name."""
+"""Since transformers 5.24 the cache is `cache`; attention that a bridge computes itself looks for the old name."""
 
 
 @pytest.mark.parametrize("family", ["llava", "idefics3", "llama4", *MROPE, *GATED])
@@ -667,7 +667,7 @@ def test_generation(family: str) -> None:
     tokens, length = this.bridge.generate(this.ids, **_BRIDGE_GREEDY, **this.rest), this.ids.shape[1]
     assert torch.equal(tokens[:, : length + 1], truth[:, : length + 1])
     assert torch.equal(tokens, truth) != loses, (
-        "TransformerLens reads the cache by its new name: TransformerBridge.generate is right again on this transformers"
+        "TransformerLens reads the cache by its new name: TransformerBridge.generate is right again"
         if loses
         else "TransformerBridge.generate gives other tokens than the plain model: its attention lost the cache"
     )

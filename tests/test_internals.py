@@ -1,13 +1,48 @@
-"""One canary for each thing read of transformers' private interface; a failure names what moved."""
+"""One canary for each thing read of the private interface of other packages; a failure names what moved."""
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
-from conftest import generate, two_image_prompt
+import accelerate
+import pytest
+import tiny
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import mmlens
+from conftest import generate, hooked, two_image_prompt
 from mmlens import internals
+from mmlens.taps import LazyHookPoint
+
+PRIVATE = {
+    "_attn_implementation",
+    "_hf_hook",
+    "_forward_hooks",
+    "_backward_hooks",
+    "__code__",
+    "get_interface",
+}
+PACKAGE = Path(mmlens.__file__).parent
+
+
+def test_private_names_are_read_in_one_place() -> None:
+    elsewhere = [
+        f"{path.relative_to(PACKAGE)}: {node.attr if isinstance(node, ast.Attribute) else node.value}"
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "internals.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Attribute) and node.attr in PRIVATE)
+        or (isinstance(node, ast.Constant) and node.value in {*PRIVATE, *internals.CACHE_KEYWORDS[1:]})
+    ]
+    assert not elsewhere, "read these through mmlens.internals"
+
+
+# ---------------------------------------------------------------------- the key-value cache
 
 
 def test_the_decoder_is_given_its_cache_under_a_known_keyword(model: mmlens.HookedVLM) -> None:
@@ -22,8 +57,184 @@ def test_the_decoder_is_given_its_cache_under_a_known_keyword(model: mmlens.Hook
         generate(model, prompt, 3, [])
     finally:
         handle.remove()
-    length = prompt.inputs["input_ids"].shape[1]
+    length = prompt.shape[1]
     assert [known for _, known in seen] == [0, length, length + 1], (
         f"transformers renamed the keyword of the decoder's key-value cache, or counts it anew: of "
         f"{internals.CACHE_KEYWORDS} none tells the positions held; the keywords given are {seen[-1][0]}"
     )
+
+
+# ---------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_module_says_which_attention_it_runs(name: str) -> None:
+    model = tiny.tiny_model("llava", attn_implementation=name)
+    layer = model.get_decoder().layers[0].self_attn
+    assert [internals.attention_implementation(module) for module in (model, layer)] == [name, name], (
+        "transformers renamed config._attn_implementation"
+    )
+
+
+def test_attention_layers_are_known_by_their_code(model: mmlens.HookedVLM) -> None:
+    parts = next(parts for parts in model.anatomy.language if parts.attention is not None)
+    assert parts.attention is not None
+    assert internals.asks_for_attention(parts.attention.module), (
+        "transformers renamed ALL_ATTENTION_FUNCTIONS, or wrapped forward without functools.wraps"
+    )
+    assert not internals.asks_for_attention(model.anatomy.decoder)
+
+
+@torch.no_grad()
+def test_attention_layers_ask_for_their_function_at_each_call(model: mmlens.HookedVLM) -> None:
+    """Through AttentionInterface.get_interface, with the family's eager function as the default."""
+    asked: list[str] = []
+
+    def watched(fast: Any, eager: Any) -> Any:
+        def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            asked.append(eager.__name__)
+            return fast(module, *args, **kwargs)
+
+        return attention
+
+    original = internals.AttentionInterface.get_interface
+    internals.wrap_attention(watched)
+    try:
+        model(two_image_prompt(model))
+    finally:
+        internals.AttentionInterface.get_interface = original
+    assert len(asked) >= len(model.attention_layers), (
+        "transformers' attention layers ask for their function in another way than AttentionInterface.get_interface"
+    )
+    assert all("eager" in name for name in asked), (
+        f"get_interface's default is no longer the family's eager function, but {sorted(set(asked))}"
+    )
+
+
+class _Calls(TorchFunctionMode):
+    """Which of the two functions inside eager attention are called, and on what shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        names = {internals.EAGER_SOFTMAX: "softmax", internals.EAGER_DROPOUT: "dropout"}
+        if func in names and args[0].ndim == 4:
+            self.seen.append((names[func], args[0], out))
+        return out
+
+
+@torch.no_grad()
+def test_eager_attention_calls_softmax_then_dropout(family: str) -> None:
+    model = hooked(family, attn_implementation="eager")
+    ids = torch.arange(5, 17)[None]
+    with _Calls() as calls:
+        model.hf_model(input_ids=ids)
+    assert [name for name, _, _ in calls.seen] == ["softmax", "dropout"] * len(model.attention_layers), (
+        "transformers' eager attention no longer calls F.softmax on the scores and then F.dropout on the pattern"
+    )
+    for _, pattern, _ in calls.seen[1::2]:
+        torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]))
+
+
+# ---------------------------------------------------------------------- decoder layers
+
+
+@torch.no_grad()
+def test_a_layer_is_given_the_stream_first_and_gives_it_first(model: mmlens.HookedVLM) -> None:
+    streams: list[tuple[Tensor, Tensor]] = []
+
+    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        streams.append((internals.stream_in(args, kwargs), internals.stream_out(output)))
+
+    handles = [layer.register_forward_hook(look, with_kwargs=True) for layer in model.anatomy.layers]
+    prompt = two_image_prompt(model)
+    out = model.hf_model(**prompt.inputs, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    assert len(streams) == model.cfg.n_layers
+    assert torch.equal(streams[0][0], out.hidden_states[0]), (
+        "transformers' decoder layers are given the residual stream elsewhere than as their first argument"
+    )
+    left = [stream for _, stream in streams]
+    assert all(map(torch.equal, left[:-1], out.hidden_states[1:-1])), (
+        "transformers' decoder layers give the residual stream elsewhere than first"
+    )
+    # The last entry of the hidden states is the final norm's output.
+    assert torch.equal(model.anatomy.final_norm(left[-1]), out.hidden_states[-1])
+
+
+@torch.no_grad()
+def test_stand_ins_are_called_in_the_place_of_layers(model: mmlens.HookedVLM) -> None:
+    prompt = two_image_prompt(model)
+    plain, called = model(prompt), []
+
+    def call_of(index: int, layer: nn.Module) -> internals.LayerCall:
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            called.append(index)
+            return layer(*args, **kwargs)
+
+        return call
+
+    layers = list(model.anatomy.layers)
+    with internals.layers_replaced(model.anatomy.layers, call_of):
+        replaced = model(prompt)
+    assert called == list(range(len(layers))), (
+        "transformers' decoder no longer calls what stands in its list of layers"
+    )
+    assert torch.equal(replaced, plain)
+    assert all(a is b for a, b in zip(model.anatomy.layers, layers, strict=True))
+
+
+def test_a_replaced_forward_is_put_back() -> None:
+    module = nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    plain = module(x)
+    with internals.forward_replaced(module, lambda x: x + 1):
+        assert torch.equal(module(x), x + 1), "torch calls something else than a module's own forward"
+    assert torch.equal(module(x), plain) and "forward" not in vars(module)
+
+
+# ---------------------------------------------------------------------- accelerate
+
+
+def test_accelerate_leaves_its_mark_on_modules() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert not internals.moves_weights(model) and internals.execution_device(model) is None
+    add_hook_to_module(model[0], ModelHook())
+    assert internals.moves_weights(model), "accelerate renamed module._hf_hook"
+    assert internals.execution_device(model[0]) is None
+    remove_hook_from_module(model[0])
+    assert not internals.moves_weights(model)
+    accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert internals.execution_device(model) == torch.device("cpu"), "accelerate renamed execution_device"
+
+
+# ---------------------------------------------------------------------- hook points
+
+
+def test_suspended_hooks_come_back_in_their_order() -> None:
+    point, fired = LazyHookPoint(), []
+    point.name = "here"
+
+    def fires(name: str) -> Any:
+        return lambda x, hook: fired.append(name)
+
+    for name, level in (("a", 0), ("b", 2), ("c", 1), ("d", 2)):
+        point.add_hook(fires(name), level=level)
+    handles = list(point.fwd_hooks)
+    with internals.hooks_suspended([point], deeper_than=1):
+        point(torch.zeros(1))
+    assert fired == ["a", "c"], "TransformerLens or torch keeps a hook point's functions elsewhere"
+    fired.clear()
+    point(torch.zeros(1))
+    assert fired == ["a", "b", "c", "d"] and point.fwd_hooks == handles
+
+
+# ---------------------------------------------------------------------- processors
+
+
+def test_pixtrals_processor_is_found_without_torchvision() -> None:
+    assert internals.pixtral_processor().__name__ == "PixtralProcessor"

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mmlens import internals
 from mmlens.errors import InvalidValueError
 from mmlens.families.record import Family, Stack
 
@@ -247,7 +247,7 @@ def layer_parts(layer: nn.Module, stack: Stack) -> LayerParts:
 
     mixer = part("attention")
     attention = None
-    if mixer is not None and reaches_interface(mixer):
+    if mixer is not None and internals.asks_for_attention(mixer):
         attention = attention_parts(mixer, names, _attribute(layer, names.get("layer_out")))
     mixer = mixer if mixer is not None else part("mixer")
     mlp = part("mlp")
@@ -318,11 +318,6 @@ def attention_parts(module: nn.Module, names: Names, out: nn.Module | None = Non
     if v is not None and _uses_own_keys(module):
         projections["v"] = Projection(v, (d_value,), 0, d_value)
     return AttentionParts(module, out, n_heads, n_kv_heads, d_head, d_value, projections)
-
-
-def reaches_interface(module: nn.Module) -> bool:
-    """Whether the module's own forward asks transformers' attention interface for its function."""
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
 
 
 def scale_of(layer: nn.Module, name: str | None) -> Tensor | float | None:

@@ -7,9 +7,7 @@ none of it. The video half is left out and clips come as frames.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processo
 from transformers.utils import is_torchvision_available
 
 from mmlens.errors import InvalidValueError
+from mmlens.internals import pixtral_processor
 
 
 class _NoVideo:
@@ -81,23 +80,6 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
     WithoutVideo.__name__ = WithoutVideo.__qualname__ = processor_class.__name__
     WithoutVideo.__module__ = processor_class.__module__
     return WithoutVideo
-
-
-def pixtral_processor() -> type[ProcessorMixin]:
-    """PixtralProcessor, with or without torchvision.
-
-    Its module imports one function from the torchvision half of its images; the PIL half has the same function,
-    and stands in for the other while the module is imported.
-    """
-    if not is_torchvision_available():
-        torchvision_half = "transformers.models.pixtral.image_processing_pixtral"
-        pil_half = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
-        sys.modules[torchvision_half] = pil_half
-        try:
-            importlib.import_module("transformers.models.pixtral.processing_pixtral")
-        finally:
-            del sys.modules[torchvision_half]
-    return importlib.import_module("transformers.models.pixtral.processing_pixtral").PixtralProcessor
 
 
 def _processor_class(name_or_path: str | Path, **hub_options: Any) -> type[ProcessorMixin]:

@@ -20,6 +20,7 @@ from mmlens.cache import is_batched, is_packed
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError, StateError
 from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, Span
+from mmlens.internals import hooks_suspended
 from mmlens.interventions.edits import Edit, Here, Positions, positions_mask
 from mmlens.prompt import Prompt
 
@@ -89,7 +90,7 @@ def _running_under(model: HookedVLM, intervention: Intervention) -> Iterator[Non
             # Building must not run under what is being built, nor be seen by the hooks of the run that asks for it.
             current = restore()
             try:
-                with _suspended_hooks(model, level):
+                with hooks_suspended(model.hook_dict.values(), level):
                     hooks = list(intervention(model, inputs))
             finally:
                 _set_methods(model, current)
@@ -111,30 +112,6 @@ def _set_methods(model: HookedVLM, methods: Mapping[str, Any]) -> None:
             model.__dict__.pop(name, None)
         else:
             model.__dict__[name] = method
-
-
-@contextmanager
-def _suspended_hooks(model: HookedVLM, level: int) -> Iterator[None]:
-    """Hooks that were set in contexts deeper than `level` do not act inside the block."""
-    held = []
-    for point in model.hook_dict.values():
-        for handles, functions in (("fwd_hooks", "_forward_hooks"), ("bwd_hooks", "_backward_hooks")):
-            own, live = getattr(point, handles), getattr(point, functions)
-            late = [handle for handle in own if (handle.context_level or 0) > level]
-            if late:
-                held.append((point, handles, list(own), live, list(live.items())))
-                setattr(point, handles, [handle for handle in own if handle not in late])
-                for handle in late:
-                    live.pop(handle.hook.id)
-    try:
-        yield
-    finally:
-        for point, handles, own, live, functions_before in held:
-            setattr(point, handles, own)
-            live.clear()
-            live.update(functions_before)
-            for tap in point.taps:
-                tap.refresh()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 from mmlens.errors import InvalidValueError, StateError, UnsupportedError
 from mmlens.heads import Heads, HeadSet, as_head_set
 from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
+from mmlens.internals import attention_implementation
 from mmlens.metrics.attention_rows import refuse_cross_attention
 from mmlens.sparse.layer import PATHS, StreamingLayer, Tally
 from mmlens.sparse.rule import StreamingRule
@@ -62,7 +63,7 @@ def hybrid_attention(
     if path not in PATHS:
         raise InvalidValueError(f"path is one of {', '.join(PATHS)}, not {path!r}")
     refuse_cross_attention(model)
-    implementation = model.hf_model.config._attn_implementation
+    implementation = attention_implementation(model.hf_model)
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedError(
             f"hybrid attention stands in for sdpa or eager attention, and the model was loaded with {implementation!r}"

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mmlens.errors import InvalidValueError
 from mmlens.heads import Heads, HeadSet, as_head_set
 from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
+from mmlens.internals import attention_implementation
 from mmlens.sparse.hybrid import hybrid_attention
 from mmlens.sparse.layer import StreamingLayer
 from mmlens.sparse.rule import StreamingRule
@@ -124,7 +125,7 @@ def prefill_speed(
         raise InvalidValueError(
             f"no head would stream: none of the lengths {list(lengths)} exceeds {sink} sinks and a window of {window}"
         )
-    implementation = model.hf_model.config._attn_implementation
+    implementation = attention_implementation(model.hf_model)
     if implementation != "sdpa":
         raise InvalidValueError(
             f"hybrid attention is timed against SDPA, and the model was loaded with {implementation!r} attention"

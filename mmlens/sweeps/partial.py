@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmlens import internals
 from mmlens.attention import Around, Attend, AttentionCall, AttentionTap, is_causal
 from mmlens.errors import InvalidValueError, StateError
 from mmlens.hook_names import block
@@ -212,10 +213,14 @@ class AttentionEnd:
     z: Tensor
     rest: tuple[Any, ...] | None
 
-    def again(self, z: Tensor) -> Any:
-        """What the module gives where W_O reads another z."""
-        attended = self.out(z)
-        return attended if self.rest is None else (attended, *self.rest)
+    def alone(self, z: Tensor) -> AbstractContextManager[None]:
+        """Inside the block the module does this step alone, on another z."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            attended = self.out(z)
+            return attended if self.rest is None else (attended, *self.rest)
+
+        return internals.forward_replaced(self.module, forward)
 
 
 # ---------------------------------------------------------------------- recording
@@ -268,7 +273,7 @@ class _Recorder:
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A model may write into the stream behind a layer, so it is copied.
-        stream = _stream_in(args, kwargs).clone()
+        stream = internals.stream_in(args, kwargs).clone()
         if self._left is not None:
             gained = stream - self._left.to(stream.device)
             if bool(gained.any()):
@@ -276,8 +281,8 @@ class _Recorder:
         self.streams.append(stream)
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._left = _stream_out(output).clone()
-        self.outputs.append(_rest_of(output))
+        self._left = internals.stream_out(output).clone()
+        self.outputs.append(internals.rest_of(output))
 
     def _on_attention_out(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._ended = (args[0], output) if args and isinstance(output, Tensor) else None
@@ -287,13 +292,13 @@ class _Recorder:
     ) -> None:
         ended, self._ended = self._ended, None
         # A second call has its own keys, and no single end.
-        if ended is None or len(self.calls.get(layer, ())) != 1 or not _is_plain(module):
+        if ended is None or len(self.calls.get(layer, ())) != 1 or internals.moves_weights(module):
             self.attention.pop(layer, None)
             return
         z, given = ended
-        attended = _stream_out(output)
+        attended = internals.stream_out(output)
         if isinstance(attended, Tensor) and attended.shape == given.shape and torch.equal(attended, given):
-            self.attention[layer] = AttentionEnd(module, out, z, _rest_of(output))
+            self.attention[layer] = AttentionEnd(module, out, z, internals.rest_of(output))
 
     def _attention(self, layer: int) -> Around:
         def around(attend: Attend, call: AttentionCall) -> tuple[Tensor, Any]:
@@ -333,21 +338,6 @@ class _StopAtAttentionError(Exception):
     """Raised inside a layer once its keys and values are known."""
 
 
-class _StandIn(nn.Module):
-    """Stands in the list of layers in a layer's place; its attributes are the layer's."""
-
-    def __init__(self, layer: nn.Module, call: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        super().__init__()
-        # Not registered as a submodule: the layer is not this module's.
-        self.__dict__["stands_for"], self.__dict__["call"] = layer, call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["stands_for"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["call"](args, kwargs)
-
-
 class _Replay:
     def __init__(
         self,
@@ -364,7 +354,7 @@ class _Replay:
         self.attention_is_clean = attention_is_clean
         length, keep = clean.shape[1], clean.logits_to_keep
         self.kept_from = length - keep if may_trim and keep and not clean.no_cut else first
-        if not (clean.cuts[self.kept_from] and _is_plain(self.model.anatomy.layers[-1])):
+        if not clean.cuts[self.kept_from] or internals.moves_weights(self.model.anatomy.layers[-1]):
             self.kept_from = first
         self.state: Tensor | None = None
 
@@ -372,28 +362,17 @@ class _Replay:
     def run(self) -> Float[Tensor, "intervention batch kept vocab"]:
         hooks = _stacked_hook(self.model, self.hooks)
         keep = self.clean.logits_to_keep
-        with self._standing_in(), self.model.hooks(fwd_hooks=hooks):
+        layers = self.model.anatomy.layers
+        with internals.layers_replaced(layers, self._call), self.model.hooks(fwd_hooks=hooks):
             logits = self.model(self.clean.prompt, logits_to_keep=keep, use_cache=False)
         # Some families give the logits of all positions, whatever is asked for.
         return logits[:, -keep:].unflatten(0, (self.n, self.clean.shape[0]))
-
-    @contextmanager
-    def _standing_in(self) -> Iterator[None]:
-        layers = self.model.anatomy.layers
-        real = list(layers)
-        try:
-            for index, layer in enumerate(real):
-                layers[index] = _StandIn(layer, self._call(index, layer))
-            yield
-        finally:
-            for index, layer in enumerate(real):
-                layers[index] = layer
 
     def _call(self, index: int, layer: nn.Module) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
         clean, is_last = self.clean, index == self.clean.n_layers - 1
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = _stream_in(args, kwargs)
+            given = internals.stream_in(args, kwargs)
             if index >= self.layer:
                 if self.state is None:
                     self.state = self._stacked(clean.streams[index][:, self.first :])
@@ -427,8 +406,8 @@ class _Replay:
         self._place(first)
         with _around_attention(self.model, {} if around is None else {index: around}):
             given_args, given_kwargs = self._given(args, kwargs, first)
-            with nullcontext() if end is None else _ending(end, self._stacked(end.z[:, first:])):
-                self.state = _stream_out(layer(*given_args, **given_kwargs))
+            with nullcontext() if end is None else end.alone(self._stacked(end.z[:, first:])):
+                self.state = internals.stream_out(layer(*given_args, **given_kwargs))
 
     def _keys_and_values(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stop: int
@@ -572,34 +551,3 @@ def _around_attention(model: HookedVLM, arounds: Mapping[int, Around]) -> Iterat
     finally:
         for tap in taps.values():
             tap.around = None
-
-
-@contextmanager
-def _ending(end: AttentionEnd, z: Tensor) -> Iterator[None]:
-    """The attention module does its last step alone, on `z`."""
-    attributes = vars(end.module)
-    own = {name: attributes[name] for name in ("forward",) if name in attributes}
-    end.module.forward = lambda *args, **kwargs: end.again(z)
-    try:
-        yield
-    finally:
-        del end.module.forward
-        attributes.update(own)
-
-
-def _stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def _stream_out(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _rest_of(output: Any) -> tuple[Any, ...] | None:
-    """What a module gives behind its first tensor; None where it gives that alone."""
-    return output[1:] if isinstance(output, tuple) else None
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether leaving the layer midway leaves nothing undone: accelerate brings weights in and out around it."""
-    return not any(hasattr(module, "_hf_hook") for module in layer.modules())

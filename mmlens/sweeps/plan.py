@@ -16,6 +16,7 @@ import torch
 
 from mmlens.hook_names import BLOCK_HOOKS, layer_of
 from mmlens.hooked_vlm import Hook, HookedVLM
+from mmlens.internals import attention_implementation
 from mmlens.interventions.edits import Edit
 from mmlens.sweeps.partial import CleanRun, NotExactError
 
@@ -213,7 +214,7 @@ def _kind(clean: CleanRun) -> Hashable:
         length if length in sizes else None,
         clean.logits_to_keep,
         clean.logits.dtype,
-        model.hf_model.config._attn_implementation,
+        attention_implementation(model.hf_model),
         bool(clean.no_cut),
     )
 

@@ -7,8 +7,8 @@ import tiny
 import torch
 from transformers import LlavaConfig, PreTrainedModel
 
-from mmlens import HookedVLM
-from mmlens.families.anatomy import AnatomyError, dissect, reaches_interface
+from mmlens import HookedVLM, internals
+from mmlens.families.anatomy import AnatomyError, dissect
 from mmlens.families.catalog import FAMILIES, UnknownFamilyError, UntestedFamilyWarning, family_of
 from mmlens.families.record import Family, Stack
 from mmlens.families.refused import REFUSED
@@ -82,7 +82,7 @@ def test_a_model_without_attention_of_the_interface_is_refused() -> None:
 
 def test_attention_is_known_by_what_its_code_asks_for() -> None:
     model = tiny.tiny_model("qwen3_5")
-    kinds = {type(module).__name__: reaches_interface(module) for module in model.modules()}
+    kinds = {type(module).__name__: internals.asks_for_attention(module) for module in model.modules()}
     assert kinds["Qwen3_5Attention"] and kinds["Qwen3_5VisionAttention"]
     assert not kinds["Qwen3_5GatedDeltaNet"] and not kinds["Qwen3_5MLP"]
     hooked = HookedVLM(model)

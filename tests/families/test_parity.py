@@ -12,9 +12,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from mmlens import hook_names
+from mmlens import hook_names, internals
 from mmlens.attention import _TAPS
-from mmlens.families.anatomy import reaches_interface
 from mmlens.families.catalog import FAMILIES
 from mmlens.families.support import missing_hooks
 from mmlens.hooked_vlm import HookedVLM
@@ -145,7 +144,7 @@ def test_every_attention_call_is_reached(family: str, model: HookedVLM) -> None:
     """What asks the attention interface for its function during a forward pass is what has hook points."""
     asking: set[nn.Module] = set()
     for module in model.hf_model.modules():
-        if reaches_interface(module):
+        if internals.asks_for_attention(module):
             module.register_forward_pre_hook(lambda module, args: asking.add(module))
     for n_images in (TWO_IMAGES, PADDED):
         model(_inputs(family, n_images))
