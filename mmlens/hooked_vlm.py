@@ -18,14 +18,14 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens import HookedRootModule
 from transformer_lens.config import TransformerLensConfig
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mmlens import hook_names, internals, loading
-from mmlens.arguments import unknown_name_message
+from mmlens import hook_names, internals, keywords, loading
+from mmlens.arguments import flag, one_of, unknown_name_message
 from mmlens.attention import AttentionTap, QueryRows, tap_attention
 from mmlens.cache import VLMActivationCache
 from mmlens.data.examples import Example
@@ -33,6 +33,7 @@ from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensWarning, St
 from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, dissect, scale_of
 from mmlens.families.catalog import family_of
 from mmlens.families.record import Family
+from mmlens.loss import next_token_loss, text_labels
 from mmlens.prompt import Prompt, check_left_padding, make_prompt, with_answers
 from mmlens.taps import (
     LazyHookPoint,
@@ -63,8 +64,9 @@ from mmlens.weights import (
 )
 
 Inputs = Prompt | Mapping[str, Any]
-_PARTIAL_RUN_OPTIONS = {"start_at_layer", "stop_at_layer", "pos_slice"}
-"""TransformerLens' options that a Hugging Face model would take as a keyword and ignore."""
+Output = Float[Tensor, "batch pos vocab"] | Float[Tensor, "..."] | tuple[Tensor, Tensor] | None
+"""What a run gives: logits, a loss, both, or nothing, as its return_type says."""
+RETURN_TYPES = ("logits", "loss", "both")
 
 HookName = str | Callable[[str], bool]
 Hook = tuple[HookName, Callable[..., Any]]
@@ -267,38 +269,84 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         inputs: Inputs | Tensor | None = None,
         *,
         return_type: str | None = "logits",
+        loss_per_token: bool = False,
         **hf_inputs: Any,
-    ) -> Float[Tensor, "batch pos vocab"] | None:
-        """Logits of the Hugging Face model; keyword inputs (logits_to_keep, ...) are passed on to it.
+    ) -> Output:
+        """What the Hugging Face model computes; keyword inputs (logits_to_keep, ...) are passed on to it.
 
         `inputs` may also be token ids of plain text [batch, pos], as TransformerLens' tools pass them.
-        """
-        if return_type not in ("logits", None):
-            raise InvalidValueError(f"return_type is 'logits' or None, not {return_type!r}")
-        dropped = _PARTIAL_RUN_OPTIONS & hf_inputs.keys()
-        if dropped:
-            raise InvalidTypeError(
-                f"HookedVLM takes no {', '.join(sorted(dropped))}, which transformers would drop in silence: "
-                "every run is a whole one. Edit the stream with hooks, slice the cache after the run"
-            )
-        logits = self.hf_model(**self._keyword_inputs(inputs, hf_inputs)).logits
-        return logits if return_type == "logits" else None
 
-    def generate(self, inputs: Inputs | Tensor | None = None, **options: Any) -> Tensor:
+        `return_type`: "logits" [batch, pos, vocab]; "loss", the mean cross entropy of the next token; "both",
+        (logits, loss); None runs and gives nothing. A prediction counts in the loss where it is made at a real
+        position and is of a real text token, not of padding or of an image's placeholder; with `labels` those say
+        what counts, -100 for nothing. `loss_per_token` gives each prediction's own [batch, pos - 1], 0 where it does
+        not count.
+
+        Raises InvalidTypeError for a keyword that the model does not read, with the nearest name; transformers would
+        drop it in silence.
+        """
+        if return_type is not None:
+            one_of("return_type", return_type, RETURN_TYPES)
+        gives_loss = return_type in ("loss", "both")
+        if flag("loss_per_token", loss_per_token) and not gives_loss:
+            raise InvalidValueError(
+                f"loss_per_token asks for a loss, return_type='loss' or 'both', not {return_type!r}"
+            )
+        keyword_inputs = self._keyword_inputs(inputs, self._checked(inputs, hf_inputs))
+        labels = self._labels(keyword_inputs) if gives_loss else None
+        keep = None
+        if "logits_to_keep" not in keywords.forward_keywords(self.hf_model):
+            keep = keyword_inputs.pop("logits_to_keep", None)
+        logits = self.hf_model(**keyword_inputs).logits
+        if keep is not None:
+            logits = logits[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]
+        if return_type is None or labels is None:
+            return logits if return_type == "logits" else None
+        loss = next_token_loss(logits, labels, per_token=loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _checked(self, inputs: Inputs | Tensor | None, more: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The keywords of a run that the model reads. What the processor gives is right, whether read or not."""
+        named = {"logits_to_keep", *getattr(self.processor, "model_input_names", ())}
+        if isinstance(inputs, Mapping):
+            keywords.check_forward(self.hf_model, inputs, named)
+        return keywords.check_forward(self.hf_model, more, named)
+
+    def _labels(self, given: Mapping[str, Any]) -> Int[Tensor, "batch pos"]:
+        if given.get("labels") is not None:
+            return given["labels"]
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if ids is None or (mask is not None and mask.shape != ids.shape):
+            raise InvalidValueError(
+                "a loss needs labels, or input_ids with an attention_mask [batch, pos] to take them from"
+            )
+        return text_labels(ids, None if mask is None else mask.bool(), self.image_mask(given))
+
+    def generate(self, inputs: Inputs | Tensor | None = None, **options: Any) -> Any:
         """Token ids, prompt included, by the Hugging Face model's own `generate`; hooks that are set stay live.
 
+        With return_dict_in_generate=True, transformers' record of them.
+
         Under cached decoding, hook_rot_k sees all keys so far and every other hook the new position only.
-        Raises PromptError for a batch padded on the right, whose next token would follow the padding.
+        Raises PromptError for a batch padded on the right, whose next token would follow the padding, and
+        InvalidTypeError for an option that neither `generate` nor the model knows, with the nearest name.
         """
-        keyword_inputs = self._keyword_inputs(inputs, options)
+        keyword_inputs = self._keyword_inputs(inputs, keywords.check_generate(self.hf_model, options))
         if keyword_inputs.get("attention_mask") is not None:
             check_left_padding(keyword_inputs["attention_mask"])
         # Some families generate with their language model alone, past their own forward.
         self._on_forward(self.hf_model, (), keyword_inputs)
-        return self.hf_model.generate(**keyword_inputs)
+        try:
+            return self.hf_model.generate(**keyword_inputs)
+        except ValueError as error:
+            raise keywords.explained(self.hf_model, keyword_inputs, error) from error
 
     def answer(self, inputs: Inputs, max_new_tokens: int = 16, **options: Any) -> list[str]:
-        """The generated text after each prompt of the batch."""
+        """The generated text after each prompt of the batch; `options` are `generate`'s."""
+        if options.get("return_dict_in_generate"):
+            raise InvalidTypeError(
+                "answer gives texts, not return_dict_in_generate's record: call generate for it"
+            )
         keyword_inputs = self._keyword_inputs(inputs, {})
         ids = self.generate(inputs, max_new_tokens=max_new_tokens, **options)
         return self.to_text(ids[:, keyword_inputs["input_ids"].shape[1] :])

@@ -35,6 +35,23 @@ def cached_length(kwargs: Mapping[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+# ---------------------------------------------------------------------- transformers: renamed keywords
+
+
+def renamed_keywords(function: Callable[..., Any]) -> set[str]:
+    """Old names under which a function still takes keywords: what its `deprecate_kwarg` decorators stand for."""
+    found: set[str] = set()
+    link: Any = function
+    while link is not None:
+        code = getattr(link, "__code__", None)
+        closure = getattr(link, "__closure__", None) or ()
+        held = dict(zip(code.co_freevars if code else (), closure, strict=False))
+        if "old_name" in held and held["new_name"].cell_contents is not None:
+            found.add(held["old_name"].cell_contents)
+        link = getattr(link, "__wrapped__", None)
+    return found
+
+
 # ---------------------------------------------------------------------- transformers: attention
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]

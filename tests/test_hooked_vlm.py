@@ -200,7 +200,7 @@ def test_bad_hooks_are_errors() -> None:
     with pytest.raises(TypeError, match="Prompt"):
         model("What is it?")
     with pytest.raises(ValueError, match="return_type"):
-        model(prompt, return_type="loss")
+        model(prompt, return_type="predictions")
 
 
 def test_patterns_of_other_attention_kernels_are_refused() -> None:
