@@ -18,7 +18,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
-from mmlens.errors import InvalidValueError
+from mmlens.errors import InvalidValueError, UnsupportedError
+from mmlens.families.media import unmapped_message
 from mmlens.taps import norm_arithmetic
 
 Labelled: TypeAlias = Tensor | tuple[Tensor, list[str]]
@@ -43,9 +44,18 @@ class VLMActivationCache(ActivationCache):
         model: Any,
         has_batch_dim: bool = True,
         image_mask: Bool[Tensor, "batch pos"] | None = None,
+        unmapped: str | None = None,
     ) -> None:
+        """`unmapped` says what the run's inputs held that no token map knows (video, audio)."""
         super().__init__(cache_dict, model, has_batch_dim)
-        self.image_mask = image_mask
+        self._image_mask, self.unmapped = image_mask, unmapped
+
+    @property
+    def image_mask(self) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions of the run were visual. Raises UnsupportedError where it held video or audio."""
+        if self.unmapped is not None:
+            raise UnsupportedError(unmapped_message(self.unmapped, "the cache's mask of visual positions"))
+        return self._image_mask
 
     def remove_batch_dim(self, batch_size: int | None = None) -> VLMActivationCache:
         """The same cache without the batch axis of its language side, changed in place.
@@ -70,10 +80,10 @@ class VLMActivationCache(ActivationCache):
         if not self.has_batch_dim:
             raise InvalidValueError("this cache has no batch axis to slice")
         cache: dict[str, Tensor] = {}
-        if self.image_mask is not None:
-            batch = torch.arange(len(self.image_mask), device=self.image_mask.device)
+        if self._image_mask is not None:
+            batch = torch.arange(len(self._image_mask), device=self._image_mask.device)
             # Packed rows are in batch-major order, whatever order the prompts are chosen in.
-            owner = batch[:, None].expand_as(self.image_mask)[self.image_mask]
+            owner = batch[:, None].expand_as(self._image_mask)[self._image_mask]
             kept = chosen.apply(batch).reshape(-1)
             rows = torch.cat([torch.nonzero(owner == row).flatten() for row in kept])
         for name, value in self.cache_dict.items():
@@ -81,8 +91,8 @@ class VLMActivationCache(ActivationCache):
                 cache[name] = chosen.apply(value, dim=0)
             elif is_packed(name):
                 cache[name] = value[rows.to(value.device)]
-        mask = None if self.image_mask is None else self.image_mask[kept]
-        return VLMActivationCache(cache, self.model, chosen.mode != "int", mask)
+        mask = None if self._image_mask is None else self._image_mask[kept]
+        return VLMActivationCache(cache, self.model, chosen.mode != "int", mask, self.unmapped)
 
     def decompose_resid(
         self,

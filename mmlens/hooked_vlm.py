@@ -27,11 +27,19 @@ from transformers import PreTrainedModel, ProcessorMixin
 from mmlens import hook_names, internals, keywords, loading
 from mmlens.arguments import flag, one_of, unknown_name_message
 from mmlens.attention import AttentionTap, QueryRows, tap_attention
-from mmlens.cache import VLMActivationCache
+from mmlens.cache import VLMActivationCache, is_packed
 from mmlens.data.examples import Example
-from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensWarning, StateError, UnknownNameError
+from mmlens.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    MmlensWarning,
+    StateError,
+    UnknownNameError,
+    UnsupportedError,
+)
 from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, dissect, scale_of
 from mmlens.families.catalog import family_of
+from mmlens.families.media import unmapped_message
 from mmlens.families.record import Family
 from mmlens.loss import next_token_loss, text_labels
 from mmlens.prompt import Prompt, check_left_padding, make_prompt, with_answers
@@ -130,6 +138,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         """Which positions the run under way computes: all of a prompt, or, while decoding, the newest."""
         self._whole_inputs: Mapping[str, Any] = {}
         self._inputs: Mapping[str, Any] = {}
+        self._unmapped: str | None = None
         self._attention_taps: dict[int, AttentionTap] = {}
         self.mod_dict: dict[str, nn.Module] = {}
         self.hook_dict: dict[str, Any] = {}
@@ -205,17 +214,18 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
 
         Logits are the same to the bit. Hooks on vision.* and projector.* no longer fire, which is an error where
         one is set. A prompt without images comes back as it is, and so does every prompt of a family whose tower
-        transformers does not run apart (Mllama, BLIP-2, DeepSeek-VL ...): its runs repeat it.
+        transformers does not run apart (Mllama, BLIP-2, DeepSeek-VL ...): its runs repeat it. Raises
+        UnsupportedError for a prompt that holds video or audio.
         """
         inputs = self._keyword_inputs(prompt, {})
-        pixels = [name for name in inputs if name.startswith("pixel_")]
-        if not pixels or prompt.image_features is not None:
-            return prompt
-        given = self._tower_inputs(inputs)
+        given = None if prompt.image_features is not None else self._tower_inputs(inputs)
         if given is None:
             return prompt
         features = self.hf_model.get_image_features(**given, return_dict=True)
-        kept = {name: value for name, value in inputs.items() if name not in pixels}
+        # The pixels alone have gone into the features; grids and sizes are read once more beside them.
+        kept = {
+            name: value for name, value in inputs.items() if name not in given or not _holds_pixels(value)
+        }
         return replace(prompt.to(self.device), inputs=kept, image_features=features)
 
     def _tower_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -225,26 +235,22 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             inspect.signature(module.forward).parameters
             for module in (self.hf_model, getattr(self.hf_model, "model", self.hf_model))
         ]
-        needs_pixels = any(
-            name.startswith("pixel_") and parameter.default is inspect.Parameter.empty
-            for name, parameter in forwards[0].items()
-        )
-        if encode is None or needs_pixels or not any("mm_encoder_outputs" in taken for taken in forwards):
+        if encode is None or not any("mm_encoder_outputs" in taken for taken in forwards):
             return None
-        taken = dict(inspect.signature(encode).parameters)
-        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-        taken = {
-            name: parameter
-            for name, parameter in taken.items()
-            if parameter.kind is not parameter.VAR_KEYWORD
-        }
-        given = {
-            name: value
-            for name, value in inputs.items()
-            if name != "input_ids" and (name in taken or (passes_on and name.startswith("image_")))
-        }
-        required = {name for name, parameter in taken.items() if parameter.default is parameter.empty}
-        return given if required <= given.keys() else None
+        parameters = inspect.signature(encode).parameters.values()
+        taken = {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
+        if len(taken) < len(parameters):
+            # What it hands on to the tower: the image processor's other outputs.
+            taken |= set(getattr(getattr(self.processor, "image_processor", None), "model_input_names", ()))
+        given = {name: value for name, value in inputs.items() if name != "input_ids" and name in taken}
+        required = {each.name for each in parameters if each.default is each.empty} - {"args", "kwargs"}
+        needed = any(
+            _holds_pixels(value)
+            and name in forwards[0]
+            and forwards[0][name].default is inspect.Parameter.empty
+            for name, value in given.items()
+        )
+        return None if needed or not required or not required <= given.keys() else given
 
     def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Float[Tensor, "*shape d_model"]:
         """`residual_directions` of a text that is one token, of a token id, or of ids of any shape.
@@ -473,15 +479,22 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         """Logits and a TransformerLens ActivationCache of the chosen hook points.
 
         `names_filter` None means all but hook_result (unless cfg.use_attn_result is set), and only what fires:
-        a prompt without images has no image.* activations. A filter function likewise caches what fires of its
-        matches. A hook point that fires several times in one forward (Qwen's vision attention, once per image
-        or window) is stacked on its first axis and padded with zeros, scores with -inf. With layers on several
-        devices each activation is on its own, unless `device` names one for all, as tools that stack them need.
+        a prompt without images has no image.* activations, and inputs that hold video or audio have neither these
+        nor hook_deepstack. A filter function likewise caches what fires of its matches. A hook point that fires
+        several times in one forward (Qwen's vision attention, once per image or window) is stacked on its first axis
+        and padded with zeros, scores with -inf. With layers on several devices each activation is on its own, unless
+        `device` names one for all, as tools that stack them need.
 
         Raises HookNeverFiredError where a hook point asked for by name never fires, or nothing that a filter
         function matches does, and ValueError where remove_batch_dim meets a batch of several prompts.
         """
         names = self._cached_names(names_filter)
+        given = self._keyword_inputs(
+            model_args[0] if model_args else model_kwargs.get("inputs"), model_kwargs
+        )
+        if self.anatomy.other_media.held(given) and (names_filter is None or callable(names_filter)):
+            # They read which positions are images; asked for by name they are refused.
+            names = [name for name in names if not is_packed(name)]
         cache: dict[str, Tensor] = {}
         # Another hook may edit in place what was cached; a copy then keeps the cache true.
         copy = any(point.is_live for point in self.hook_dict.values())
@@ -506,8 +519,9 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         # A filter asks for what there is, a name for itself.
         if missing and names_filter is not None and not (callable(names_filter) and cache):
             raise HookNeverFiredError(f"asked to cache {missing[:5]}, which never fired in this run")
-        image_mask = self.image_mask(self._inputs) if "input_ids" in self._inputs else None
-        activations = VLMActivationCache(cache, self, image_mask=image_mask)
+        known = "input_ids" in self._inputs and self._unmapped is None
+        image_mask = self.image_mask(self._inputs) if known else None
+        activations = VLMActivationCache(cache, self, image_mask=image_mask, unmapped=self._unmapped)
         return output, activations.remove_batch_dim() if remove_batch_dim else activations
 
     def _cached_names(self, names_filter: HookName | Sequence[str] | None) -> list[str]:
@@ -528,6 +542,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         if inputs is None:
             return dict(more)
         if isinstance(inputs, Prompt):
+            self._check_mapped(inputs.inputs, "its token map")
             features = (
                 {}
                 if inputs.image_features is None
@@ -549,6 +564,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         image_id = getattr(self.hf_model.config, self.anatomy.image_token or "", None)
         if ids.is_floating_point():
             raise InvalidTypeError(f"token ids are integers, not {ids.dtype}")
+        self._check_mapped({"input_ids": ids}, "a run on token ids alone")
         # Its length alone, which an offloaded embedding has too.
         n_known = len(self.embed.get_parameter("weight"))
         if int(ids.max()) >= n_known or (image_id is not None and bool((ids == image_id).any())):
@@ -567,6 +583,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         self._running = None
         # Image rows are found in the inputs of the run that is under way.
         given = {**({"input_ids": args[0]} if args else {}), **kwargs}
+        self._unmapped = self.anatomy.other_media.held(given)
         telling = ("input_ids", self.family.image_positions)
         self._whole_inputs = {name: given[name] for name in telling if given.get(name) is not None}
         self._inputs = self._whole_inputs
@@ -620,15 +637,27 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         )
 
     def image_mask(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:
-        """Which positions of the inputs are visual; None where the family's text has no visual positions."""
+        """Which positions of the inputs are visual; None where the family's text has no visual positions.
+
+        Raises UnsupportedError for inputs that hold video or audio.
+        """
         if not self._marks_images:
             return None
         given = self._keyword_inputs(inputs, {})
+        self._check_mapped(given, "the mask of visual positions")
         if self.family.image_positions:
             return given[self.family.image_positions].bool()
         return given["input_ids"] == getattr(self.hf_model.config, self.anatomy.image_token)
 
+    def _check_mapped(self, inputs: Mapping[str, Any], purpose: str) -> None:
+        """Raise UnsupportedError where the inputs hold what no token map knows (video, audio)."""
+        held = self.anatomy.other_media.held(inputs)
+        if held is not None:
+            raise UnsupportedError(unmapped_message(held, purpose))
+
     def _image_mask(self, x: Tensor) -> Tensor | None:
+        if self._unmapped is not None:
+            raise UnsupportedError(unmapped_message(self._unmapped, "image.* hooks and hook_deepstack"))
         if "input_ids" not in self._inputs:
             raise InvalidValueError("image.* hooks need input_ids: the model was run on inputs_embeds alone")
         mask = self.image_mask(self._inputs)
@@ -771,6 +800,12 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             step = head_results(self._point(f"{prefix}hook_result"), parts.d_value, scale)
             ModuleTap(parts.out, "output", [step])
         return tap
+
+
+def _holds_pixels(value: Any) -> bool:
+    """Whether an input is an image's content: grids, sizes, masks and positions of patches are whole numbers."""
+    of_tensors = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(each, Tensor) and each.is_floating_point() for each in of_tensors)
 
 
 def _config(model: PreTrainedModel, anatomy: Anatomy) -> TransformerLensConfig:

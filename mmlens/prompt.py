@@ -21,8 +21,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from mmlens.errors import InvalidValueError, MissingFileError
+from mmlens.errors import InvalidValueError, MissingFileError, UnsupportedError
 from mmlens.families.layouts.grids import Layout
+from mmlens.families.media import media_of, unmapped_message
 from mmlens.token_map import ImageGrid, TokenMap
 
 MAX_IMAGE_PIXELS = 89_478_485
@@ -209,9 +210,13 @@ def prompt_from_inputs(
     question as positions (start, stop).
 
     Raises PromptError where a batch is not padded on the left or a span lies outside the prompt, and
-    TokenMapError where input_ids hold another number of image tokens than the layout predicts.
+    TokenMapError where input_ids hold another number of image tokens than the layout predicts, and UnsupportedError
+    where they hold video or audio.
     """
     ids = inputs["input_ids"]
+    held = media_of(processor, ids[_image_positions(processor, layout, inputs).to(ids.device)]).held(inputs)
+    if held is not None:
+        raise UnsupportedError(unmapped_message(held, "a token map"))
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     check_left_padding(mask)
     is_question = torch.zeros(ids.shape, dtype=torch.bool)

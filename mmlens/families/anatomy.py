@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from mmlens import internals
 from mmlens.errors import InvalidValueError
+from mmlens.families.media import OtherMedia, other_media
 from mmlens.families.record import Family, Stack
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -192,6 +193,8 @@ class Anatomy:
     mergers: list[nn.Module]
     deep_after: list[int]
     image_token: str
+    other_media: OtherMedia
+    """What inputs can hold beside text and images."""
 
 
 def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
@@ -217,6 +220,7 @@ def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
     for prefix, stack in family.more_stacks.items():
         stacks[prefix] = [layer_parts(layer, stack) for layer in _all_at(model, stack.layers or "")]
     deep = family.deep_injection
+    image_token = _image_token(model, family)
     return Anatomy(
         decoder=_submodule(model, path.rpartition(".")[0]),
         layers=layers,
@@ -230,7 +234,8 @@ def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
         projector=_projector(model, family, inside),
         mergers=list(_submodule(model, deep.mergers)) if deep else [],
         deep_after=deep.after(model.config) if deep else [],
-        image_token=_image_token(model, family),
+        image_token=image_token,
+        other_media=other_media(model, image_token),
     )
 
 
