@@ -686,7 +686,11 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             at_output, at_input = between_layers(
                 self._point(f"blocks.{layer}.hook_deepstack"), self._image_mask
             )
-            last[layer], first[layer + 1] = [at_output], [at_input]
+            last[layer] = [at_output]
+            if layer + 1 < len(anatomy.language):
+                first[layer + 1] = [at_input]
+            elif anatomy.final_norm is not None:
+                ModuleTap(anatomy.final_norm, "input", [at_input])
         for index, parts in enumerate(anatomy.language):
             self._lay_block(
                 f"blocks.{index}.", parts, first.get(index, []), last.get(index, []), language=True

@@ -233,7 +233,7 @@ def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
         else None,
         projector=_projector(model, family, inside),
         mergers=list(_submodule(model, deep.mergers)) if deep else [],
-        deep_after=deep.after(model.config) if deep else [],
+        deep_after=[layer for layer in deep.after(model.config) if layer < len(language)] if deep else [],
         image_token=image_token,
         other_media=other_media(model, image_token),
     )
@@ -475,7 +475,8 @@ def _image_token(model: PreTrainedModel, family: Family) -> str:
 
 def _n_read(model: PreTrainedModel, family: Family, n_layers: int) -> int:
     """How many vision layers lie before the features that the projector gets; later ones reach no logit."""
-    chosen = _attribute(model.config, family.feature_layer)
+    known = family.feature_layer
+    chosen = known(model.config) if callable(known) else _attribute(model.config, known)
     if chosen is None:
         return n_layers
     indices = [chosen] if isinstance(chosen, int) else list(chosen)

@@ -27,7 +27,7 @@ from mmlens.families.layouts import (
     visual_codes,
 )
 from mmlens.families.record import DeepInjection, Family, Stack
-from mmlens.families.refused import REFUSED
+from mmlens.families.refused import refusal
 
 
 def _deepstack(mergers: str = "model.visual.deepstack_merger_list") -> DeepInjection:
@@ -62,6 +62,13 @@ def _granite_injects(config: Any) -> list[int]:
     """Granite adds features before a layer; before the first one they are part of hook_embed."""
     before = [layer for _, layer in config.deepstack_layer_map] + list(config.spatial_target_layers or [])
     return sorted(layer - 1 for layer in before if layer > 0)
+
+
+def _granite_reads(config: Any) -> list[int]:
+    """Every projector takes the state after a vision layer of its own; `vision_feature_layer` is not read."""
+    return [vision for vision, _ in config.deepstack_layer_map] + (
+        [config.spatial_vision_layer] if config.spatial_target_layers else []
+    )
 
 
 # What is missing, and why: shared by the families that have the same kind of layer.
@@ -155,6 +162,7 @@ FAMILIES: dict[str, Family] = {
                 "qformer.spatial.": _q_former("model.spatial_projectors.*.qformer.encoder.layer"),
             },
             projector="",
+            feature_layer=_granite_reads,
             deep_injection=DeepInjection(after=_granite_injects, mergers="model.layerwise_projectors"),
             missing={"projector.*": "each deep injection has a projector of its own: vision.deepstack.*"},
         ),
@@ -234,6 +242,14 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("ernie4_5_vl_moe", layout=block_grid.qwen, vision=Stack(norm="model.vision_tower.ln")),
         Family("hunyuan_vl", layout=framed_grid.hunyuan),
+        Family(
+            "hy_v4_vl",
+            layout=framed_grid.hy_v4,
+            language=Stack(names={"resid_mid": None}),
+            stream="[batch, pos, streams, d_model]",
+            adds=False,
+            missing=_HYPER_CONNECTIONS,
+        ),
         Family("kimi_k25", layout=padded_grid.kimi, vision=Stack(norm="model.vision_tower.final_layernorm")),
         Family("muse_glimmer", layout=block_grid.qwen, vision=Stack(norm="model.vision_tower.ln_post")),
         Family(
@@ -330,6 +346,14 @@ FAMILIES: dict[str, Family] = {
             vision=None,
             projector="",
             missing={**_VISUAL_CODES, "other attention": _CODES},
+        ),
+        Family(
+            "apertus1p5",
+            layout=visual_codes.apertus,
+            language=Stack(names={"norm1": "attention_layernorm", "norm2": "feedforward_layernorm"}),
+            vision=None,
+            projector="",
+            missing=_VISUAL_CODES,
         ),
         Family(
             "fuyu",
@@ -479,7 +503,8 @@ class UntestedFamilyWarning(MmlensWarning):
 def family_of(model_type: str) -> Family:
     """The record of a family; an empty one, with a warning, for a family that mmlens has never met.
 
-    Raises UnknownFamilyError, with the reason, for a family that is refused.
+    Raises UnknownFamilyError, with the reason, for a family that is refused, or that the installed transformers
+    does not run.
 
     >>> family_of("qwen3_vl").layout.__name__
     'qwen'
@@ -488,8 +513,9 @@ def family_of(model_type: str) -> Family:
         ...
     mmlens.families.catalog.UnknownFamilyError: 'pix2struct' is refused: ...
     """
-    if model_type in REFUSED:
-        raise UnknownFamilyError(f"{model_type!r} is refused: {REFUSED[model_type]}")
+    why = refusal(model_type)
+    if why is not None:
+        raise UnknownFamilyError(f"{model_type!r} is refused: {why}")
     if model_type not in FAMILIES:
         warnings.warn(
             unknown_name_message("record of the model family", model_type, FAMILIES)

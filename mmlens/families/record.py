@@ -59,8 +59,9 @@ class Family:
     """The configuration's attribute with the id at visual positions; None: discovered, "": the text has none."""
     image_positions: str = ""
     """The model input that marks visual positions by a mask, where no token id does."""
-    feature_layer: str = "vision_feature_layer"
-    """The configuration's attribute (of a layer or a list of layers) after which the features are taken."""
+    feature_layer: str | Callable[[Any], list[int]] = "vision_feature_layer"
+    """The configuration's attribute (of a layer or a list of layers) after which the features are taken, or a function
+    from the configuration to these layers."""
     stream: str = STREAM
     """The axes of the residual stream between layers, where it is no single vector per position."""
     past_the_stream: str = ""

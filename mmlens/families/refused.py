@@ -1,6 +1,8 @@
-"""Model types that transformers' image-text-to-text mapping names and mmlens has no record of, and why."""
+"""Model types that transformers' image-text-to-text mapping names and mmlens takes no model of, and why."""
 
 from __future__ import annotations
+
+import transformers
 
 _ENCODER_DECODER = "encoder-decoder: "
 
@@ -21,6 +23,10 @@ REFUSED: dict[str, str] = {
     "git": (
         "no attention of its language side goes through transformers' attention interface, and the image is put in "
         "front of the embeddings, where input_ids have no positions"
+    ),
+    "inkling2_loop": (
+        "its middle layers run several times in one forward pass, each time with other inputs, so that a hook point "
+        "named by a layer would see several passes in one"
     ),
     "kosmos-2.5": (
         "no attention of its vision side goes through transformers' attention interface, and its processor counts "
@@ -49,3 +55,20 @@ REFUSED: dict[str, str] = {
     ),
 }
 """model_type -> why no HookedVLM is made of it."""
+
+BROKEN: dict[str, tuple[str, str]] = {
+    "llama4": (
+        "5.24.0",
+        "its Llama4ForConditionalGeneration reads image_outputs of an output that has none, so that every forward "
+        "pass, with or without an image, ends in an AttributeError; transformers 5.23 runs it",
+    )
+}
+"""model_type -> the release of transformers in which the family itself does not run, and why."""
+
+
+def refusal(model_type: str) -> str | None:
+    """Why no HookedVLM is made of a family under the installed transformers; None where one is."""
+    if model_type in BROKEN and transformers.__version__ == BROKEN[model_type][0]:
+        version, why = BROKEN[model_type]
+        return f"transformers {version} is broken for it: {why}"
+    return REFUSED.get(model_type)

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mmlens.families.catalog import FAMILIES
 from mmlens.families.record import Family
-from mmlens.families.refused import REFUSED
+from mmlens.families.refused import refusal
 from mmlens.hook_names import BLOCK_HOOKS, BLOCK_IMAGE_HOOKS, MODEL_HOOKS
 
 if TYPE_CHECKING:
@@ -67,11 +67,12 @@ def _token_map(family: Family) -> str:
 
 
 def _row(name: str) -> tuple[str, Status, str, str]:
+    why = refusal(name)
+    if why is not None:
+        return name, "refused", "no", why
     if name in FAMILIES:
         family = FAMILIES[name]
         notes = "; ".join(f"no {pattern}: {why}" for pattern, why in family.missing.items())
         token_map = _token_map(family)
         return name, "partly" if family.missing else "supported", token_map, notes
-    if name in REFUSED:
-        return name, "refused", "no", REFUSED[name]
     return name, "untested", "no", "a family that mmlens has no record of; discovery is tried, with a warning"

@@ -8,12 +8,16 @@ column is another.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import FAMILIES, record_of, tiny_images, tiny_model, tiny_processor
+from tiny import FAMILIES, TINY, record_of, tiny_images, tiny_inputs, tiny_model, tiny_processor
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 
 from mmlens.families.layouts import visual_codes
 from mmlens.prompt import Prompt, make_prompt
@@ -21,7 +25,9 @@ from mmlens.prompt import Prompt, make_prompt
 torch.set_num_threads(1)
 
 CODED = tuple(
-    name for name in FAMILIES if getattr(record_of(name).layout, "__module__", None) == visual_codes.__name__
+    name
+    for name in FAMILIES
+    if getattr(record_of(name).layout, "__module__", None) == visual_codes.__name__ and TINY[name].processor
 )
 
 
@@ -55,7 +61,13 @@ class _Seen:
         with torch.no_grad():
             self.model(**prompt.inputs)
             values = self.values.movedim(1, -1)
-            codes = torch.cdist(values.flatten(0, 2), self.codes_of.embedding.weight).argmin(-1)
+            table, cells = self.codes_of.embedding, values.flatten(0, 2)
+            # The nearest code; Apertus takes the one of the largest inner product.
+            codes = (
+                table(cells).argmax(-1)
+                if isinstance(table, nn.Linear)
+                else torch.cdist(cells, table.weight).argmin(-1)
+            )
         return values, codes.reshape(values.shape[:3]), self.embeddings
 
 
@@ -132,3 +144,29 @@ def test_chameleon_sees_the_middle_of_a_long_image() -> None:
     prompt = make_prompt(tiny_processor("chameleon"), layout, "What?", tiny_images(1, sizes=[(96, 24)]))
     boxes = prompt.token_map.grids[0][0].boxes
     assert (boxes[:, 0].min(), boxes[:, 2].max()) == pytest.approx((36, 60))
+
+
+@pytest.mark.skipif("apertus1p5" not in FAMILIES, reason="new in transformers 5.24")
+def test_the_codes_of_apertus_are_cells_of_the_resized_image_row_by_row() -> None:
+    """On inputs made by hand, where there is no torchvision: repainted cells change the embeddings there alone."""
+    inputs, seen = tiny_inputs("apertus1p5", [1]), _Seen("apertus1p5")
+    rows, columns = (inputs["image_sizes"][0] // 8).tolist()
+    layout = record_of("apertus1p5").layout
+    assert layout is not None
+    processor: Any = ProcessorMixin.__new__(ProcessorMixin)
+    processor.image_processor = SimpleNamespace(spatial_factor=8)
+    (grid,) = layout(processor, inputs, [(100, 50)])
+    # An image of 100 x 50 pixels was shown at columns x rows cells.
+    assert grid.boxes[0].tolist() == pytest.approx([0, 0, 100 / columns, 50 / rows])
+    assert grid.boxes[columns].tolist() == pytest.approx([0, 50 / rows, 100 / columns, 100 / rows])
+    seen.model(**inputs)
+    clean, positions = seen.embeddings, inputs["input_ids"][0] == seen.model.config.image_token_id
+    assert int(positions.sum()) == len(grid) == rows * columns
+    codes = seen.model.model.get_image_tokens(inputs["pixel_values"], inputs["image_sizes"])[0]
+    table = seen.model.get_input_embeddings().weight
+    assert torch.equal(clean[0, positions], table[codes])
+    shown = inputs["pixel_values"].clone()
+    shown[:, :, : 8 * rows // 2] *= -3
+    seen.model(**{**inputs, "pixel_values": shown})
+    moved = (seen.embeddings != clean).any(-1)[0, positions].reshape(rows, columns).float()
+    assert moved[: rows // 2].mean() > moved[rows // 2 + 1 :].mean()

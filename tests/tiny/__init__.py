@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from mmlens.families.catalog import family_of
+from mmlens.families.catalog import FAMILIES as RECORDS
 from mmlens.families.record import Family
 from tiny import first, glm_like, llava_like, ocr_and_others, pooled, queries_and_cross, qwen_like
 from tiny.base import TinyFamily, chat_template, redraw, tiny_images, token_ids_of, tokenizer_of
@@ -57,7 +57,7 @@ def others_slow(always: Collection[str], of: Collection[str] = FAMILIES) -> list
 
 def record_of(family: str) -> Family:
     """The family's record in the package."""
-    return family_of(TINY[family].variant_of or family)
+    return RECORDS[TINY[family].variant_of or family]
 
 
 def tiny_processor(family: str) -> ProcessorMixin:

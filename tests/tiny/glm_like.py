@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     Dots3NoteFeatureExtractor,
     Dots3NoteProcessor,
     Ernie4_5_VLMoeProcessor,
@@ -319,6 +320,45 @@ def _dots_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
             swa_v_head_dim=16,
         ),
         **{f"{name}_id": ids[name] for name in ("image_token", "video_token", "audio_token")},
+    }
+
+
+# ---------------------------------------------------------------------- hy_v4_vl, new in transformers 5.24
+
+HY_V4_SPECIAL = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "image_start_token": "<|vision_start|>",
+    "image_end_token": "<|vision_end|>",
+}
+
+
+def _hy_v4_processor(shared: dict[str, Any]) -> ProcessorMixin:
+    from transformers import HYV4VLProcessor
+    from transformers.models.hy_v4_vl.image_processing_pil_hy_v4_vl import HYV4VLImageProcessorPil
+
+    image_processor = HYV4VLImageProcessorPil(
+        patch_size=PATCH, merge_size=2, size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128}
+    )
+    return without_video(HYV4VLProcessor)(image_processor=image_processor, **shared)
+
+
+def _hy_v4_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
+    return {
+        "vision_config": tower(max_image_size=16 * PATCH, spatial_merge_size=2, out_hidden_size=D_MODEL),
+        "text_config": text_config(
+            "hy_v4_vl_text",
+            vocab_size,
+            **MLA,
+            **INDEXER,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+            indexer_types=["full", "full", "shared"],
+            mlp_layer_types=["dense", "sparse", "sparse"],
+            n_shared_experts=1,
+            hc_mult=2,
+        ),
+        "image_token_id": ids["image_token"],
+        "video_token_id": ids["video_token"],
     }
 
 
@@ -657,5 +697,21 @@ FAMILIES: tuple[TinyFamily, ...] = (
         cell=2 * PATCH,
         # Queries and keys without rotation pass a norm of their latents, which undoes a change of scale.
         inert=("blocks.2.ln1.hook_scale",),
+    ),
+    *(
+        [
+            TinyFamily(
+                "hy_v4_vl",
+                _hy_v4_options,
+                special=HY_V4_SPECIAL,
+                image_text="<|vision_start|><|image_pad|><|vision_end|>",
+                processor=_hy_v4_processor,
+                cell=2 * PATCH,
+                # Learnt sinks and selected keys: transformers has eager attention alone.
+                attention=("eager",),
+            )
+        ]
+        if "hy_v4_vl" in CONFIG_MAPPING
+        else []
     ),
 )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AriaProcessor,
     ChameleonProcessor,
     DeepseekOcr2Processor,
@@ -281,6 +282,83 @@ def _emu3_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
             "num_attention_heads": 2,
         },
         "vocabulary_map": {"<image>": ids["image_token"], **_code_ids(_EMU_CODES, vocab_size)},
+    }
+
+
+# ---------------------------------------------------------------------- apertus1p5, new in transformers 5.24
+
+_N_SOUNDS = 8
+_APERTUS_SPECIAL = {
+    "image_token": "<|image|>",
+    "audio_token": "<|audio|>",
+    "boi_token": "<|image start|>",
+    "eoi_token": "<|image end|>",
+    "image_wrapper_token": "<|image token|>",
+    "eol_token": "<|end of line|>",
+    "boa_token": "<|audio start|>",
+    "eoa_token": "<|audio end|>",
+}
+_APERTUS_CODES = (
+    *(f"<|visual token {i}|>" for i in range(N_CODES)),
+    *(f"<|audio token {i}|>" for i in range(_N_SOUNDS)),
+)
+APERTUS_CELL = 8
+
+
+def _apertus_processor(shared: dict[str, Any]) -> ProcessorMixin:
+    from transformers import Apertus1p5ImageProcessor, Apertus1p5Processor, WavTokenizerFeatureExtractor
+
+    return Apertus1p5Processor(
+        image_processor=Apertus1p5ImageProcessor(
+            size={"min_pixels": 24 * 24, "max_pixels": 48 * 48}, spatial_factor=APERTUS_CELL
+        ),
+        feature_extractor=WavTokenizerFeatureExtractor(),
+        **shared,
+    )
+
+
+def _apertus_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
+    visual = vocab_size - len(_APERTUS_CODES)
+    return {
+        "text_config": text_config(
+            "apertus1p5_text", vocab_size, head_dim=None, rope_parameters=_ROPE, pad_token_id=ids["pad"]
+        ),
+        "vision_config": {
+            "codebook_size": N_CODES,
+            "embed_dim": 8,
+            "latent_channels": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1, 1, 1],
+            "num_res_blocks": 1,
+        },
+        "audio_config": {
+            "model_type": "wavtokenizer_encoder",
+            "num_filters": 2,
+            "upsampling_ratios": [2, 2],
+            "num_lstm_layers": 1,
+            "hidden_size": 8,
+            "codebook_size": _N_SOUNDS,
+            "codebook_dim": 8,
+        },
+        "image_token_id": ids["image_token"],
+        "audio_token_id": ids["audio_token"],
+        "image_token_offset": visual,
+        "audio_token_offset": visual + N_CODES,
+    }
+
+
+def _apertus_inputs(n_images: Sequence[int]) -> dict[str, Tensor]:
+    grids = [((5, 4), (3, 5), (4, 4), (3, 4))[i % 4] for i in range(sum(n_images))]
+    images = []
+    for rows, columns in grids:
+        line = [*["image_token"] * columns, "eol_token"]
+        lines = [part for _ in range(rows) for part in line][:-1]
+        images.append(["boi_token", 40, 41, "image_wrapper_token", *lines, "eoi_token"])
+    most = APERTUS_CELL * max(side for grid in grids for side in grid)
+    return {
+        **_rows(lambda: _APERTUS, _per_row(n_images, images)),
+        "pixel_values": _noise(len(grids), 3, most, most),
+        "image_sizes": torch.tensor(grids) * APERTUS_CELL,
     }
 
 
@@ -778,7 +856,22 @@ _INKLING = TinyFamily(
     reach=0,
 )
 
+_APERTUS = TinyFamily(
+    "apertus1p5",
+    _apertus_options,
+    special=_APERTUS_SPECIAL,
+    more_tokens=_APERTUS_CODES,
+    image_text="<|image|>",
+    processor=_with_torchvision(_apertus_processor),
+    inputs=_apertus_inputs,
+    cell=APERTUS_CELL,
+    # Its encoder has an attention of its own, and transformers refuses the name.
+    attention=("eager",),
+    differentiable=False,
+)
+
 FAMILIES: tuple[TinyFamily, ...] = (
+    *([_APERTUS] if "apertus1p5" in CONFIG_MAPPING else []),
     _MOLMO2,
     TinyFamily(
         "fuyu",

@@ -1,4 +1,4 @@
-"""The image resized to whole blocks of patches, every row closed and the whole image framed by learnt tokens."""
+"""The image resized to whole blocks of patches, every row closed by a learnt token, and the whole framed in some."""
 
 from __future__ import annotations
 
@@ -24,11 +24,21 @@ def hunyuan(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
         raise TokenMapError(
             f"spatial_patch_size is {processor.image_processor.spatial_patch_size}; laid out is 1"
         )
-    grids = []
-    for size, grid in zip(sizes, block_grid.qwen(processor, inputs, sizes), strict=True):
-        side = int(grid.column.max()) + 1
-        parts = [separator(size)]
-        for start in range(0, len(grid), side):
-            parts += [part_of(grid, slice(start, start + side)), separator(size)]
-        grids.append(joined(size, [*parts, separator(size)]))
-    return grids
+    return [
+        joined(size, [separator(size), *_closed_rows(size, grid), separator(size)])
+        for size, grid in zip(sizes, block_grid.qwen(processor, inputs, sizes), strict=True)
+    ]
+
+
+def hy_v4(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+    """HY V4 VL: rows of blocks that each end in a learnt newline, and no frame."""
+    return [
+        joined(size, _closed_rows(size, grid))
+        for size, grid in zip(sizes, block_grid.qwen(processor, inputs, sizes), strict=True)
+    ]
+
+
+def _closed_rows(size: Size, grid: ImageGrid) -> list[ImageGrid]:
+    side = int(grid.column.max()) + 1
+    starts = range(0, len(grid), side)
+    return [part for start in starts for part in (part_of(grid, slice(start, start + side)), separator(size))]

@@ -42,17 +42,28 @@ def chameleon(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Seque
 
 def emu3(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Emu3: the image resized to whole cells, rows of codes that each end in the code of a line's end."""
-    if not sizes:
-        return []
-    cell = processor.downsample_ratio
     grids = []
-    for size, (height, width) in zip(sizes, np.asarray(inputs["image_sizes"]).tolist(), strict=True):
-        n_columns, n_rows = width // cell, height // cell
-        columns = pixels(cells(n_columns, cell), size[0] / width, limit=size[0])
-        rows = pixels(cells(n_rows, cell), size[1] / height, limit=size[1])
-        grid = image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)])
+    for size, grid in zip(sizes, _cells_of(inputs, sizes, processor.downsample_ratio), strict=True):
+        side = int(grid.column.max()) + 1
         parts: list[ImageGrid] = []
-        for row in range(n_rows):
-            parts += [part_of(grid, slice(row * n_columns, (row + 1) * n_columns)), separator(size)]
+        for start in range(0, len(grid), side):
+            parts += [part_of(grid, slice(start, start + side)), separator(size)]
         grids.append(joined(size, parts))
+    return grids
+
+
+def apertus(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+    """Apertus 1.5: the image resized to whole cells, one code for each; rows are closed by a token of text."""
+    return _cells_of(inputs, sizes, processor.image_processor.spatial_factor)
+
+
+def _cells_of(inputs: Mapping[str, Any], sizes: Sequence[Size], cell: int) -> list[ImageGrid]:
+    """One token per cell of `cell` pixels of each resized image, whose heights and widths are in `image_sizes`."""
+    grids = []
+    for size, (height, width) in zip(
+        sizes, np.asarray(inputs["image_sizes"]).tolist() if sizes else (), strict=True
+    ):
+        columns = pixels(cells(width // cell, cell), size[0] / width, limit=size[0])
+        rows = pixels(cells(height // cell, cell), size[1] / height, limit=size[1])
+        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)]))
     return grids
