@@ -23,7 +23,7 @@ import mmlens
 from mmlens.experiments import catalog
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.loading import scene_kinds
-from mmlens.provenance import data_fingerprint, fingerprint
+from mmlens.provenance import data_fingerprint, fingerprint, versions
 from mmlens.runs.rerun import compare, rerun, runs_in
 from mmlens.runs.run import (
     EVALUATION_SEED,
@@ -107,7 +107,7 @@ def test_the_record_says_what_was_run_on_what(folder: Path, micro: mmlens.Hooked
     assert record["request"]["settings"] == {
         "share": 0.05, "modes": ["zero", "uniform"], "n_heads": 1, "kinds": None, "exact": False
     }  # fmt: skip
-    assert record["versions"]["torch"] == torch.__version__ and record["seconds"] > 0
+    assert record["versions"]["torch"] == versions()["torch"] and record["seconds"] > 0
     assert record["command"] == "mmlens run small" and record["machine"]["threads"] == torch.get_num_threads()
     assert sorted([*record["files"], "run.json"]) == sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
@@ -115,13 +115,13 @@ def test_the_record_says_what_was_run_on_what(folder: Path, micro: mmlens.Hooked
 
 
 def test_methods_and_references_are_of_this_run(folder: Path) -> None:
-    methods = (folder / "methods.md").read_text()
+    methods, torch_version = (folder / "methods.md").read_text(), versions()["torch"]
     for part in (
         "The top 5% by RAM, and 1 random head, modes zero, uniform (exact: no, kinds: none).",
         "12 for selection (2 documents, ",
         "seeds 100000 (selection) and 200000 (evaluation)",
         "8 layers, 8 heads each",
-        f"PyTorch {torch.__version__}",
+        f"PyTorch {versions()['torch']}",
         "Text-only controls: text_knowledge, text_recall.",
     ):
         assert part in methods, part
@@ -199,7 +199,7 @@ def test_versions_that_differ_are_named(folder: Path, copied: Path) -> None:
     edit_json(copied / "run.json", "code", value="0")
     found = rerun(copied, progress=False)
     assert found.same and set(found.changed) == {"torch", "code of the experiment"}
-    assert found.changed["torch"] == ("1.0", torch.__version__)
+    assert found.changed["torch"] == ("1.0", versions()["torch"])
 
 
 def test_other_weights_and_other_data_are_refused(tmp_path: Path) -> None:

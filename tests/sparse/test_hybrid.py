@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from torch import Tensor
+from transformers import LlamaModel
 
 import mmlens
 from conftest import (
@@ -19,6 +21,7 @@ from conftest import (
     two_image_prompt,
 )
 from mmlens.hooked_vlm import HookedVLM
+from mmlens.internals import CACHE_KEYWORDS
 from mmlens.prompt import Prompt
 from mmlens.sparse import layer as sparse_layer
 from mmlens.sparse.layer import NotCausalError
@@ -232,6 +235,17 @@ def test_ram_is_read_off_the_streaming_patterns(micro: HookedVLM) -> None:
     assert (plain.values - scores.values).abs().max() > 0.05
 
 
+def cache_of(output: Any) -> Any:
+    """The key-value cache in a model's output, whose name changed with transformers 5.24."""
+    return next(output[name] for name in CACHE_KEYWORDS if name in output)
+
+
+def on(cache: Any) -> dict[str, Any]:
+    """The keyword that hands a model its cache, under the name that this transformers has."""
+    taken = inspect.signature(LlamaModel.forward).parameters
+    return {next(name for name in CACHE_KEYWORDS if name in taken): cache}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "internvl"])
 def test_generation_prefills_by_the_rule_and_decodes_densely(family: str) -> None:
@@ -242,7 +256,7 @@ def test_generation_prefills_by_the_rule_and_decodes_densely(family: str) -> Non
         tokens = model.generate(prompt, **options)
         first = model.hf_model(**prompt.inputs, use_cache=True)
     # Decoding by hand: the plain model on the keys of all positions.
-    cache, expected = first.past_key_values, []
+    cache, expected = cache_of(first), []
     assert cache.get_seq_length() == prompt.shape[1]
     token = first.logits[:, -1:].argmax(-1)
     for step in range(5):
@@ -250,7 +264,7 @@ def test_generation_prefills_by_the_rule_and_decodes_densely(family: str) -> Non
         at = torch.tensor([prompt.shape[1] + step])
         extra = {"position_ids": None} if family == "qwen3_vl" else {}
         token = (
-            model.hf_model(input_ids=token, past_key_values=cache, cache_position=at, use_cache=True, **extra)
+            model.hf_model(input_ids=token, **on(cache), cache_position=at, use_cache=True, **extra)
             .logits[:, -1:]
             .argmax(-1)
         )
@@ -259,8 +273,8 @@ def test_generation_prefills_by_the_rule_and_decodes_densely(family: str) -> Non
 
 def continued(model: HookedVLM, prompt: Prompt, further: Tensor) -> Tensor:
     """Logits of further tokens run on the prompt's cache."""
-    cache = model.hf_model(**prompt.inputs, use_cache=True).past_key_values
-    return model.hf_model(input_ids=further, past_key_values=cache, use_cache=True).logits
+    cache = cache_of(model.hf_model(**prompt.inputs, use_cache=True))
+    return model.hf_model(input_ids=further, **on(cache), use_cache=True).logits
 
 
 @torch.no_grad()
