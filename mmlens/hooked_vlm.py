@@ -600,6 +600,19 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         if given is None:
             given = args[0] if args else kwargs.get("input_ids")
         self.span = Span(internals.cached_length(kwargs), 0 if given is None else given.shape[1])
+        standing = next(map(len, self._whole_inputs.values()), 0)
+        if given is None or not standing or len(given) == standing or len(given) % standing:
+            return
+        # Families that generate past their own forward leave the prompt's inputs standing; beams repeat their rows.
+        self._inputs = self._whole_inputs = {
+            name: value.repeat_interleave(len(given) // standing, 0)
+            for name, value in self._whole_inputs.items()
+        }
+
+    def copies(self, prompt: Prompt) -> int:
+        """How often the run under way has each row of the prompt, copy by copy: beams and several samples repeat it."""
+        n_running, n_rows = len(self._whole_inputs.get("input_ids", ())), prompt.shape[0]
+        return n_running // n_rows if n_running and n_running % n_rows == 0 else 1
 
     def check_running(self, prompt: Prompt) -> None:
         """Raise ValueError where the run under way is of another prompt; compared once a run."""
@@ -612,9 +625,9 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         )
         if ids is None or own is None or goes_on:
             return
-        # Beams repeat a prompt; without a cache, generated tokens follow it.
-        fits = ids.shape[1] >= own.shape[1] and len(own) in (1, len(ids))
-        if not fits or not bool((ids[:, : own.shape[1]] == own.to(ids.device)).all()):
+        rows = own.repeat_interleave(self.copies(prompt), 0).to(ids)
+        # Without a cache, generated tokens follow the prompt.
+        if not torch.equal(ids[:, : own.shape[1]], rows):
             raise InvalidValueError(
                 f"an intervention built for a prompt of [batch, pos] = {list(own.shape)} is run on another one of "
                 f"{list(ids.shape)}: interventions are built for each prompt, intervention(model, prompt)"

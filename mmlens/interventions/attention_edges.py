@@ -11,6 +11,7 @@ Keys are positions of the prompt: generated tokens are keys that stay as they ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -326,7 +327,7 @@ def _keys(prompt: Prompt, keys: Positions) -> Mask:
     return _real(prompt, mask, "keys")
 
 
-def _at_keys(is_key: Mask, here: Here, scores: Tensor) -> Bool[Tensor, "batch 1 1 key"]:
+def _at_keys(is_key: Mask, here: Here, scores: Tensor) -> Bool[Tensor, "row 1 1 key"]:
     """Which of the scores' keys are chosen.
 
     The last key is the run's newest position, or lies behind it, unused, in a cache of fixed length; the first is the
@@ -334,5 +335,5 @@ def _at_keys(is_key: Mask, here: Here, scores: Tensor) -> Bool[Tensor, "batch 1 
     """
     n_keys = scores.shape[-1]
     first = max(here.span.first + here.span.length - n_keys, 0)
-    chosen = Here(here.prompt, Span(first, n_keys)).of_prompt(is_key, False)
+    chosen = replace(here, span=Span(first, n_keys)).of_prompt(is_key, False)
     return chosen[:, None, None].to(scores.device)

@@ -503,7 +503,7 @@ def _added(noise: Float[Tensor, "image_token d_model"], is_image: Bool[Tensor, "
         if len(rows) != len(x):
             raise InvalidValueError(
                 f"noise_images: the run has {len(x)} image tokens where its prompt has {len(rows)}; it was built for "
-                "another prompt, or the run repeats the batch (beams)"
+                "another prompt"
             )
         return x + noise[rows.to(noise.device)].to(x)
 

@@ -79,11 +79,16 @@ class Here:
         first, stop = self.span.first, self.span.first + self.span.length
         known = values[:, first:stop]
         n_more = self.span.length - known.shape[1]
-        if not n_more:
-            return known
-        behind = torch.as_tensor(generated, dtype=values.dtype, device=values.device)
-        shape = (len(values), n_more, *values.shape[2:])
-        return torch.cat([known, behind.expand(shape)], dim=1)
+        if n_more:
+            behind = torch.as_tensor(generated, dtype=values.dtype, device=values.device)
+            shape = (len(values), n_more, *values.shape[2:])
+            known = torch.cat([known, behind.expand(shape)], dim=1)
+        return self.of_rows(known)
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """Values [batch, ...] of the prompt's rows, for the rows in hand: beams and several samples repeat each."""
+        copies = 1 if self.model is None else self.model.copies(self.prompt)
+        return values if copies == 1 else values.repeat_interleave(copies, 0)
 
     @property
     def is_image(self) -> Bool[Tensor, "batch span"]:

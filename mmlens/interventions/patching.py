@@ -483,7 +483,7 @@ def _rows_of_queries(
         n_known = max(0, min(first + here.span.length, length) - first)
         if not n_known:
             return x
-        given = _of_heads(values[:, first : first + n_known], 2, heads).transpose(1, 2)
+        given = here.of_rows(_of_heads(values[:, first : first + n_known], 2, heads).transpose(1, 2))
         # Generated keys, which an uncached run has too, are behind every query of the prompt.
         block = (slice(None), slice(None), slice(n_known), slice(n_keys))
         patched = x.clone()

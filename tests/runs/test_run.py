@@ -115,7 +115,7 @@ def test_the_record_says_what_was_run_on_what(folder: Path, micro: mmlens.Hooked
 
 
 def test_methods_and_references_are_of_this_run(folder: Path) -> None:
-    methods, torch_version = (folder / "methods.md").read_text(), versions()["torch"]
+    methods = (folder / "methods.md").read_text()
     for part in (
         "The top 5% by RAM, and 1 random head, modes zero, uniform (exact: no, kinds: none).",
         "12 for selection (2 documents, ",
