@@ -7,6 +7,7 @@ InvalidValueError with what was given, what was expected and, where there are na
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
 import operator
@@ -50,6 +51,12 @@ def unknown_name_message(kind: str, given: object, known: Iterable[str]) -> str:
     named = nearest or known[:8]
     label = "the nearest" if nearest else "there are"
     return f"there is no {kind} {given!r}; {label}: {', '.join(map(repr, named))}"
+
+
+def nearest_names(given: str, known: Iterable[str]) -> list[str]:
+    """The names nearest to the one given; all of them where none is near."""
+    known = list(known)
+    return difflib.get_close_matches(given, known, n=3, cutoff=0.5) or known
 
 
 def instance_of(name: str, value: object, types: type[T] | tuple[type[T], ...], expected: str) -> T:
@@ -220,11 +227,12 @@ def listed(name: str, value: object, expected: str, *, least: int = 0) -> list[A
     mmlens.errors.InvalidTypeError: candidates is 'red' (str); expected a list of texts
     """
     unordered = (str, bytes, Mapping, set, frozenset)
-    if isinstance(value, unordered) or not isinstance(value, Iterable):
+    if isinstance(value, unordered) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")
     items = list(value)
     if len(items) < least:
-        raise InvalidValueError(f"{name} has {len(items)} item(s); expected {expected}, {least} or more")
+        given = f"no {name} given" if not items else f"{name} has {len(items)} item(s)"
+        raise InvalidValueError(f"{given}: expected {expected}, at least {least}")
     return items
 
 
@@ -234,11 +242,11 @@ def names_of(name: str, value: object, known: Iterable[str], *, least: int = 1) 
     >>> names_of("modes", ("zero", "meen"), ["zero", "mean"])
     Traceback (most recent call last):
         ...
-    mmlens.errors.InvalidValueError: there is no modes 'meen'; the nearest: 'mean'
+    mmlens.errors.InvalidValueError: there is no mode 'meen'; the nearest: 'mean'
     """
     names = list(known)
     given = listed(name, value, f"a list of some of {', '.join(map(repr, names))}", least=least)
-    return _each_once(name, [one_of(name, item, names) for item in given])
+    return _each_once(name, [one_of(name.removesuffix("s"), item, names) for item in given])
 
 
 def whole_numbers(
@@ -264,8 +272,8 @@ def texts(name: str, value: object, expected: str = "a list of texts", *, least:
     ]
 
 
-def array_of(name: str, value: object, axes: str) -> NDArray[np.float64]:
-    """Numbers as a float64 array with these axes: a tensor of any device and type, an array, a Series or a list.
+def array_of(name: str, value: object, axes: str | None) -> NDArray[np.float64]:
+    """Numbers as a float64 array with these axes (None: of any shape): a tensor, an array, a Series or a list.
 
     >>> array_of("values", [1, 2.5], "example").tolist()
     [1.0, 2.5]
@@ -274,8 +282,8 @@ def array_of(name: str, value: object, axes: str) -> NDArray[np.float64]:
         ...
     mmlens.errors.InvalidValueError: scores is an array of shape [2]; expected numbers [layer, head]
     """
-    names = axes.split()
-    expected = f"numbers [{', '.join(names)}]"
+    names = None if axes is None else axes.split()
+    expected = "an array of numbers" if names is None else f"numbers [{', '.join(names)}]"
     if isinstance(value, Tensor):
         array = value.detach().cpu().numpy() if not value.is_floating_point() else None
         array = value.detach().cpu().double().numpy() if array is None else array
@@ -292,7 +300,7 @@ def array_of(name: str, value: object, axes: str) -> NDArray[np.float64]:
         array = _numbers_of_objects(array)
     if array is None or array.dtype.kind not in "biuf":
         raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}, all of them real numbers")
-    if array.ndim != len(names):
+    if names is not None and array.ndim != len(names):
         raise InvalidValueError(f"{name} is an array of shape {list(array.shape)}; expected {expected}")
     return array.astype(np.float64)
 
@@ -317,10 +325,27 @@ def table_of(name: str, value: object, columns: Iterable[str], expected: str) ->
     return table
 
 
-def called(name: str, value: object, expected: str) -> Callable[..., Any]:
-    """A function, or anything else that can be called; a class is none."""
+def called(name: str, value: object, expected: str, *, n_arguments: int | None = None) -> Callable[..., Any]:
+    """A function, or anything else that can be called; a class is none. `n_arguments`: it takes so many by place.
+
+    >>> called("metric", lambda logits: logits, "a function (logits, prompt)", n_arguments=2)
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidTypeError: metric is <function ...; expected a function (logits, prompt): it takes (logits)
+    """
     if not callable(value) or isinstance(value, type):
         raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")
+    if n_arguments is not None:
+        try:
+            signature = inspect.signature(value)
+        except (ValueError, TypeError):
+            return value
+        try:
+            signature.bind(*[None] * n_arguments)
+        except TypeError:
+            raise InvalidTypeError(
+                f"{name} is {shown(value)}; expected {expected}: it takes {signature}"
+            ) from None
     return value
 
 

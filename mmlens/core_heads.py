@@ -24,10 +24,11 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from mmlens.data.examples import Example, overlap_message, shared_groups
+from mmlens.arguments import flag, folder_to_write, seed_of, whole_number, whole_numbers
+from mmlens.data.examples import Example, examples_of, overlap_message, shared_groups
 from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadScores, HeadSet, share_of
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.hooked_vlm import HookedVLM, model_of
 from mmlens.interventions.ablation import Means, ablate, mean_activations
 from mmlens.metrics.attention import EvidenceAttention, evidence_attention
 from mmlens.metrics.effects import Effect, effect
@@ -35,6 +36,7 @@ from mmlens.metrics.outcomes import accuracy, invalid, logit_difference
 from mmlens.provenance import describe_model, versions
 from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.token_map import Mapping as BoxMapping
+from mmlens.token_map import mapping_of
 
 SCHEMA = "mmlens.core-heads/1"
 POOLED = "pooled"
@@ -87,7 +89,7 @@ class CoreHeads:
 
     def save(self, folder: str | Path) -> Path:
         """Write summary.json, head_scores, ablation and outcomes as parquet (the first two as csv too)."""
-        folder = Path(folder)
+        folder = folder_to_write("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").write_text(
             json.dumps(self.summary, indent=1, allow_nan=False), encoding="utf-8"
@@ -125,11 +127,16 @@ def core_heads(
     Raises ValueError where the two splits share an example or group, either has no example with evidence, or
     a count leaves too few heads for the controls.
     """
+    model_of(model)
+    selection, evaluation = examples_of(selection, "selection"), examples_of(evaluation, "evaluation")
+    n_draws, seed = whole_number("n_draws", n_draws, least=1), seed_of(seed)
+    batch_size = whole_number("batch_size", batch_size, least=1)
+    mapping_of(mapping)
+    flag("force_overlap", force_overlap)
+    flag("progress", progress)
     n_shared = _check_splits(selection, evaluation, force_overlap)
     total = len(model.heads)
-    counts = _counts(counts, total)
-    if n_draws < 1:
-        raise InvalidValueError(f"n_draws is at least 1, not {n_draws}")
+    counts = _counts(None if counts is None else whole_numbers("counts", counts, at_least=0), total)
     with_evidence = [example for example in selection if example.evidence]
     attention = evidence_attention(
         model, with_evidence, batch_size=batch_size, mapping=mapping, progress=progress

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmlens.core_heads import FIVE_PERCENT, POOLED, CoreHeads
 from mmlens.data.examples import Example
 from mmlens.heads import Head, head_name
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.hooked_vlm import HookedVLM, model_of
 from mmlens.metrics.attention import mean_of_rows
 from mmlens.viz.ablation_curves import plot_ablation_panels
 from mmlens.viz.head_map import plot_head_map
@@ -52,6 +52,7 @@ def question_attention(
 
     NaN where the model has no head.
     """
+    model_of(model)
     prompt = model.prompt(example.question, images=example.images)
     means = torch.full((model.cfg.n_layers, model.cfg.n_heads, prompt.shape[1]), torch.nan)
 

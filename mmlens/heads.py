@@ -9,7 +9,6 @@ has, `n_heads` is then the largest number, and head 3 of a layer with 2 is as ab
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +23,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+from mmlens.arguments import (
+    file_to_write,
+    instance_of,
+    listed,
+    number,
+    path_of,
+    seed_of,
+    shown,
+    texts,
+    whole_number,
+    whole_numbers,
+)
+from mmlens.errors import InvalidTypeError, InvalidValueError, MissingFileError, OutOfRangeError
 
 Head = tuple[int, int]
 
@@ -82,8 +93,9 @@ class HeadSet:
     def __init__(
         self, heads: Heads, *, n_layers: int, n_heads: int, heads_per_layer: Sequence[int] | None = None
     ) -> None:
-        if n_layers < 1 or n_heads < 1:
-            raise InvalidValueError(f"a model has at least 1 layer and 1 head, not {n_layers} and {n_heads}")
+        n_layers, n_heads = (
+            whole_number(name, size, least=1) for name, size in (("n_layers", n_layers), ("n_heads", n_heads))
+        )
         per_layer = _checked_layers(n_layers, n_heads, heads_per_layer)
         checked = tuple(_check_head(head, n_heads, per_layer) for head in _pairs(heads))
         repeated = sorted(head for head, count in Counter(checked).items() if count > 1)
@@ -97,6 +109,9 @@ class HeadSet:
     @classmethod
     def every(cls, n_layers: int, n_heads: int, heads_per_layer: Sequence[int] | None = None) -> HeadSet:
         """All heads of the model, layer by layer."""
+        n_layers, n_heads = (
+            whole_number(name, size, least=1) for name, size in (("n_layers", n_layers), ("n_heads", n_heads))
+        )
         per_layer = _checked_layers(n_layers, n_heads, heads_per_layer)
         pairs = [(layer, head) for layer, count in enumerate(per_layer) for head in range(count)]
         return cls(pairs, n_layers=n_layers, n_heads=n_heads, heads_per_layer=per_layer)
@@ -170,8 +185,9 @@ class HeadSet:
         A control drawn from all heads can hold the very heads it is compared with; this one cannot.
         Raises ValueError when the complement holds fewer heads than the set.
         """
+        rng = np.random.default_rng(seed_of(seed))
         others = self._complement_of_at_least_its_size()
-        drawn = np.random.default_rng(seed).choice(len(others), size=len(self), replace=False)
+        drawn = rng.choice(len(others), size=len(self), replace=False)
         return self._with(others[index] for index in sorted(drawn))
 
     def matched_random(self, seed: int) -> HeadSet:
@@ -181,7 +197,7 @@ class HeadSet:
         (both sides alike) after every layer has served its own need, with a warning that says how many
         heads moved. Raises ValueError when the whole complement holds fewer heads than the set.
         """
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed_of(seed))
         left: dict[int, list[int]] = {layer: [] for layer in range(self.n_layers)}
         for layer, head in self._complement_of_at_least_its_size():
             left[layer].append(head)
@@ -299,6 +315,13 @@ class HeadScores:
     heads_per_layer: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        instance_of("name", self.name, str, "a text")
+        if not isinstance(self.per_example, (Tensor, np.ndarray)):
+            raise InvalidTypeError(
+                f"{self.name}: per_example is {shown(self.per_example)}; expected a tensor [example, layer, head]"
+            )
+        if self.kinds is not None:
+            object.__setattr__(self, "kinds", tuple(texts("kinds", self.kinds, "a text for each example")))
         scores = torch.as_tensor(self.per_example).detach().cpu()
         if scores.ndim != 3 or 0 in scores.shape or not scores.is_floating_point():
             raise InvalidValueError(
@@ -326,7 +349,6 @@ class HeadScores:
         if self.kinds is not None and len(self.kinds) != len(scores):
             raise InvalidValueError(f"{self.name}: {len(self.kinds)} kinds for {len(scores)} examples")
         object.__setattr__(self, "per_example", scores)
-        object.__setattr__(self, "kinds", None if self.kinds is None else tuple(self.kinds))
 
     def __len__(self) -> int:
         """The number of examples."""
@@ -401,6 +423,7 @@ class HeadScores:
 
     def select(self, kind: str) -> HeadScores:
         """The scores of the examples of one kind."""
+        instance_of("kind", kind, str, "the name of a kind")
         if self.kinds is None:
             raise InvalidValueError(f"{self.name}: the examples carry no kinds, so none can be selected")
         chosen = [index for index, own in enumerate(self.kinds) if own == kind]
@@ -422,8 +445,8 @@ class HeadScores:
         among its competitors; it is no confidence interval for a "true rank" among tied heads. NO_HEAD (-1)
         where the model has no head. Raises ValueError for fewer than 2 examples.
         """
-        if not 0 < level < 1:
-            raise InvalidValueError(f"level is a share between 0 and 1, not {level}")
+        level = number("level", level, above=0, below=1)
+        n_resamples, seed = whole_number("n_resamples", n_resamples, least=1), seed_of(seed)
         if len(self) < 2:
             raise InvalidValueError(
                 f"{self.name}: a rank interval needs at least 2 examples, there is {len(self)}"
@@ -442,6 +465,7 @@ class HeadScores:
 
         Raises ValueError for models of different shape, and where one score is the same for every head.
         """
+        instance_of("other", other, HeadScores, "HeadScores of the same model")
         if other._model != self._model:
             raise InvalidValueError(
                 f"{self.name} is of {_size(*self._model)}, {other.name} of {_size(*other._model)}: "
@@ -491,6 +515,7 @@ class HeadScores:
 
         The score of a head that the model does not have is missing.
         """
+        path = file_to_write("path", path)
         example, layer, head = np.indices(self.per_example.shape).reshape(3, -1)
         columns = {"name": self.name, "example": example, "layer": layer, "head": head}
         frame = pd.DataFrame(columns | {"score": self.per_example.flatten().numpy()})
@@ -501,7 +526,13 @@ class HeadScores:
     @classmethod
     def load(cls, path: str | Path) -> HeadScores:
         """Read what `save` wrote; raises ValueError where a column or a head of an example is missing."""
-        frame = pd.read_parquet(path)
+        path = path_of("path", path)
+        if not path.is_file():
+            raise MissingFileError(f"there are no head scores at {str(path)!r}: HeadScores.save writes them")
+        try:
+            frame = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise InvalidValueError(f"{path} is no parquet file that can be read: {error}") from error
         missing = [
             column for column in ("name", "example", "layer", "head", "score") if column not in frame.columns
         ]
@@ -545,15 +576,18 @@ class HeadScores:
 
     def _count(self, n_or_fraction: int | float) -> int:
         total = sum(self.heads_per_layer)
-        if isinstance(n_or_fraction, float):
+        if isinstance(n_or_fraction, (float, np.floating)):
             if not 0 < n_or_fraction <= 1:
                 raise InvalidValueError(
                     f"a fraction of heads lies in (0, 1], not {n_or_fraction}; a count is an int"
                 )
-            return share_of(n_or_fraction, total)
-        if isinstance(n_or_fraction, bool):
-            raise InvalidTypeError("expected a number of heads (int) or a fraction (float), not a bool")
-        count = operator.index(n_or_fraction)
+            return share_of(float(n_or_fraction), total)
+        try:
+            count = whole_number("the number of heads", n_or_fraction)
+        except InvalidTypeError:
+            raise InvalidTypeError(
+                f"expected a number of heads (int) or a fraction (float), not {shown(n_or_fraction)}"
+            ) from None
         if not 1 <= count <= total:
             raise InvalidValueError(f"a count of heads lies in 1 to {total} (all heads), not {count}")
         return count
@@ -578,16 +612,18 @@ def _ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def _pairs(heads: Heads) -> list[Any]:
-    if isinstance(heads, str) or not isinstance(heads, Iterable):
-        raise InvalidTypeError(f"heads are a HeadSet or a list of (layer, head) pairs, not {heads!r}")
-    return list(heads)
+    if isinstance(heads, HeadSet):
+        return list(heads)
+    if isinstance(heads, HeadScores):
+        raise InvalidTypeError("heads are HeadScores; expected a HeadSet: scores.top(n) has the highest n")
+    return listed("heads", heads, "a HeadSet or a list of (layer, head) pairs")
 
 
 def _checked_layers(n_layers: int, n_heads: int, heads_per_layer: Sequence[int] | None) -> tuple[int, ...]:
     """How many heads each layer has: `n_heads` where nothing else is said."""
     if heads_per_layer is None:
         return (n_heads,) * n_layers
-    per_layer = tuple(map(operator.index, heads_per_layer))
+    per_layer = tuple(whole_numbers("heads_per_layer", heads_per_layer))
     if len(per_layer) != n_layers or not any(per_layer) or not all(0 <= n <= n_heads for n in per_layer):
         raise InvalidValueError(
             f"heads_per_layer is a number from 0 to {n_heads} for each of {n_layers} layers, one at least above 0; "
@@ -632,6 +668,4 @@ def _check_head(pair: Any, n_heads: int, heads_per_layer: Sequence[int]) -> Head
 
 
 def _integer(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError
-    return operator.index(value)
+    return whole_number("a layer or head", value)

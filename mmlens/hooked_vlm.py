@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from transformer_lens.config import TransformerLensConfig
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mmlens import hook_names, internals, keywords, loading
-from mmlens.arguments import flag, one_of, unknown_name_message
+from mmlens.arguments import flag, one_of, shown, unknown_name_message
 from mmlens.attention import AttentionTap, QueryRows, tap_attention
 from mmlens.cache import VLMActivationCache, is_packed
 from mmlens.data.examples import Example
@@ -89,6 +90,26 @@ class Span(NamedTuple):
 
     first: int
     length: int
+
+
+def model_of(value: object, name: str = "model") -> HookedVLM:
+    """A HookedVLM; InvalidTypeError for anything else, which says how to make one of it.
+
+    >>> model_of("micro")
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidTypeError: model is 'micro' (str); expected a HookedVLM: HookedVLM.from_pretrained('micro')
+    """
+    if isinstance(value, HookedVLM):
+        return value
+    hint = ""
+    if isinstance(value, (str, os.PathLike)):
+        hint = f": HookedVLM.from_pretrained({os.fspath(value)!r})"
+    elif isinstance(value, PreTrainedModel):
+        hint = ": HookedVLM(hf_model, processor)"
+    elif isinstance(value, HookedRootModule):
+        hint = ": mmlens.from_bridge(bridge) makes one of a TransformerBridge"
+    raise InvalidTypeError(f"{name} is {shown(value)}; expected a HookedVLM{hint}")
 
 
 class UnknownHookError(UnknownNameError):

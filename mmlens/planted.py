@@ -45,7 +45,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import one_of, seed_of, unknown_name_message, whole_number
 from mmlens.data.examples import Evidence, Example
 from mmlens.errors import InvalidValueError
 from mmlens.families.processors import load_processor
@@ -147,6 +147,7 @@ def planted_model(family: str = "qwen3_vl", *, seed: int = 0) -> Planted:
     1
     """
     processor, config = _parts(family)
+    seed = seed_of(seed)
     hf_model = _from_config(config, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -168,7 +169,8 @@ def unrelated_examples(family: str, n: int, seed: int) -> list[Example]:
     The evidence is any cell; the answer one of two candidates, so that the sign of what an ablation does to
     `logit_difference` is a toss of a coin, whatever the model.
     """
-    cell, examples = _CELLS[family], []
+    cell, examples = _CELLS[one_of("family", family, _CELLS)], []
+    n, seed = whole_number("n", n, least=0), seed_of(seed)
     for i in range(n):
         rng = random.Random(f"unrelated/{seed}/{i}")
         asked = _example(rng, cell, f"unrelated-{seed}-{i}")
@@ -188,7 +190,9 @@ def untrained_model(family: str = "qwen3_vl", *, seed: int = 0, n_layers: int | 
     2
     """
     processor, config = _parts(family)
+    seed = seed_of(seed)
     if n_layers is not None:
+        n_layers = whole_number("n_layers", n_layers, least=1)
         config = copy.deepcopy(config)
         config.get_text_config().num_hidden_layers = n_layers
     hf_model = _from_config(config, seed)

@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from mmlens.errors import InvalidValueError, MissingFileError, UnsupportedError
+from mmlens.arguments import shown
+from mmlens.errors import InvalidTypeError, InvalidValueError, MissingFileError, UnsupportedError
 from mmlens.families.layouts.grids import Layout
 from mmlens.families.media import media_of, unmapped_message
 from mmlens.token_map import ImageGrid, TokenMap
@@ -98,6 +99,26 @@ class Prompt:
             if self.candidate_ids is None
             else [ids.to(device) for ids in self.candidate_ids],
         )
+
+
+def prompt_of(value: object, name: str = "prompt") -> Prompt:
+    """A Prompt; InvalidTypeError for anything else, which says how to make one of it.
+
+    >>> prompt_of("Who?")
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidTypeError: prompt is 'Who?' (str); expected a Prompt: model.prompt(question, images)
+    """
+    if isinstance(value, Prompt):
+        return value
+    hint = "model.prompt(question, images)"
+    if isinstance(value, Mapping):
+        hint += ", or of inputs that a processor made mmlens.prompt.prompt_from_inputs(...)"
+    elif isinstance(value, HasAnswer):
+        hint = "model.prompt_examples([example])"
+    elif isinstance(value, (list, tuple)):
+        hint = "model.prompt(questions, images) or model.prompt_examples(examples) make one of a whole batch"
+    raise InvalidTypeError(f"{name} is {shown(value)}; expected a Prompt: {hint}")
 
 
 def make_prompt(

@@ -20,7 +20,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import scipy.optimize
@@ -28,6 +28,7 @@ import scipy.stats
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.arguments import array_of, fraction_of, number, one_of, seed_of, whole_number
 from mmlens.errors import InvalidValueError
 
 Values = Sequence[float] | Sequence[int] | np.ndarray | Tensor
@@ -53,6 +54,9 @@ class Interval:
         return self.low <= value <= self.high
 
 
+_METHODS = ("BCa", "percentile", "basic")
+
+
 def bootstrap_interval(
     values: Values, *, level: float = 0.95, n_resamples: int = 9999, seed: int = 0, method: str = "BCa"
 ) -> Interval:
@@ -67,7 +71,8 @@ def bootstrap_interval(
     is not finite.
     """
     sample = _sample(values, "a bootstrap interval", at_least=2)
-    _check_level(level)
+    _check_resampling(level, n_resamples, seed)
+    one_of("method", method, _METHODS)
     if np.ptp(sample) == 0:
         warnings.warn(
             f"all {len(sample)} values are {sample[0]:g}: their bootstrap interval has no width and says "
@@ -97,6 +102,7 @@ def proportion_interval(values: Values, *, level: float = 0.95) -> Interval:
 
 def mean_interval(values: Values, *, level: float = 0.95, n_resamples: int = 9999, seed: int = 0) -> Interval:
     """Interval of the mean: Wilson's where every value is 0 or 1, the bootstrap's (BCa) otherwise."""
+    _check_resampling(level, n_resamples, seed)
     if is_binary(_sample(values, "an interval of a mean", at_least=1)):
         return proportion_interval(values, level=level)
     return bootstrap_interval(values, level=level, n_resamples=n_resamples, seed=seed)
@@ -112,7 +118,7 @@ def paired_difference_interval(
     (BCa) of the per-example differences. Raises ValueError for different numbers of examples.
     """
     sample, reference = _pairs(values, baseline, "a paired difference", at_least=1)
-    _check_level(level)
+    _check_resampling(level, n_resamples, seed)
     if is_binary(sample) and is_binary(reference):
         return _newcombe(sample, reference, level)
     return bootstrap_interval(sample - reference, level=level, n_resamples=n_resamples, seed=seed)
@@ -139,7 +145,7 @@ def ratio_interval(
     True
     """
     above, below = _pairs(numerator, denominator, "a ratio of means", at_least=2)
-    _check_level(level)
+    _check_resampling(level, n_resamples, seed)
     if below.mean() == 0:
         raise InvalidValueError("a ratio of means needs a denominator whose mean is not zero")
     ratio = float(above.mean() / below.mean())
@@ -194,10 +200,8 @@ def paired_permutation_test(
     0.0625
     """
     sample, reference = _pairs(values, baseline, "a paired test", at_least=1)
-    if alternative not in ("two-sided", "less", "greater"):
-        raise InvalidValueError(f"alternative is 'two-sided', 'less' or 'greater', not {alternative!r}")
-    if n_resamples < 1:
-        raise InvalidValueError(f"n_resamples is at least 1, not {n_resamples}")
+    one_of("alternative", alternative, get_args(Alternative))
+    n_resamples, seed = whole_number("n_resamples", n_resamples, least=1), seed_of(seed)
     differences = sample - reference
     differences = differences[differences != 0]
     if not len(differences):
@@ -233,8 +237,7 @@ def benjamini_hochberg(
     >>> benjamini_hochberg([0.01, 0.02, float("nan"), 0.5]).tolist()
     [0.03, 0.03, nan, 0.5]
     """
-    given = p_values.detach().cpu().numpy() if isinstance(p_values, Tensor) else np.asarray(p_values)
-    adjusted = np.array(given, dtype=np.float64)
+    adjusted = array_of("p_values", p_values, None).copy()
     tested = ~np.isnan(adjusted)
     if not tested.any():
         raise InvalidValueError(f"no p-value given: {adjusted.size} number(s), none but NaN")
@@ -260,12 +263,9 @@ def minimal_detectable_effect(n: int, sd: float, *, power: float = 0.8, alpha: f
     >>> round(minimal_detectable_effect(34, sd=1.0), 2)  # half a standard deviation takes 34 examples
     0.5
     """
-    _check_n(n)
+    n = whole_number("n", n, least=2)
     _check_power(power, alpha)
-    if not (math.isfinite(sd) and sd > 0):
-        raise InvalidValueError(
-            f"sd is the standard deviation of the per-example differences, above 0, not {sd}"
-        )
+    sd = number("sd", sd, above=0)
     critical = scipy.stats.t.isf(alpha / 2, n - 1)
 
     def excess(shift: float) -> float:
@@ -292,12 +292,9 @@ def minimal_detectable_change(n: int, discordant: float, *, power: float = 0.8, 
     >>> round(minimal_detectable_change(200, discordant=0.2), 3)
     0.088
     """
-    _check_n(n)
+    n = whole_number("n", n, least=2)
     _check_power(power, alpha)
-    if not 0 < discordant <= 1:
-        raise InvalidValueError(
-            f"discordant is a share of the examples, above 0 and at most 1, not {discordant}"
-        )
+    discordant = fraction_of("discordant", discordant)
     z_alpha, z_power = scipy.stats.norm.isf(alpha / 2), scipy.stats.norm.ppf(power)
 
     def excess(change: float) -> float:
@@ -314,7 +311,7 @@ def minimal_detectable_change(n: int, discordant: float, *, power: float = 0.8, 
 
 def is_binary(values: Values) -> bool:
     """Whether every value is 0 or 1."""
-    return bool(np.isin(np.asarray(values), (0, 1)).all())
+    return bool(np.isin(array_of("values", values, None), (0, 1)).all())
 
 
 # ---------------------------------------------------------------------- as tables and experiments write them
@@ -417,9 +414,8 @@ def _newcombe(sample: np.ndarray, reference: np.ndarray, level: float) -> Interv
 
 
 def _sample(values: Values, what: str, *, at_least: int) -> np.ndarray:
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    sample = array.astype(np.float64)
-    if sample.ndim != 1 or len(sample) < at_least:
+    sample = array_of(what, values, "example")
+    if len(sample) < at_least:
         raise InvalidValueError(
             f"{what} needs one number for each of at least {at_least} example(s), "
             f"got shape {list(sample.shape)}"
@@ -438,18 +434,18 @@ def _pairs(values: Values, baseline: Values, what: str, *, at_least: int) -> tup
     return sample, reference
 
 
-def _check_n(n: int) -> None:
-    if n < 2:
-        raise InvalidValueError(f"n is a number of examples, at least 2, not {n}")
-
-
 def _check_power(power: float, alpha: float) -> None:
-    if not 0 < alpha < 1:
-        raise InvalidValueError(f"alpha is a share between 0 and 1, not {alpha}")
+    number("alpha", alpha, above=0, below=1)
+    number("power", power)
     if not alpha < power < 1:
         raise InvalidValueError(f"power lies between alpha ({alpha}) and 1, not {power}")
 
 
 def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise InvalidValueError(f"level is a share between 0 and 1, not {level}")
+    number("level", level, above=0, below=1)
+
+
+def _check_resampling(level: float, n_resamples: int, seed: int) -> None:
+    _check_level(level)
+    whole_number("n_resamples", n_resamples, least=1)
+    seed_of(seed)

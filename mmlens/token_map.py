@@ -8,6 +8,8 @@ whatever the processor did in between (resizing, padding, cropping, tiling).
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -18,10 +20,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmlens.errors import InvalidValueError, OutOfRangeError
+from mmlens.arguments import listed, number, shown, whole_number
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 
 Box = tuple[float, float, float, float]
 Mapping = Literal["merged", "paper_floor"]
+MAPPINGS: tuple[Mapping, ...] = ("merged", "paper_floor")
 
 WHOLE_IMAGE_TILE = 0
 """The tile that shows the whole image: the only one of an untiled layout; in a tiled layout the base view,
@@ -192,7 +196,7 @@ class TokenMap:
 
         Raises IndexError where the batch has no such example, or the example no such image.
         """
-        self._grid(image, example)
+        image, _ = self._grid(image, example)
         selected = torch.zeros_like(self.is_image)
         selected[example] = self.image[example] == image
         return selected
@@ -218,7 +222,7 @@ class TokenMap:
         that were cropped away), where the image's tokens are learnt queries, and for "paper_floor" where tokens
         are not 2 x 2 blocks of one grid.
         """
-        grid = self._grid(image, example)
+        image, grid = self._grid(image, example)
         left, top, right, bottom = checked_box(box, grid.size, f"image {image} of example {example}")
         if not len(grid):
             raise TokenMapError(
@@ -230,15 +234,13 @@ class TokenMap:
                 f"image {image} of example {example}: its {len(grid)} tokens are learnt queries that each read a "
                 "whole view, so no box maps to some of them; take image_tokens(...), or evidence without a box"
             )
-        if mapping == "merged":
+        if mapping_of(mapping) == "merged":
             edges = self.boxes[example].nan_to_num(nan=-1.0)
             overlap_x = edges[:, 2].clamp(max=right) - edges[:, 0].clamp(min=left)
             overlap_y = edges[:, 3].clamp(max=bottom) - edges[:, 1].clamp(min=top)
             hit = (self.image[example] == image) & (overlap_x > _SLIVER) & (overlap_y > _SLIVER)
-        elif mapping == "paper_floor":
-            hit = self._paper_floor(image, example, grid, (left, top, right, bottom))
         else:
-            raise TokenMapError(f"mapping is 'merged' or 'paper_floor', not {mapping!r}")
+            hit = self._paper_floor(image, example, grid, (left, top, right, bottom))
         if not bool(hit.any()):
             raise TokenMapError(
                 f"the box {tuple(box)} of image {image} of example {example} maps to no token: the processor "
@@ -284,6 +286,7 @@ class TokenMap:
         Raises IndexError where the batch has no such example or the prompt no such position.
         """
         self._check_example(example)
+        position = whole_number("position", position)
         length = self.image.shape[1]
         if not -length <= position < length:
             raise OutOfRangeError(
@@ -357,18 +360,20 @@ class TokenMap:
     # ------------------------------------------------------------------ plumbing
 
     def _check_example(self, example: int) -> None:
+        example = whole_number("example", example)
         if not 0 <= example < len(self):
             raise OutOfRangeError(
                 f"example {example}: the batch has {len(self)} example(s), 0 to {len(self) - 1}"
             )
 
-    def _grid(self, image: int, example: int) -> ImageGrid:
+    def _grid(self, image: int, example: int) -> tuple[int, ImageGrid]:
+        """The number of an image of an example, checked, and its grid."""
         self._check_example(example)
-        own = self.grids[example]
+        image, own = whole_number("image", image), self.grids[example]
         if not 0 <= image < len(own):
             there = f"{len(own)} image(s), 0 to {len(own) - 1}" if own else "no image"
             raise OutOfRangeError(f"image {image} of example {example}: the example has {there}")
-        return own[image]
+        return image, own[image]
 
     def _shown(self, image: int, example: int) -> str:
         edges = self.boxes[example][self.image[example] == image]
@@ -395,6 +400,20 @@ class TokenMap:
         return hit
 
 
+def mapping_of(value: object) -> Mapping:
+    """How boxes become tokens: "merged" or "paper_floor"; TokenMapError for anything else.
+
+    >>> mapping_of("paper")
+    Traceback (most recent call last):
+        ...
+    mmlens.token_map.TokenMapError: mapping is 'merged' or 'paper_floor', not 'paper'
+    """
+    for mapping in MAPPINGS:
+        if isinstance(value, str) and value == mapping:
+            return mapping
+    raise TokenMapError(f"mapping is 'merged' or 'paper_floor', not {value!r}")
+
+
 def text_only_map(
     attention_mask: Int[Tensor, "batch pos"], is_question: Bool[Tensor, "batch pos"] | None = None
 ) -> TokenMap:
@@ -411,20 +430,49 @@ def text_only_map(
 def _evidence_rows(
     evidence: HasEvidence | Sequence[HasEvidence | Region | Sequence[Region]],
 ) -> list[Sequence[Region]]:
-    if hasattr(evidence, "evidence"):
+    expected = "an example, a list of examples, or a list of Evidence for each"
+    if isinstance(evidence, HasEvidence):
         return [evidence.evidence]
-    entries: list = list(evidence)
-    if entries and hasattr(entries[0], "box"):
-        return [entries]
-    return [entry.evidence if hasattr(entry, "evidence") else list(entry) for entry in entries]
+    entries = listed("evidence", evidence, expected)
+    if entries and isinstance(entries[0], Region):
+        entries = [entries]
+    rows = []
+    for at, entry in enumerate(entries):
+        own = entry.evidence if isinstance(entry, HasEvidence) else listed(f"evidence[{at}]", entry, expected)
+        for region in own:
+            if not isinstance(region, Region):
+                raise InvalidTypeError(
+                    f"a region of evidence[{at}] is {shown(region)}; expected Evidence(image, box): "
+                    f"evidence is {expected}"
+                )
+        rows.append(own)
+    return rows
+
+
+def box_of(name: str, value: object) -> Box:
+    """Four plain numbers (left, top, right, bottom); of which image, and whether they fit it, is not looked at.
+
+    >>> box_of("box", [0, 0, np.float64(16.5), 8])
+    (0, 0, 16.5, 8)
+    """
+    expected = "a box (left, top, right, bottom) in pixels"
+    sides = listed(name, value, expected)
+    if len(sides) != 4:
+        raise TokenMapError(f"{name}: a box is (left, top, right, bottom), not {tuple(sides)}")
+    for side, given in zip(("left", "top", "right", "bottom"), sides, strict=True):
+        if isinstance(given, numbers.Real) and not math.isfinite(given):
+            raise TokenMapError(
+                f"{name}: the box {tuple(sides)} is not a box (left, top, right, bottom) of finite numbers"
+            )
+        number(f"{side} of {name} {tuple(sides)}", given)
+    left, top, right, bottom = (side.item() if hasattr(side, "item") else side for side in sides)
+    return left, top, right, bottom
 
 
 def checked_box(box: Sequence[float], size: tuple[int, int], where: str) -> Box:
     """`box`, if it is a box of positive area inside an image of `size` = (width, height); else TokenMapError."""
     width, height = size
-    if len(box) != 4:
-        raise TokenMapError(f"{where}: a box is (left, top, right, bottom), not {tuple(box)}")
-    left, top, right, bottom = box
+    left, top, right, bottom = box = box_of(where, box)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         nearest = (
             max(0, min(left, right)),

@@ -11,7 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mmlens.errors import InvalidValueError
+from mmlens.arguments import listed, shown, text, whole_number
+from mmlens.arguments import texts as _texts
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.loading import input_device
 from mmlens.prompt import Prompt
 
@@ -52,15 +54,19 @@ class TokenMethods:
             n_known = self.hf_model.get_input_embeddings().weight.shape[0]
             return torch.where(is_image, n_known + is_image.cumsum(1) - 1, ids)
         tokenizer = self._tokenizer()
-        texts = [input] if isinstance(input, str) else list(input)
+        given = (
+            [input]
+            if isinstance(input, str)
+            else _texts("input", input, "a text, a list of texts or a Prompt", least=1)
+        )
         if prepend_bos and tokenizer.bos_token is None:
             raise InvalidValueError("prepend_bos=True, but the tokenizer has no start token")
-        if len(texts) > 1 and tokenizer.pad_token_id is None:
+        if len(given) > 1 and tokenizer.pad_token_id is None:
             raise InvalidValueError("several texts need padding, but the tokenizer has no pad_token")
         encoded = tokenizer(
-            [tokenizer.bos_token + text for text in texts] if prepend_bos else texts,
+            [tokenizer.bos_token + one for one in given] if prepend_bos else given,
             add_special_tokens=prepend_bos is None,
-            padding=len(texts) > 1,
+            padding=len(given) > 1,
             padding_side=padding_side,
             return_tensors="pt",
         )
@@ -68,6 +74,7 @@ class TokenMethods:
 
     def to_single_token(self, string: str) -> int:
         """The id of a text that is one token; ValueError where it is several."""
+        text("string", string)
         ids = self.to_tokens(string, prepend_bos=False)[0].tolist()
         if len(ids) != 1:
             raise InvalidValueError(
@@ -77,11 +84,12 @@ class TokenMethods:
 
     def to_single_str_token(self, int_token: int) -> str:
         """The text of one token id."""
+        int_token = whole_number("int_token", int_token, least=0, most=len(self._tokenizer()) - 1)
         return self._tokenizer().decode([int_token])
 
     def to_string(self, tokens: Sequence[int] | Int[Tensor, "*shape"]) -> str | list[str]:
         """The text of token ids [pos], or one text per row of [batch, pos]."""
-        ids = torch.as_tensor(tokens)
+        ids = self._checked_ids("tokens", tokens)
         if ids.ndim > 2:
             raise InvalidValueError(f"token ids are [pos] or [batch, pos], not {tuple(ids.shape)}")
         return (
@@ -104,11 +112,32 @@ class TokenMethods:
             texts = self._each(input.inputs["input_ids"][example].tolist())
             return [text if label is None else label for text, label in zip(texts, labels, strict=True)]
         if isinstance(input, (str, Tensor, np.ndarray)):
-            ids = self.to_tokens(input, prepend_bos)[0] if isinstance(input, str) else torch.as_tensor(input)
+            ids = (
+                self.to_tokens(input, prepend_bos)[0]
+                if isinstance(input, str)
+                else self._checked_ids("input", input)
+            )
             if ids.ndim > 1 and len(ids) > 1:
                 raise InvalidValueError(f"to_str_tokens takes one row of token ids, not {tuple(ids.shape)}")
             return self._each(ids.reshape(-1).tolist())
-        return [self._each(self.to_tokens(text, prepend_bos)[0].tolist()) for text in input]
+        given = _texts("input", input, "a text, a list of texts, one row of token ids or a Prompt", least=1)
+        return [self._each(self.to_tokens(one, prepend_bos)[0].tolist()) for one in given]
+
+    def _checked_ids(self, name: str, value: object) -> Tensor:
+        """Token ids, each of which the tokenizer has."""
+        expected = "token ids, whole numbers"
+        given = value if isinstance(value, (Tensor, np.ndarray)) else listed(name, value, expected)
+        try:
+            ids = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError):
+            raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}") from None
+        if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+            raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")
+        # Embeddings are often padded beyond what the tokenizer has.
+        n_known = max(len(self._tokenizer()), self.hf_model.get_input_embeddings().weight.shape[0])
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n_known:
+            raise OutOfRangeError(f"{name} is {shown(value)}; expected token ids from 0 to {n_known - 1}")
+        return ids
 
     def _each(self, ids: list[int]) -> list[str]:
         return self._tokenizer().batch_decode([[token] for token in ids])

@@ -289,14 +289,14 @@ def test_bad_tests_are_refused() -> None:
     cases = [
         (lambda: paired_permutation_test([1.0], [1.0, 2.0]), "got 1 and 2"),
         (lambda: paired_permutation_test([1.0, np.nan], [1.0, 2.0]), "finite"),
-        (lambda: paired_permutation_test([1.0], [2.0], n_resamples=0), "n_resamples is at least 1"),
+        (lambda: paired_permutation_test([1.0], [2.0], n_resamples=0), "n_resamples is 0; expected"),
         (lambda: benjamini_hochberg([0.5, 1.5]), "between 0 and 1, got 1.5"),
         (lambda: benjamini_hochberg([]), "no p-value given"),
-        (lambda: minimal_detectable_effect(1, 1.0), "at least 2, not 1"),
-        (lambda: minimal_detectable_effect(10, 0.0), "above 0, not 0"),
+        (lambda: minimal_detectable_effect(1, 1.0), "n is 1; expected"),
+        (lambda: minimal_detectable_effect(10, 0.0), "sd is 0.0; expected"),
         (lambda: minimal_detectable_effect(10, 1.0, power=0.01), "power lies between"),
         (lambda: minimal_detectable_effect(10, 1.0, alpha=5.0), "alpha"),
-        (lambda: minimal_detectable_change(50, 1.5), "discordant is a share"),
+        (lambda: minimal_detectable_change(50, 1.5), "discordant is 1.5; expected"),
         (lambda: minimal_detectable_change(20, 0.1), "20 examples of which 0.1 differ cannot show"),
     ]
     for call, message in cases:

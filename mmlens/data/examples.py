@@ -11,6 +11,7 @@ describes every field. One line:
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +20,19 @@ from typing import Any
 
 from PIL import Image
 
-from mmlens.arguments import unknown_name_message
-from mmlens.errors import InvalidValueError
-from mmlens.token_map import Box, checked_box
+from mmlens.arguments import (
+    folder_to_write,
+    instance_of,
+    listed,
+    path_of,
+    seed_of,
+    shown,
+    unknown_name_message,
+    whole_number,
+)
+from mmlens.arguments import number as real_number
+from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.token_map import Box, Region, box_of, checked_box
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,11 @@ class Evidence:
 
     image: int
     box: Box | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image", whole_number("image", self.image, least=0))
+        if self.box is not None:
+            object.__setattr__(self, "box", box_of("box", self.box))
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,8 @@ class Example:
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "evidence", tuple(regions_of("evidence", self.evidence)))
+        instance_of("metadata", self.metadata, dict, "a dict")
         for region in self.evidence:
             if not 0 <= region.image < len(self.images):
                 raise InvalidValueError(
@@ -70,6 +88,51 @@ class Example:
             if region.box is not None:
                 where = f"example {self.id!r}, image {region.image}"
                 checked_box(region.box, self.images[region.image].size, where)
+
+
+def regions_of(name: str, value: object) -> list[Any]:
+    """A list of `Evidence`; InvalidTypeError for anything else, such as one alone or (image, box) pairs."""
+    expected = "a list of Evidence(image, box)"
+    if isinstance(value, Evidence):
+        raise InvalidTypeError(
+            f"{name} is {shown(value)}; expected {expected}: one region is written (Evidence(...),)"
+        )
+    regions = listed(name, value, expected)
+    for at, region in enumerate(regions):
+        if not isinstance(region, Region):
+            raise InvalidTypeError(
+                f"{name}[{at}] is {shown(region)}; expected Evidence(image, box), such as Evidence(0, (0, 0, 9, 9))"
+            )
+    return regions
+
+
+def examples_of(value: object, name: str = "examples", *, least: int = 1) -> list[Example]:
+    """A list of `least` or more examples, gathered once; InvalidTypeError for anything else.
+
+    >>> examples_of(Example("What?", "x"))
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidTypeError: examples is Example(...; expected a list of Example: one is written [example]
+    """
+    expected = "a list of Example"
+    if isinstance(value, Example):
+        raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}: one is written [example]")
+    if hasattr(value, "token_map"):
+        raise InvalidTypeError(
+            f"{name} is a Prompt; expected {expected} (mmlens.Example, with question, images, answer and evidence), "
+            "since a prompt knows no evidence"
+        )
+    if isinstance(value, (str, os.PathLike)):
+        raise InvalidTypeError(
+            f"{name} is {shown(value)}; expected {expected}: of a folder they are load_examples(folder)"
+        )
+    examples = listed(name, value, expected, least=least)
+    for at, example in enumerate(examples):
+        if not isinstance(example, Example):
+            raise InvalidTypeError(
+                f"{name}[{at}] is {shown(example)}; expected an mmlens.Example: {name} is {expected}"
+            )
+    return examples
 
 
 class DataError(InvalidValueError):
@@ -85,7 +148,8 @@ def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
 
     Raises DataError where two examples share an id, since their images would overwrite each other.
     """
-    folder = Path(folder)
+    examples = examples_of(examples)
+    folder = folder_to_write("folder", folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines, seen = [], set()
     for index, example in enumerate(examples):
@@ -117,7 +181,7 @@ def load_examples(folder: str | Path) -> list[Example]:
     Raises DataError, naming the folder and the line, for a missing folder or file, an empty set, an unknown
     or missing field, an image that is missing or broken, or evidence outside its image.
     """
-    path = Path(folder) / "examples.jsonl"
+    path = path_of("folder", folder) / "examples.jsonl"
     if not Path(folder).is_dir():
         raise DataError(f"there is no folder of examples {str(folder)!r}")
     if not path.is_file():
@@ -175,9 +239,9 @@ def split_examples(
 
     Raises ValueError where there is no example, or a kind with fewer than two groups.
     """
-    if not 0 < fraction < 1:
-        raise InvalidValueError(f"fraction is a share between 0 and 1, not {fraction}")
-    rng = random.Random(seed)
+    examples = examples_of(examples)
+    fraction = real_number("fraction", fraction, above=0, below=1)
+    rng = random.Random(seed_of(seed))
     first: list[Example] = []
     second: list[Example] = []
     for kind in sorted({example.kind for example in examples}):
@@ -195,8 +259,6 @@ def split_examples(
         cut = min(max(round(fraction * len(names)), 1), len(names) - 1)
         for position, name in enumerate(names):
             (first if position < cut else second).extend(groups[name])
-    if not examples:
-        raise InvalidValueError("there is no example to split")
     return first, second
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import instance_of, one_of, seed_of, texts, whole_number
 from mmlens.data import composed_scenes as composed
 from mmlens.data import one_key_scenes as one_key
 from mmlens.data.examples import Example
@@ -58,8 +58,7 @@ def scene_examples(kind: str, n: int, seed: int) -> list[Example]:
     (1, 1, True)
     """
     questions = _known(kind).questions
-    if n < 0:
-        raise InvalidValueError(f"the number of examples must not be negative, got {n}")
+    n, seed = whole_number("n", n, least=0), seed_of(seed)
     examples = []
     for index in range(n):
         rng = random.Random(f"{kind}/{seed}/{index}")
@@ -79,7 +78,7 @@ def scene_of(example: Example) -> Scene:
     >>> scene_of(example).facts == example.metadata["facts"]
     True
     """
-    kind, _, rest = example.id.partition("-")
+    kind, _, rest = instance_of("example", example, Example, "an Example of scene_examples").id.partition("-")
     seed, _, index = rest.partition("-")
     if kind not in _KINDS or not (seed.isdigit() and index.isdigit()):
         raise InvalidValueError(
@@ -91,6 +90,7 @@ def scene_of(example: Example) -> Scene:
 def iterate_scenes(kind: str, seed: int) -> Iterator[Scene]:
     """Scenes of one kind without end, for training: scene i is determined by (kind, seed, i)."""
     _known(kind)
+    seed = seed_of(seed)
     index = 0
     while True:
         yield draw_scene(kind, random.Random(f"{kind}/{seed}/{index}"))
@@ -106,7 +106,7 @@ def draw_scene(kind: str, rng: random.Random) -> Scene:
     >>> scene.facts["K"], scene.facts["Z"]
     ('L', 'A')
     """
-    return _DRAW[_known(kind)](rng)
+    return _DRAW[_known(kind)](instance_of("rng", rng, random.Random, "a random.Random: random.Random(seed)"))
 
 
 def scene_vocabulary(kinds: Sequence[str] = (*KINDS, *TEXT_KINDS)) -> list[str]:
@@ -115,7 +115,7 @@ def scene_vocabulary(kinds: Sequence[str] = (*KINDS, *TEXT_KINDS)) -> list[str]:
     >>> {"colour", "red", "K", "?"} <= set(scene_vocabulary())
     True
     """
-    chosen = [_known(kind) for kind in kinds]
+    chosen = [_known(kind) for kind in texts("kinds", kinds, "a list of kinds of scene", least=1)]
     text = " ".join(question.format("", "") for kind in chosen for question in kind.questions)
     words = set(text.replace("?", " ? ").split()) | set(_LIST_MARKS)
     drawn = (one_key.KEYS, one_key.CLASSES, one_key.COLOURS, one_key.SHAPES)
@@ -123,6 +123,4 @@ def scene_vocabulary(kinds: Sequence[str] = (*KINDS, *TEXT_KINDS)) -> list[str]:
 
 
 def _known(kind: str) -> Kind:
-    if kind not in _KINDS:
-        raise InvalidValueError(unknown_name_message("kind", kind, _KINDS))
-    return _KINDS[kind]
+    return _KINDS[one_of("kind", kind, _KINDS)]

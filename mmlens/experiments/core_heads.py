@@ -7,11 +7,12 @@ from pathlib import Path
 
 from mmlens.core_heads import MODES, core_heads
 from mmlens.core_heads_report import write_core_heads_report
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import head_name
 from mmlens.token_map import Mapping as BoxMapping
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

@@ -21,7 +21,7 @@ from mmlens.data.examples import DataError, Example
 from mmlens.data.scenes import scene_of
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import head_names, plain, records
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores
 from mmlens.hooked_vlm import HookedVLM, Intervention
 from mmlens.interventions.ablation import ablate
@@ -67,6 +67,7 @@ def _entering(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "image_token d_
     return cache["image.hook_embed"].clone()
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,27 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mmlens.data.examples import Example, overlap_message, shared_groups
+from mmlens.arguments import (
+    flag,
+    fraction_of,
+    fractions_of,
+    instance_of,
+    known_keywords,
+    names_of,
+    number,
+    one_of,
+    path_of,
+    seed_of,
+    text,
+    texts,
+    whole_number,
+    whole_numbers,
+)
+from mmlens.data.examples import Example, examples_of, overlap_message, shared_groups
 from mmlens.errors import InvalidValueError
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.hooked_vlm import HookedVLM, model_of
+from mmlens.interventions.ablation import MODES
+from mmlens.token_map import mapping_of
 
 
 @dataclass(frozen=True)
@@ -32,9 +51,73 @@ class Setup:
     name: str = ""
 
     def __post_init__(self) -> None:
+        model_of(self.model)
+        for split in ("selection", "evaluation"):
+            object.__setattr__(self, split, examples_of(getattr(self, split), split, least=0))
+        seed_of(self.seed)
+        whole_number("batch_size", self.batch_size, least=1)
+        flag("progress", self.progress)
         shared = shared_groups(self.selection, self.evaluation)
         if shared:
             raise InvalidValueError(overlap_message(shared))
+
+
+def _draws(name: str, value: object) -> int:
+    return whole_number(name, value, least=1)
+
+
+def _per_kind(name: str, value: object) -> int | None:
+    return None if value is None else whole_number(name, value, least=2)
+
+
+_SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("fraction", "keep"), fraction_of),
+    **dict.fromkeys(("shares", "fractions", "ratio_shares", "coverage_shares"), fractions_of),
+    **dict.fromkeys(("n_draws", "n_resamples", "n_splits", "n_groups", "n_heads"), _draws),
+    **dict.fromkeys(("n_per_kind", "n_per_kind_single"), _per_kind),
+    **dict.fromkeys(
+        ("scores", "rankings"), lambda name, value: texts(name, value, "a list of names", least=1)
+    ),
+    **dict.fromkeys(("tags", "fallback_tags"), lambda name, value: tuple(_tags(name, value))),
+    "q": lambda name, value: number(name, value, above=0, below=1),
+    "sink": lambda name, value: whole_number(name, value, least=0),
+    "windows": lambda name, value: whole_numbers(name, value, least=1),
+    "counts": lambda name, value: None if value is None else whole_numbers(name, value),
+    "mapping": lambda name, value: mapping_of(value),
+    "mode": lambda name, value: one_of("ablation mode", value, MODES),
+    "modes": lambda name, value: tuple(names_of("ablation modes", value, MODES)),
+    "null_questions": lambda name, value: tuple(
+        text(name, one) for one in texts(name, value, "a list of questions")
+    ),
+    "checkpoints": lambda name, value: str(path_of(name, value)),
+}
+"""What is checked of a setting, by its name: the same in all experiments."""
+
+
+def _tags(name: str, value: object) -> list[str]:
+    pair = texts(name, value, "two texts, the mark before the evidence and the mark after it")
+    if len(pair) != 2:
+        raise InvalidValueError(
+            f"{name} is {pair}; expected two texts, the mark before the evidence and the mark after it"
+        )
+    return pair
+
+
+def checked_settings(run: Callable[..., Findings]) -> Callable[..., Findings]:
+    """Decorator of an experiment's `run`: its setup and its settings are checked before anything is run."""
+
+    @functools.wraps(run)
+    def checked(setup: Setup, **settings: Any) -> Findings:
+        instance_of("setup", setup, Setup, "a Setup: Setup(model, selection, evaluation)")
+        parameters = inspect.signature(run).parameters
+        known_keywords("the experiment", settings, [name for name in parameters if name != "setup"])
+        given = {
+            name: _SETTINGS[name](name, value) if name in _SETTINGS else value
+            for name, value in settings.items()
+        }
+        return run(setup, **given)
+
+    return checked
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from mmlens.experiments.common import (
     resampled_means,
     with_evidence,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, head_name
 from mmlens.metrics.attention import ram
 from mmlens.statistics import basic_interval, percentile_interval
@@ -56,6 +56,7 @@ def gini(values: np.ndarray) -> np.ndarray:
     return np.asarray((np.sort(values, axis=-1) * weights).sum(-1) / (n * values.sum(-1)))
 
 
+@checked_settings
 def run(setup: Setup, *, fraction: float = FIVE_PERCENT, n_resamples: int = 1000) -> Findings:
     """RAM of every head on the selection split, per kind and pooled; where its top `fraction` lies and what it holds.
 

@@ -24,7 +24,7 @@ from mmlens.experiments.common import (
     records,
     with_evidence,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, as_head_set, share_of
 from mmlens.hooked_vlm import NoChangeWarning
 from mmlens.metrics.attention import evidence_attention
@@ -65,6 +65,7 @@ PUBLISHED = pd.DataFrame(
 """Averages over tasks, in percent, with CoRe heads dense, 512 sinks and a window of 4,096; no control was run."""
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

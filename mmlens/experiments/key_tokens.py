@@ -19,7 +19,7 @@ from mmlens.experiments.common import (
     token_counts,
     with_evidence,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet, share_of
 from mmlens.metrics.attention import EvidenceAttention, evidence_attention, ram
 from mmlens.statistics import difference_interval_of, interval_of
@@ -48,6 +48,7 @@ PUBLISHED = pd.DataFrame(
 COVERAGE_SHARES = tuple(sorted(count / n for _, n, values in _COVERAGE for count in values))
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

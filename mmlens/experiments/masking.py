@@ -9,7 +9,7 @@ import pandas as pd
 from mmlens.core_heads import FIVE_PERCENT, POOLED, core_heads
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import PAPER, across_table, arm_difference, plain, records
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import share_of
 from mmlens.viz.ablation_curves import plot_ablation_panels
 from mmlens.viz.intervals import plot_intervals
@@ -36,6 +36,7 @@ PAPER_SHARES = tuple(count / n for n in _N_HEADS.values() for count in _COUNTS[1
 LARGEST_OF_QWEN = 30 / 1152
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

@@ -33,7 +33,7 @@ from mmlens.experiments.common import (
     resampled_means,
     with_evidence,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, head_name
 from mmlens.interventions.ablation import MODES
 from mmlens.metrics.attention import ram
@@ -42,6 +42,7 @@ from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

@@ -23,12 +23,13 @@ from mmlens.experiments.common import (
     token_counts,
     with_evidence,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet
 from mmlens.metrics.attention import EvidenceAttention, evidence_attention, ram
 from mmlens.viz.intervals import plot_intervals
 
 
+@checked_settings
 def run(setup: Setup, *, n_heads: int = 1) -> Findings:
     """Attention of the `n_heads` top and bottom heads (by pooled RAM, selection split) on held-out examples.
 

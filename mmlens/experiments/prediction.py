@@ -34,7 +34,7 @@ from mmlens.experiments.common import (
     ranged,
     resampled_means,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, head_name
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import mean_activations
@@ -100,6 +100,7 @@ SCORES: dict[str, Callable[..., HeadScores]] = {
 """What may predict: (model, examples, *, batch_size, progress) -> HeadScores."""
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

@@ -29,7 +29,7 @@ from mmlens.experiments.common import (
     records,
     with_evidence,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.experiments.masking import LARGEST_OF_QWEN
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.hooked_vlm import HookedVLM
@@ -58,6 +58,7 @@ class Reading:
     note: str = ""
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

@@ -34,7 +34,7 @@ from mmlens.experiments.common import (
     records,
     resampled_means,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.metrics.attention import evidence_attention
 from mmlens.metrics.effects import effect
@@ -82,6 +82,7 @@ PUBLISHED = pd.DataFrame(
 """rho_0.5 of the null-calibrated score in %, by where the evidence stands (arXiv 2605.27243)."""
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

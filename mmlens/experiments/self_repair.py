@@ -24,7 +24,7 @@ from mmlens.experiments.ablations import (
     references,
 )
 from mmlens.experiments.common import head_names, matched_controls, plain, ranged, with_evidence
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet, head_name, share_of
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import HookedVLM, Intervention
@@ -37,6 +37,7 @@ from mmlens.viz.intervals import plot_intervals
 from mmlens.weights import subtracts_mean
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

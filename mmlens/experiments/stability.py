@@ -28,7 +28,7 @@ from mmlens.experiments.common import (
     resampled_means,
     with_evidence,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.metrics.attention import ram
 from mmlens.statistics import percentile_interval
@@ -116,6 +116,7 @@ def chance_of_shared(n_heads: int, top: int, n_kinds: int, n_draws: int, seed: i
     return found
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

@@ -20,7 +20,7 @@ from mmlens.experiments.ablations import (
     references,
 )
 from mmlens.experiments.common import plain, with_evidence
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import Head, HeadScores, HeadSet, head_name, share_of
 from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
@@ -31,6 +31,7 @@ RANKINGS = ("ram", "effect")
 NONE, ALL = "no head", "all heads"
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

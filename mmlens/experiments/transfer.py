@@ -22,7 +22,7 @@ from mmlens.experiments.common import (
     ranged,
     with_evidence,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet
 from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
@@ -33,6 +33,7 @@ from mmlens.viz.matrix import plot_matrix
 OWN, OTHER = "own kind", "other kinds"
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

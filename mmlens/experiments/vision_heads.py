@@ -27,7 +27,7 @@ from mmlens.experiments.common import (
     token_counts,
     with_evidence,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import head_name
 from mmlens.metrics.attention import evidence_attention
 from mmlens.viz.head_map import plot_head_map
@@ -36,6 +36,7 @@ from mmlens.viz.intervals import plot_intervals
 CORE, VISION = "CoRe", "vision"
 
 
+@checked_settings
 def run(
     setup: Setup,
     *,

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mmlens.arguments import unknown_name_message
-from mmlens.errors import InvalidValueError, OutOfRangeError
+from mmlens.arguments import called, listed, shown, unknown_name_message
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.hook_names import axes_of, head_axis, position_axis, runs_over_positions
-from mmlens.hooked_vlm import HookedVLM, Span
-from mmlens.prompt import Prompt
+from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, Span, model_of
+from mmlens.prompt import Prompt, prompt_of
 
 Mask = Bool[Tensor, "batch pos"]
 Positions = Mask | str | Callable[[Prompt], Mask] | None
@@ -58,6 +58,44 @@ def positions_mask(prompt: Prompt, positions: Positions) -> Mask | None:
             f"positions{named} chooses no position of the prompt: the edit would do nothing"
         )
     return mask
+
+
+def intervention_of(value: object, name: str = "intervention") -> Intervention:
+    """An intervention; InvalidTypeError for anything else.
+
+    >>> intervention_of([("hook_embed", print)])
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidTypeError: intervention is [(...; expected a function (model, prompt) -> hooks, such as ...
+    """
+    expected = "a function (model, prompt) -> hooks, such as mmlens.ablate(...) makes"
+    if isinstance(value, (list, tuple)):
+        raise InvalidTypeError(
+            f"{name} is {shown(value)}; expected {expected}: hooks of your own are one as "
+            "`lambda model, prompt: hooks`, several interventions as mmlens.compose(*interventions)"
+        )
+    if isinstance(value, (torch.nn.Module, Prompt)):
+        raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")
+    return called(name, value, expected, n_arguments=2)
+
+
+def hooks_of(intervention: Intervention, model: HookedVLM, prompt: Prompt) -> list[Hook]:
+    """The hooks of an intervention for a prompt; InvalidTypeError where it gives something else."""
+    hooks = listed(
+        "what the intervention gave", intervention(model, prompt), "a list of hooks (name, function)"
+    )
+    for hook in hooks:
+        if not isinstance(hook, (tuple, list)) or len(hook) != 2 or not callable(hook[1]):
+            raise InvalidTypeError(
+                f"the intervention gave {shown(hook)}; expected hooks (name, function), in a list"
+            )
+    return hooks
+
+
+def check_call(model: object, prompt: object) -> None:
+    """Raise InvalidTypeError where an intervention is called on something else than a HookedVLM and a Prompt."""
+    model_of(model)
+    prompt_of(prompt)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmlens.arguments import instance_of, whole_number
+from mmlens.arguments import texts as texts_of
 from mmlens.errors import InvalidValueError
-from mmlens.metrics.outcomes import Metric, metric_name, reads, what_reads
-from mmlens.prompt import Prompt
+from mmlens.metrics.outcomes import Metric, metric_name, metric_of, reads, what_reads
+from mmlens.prompt import Prompt, prompt_of
 
 TOLERANCE = Decimal("0.05")
 """The relative error that `relaxed_accuracy` allows."""
@@ -40,11 +42,10 @@ def generating(metric: Metric, *, max_new_tokens: int) -> Metric:
     >>> generating(exact_match, max_new_tokens=64).max_new_tokens
     64
     """
-    what = what_reads(metric)
+    what = what_reads(metric_of("metric", metric))
     if what != "answers":
         raise InvalidValueError(f"metric {metric_name(metric)} reads {what}, so nothing is generated for it")
-    if max_new_tokens < 1:
-        raise InvalidValueError(f"max_new_tokens is at least 1, not {max_new_tokens}")
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
 
     @functools.wraps(metric)
     def longer(texts: Sequence[str], prompt: Prompt) -> Tensor:
@@ -98,8 +99,9 @@ def parse_answer(text: str, options: Sequence[str]) -> str | None:
     >>> parse_answer("red or blue", ["red", "blue"]) is None
     True
     """
+    instance_of("text", text, str, "a text")
     by_plain: dict[str, str] = {}
-    for option in options:
+    for option in texts_of("options", options, "a list of texts"):
         by_plain.setdefault(_plain(option), option)
     by_plain.pop("", None)
     alone = _plain(text).strip(_AROUND)
@@ -273,12 +275,17 @@ def _scored(
     """score(text, answer, the answer and all candidates) of every example."""
     candidates = _candidates(prompt)
     assert prompt.answers is not None
+    texts = texts_of("texts", texts, "the text that was generated for each example")
+    if len(texts) != len(prompt):
+        raise InvalidValueError(
+            f"texts holds {len(texts)} text(s); expected one for each of {len(prompt)} example(s)"
+        )
     rows = zip(texts, prompt.answers, candidates, strict=True)
     return torch.tensor([float(score(text, answer, (answer, *own))) for text, answer, own in rows])
 
 
 def _candidates(prompt: Prompt) -> list[tuple[str, ...]]:
-    if prompt.answers is None or prompt.candidates is None:
+    if prompt_of(prompt).answers is None or prompt.candidates is None:
         raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
     return prompt.candidates
 

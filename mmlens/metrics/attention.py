@@ -23,19 +23,19 @@ from torch import Tensor
 
 from mmlens.data.examples import Example
 from mmlens.heads import Heads, HeadScores, as_head_set
-from mmlens.hooked_vlm import HookedVLM, Inputs
+from mmlens.hooked_vlm import HookedVLM, Inputs, model_of
 from mmlens.metrics.attention_rows import (
     LayerBuffer,
     Rows,
     check_positions,
-    examples_with_evidence,
     kinds_of_examples,
     prompts_of,
     read_rows,
     real_positions,
     refuse_cross_attention,
+    scored_examples,
 )
-from mmlens.prompt import Prompt
+from mmlens.prompt import Prompt, prompt_of
 from mmlens.token_map import Mapping as BoxMapping
 
 
@@ -58,7 +58,7 @@ def attention_mass(
     >>> bool(torch.allclose(mass, torch.ones(1, model.cfg.n_layers, model.cfg.n_heads), atol=1e-5))
     True
     """
-    refuse_cross_attention(model)
+    refuse_cross_attention(model_of(model))
     real = real_positions(inputs)
     check_positions("keys", keys, real)
     mass = LayerBuffer(model, len(real))
@@ -76,7 +76,8 @@ def vision_mass(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer 
     The visual tokens are those at which the token map says `is_image`, learnt separators among them. Raises
     ValueError where a prompt of the batch has no image.
     """
-    return attention_mass(model, prompt, prompt.token_map.is_question, prompt.token_map.is_image)
+    token_map = prompt_of(prompt).token_map
+    return attention_mass(model, prompt, token_map.is_question, token_map.is_image)
 
 
 def ram(
@@ -97,8 +98,7 @@ def ram(
     Raises ValueError for no examples, and for examples without evidence (named); CrossAttentionError as
     `attention_mass` does.
     """
-    refuse_cross_attention(model)
-    examples = examples_with_evidence(examples)
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM"):
         evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
@@ -146,8 +146,7 @@ def evidence_attention(
     prompt (padding is none of them); a head's key tokens T_top are the max(1, floor(.05 L)) positions with
     most of it, the earlier first among equals. Arguments and errors as in `ram`.
     """
-    refuse_cross_attention(model)
-    examples = examples_with_evidence(examples)
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
     shape = len(examples), model.cfg.n_layers, model.cfg.n_heads
     to_evidence, to_vision = torch.empty(shape), torch.empty(shape)
     hits: dict[int, Tensor] = {}
@@ -215,7 +214,7 @@ def key_token_coverage(
 
     See `evidence_attention`, which answers for any number of head sets after one pass.
     """
-    chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
+    chosen = as_head_set(heads, model_of(model).cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
     return evidence_attention(
         model, examples, batch_size=batch_size, mapping=mapping, progress=progress
     ).key_token_coverage(chosen)

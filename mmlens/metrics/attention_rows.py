@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.data.examples import Example
+from mmlens.arguments import flag, whole_number
+from mmlens.data.examples import Example, examples_of
 from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
-from mmlens.hooked_vlm import HookedVLM, Inputs
-from mmlens.prompt import Prompt
+from mmlens.hooked_vlm import HookedVLM, Inputs, model_of
+from mmlens.prompt import Prompt, prompt_of
+from mmlens.token_map import Mapping as BoxMapping
+from mmlens.token_map import mapping_of
 
 Rows = Float[Tensor, "batch head query key"]
 
@@ -65,7 +68,7 @@ def read_rows(
 
 def real_positions(inputs: Inputs) -> Bool[Tensor, "batch pos"]:
     """Which positions are not padding."""
-    tensors = inputs.inputs if isinstance(inputs, Prompt) else inputs
+    tensors = inputs if isinstance(inputs, Mapping) else prompt_of(inputs, "inputs").inputs
     if tensors.get("attention_mask") is not None:
         return tensors["attention_mask"].bool()
     return torch.ones_like(tensors["input_ids"], dtype=torch.bool)
@@ -88,11 +91,31 @@ def check_positions(name: str, chosen: Bool[Tensor, "batch pos"], real: Bool[Ten
         raise InvalidValueError(f"{name} marks padding in batch row(s) {padded}")
 
 
-def examples_with_evidence(examples: Sequence[Example]) -> list[Example]:
-    """The examples as a list; ValueError for none, and for examples without evidence, named."""
-    examples = list(examples)
-    if not examples:
-        raise InvalidValueError("no examples given: expected at least one with evidence")
+def checked_examples(
+    model: HookedVLM, examples: Sequence[Example], batch_size: int, progress: bool
+) -> list[Example]:
+    """The examples as a list, once what every score of heads takes has been checked."""
+    model_of(model)
+    whole_number("batch_size", batch_size, least=1)
+    flag("progress", progress)
+    return examples_of(examples)
+
+
+def scored_examples(
+    model: HookedVLM, examples: Sequence[Example], batch_size: int, progress: bool, mapping: BoxMapping
+) -> list[Example]:
+    """`checked_examples` of a score of the attention to evidence: each has some, and the model's images positions.
+
+    Raises ValueError for examples without evidence (named), TokenMapError for an unknown mapping, and
+    CrossAttentionError as `refuse_cross_attention`.
+    """
+    examples = checked_examples(model, examples, batch_size, progress)
+    mapping_of(mapping)
+    refuse_cross_attention(model)
+    return _with_evidence(examples)
+
+
+def _with_evidence(examples: list[Example]) -> list[Example]:
     without = [example.id or f"number {i}" for i, example in enumerate(examples) if not example.evidence]
     if without:
         raise InvalidValueError(
@@ -111,8 +134,6 @@ def prompts_of(
     model: HookedVLM, examples: Sequence[Example], batch_size: int, progress: bool, label: str
 ) -> Iterator[tuple[list[int], Prompt]]:
     """Batches of examples of like image size, which keeps the padding short."""
-    if batch_size < 1:
-        raise InvalidValueError(f"batch_size is at least 1, not {batch_size}")
 
     def pixels(index: int) -> int:
         return sum(image.width * image.height for image in examples[index].images)

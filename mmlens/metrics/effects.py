@@ -14,17 +14,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from mmlens.arguments import flag, instance_of, listed, number, shown, whole_number, whole_numbers
 from mmlens.data.examples import Example
-from mmlens.errors import InvalidTypeError, InvalidValueError
-from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention, NoChangeWarning
-from mmlens.interventions.edits import Edit
-from mmlens.metrics.outcomes import DEFAULT_MAX_NEW_TOKENS, Metric, evaluate, metric_name, what_reads
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention, NoChangeWarning, model_of
+from mmlens.interventions.edits import Edit, hooks_of, intervention_of
+from mmlens.metrics.outcomes import (
+    DEFAULT_MAX_NEW_TOKENS,
+    Metric,
+    evaluate,
+    metric_name,
+    metric_of,
+    what_reads,
+)
 from mmlens.prompt import Prompt
 from mmlens.statistics import Interval, mean_interval, paired_difference_interval, ratio_interval
 
@@ -177,6 +186,10 @@ class Effect:
     report: pd.DataFrame = field(default_factory=_no_report)
 
     def __post_init__(self) -> None:
+        instance_of("metric", self.metric, str, "the name of a metric")
+        for name, values in (("values", self.values), ("clean", self.clean)):
+            instance_of(name, values, Tensor, "a tensor with one number for each example")
+        number("level", self.level, above=0, below=1)
         if self.values.shape != self.clean.shape or self.values.ndim != 1 or not len(self.values):
             raise InvalidValueError(
                 f"{self.metric}: expected one value per example under the intervention and one without, "
@@ -219,7 +232,7 @@ class Effect:
 
     def select(self, examples: Sequence[int] | Tensor) -> Effect:
         """The same for some of the examples (indices, or a boolean mask)."""
-        chosen = torch.as_tensor(examples)
+        chosen = _chosen_examples(examples, len(self))
         return Effect(self.values[chosen], self.clean[chosen], self.metric, self.level, self.report)
 
     def recovered(self, target: Effect | Float[Tensor, " example"]) -> Recovered:
@@ -278,6 +291,31 @@ class Effect:
         frame = pd.DataFrame({"value": self.values.double().numpy(), "clean": self.clean.double().numpy()})
         frame.insert(0, "example", range(len(frame)))
         return frame.assign(difference=frame["value"] - frame["clean"])
+
+
+def _chosen_examples(examples: object, n: int) -> Tensor:
+    """Indices, each of one of the n examples, or a mask of them."""
+    given: Any = examples
+    if not isinstance(examples, (Tensor, np.ndarray)):
+        given = listed("examples", examples, "a list of indices, or a boolean mask", least=1)
+        if not all(isinstance(item, (bool, np.bool_)) for item in given):
+            given = whole_numbers("examples", given)
+    chosen = torch.as_tensor(given)
+    if chosen.ndim != 1 or chosen.is_floating_point() or chosen.is_complex() or not len(chosen):
+        raise InvalidTypeError(
+            f"examples is {shown(examples)}; expected a list of indices, or a boolean mask"
+        )
+    if chosen.dtype == torch.bool:
+        if len(chosen) != n or not bool(chosen.any()):
+            raise InvalidValueError(
+                f"examples is a mask of {len(chosen)}, {int(chosen.sum())} of them chosen; expected one of all {n} "
+                "examples that chooses at least one"
+            )
+    elif int(chosen.min()) < -n or int(chosen.max()) >= n:
+        raise OutOfRangeError(
+            f"examples are {chosen.tolist()[:8]}; expected indices of the {n} examples, 0 to {n - 1}"
+        )
+    return chosen
 
 
 @overload
@@ -342,6 +380,11 @@ def effect(
     or a `clean` of other metrics or another number of examples; TypeError for prompts that are neither Prompt nor
     Example.
     """
+    model_of(model)
+    items = checked_run(prompts, batch_size, logits_to_keep, progress)
+    level = number("level", level, above=0, below=1)
+    if intervention is not None:
+        intervention_of(intervention)
     metrics = named_metrics(metric)
     earlier = None if clean is None else _earlier(clean, metrics)
     runs = MetricRuns(model, metrics, logits_to_keep)
@@ -349,7 +392,7 @@ def effect(
     clean_values: dict[str, list[Tensor]] = {name: [] for name in metrics}
     did: list[list[tuple[str, int, float]]] = []
     moved: list[bool] = []
-    for prompt in prompt_batches(model, prompts, batch_size, progress):
+    for prompt in prompt_batches(model, items, batch_size, progress):
         clean_logits = None
         if earlier is None or (runs.compares and intervention is not None):
             clean_logits = runs.logits(prompt, [])
@@ -358,7 +401,7 @@ def effect(
             runs.measure(clean_values, prompt, clean_logits, clean_logits, answers)
         if intervention is None:
             continue
-        watching = watched(list(intervention(model, prompt)))
+        watching = watched(hooks_of(intervention, model, prompt))
         hooks = [each.hook for each in watching]
         logits = runs.logits(prompt, hooks)
         runs.measure(values, prompt, logits, clean_logits, runs.answers(prompt, hooks))
@@ -446,10 +489,18 @@ def _warn_of_nothing(report: pd.DataFrame, moved: Sequence[bool]) -> None:
 
 
 def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:
+    """The metrics by name; raises InvalidTypeError for what is none, with the nearest metric where a name was given."""
     if isinstance(metric, Mapping):
-        metrics = dict(metric)
+        metrics = {
+            instance_of("the name of a metric", name, str, "a text"): metric_of(f"metric[{name!r}]", own)
+            for name, own in metric.items()
+        }
     else:
-        functions = [metric] if callable(metric) else list(metric)
+        if callable(metric) or isinstance(metric, str) or metric is None:
+            functions = [metric_of("metric", metric)]
+        else:
+            given = listed("metric", metric, "a metric, a list of metrics or {name: metric}")
+            functions = [metric_of(f"metric[{at}]", own) for at, own in enumerate(given)]
         metrics = {metric_name(function): function for function in functions}
         if len(metrics) < len(functions):
             raise InvalidValueError("two of the metrics have the same name; pass {name: metric}")
@@ -459,28 +510,53 @@ def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:
 
 
 def _earlier(clean: Effect | Mapping[str, Effect], metrics: Mapping[str, Metric]) -> dict[str, Effect]:
-    given = {clean.metric: clean} if isinstance(clean, Effect) else dict(clean)
+    given = {clean.metric: clean} if isinstance(clean, Effect) else clean
+    if not isinstance(given, Mapping) or not all(isinstance(own, Effect) for own in given.values()):
+        raise InvalidTypeError(
+            f"clean is {shown(clean)}; expected an earlier Effect on these prompts, or {{name: Effect}}"
+        )
     missing = [name for name in metrics if name not in given]
     if missing:
         raise InvalidValueError(f"`clean` holds no values of {missing}, only of {list(given)}")
     return {name: given[name] for name in metrics}
 
 
+def checked_run(
+    prompts: Prompt | Sequence[Prompt] | Sequence[Example],
+    batch_size: int,
+    logits_to_keep: int,
+    progress: bool,
+) -> list[Prompt | Example]:
+    """The prompts, or the examples, as a list, once what all runs of metrics take has been checked."""
+    whole_number("batch_size", batch_size, least=1)
+    whole_number("logits_to_keep", logits_to_keep, least=0)
+    flag("progress", progress)
+    return prompts_or_examples(prompts)
+
+
+def prompts_or_examples(prompts: Prompt | Sequence[Prompt] | Sequence[Example]) -> list[Prompt | Example]:
+    """The prompts, or the examples, as a list; raises InvalidTypeError for anything else, or both together."""
+    expected = "a Prompt, a list of Prompt or a list of Example, all of one type"
+    if isinstance(prompts, Prompt):
+        return [prompts]
+    if isinstance(prompts, Example):
+        raise InvalidTypeError(
+            f"prompts is {shown(prompts)}; expected {expected}: one example is written [example]"
+        )
+    items = listed("prompts", prompts, expected, least=1)
+    if not any(all(isinstance(item, kind) for item in items) for kind in (Prompt, Example)):
+        raise InvalidTypeError(
+            f"prompts are {expected}; got {', '.join(sorted({type(item).__name__ for item in items}))}"
+        )
+    return items
+
+
 def prompt_batches(
-    model: HookedVLM, prompts: Prompt | Sequence[Prompt] | Sequence[Example], batch_size: int, progress: bool
+    model: HookedVLM, items: Sequence[Prompt | Example], batch_size: int, progress: bool
 ) -> Iterator[Prompt]:
-    items: list[Prompt | Example] = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    if not items:
-        raise InvalidValueError("no prompts given")
-    if batch_size < 1:
-        raise InvalidValueError(f"batch_size is at least 1, not {batch_size}")
+    """The prompts, or those of the examples, `batch_size` at a time; items as `checked_run` gives them."""
     ready = [item for item in items if isinstance(item, Prompt)]
     examples = [item for item in items if isinstance(item, Example)]
-    if len(items) not in (len(ready), len(examples)):
-        raise InvalidTypeError(
-            "prompts are a Prompt, a list of Prompt or a list of Example, all of one type; "
-            f"got {', '.join(sorted({type(item).__name__ for item in items}))}"
-        )
     starts = range(0, len(examples), batch_size)
     made = (model.prompt_examples(examples[start : start + batch_size]) for start in starts)
     with tqdm(total=len(examples) or sum(map(len, ready)), unit="example", disable=not progress) as bar:

@@ -21,14 +21,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmlens.arguments import unknown_name_message
-from mmlens.errors import InvalidValueError
-from mmlens.hooked_vlm import HookedVLM
-from mmlens.prompt import Prompt
+from mmlens.arguments import (
+    called,
+    instance_of,
+    listed,
+    nearest_names,
+    shown,
+    unknown_name_message,
+    whole_number,
+)
+from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.hooked_vlm import HookedVLM, model_of
+from mmlens.prompt import Prompt, prompt_of
 
 Metric = Callable[..., Tensor]
 """A function that gives one number per example: a tensor [batch]."""
@@ -39,7 +48,7 @@ _AnyMetric = TypeVar("_AnyMetric", bound=Metric)
 
 
 def _check_reads(what: str, where: str) -> None:
-    if what not in get_args(Reads):
+    if not isinstance(what, str) or what not in get_args(Reads):
         raise InvalidValueError(
             f"{where}: {unknown_name_message('thing a metric reads', what, get_args(Reads))}"
         )
@@ -57,9 +66,11 @@ def reads(what: Reads, *, max_new_tokens: int | None = None) -> Callable[[_AnyMe
     ('answers', 4)
     """
     _check_reads(what, "reads(...)")
-    if max_new_tokens is not None and (what != "answers" or max_new_tokens < 1):
+    if max_new_tokens is not None:
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
+    if max_new_tokens is not None and what != "answers":
         raise InvalidValueError(
-            f"max_new_tokens is a number from 1 on, of a metric that reads 'answers'; got {max_new_tokens} for {what!r}"
+            f"max_new_tokens is of a metric that reads 'answers'; got {max_new_tokens} for {what!r}"
         )
 
     def mark(metric: _AnyMetric) -> _AnyMetric:
@@ -70,6 +81,40 @@ def reads(what: Reads, *, max_new_tokens: int | None = None) -> Callable[[_AnyMe
         return metric
 
     return mark
+
+
+_NAMES = (
+    "accuracy",
+    "answer_log_probability",
+    "answer_rank",
+    "anls",
+    "exact_match",
+    "generated_accuracy",
+    "invalid",
+    "invalid_answer",
+    "kl_to_clean",
+    "logit_difference",
+    "relaxed_accuracy",
+)
+
+
+def metric_of(name: str, value: object) -> Metric:
+    """A metric: a function of what it reads and the prompt. InvalidTypeError for anything else, such as its name.
+
+    >>> metric_of("metric", "acuracy")
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidTypeError: metric is 'acuracy' (str); expected ... the nearest: mmlens.accuracy...
+    """
+    expected = "a function (logits, prompt) that gives one number per example"
+    if isinstance(value, str):
+        nearest = ", ".join(f"mmlens.{near}" for near in nearest_names(value, _NAMES))
+        raise InvalidTypeError(
+            f"{name} is {shown(value)}; expected the function itself, {expected}; the nearest: {nearest}"
+        )
+    function = called(name, value, expected)
+    n_arguments = 3 if what_reads(function) == "clean logits" else 2
+    return called(name, value, expected, n_arguments=n_arguments)
 
 
 def metric_name(metric: Metric) -> str:
@@ -106,6 +151,7 @@ def evaluate(
     torch.Size([2])
     """
     what = what_reads(metric)
+    prompt_of(prompt)
     if what == "answers":
         if answers is None:
             raise InvalidValueError(f"metric {name} reads generated answers: none were given")
@@ -178,10 +224,10 @@ def logit_difference_of(
     >>> mmlens.effect(model, model.prompt("What colour is K", images=[]), None, red_or_blue).metric
     "logit_difference_of('red', 'blue')"
     """
-    given = [wrong] if isinstance(wrong, str | int) else list(wrong)
+    model_of(model)
+    given = [wrong] if isinstance(wrong, (str, int, np.integer)) else wrong
+    given = listed("wrong", given, "at least one wrong token: its text or id, or a list of them", least=1)
     right, others = _token_id(model, answer), [_token_id(model, token) for token in given]
-    if not others:
-        raise InvalidValueError("logit_difference_of needs at least one wrong token")
     if right in others:
         raise InvalidValueError(f"the answer {answer!r} and a wrong token are the same token ({right})")
 
@@ -249,6 +295,7 @@ def invalid(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[T
 def _token_id(model: HookedVLM, token: str | int) -> int:
     if isinstance(token, str):
         return model.to_single_token(token)
+    token = whole_number("a token, which is a text or an id,", token)
     if not 0 <= token < model.cfg.d_vocab:
         raise InvalidValueError(f"token id {token} lies outside the vocabulary, 0 to {model.cfg.d_vocab - 1}")
     return token
@@ -269,7 +316,8 @@ def _checked(name: str, values: Tensor, prompt: Prompt) -> Float[Tensor, " examp
 
 
 def _last_logits(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, "batch vocab"]:
-    if logits.ndim != 3 or len(logits) != len(prompt):
+    instance_of("logits", logits, Tensor, "the logits of a run, a tensor [batch, pos, vocab]")
+    if logits.ndim != 3 or len(logits) != len(prompt_of(prompt)):
         raise InvalidValueError(
             f"expected logits [batch, pos, vocab] of the prompt's {len(prompt)} example(s), "
             f"got {list(logits.shape)}"

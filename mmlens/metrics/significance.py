@@ -24,20 +24,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmlens.arguments import called, listed, number, seed_of, shown, whole_number
 from mmlens.data.examples import Evidence, Example
-from mmlens.errors import InvalidValueError
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention import mean_of_rows
 from mmlens.metrics.attention_rows import (
     LayerBuffer,
     Rows,
-    examples_with_evidence,
     kinds_of_examples,
     prompts_of,
     read_rows,
     real_positions,
-    refuse_cross_attention,
+    scored_examples,
 )
 from mmlens.prompt import Prompt
 from mmlens.statistics import benjamini_hochberg
@@ -67,8 +67,7 @@ class RamSignificance:
 
         Among them the expected share of false ones is at most `q`.
         """
-        if not 0 < q < 1:
-            raise InvalidValueError(f"q is a share between 0 and 1, not {q}")
+        q = number("q", q, above=0, below=1)
         order = self.lift.top(1.0)
         return order - order._with(head for head in order if not self.adjusted[head] <= q)
 
@@ -119,9 +118,12 @@ def ram_significance(
     >>> found.p_values.shape == (model.cfg.n_layers, model.cfg.n_heads)
     True
     """
-    refuse_cross_attention(model)
-    examples = examples_with_evidence(examples)
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
     n_heads = len(model.heads)
+    n_resamples, seed = whole_number("n_resamples", n_resamples, least=1), seed_of(seed)
+    max_regions = whole_number("max_regions", max_regions)
+    if regions is not None:
+        called("regions", regions, "a function from an example to its regions, or None")
     if n_resamples < 20 * n_heads:
         raise InvalidValueError(
             f"n_resamples={n_resamples} cannot show one of {n_heads} heads at 5% after correction: take {20 * n_heads} "
@@ -169,9 +171,12 @@ def region_permutation_test(
     >>> region_permutation_test(masses, n_resamples=999).tolist()
     [0.001, 1.0]
     """
-    if not masses:
-        raise InvalidValueError("no examples given")
-    rng = np.random.default_rng(seed)
+    masses = listed("masses", masses, "a list of tensors [region, head], one for each example", least=1)
+    for at, own in enumerate(masses):
+        if not isinstance(own, Tensor) or own.ndim != 2 or not own.numel():
+            raise InvalidTypeError(f"masses[{at}] is {shown(own)}; expected a tensor [region, head]")
+    n_resamples = whole_number("n_resamples", n_resamples, least=1)
+    rng = np.random.default_rng(seed_of(seed))
     sums = np.zeros((n_resamples, masses[0].shape[1]))
     reached = np.zeros(masses[0].shape[1])
     for own in masses:

@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from mmlens.arguments import fractions_of, instance_of, path_of
 from mmlens.core_heads import POOLED
 from mmlens.experiments.hybrid import CORE, MATCHED
 from mmlens.heads import HeadScores, HeadSet
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.hooked_vlm import HookedVLM, model_of
 from mmlens.provenance import describe_model, machine, versions
 from mmlens.runs.run import RunError, check_folder, read_findings, read_record, written_at_once
 from mmlens.sparse.rule import StreamingRule
@@ -140,6 +141,9 @@ def accelerate(
     Raises ValueError for scores of a model of another shape, and as `prefill_speed`; RunError for a `quality` that is
     no such run, is of other weights, or has no number of dense heads in common.
     """
+    model_of(model)
+    instance_of("scores", scores, HeadScores, "HeadScores: mmlens.ram(model, examples) gives them")
+    fractions = fractions_of("fractions", fractions)
     described = describe_model(model, name)
     outcomes = None if quality is None else _accuracies(quality, described)
     sets: dict[str, HeadSet] = {
@@ -217,7 +221,7 @@ def _speed_and_accuracy(table: pd.DataFrame, outcomes: pd.DataFrame) -> pd.DataF
 
 def load_scores(path: str | Path) -> HeadScores:
     """Head scores as `HeadScores.save` wrote them; RunError where there is no such file."""
-    if not Path(path).is_file():
+    if not path_of("path", path).is_file():
         raise RunError(
             f"there are no head scores at {str(path)!r}: `mmlens core-heads` writes ram_per_example.parquet"
         )

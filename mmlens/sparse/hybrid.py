@@ -21,7 +21,7 @@ import torch
 
 from mmlens.errors import InvalidValueError, StateError, UnsupportedError
 from mmlens.heads import Heads, HeadSet, as_head_set
-from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
+from mmlens.hooked_vlm import HookedVLM, NoChangeWarning, model_of
 from mmlens.internals import attention_implementation
 from mmlens.metrics.attention_rows import refuse_cross_attention
 from mmlens.sparse.layer import PATHS, StreamingLayer, Tally
@@ -58,7 +58,9 @@ def hybrid_attention(
     >>> bool((logits - model(prompt)).abs().max() > 0)
     True
     """
-    heads = as_head_set(dense, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer, at_least=0)
+    heads = as_head_set(
+        dense, model_of(model).cfg.n_layers, model.cfg.n_heads, model.heads_per_layer, at_least=0
+    )
     rule = StreamingRule(sink, window)
     if path not in PATHS:
         raise InvalidValueError(f"path is one of {', '.join(PATHS)}, not {path!r}")

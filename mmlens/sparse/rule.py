@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mmlens.arguments import whole_number
 from mmlens.errors import InvalidValueError
 
 
@@ -26,6 +27,8 @@ class StreamingRule:
     window: int
 
     def __post_init__(self) -> None:
+        for name in ("sink", "window"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.sink < 0 or self.window < 1:
             raise InvalidValueError(
                 f"a streaming head sees sink >= 0 first tokens and a window of at least 1 (the query itself), not "
@@ -44,7 +47,7 @@ class StreamingRule:
         >>> StreamingRule(sink=1, window=2).share(4)
         0.9
         """
-        n, most = n_positions, self.sink + self.window
+        n, most = whole_number("n_positions", n_positions, least=1), self.sink + self.window
         few = min(n, most)
         return (few * (few + 1) / 2 + (n - few) * most) / (n * (n + 1) / 2)
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mmlens.errors import InvalidValueError
+from mmlens.arguments import flag, names_of, seed_of, shown, whole_number, whole_numbers
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.heads import Heads, HeadSet, as_head_set
-from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
+from mmlens.hooked_vlm import HookedVLM, NoChangeWarning, model_of
 from mmlens.internals import attention_implementation
 from mmlens.sparse.hybrid import hybrid_attention
 from mmlens.sparse.layer import StreamingLayer
@@ -109,9 +110,16 @@ def prefill_speed(
     reached. Raises ValueError for a model that was not loaded with SDPA; where no length exceeds `sink` + `window`, so
     that nothing would stream; for a length below 2, an unknown part, or no repeats.
     """
-    for part in parts:
-        if part not in PARTS:
-            raise InvalidValueError(f"parts are {', '.join(PARTS)}; {part!r} is none of them")
+    model_of(model)
+    parts = names_of("parts", parts, PARTS)
+    lengths = whole_numbers("lengths", lengths)
+    repeats, warm_ups = whole_number("repeats", repeats), whole_number("warm_ups", warm_ups, least=0)
+    seed = seed_of(seed)
+    flag("progress", progress)
+    if not isinstance(dense, Mapping) or not dense:
+        raise InvalidTypeError(
+            f"dense is {shown(dense)}; expected a dict {{name: heads}} with at least one entry"
+        )
     if any(length < 2 for length in lengths) or repeats < 1:
         raise InvalidValueError(
             f"lengths are 2 or more, repeats 1 or more, not lengths={list(lengths)} and repeats={repeats}"

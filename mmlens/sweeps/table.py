@@ -13,14 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from mmlens.arguments import instance_of, number, shown
 from mmlens.data.examples import Example
-from mmlens.errors import InvalidValueError
-from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, NoChangeWarning
+from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, NoChangeWarning, model_of
+from mmlens.interventions.edits import hooks_of, intervention_of
 from mmlens.metrics.effects import (
     Metric,
     MetricRuns,
     Metrics,
     WatchedHook,
+    checked_run,
     named_metrics,
     prompt_batches,
     watched,
@@ -73,18 +76,20 @@ def sweep(
     >>> list(table.columns), len(table)
     (['intervention', 'example', 'metric', 'value', 'clean'], 12)
     """
-    if memory <= 0:
-        raise InvalidValueError(f"memory is a number of GiB above 0, not {memory}")
-    if not interventions:
-        raise InvalidValueError("sweep needs at least one intervention, as {label: intervention}")
+    model_of(model)
+    items = checked_run(prompts, batch_size, logits_to_keep, progress)
+    memory = number("memory", memory, above=0)
+    _check_interventions(interventions)
     metrics = named_metrics(metric)
     collected = _Collected(list(interventions), list(metrics))
     with tqdm(
-        total=len(interventions) * _n_batches(prompts, batch_size), disable=not progress, unit="run"
+        total=len(interventions) * _n_batches(items, batch_size), disable=not progress, unit="run"
     ) as bar:
-        for prompt in prompt_batches(model, prompts, batch_size, progress=False):
+        for prompt in prompt_batches(model, items, batch_size, progress=False):
             own = _PromptSweep(model, prompt, MetricRuns(model, metrics, logits_to_keep), memory)
-            hooks = [watched(list(intervention(model, prompt))) for intervention in interventions.values()]
+            hooks = [
+                watched(hooks_of(intervention, model, prompt)) for intervention in interventions.values()
+            ]
             for index, values, note in own.run(hooks):
                 collected.add(index, values, own.clean_values, {**note, **_done(hooks[index])})
                 bar.update()
@@ -96,11 +101,28 @@ def sweep(
 def reuse_table(table: pd.DataFrame) -> pd.DataFrame:
     """What each run of a sweep reused: intervention, example (the first of its batch), layer, position, batch,
     fired, size of the largest change, and why not more."""
-    if "reuse" not in table.attrs:
+    if "reuse" not in instance_of("table", table, pd.DataFrame, "a sweep's table").attrs:
         raise InvalidValueError(
             "this table is not a sweep's, or has lost its attrs on the way: no 'reuse' in table.attrs"
         )
     return pd.DataFrame(table.attrs["reuse"])
+
+
+def _check_interventions(interventions: object) -> None:
+    expected = "a dict {label: intervention}"
+    if not isinstance(interventions, Mapping):
+        hint = (
+            ": dict(enumerate(interventions)) numbers them"
+            if isinstance(interventions, (list, tuple))
+            else ""
+        )
+        raise InvalidTypeError(f"interventions is {shown(interventions)}; expected {expected}{hint}")
+    if not interventions:
+        raise InvalidValueError(
+            f"no interventions given: sweep needs at least one intervention, as {expected}"
+        )
+    for label, intervention in interventions.items():
+        intervention_of(intervention, f"interventions[{label!r}]")
 
 
 class _PromptSweep:
@@ -233,11 +255,8 @@ class _PromptSweep:
         return max(1, most)
 
 
-def _n_batches(prompts: Prompt | Sequence[Prompt] | Sequence[Example], batch_size: int) -> int:
-    if isinstance(prompts, Prompt):
-        return 1
-    n_examples = sum(isinstance(item, Example) for item in prompts)
-    return -(-n_examples // max(batch_size, 1)) or len(prompts)
+def _n_batches(items: Sequence[Prompt | Example], batch_size: int) -> int:
+    return -(-len(items) // batch_size) if isinstance(items[0], Example) else len(items)
 
 
 def _done(hooks: Sequence[WatchedHook]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import number, one_of, texts, unknown_name_message
 from mmlens.errors import InvalidValueError
 from mmlens.viz.style import (
     INK,
@@ -30,6 +30,7 @@ from mmlens.viz.style import (
     MUTED,
     TICK_SIZE,
     TITLE_SIZE,
+    drawn_table,
     labelled,
     new_figure,
     root_figure,
@@ -65,6 +66,7 @@ SHARES = ("accuracy", "invalid")
 CLEAN = "clean"
 _KEYS = ["mode", "arm", "count", "kind", "metric"]
 _COLUMNS = ["mode", "arm", "count", "fraction", "kind", "metric", "mean", "low", "high", "n"]
+_NUMBERS = ["count", "fraction", "mean", "low", "high", "n"]
 _OPTIONAL = ["n_draws", "draw_min", "draw_max"]
 
 
@@ -88,6 +90,7 @@ def plot_ablation_curves(
     numbers, and for a metric, kind, mode or arm that is not known.
     """
     curves = _curves(table, metric, kind, mode)
+    chance = None if chance is None else number("chance", chance)
     own = ax is None
     if ax is None:
         figure = new_figure(6.2, 4.1)
@@ -120,6 +123,12 @@ def plot_ablation_panels(
     axis is common to all panels. Raises ValueError as `plot_ablation_curves`, and for no mode or no kind.
     """
     _check_table(table)
+    if chance is not None:
+        for value in chance.values() if isinstance(chance, Mapping) else [chance]:
+            number("chance", value)
+    kinds = texts("kinds", kinds, "a list of kinds of example")
+    if modes is not None:
+        modes = texts("modes", modes, "a list of ablation modes")
     if modes is None:
         modes = list(dict.fromkeys(table["mode"][table["arm"] != CLEAN]))
     if not modes or not kinds:
@@ -159,11 +168,7 @@ class _Curves:
 
 
 def _check_table(table: pd.DataFrame) -> None:
-    missing = [column for column in _COLUMNS if column not in table.columns]
-    if missing:
-        raise InvalidValueError(
-            f"the ablation table lacks the columns {missing}; it has {[str(name) for name in table.columns]}"
-        )
+    drawn_table(table, [name for name in _COLUMNS if name not in _NUMBERS], _NUMBERS)
     for arm in table["arm"].unique():
         if arm not in (CLEAN, *ARM_STYLES):
             raise InvalidValueError(unknown_name_message("arm", str(arm), [CLEAN, *ARM_STYLES]))
@@ -177,10 +182,7 @@ def _curves(table: pd.DataFrame, metric: str, kind: str, mode: str) -> _Curves:
         ("kind", kind, table["kind"]),
         ("mode", mode, table["mode"][ablated]),
     ):
-        if given not in set(known):
-            raise InvalidValueError(
-                unknown_name_message(word, given, [str(name) for name in dict.fromkeys(known)])
-            )
+        one_of(word, given, [str(name) for name in dict.fromkeys(known)])
     wanted = table[(table["metric"] == metric) & (table["kind"] == kind)]
     rows = wanted[(wanted["mode"] == mode) & (wanted["arm"] != CLEAN)]
     if rows.empty:

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from mmlens.arguments import array_of
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.viz.style import (
@@ -23,7 +24,6 @@ from mmlens.viz.style import (
     PAPER,
     TICK_SIZE,
     TITLE_SIZE,
-    as_array,
     new_figure,
     root_figure,
     tidy,
@@ -116,7 +116,7 @@ def _checked_scores(
     scores: HeadScores | Tensor | ArrayLike,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Scores [layer, head], and at which of them there is a head."""
-    values = as_array(scores.values if isinstance(scores, HeadScores) else scores)
+    values = array_of("scores", scores.values if isinstance(scores, HeadScores) else scores, None)
     if values.ndim != 2 or 0 in values.shape:
         raise InvalidValueError(
             f"a head map takes scores [layer, head], not an array of shape {list(values.shape)}"

@@ -10,8 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from mmlens.arguments import flag, instance_of, number, texts
 from mmlens.errors import InvalidValueError
-from mmlens.viz.style import GRID, INK, LABEL_SIZE, MUTED, TICK_SIZE, TITLE_SIZE, new_figure, tidy
+from mmlens.viz.style import (
+    GRID,
+    INK,
+    LABEL_SIZE,
+    MUTED,
+    TICK_SIZE,
+    TITLE_SIZE,
+    drawn_table,
+    new_figure,
+    tidy,
+)
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#b07aa1", "#8c6d1f", "#56b4e9", "#1f2328", "#cc79a7")
 """Told apart also by the colour-blind; the first is that of the top heads, the second of the bottom heads."""
@@ -47,6 +58,9 @@ def plot_intervals(
     ['L0H1', 'L0H2']
     """
     _check(table, [row, *([series] if series else [])])
+    flag("percent", percent)
+    for name, value in instance_of("lines", lines or {}, Mapping, "a dict {name: number}").items():
+        number(f"lines[{name!r}]", value)
     names = list(dict.fromkeys(table[row]))
     groups = list(dict.fromkeys(table[series])) if series else [None]
     figure = new_figure(6.4, 0.24 * len(names) * max(1.0, 0.45 * len(groups)) + 1.1 + 0.2 * len(groups))
@@ -115,7 +129,9 @@ def plot_curves(
     >>> len(plot_curves(table, x="k", series="arm", xlabel="heads", ylabel="coverage").axes[0].lines)
     1
     """
-    _check(table, [x, series])
+    _check(table, [series], [x])
+    flag("percent", percent)
+    dashed = dashed if isinstance(dashed, Mapping) else texts("dashed", dashed, "a list of series")
     names = list(dict.fromkeys(table[series]))
     partners = dict(dashed) if isinstance(dashed, Mapping) else {}
     unknown = [name for name in (*dashed, *partners.values()) if name not in names]
@@ -163,7 +179,8 @@ def plot_trade_off(
     >>> figure.axes[0].get_xlabel()
     'speed-up'
     """
-    _check(table, [x, f"{x}_low", f"{x}_high", series])
+    _check(table, [series], [x, f"{x}_low", f"{x}_high"])
+    flag("percent", percent)
     names = list(dict.fromkeys(table[series]))
     figure = new_figure(6.2, 3.9)
     ax = figure.subplots()
@@ -199,14 +216,8 @@ def _label_curves(ax: Axes, xlabel: str, ylabel: str, percent: bool) -> None:
     ax.set_ylabel(ylabel, fontsize=LABEL_SIZE, color=INK)
 
 
-def _check(table: pd.DataFrame, columns: Sequence[str]) -> None:
-    missing = [name for name in (*columns, "mean", "low", "high") if name not in table.columns]
-    if missing:
-        raise InvalidValueError(
-            f"the table lacks the columns {missing}; it has {[str(name) for name in table.columns]}"
-        )
-    if not len(table):
-        raise InvalidValueError("the table has no rows, so there is nothing to draw")
+def _check(table: pd.DataFrame, columns: Sequence[str], numbers: Sequence[str] = ()) -> None:
+    drawn_table(table, columns, [*numbers, "mean", "low", "high"])
     if not np.isfinite(table["mean"].to_numpy(float)).all():
         raise InvalidValueError("a mean of the table is not finite")
 

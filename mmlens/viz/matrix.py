@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from mmlens.arguments import array_of, number, texts, whole_number
 from mmlens.errors import InvalidValueError
-from mmlens.viz.style import INK, LABEL_SIZE, MUTED, PAPER, TICK_SIZE, TITLE_SIZE, as_array, new_figure, tidy
+from mmlens.viz.style import INK, LABEL_SIZE, MUTED, PAPER, TICK_SIZE, TITLE_SIZE, new_figure, tidy
 
 
 def plot_matrix(
@@ -37,8 +38,11 @@ def plot_matrix(
     >>> [text.get_text() for text in figure.axes[0].texts]
     ['1.00', '0.50', '0.50', '1.00']
     """
-    table = as_array(values)
-    columns = rows if columns is None else columns
+    table = array_of("values", values, None)
+    rows = texts("rows", rows, "a list of names")
+    columns = rows if columns is None else texts("columns", columns, "a list of names")
+    vmax = None if vmax is None else number("vmax", vmax, above=0)
+    decimals = whole_number("decimals", decimals, least=0)
     if table.shape != (len(rows), len(columns)):
         raise InvalidValueError(
             f"values of shape {list(table.shape)} for {len(rows)} rows and {len(columns)} columns of names"

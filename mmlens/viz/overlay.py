@@ -23,14 +23,15 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
+from mmlens.arguments import array_of, listed, number, texts, whole_number
 from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.token_map import box_of
 from mmlens.viz.style import (
     INK,
     LABEL_SIZE,
     MUTED,
     TICK_SIZE,
     TITLE_SIZE,
-    as_array,
     new_figure,
     root_figure,
     see_through,
@@ -115,8 +116,15 @@ def plot_overlay_grid(
 
     Raises ValueError where the lists differ in length, there is no image, or as `plot_attention_overlay`.
     """
-    if not images:
-        raise InvalidValueError("no images given: expected at least one")
+    if isinstance(images, Image.Image):
+        raise InvalidTypeError("images is one image; expected a list of PIL images: [image]")
+    images = listed("images", images, "a list of PIL images, at least one", least=1)
+    boxes = listed("boxes", boxes, "boxes [token, 4] for each image")
+    weights = listed("weights", weights, "weights [token] for each image")
+    if names is not None:
+        names = texts("names", names, "a name for each image")
+    if columns is not None:
+        columns = whole_number("columns", columns, least=1)
     evidence = [()] * len(images) if evidence is None else evidence
     names = [f"image {number}" for number in range(len(images))] if names is None else names
     for word, given in (("boxes", boxes), ("weights", weights), ("evidence", evidence), ("names", names)):
@@ -194,7 +202,10 @@ def _cells(
 ) -> _Cells:
     if not isinstance(image, Image.Image):
         raise InvalidTypeError(f"{where} is a {type(image).__name__}: expected a PIL image")
-    edges, values = as_array(boxes), as_array(weights)
+    edges, values = (
+        array_of(f"{name} of {where}", given, None)
+        for name, given in (("boxes", boxes), ("weights", weights))
+    )
     if edges.ndim != 2 or edges.shape[1] != 4 or values.shape != edges.shape[:1]:
         raise InvalidValueError(
             f"{where}: boxes of shape {list(edges.shape)} and weights of shape {list(values.shape)}: expected "
@@ -203,8 +214,8 @@ def _cells(
     if not np.isfinite(values).all() or (values < 0).any():
         token = int(np.flatnonzero(~(np.isfinite(values) & (values >= 0)))[0])
         raise InvalidValueError(f"{where}: the weight of token {token} is {values[token]}; attention is >= 0")
-    for box in evidence:
-        _check_evidence(box, image.size, where)
+    for box in listed(f"the evidence of {where}", evidence, "a list of boxes (left, top, right, bottom)"):
+        _check_evidence(box_of(f"the evidence of {where}", box), image.size, where)
     with_pixels = (edges[:, 2] > edges[:, 0]) & (edges[:, 3] > edges[:, 1])
     if not with_pixels.any():
         raise InvalidValueError(
@@ -241,6 +252,7 @@ def _colour_top(all_cells: Sequence[_Cells], vmax: float | None) -> float:
     largest = max(float(cells.weights.max()) for cells in all_cells)
     if vmax is None:
         return largest or 1.0
+    vmax = number("vmax", vmax)
     if not vmax > 0 or largest > vmax * (1 + 1e-6):
         raise InvalidValueError(
             f"vmax = {vmax} is below the largest weight, {largest}: its cells would look like fewer"

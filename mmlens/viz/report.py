@@ -23,6 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mmlens.arguments import file_to_write, instance_of, listed
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.viz.ablation_curves import ARM_STYLES, METRIC_LABELS, SHARES
 
@@ -75,6 +76,7 @@ def write_report(
     ...     "90.0%" in write_report(Path(folder) / "report.html", summary).read_text(encoding="utf-8")
     True
     """
+    path = file_to_write("path", path)
     _check(summary, figures, tables)
     sections: list[Section] = [
         ("Setting", _setting(summary), []),
@@ -132,6 +134,7 @@ def _check(
     figures: Sequence[tuple[str, str, Figure]],
     tables: Sequence[tuple[str, str, pd.DataFrame]],
 ) -> None:
+    instance_of("summary", summary, Mapping, f"a dict with {', '.join(_SECTIONS)}")
     missing = [name for name in _SECTIONS if not isinstance(summary.get(name), Mapping)]
     if missing:
         raise InvalidValueError(
@@ -143,7 +146,8 @@ def _check(
             f"the summary's finding lacks {absent}; it has {sorted(map(str, summary['finding']))}"
         )
     for word, kind, given in (("figure", Figure, figures), ("table", pd.DataFrame, tables)):
-        for entry in given:
+        for entry in listed(f"{word}s", given, f"a list of (title, caption, {kind.__name__})"):
+            instance_of(f"a {word} of the report", entry, (tuple, list), f"(title, caption, {kind.__name__})")
             if len(entry) != 3 or not isinstance(entry[2], kind):
                 raise InvalidTypeError(
                     f"a {word} of the report is (title, caption, {kind.__name__}), not "

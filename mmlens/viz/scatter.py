@@ -5,9 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mmlens.errors import InvalidValueError
 from mmlens.viz.head_map import MARK
-from mmlens.viz.style import INK, LABEL_SIZE, MUTED, TICK_SIZE, TITLE_SIZE, new_figure, tidy
+from mmlens.viz.style import INK, LABEL_SIZE, MUTED, TICK_SIZE, TITLE_SIZE, drawn_table, new_figure, tidy
 
 _DOT = "#0072b2"
 
@@ -27,9 +26,7 @@ def plot_scatter(
     >>> figure.axes[0].get_title(loc="left")
     'RAM'
     """
-    missing = [name for name in (panel, x, y, marked) if name not in table.columns]
-    if missing or not len(table):
-        raise InvalidValueError(f"the table has {len(table)} rows and lacks the columns {missing}")
+    drawn_table(table, [panel], [x, y, marked])
     names = list(dict.fromkeys(table[panel]))
     columns = min(4, len(names))
     rows = -(-len(names) // columns)

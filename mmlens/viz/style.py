@@ -12,12 +12,12 @@ from typing import Literal
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
+from mmlens.arguments import array_of, instance_of, table_of
 from mmlens.errors import InvalidValueError
 
 INK = "#1f2328"
@@ -48,21 +48,25 @@ def new_figure(width: float, height: float, *, pictures: bool = False) -> Figure
     return DisplayedFigure(figsize=(width, height), layout=layout, facecolor=PAPER)
 
 
-def as_array(values: Tensor | ArrayLike) -> NDArray[np.float64]:
-    """Numbers of any kind in float64; a tensor may be on any device, of any type, and need gradients."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    return np.asarray(values, dtype=np.float64)
-
-
 def root_figure(ax: Axes) -> Figure:
     """The figure that holds `ax`, through subfigures."""
+    instance_of("ax", ax, Axes, "matplotlib Axes, such as figure.subplots() gives")
     figure = ax.get_figure(root=True)
     if figure is None:
         raise InvalidValueError(
             "the axes given as `ax` belong to no figure; make them with Figure.subplots()"
         )
     return figure
+
+
+def drawn_table(table: object, columns: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
+    """A table that has these columns, and in those of `numbers` nothing but numbers (NaN among them)."""
+    for name in (*columns, *numbers):
+        instance_of("the name of a column", name, str, "a text")
+    checked = table_of("table", table, [*columns, *numbers], f"one with {', '.join((*columns, *numbers))}")
+    for name in numbers:
+        array_of(f"the column {name!r}", checked[name], "row")
+    return checked
 
 
 def tidy(ax: Axes, *, grid: bool = False) -> None:

@@ -178,5 +178,5 @@ def test_text_recall_lists_one_word_of_the_asked_class() -> None:
 def test_unknown_kind_names_the_kinds_and_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no kind 'object'; the nearest: 'objects'"):
         scene_examples("object", 1, 0)
-    with pytest.raises(ValueError, match="negative, got -1"):
+    with pytest.raises(ValueError, match="n is -1; expected"):
         scene_examples("objects", -1, 0)

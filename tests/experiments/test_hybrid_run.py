@@ -106,5 +106,5 @@ def test_across_counts_the_models_in_which_it_matters_which_heads_are_dense(foun
 
 
 def test_no_draws_are_refused(setup: Setup) -> None:
-    with pytest.raises(ValueError, match="n_draws is at least 1, not 0"):
+    with pytest.raises(ValueError, match="n_draws is 0; expected"):
         EXPERIMENT.run(setup, n_draws=0)

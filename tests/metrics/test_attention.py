@@ -286,7 +286,7 @@ def test_bad_examples_are_refused(score: Any) -> None:
     control = Example("Which word?", "K", id="text-7")
     with pytest.raises(ValueError, match=r"2 of 3 examples have no evidence .*: text-7, number 2"):
         score(model, [examples[0], control, Example("Which?", "K", images=(Image.new("RGB", (9, 9)),))])
-    with pytest.raises(ValueError, match="batch_size is at least 1"):
+    with pytest.raises(ValueError, match="batch_size is 0; expected"):
         score(model, examples, batch_size=0)
     with pytest.raises(ValueError, match="paper_floor"):
         score(model, examples, mapping="paper_floor", progress=False)

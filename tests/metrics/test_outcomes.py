@@ -273,7 +273,7 @@ def test_a_metric_may_only_read_what_there_is(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match="'answer'; the nearest: 'answers'"):
         reads("answer")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="got 0 for 'answers'"):
+    with pytest.raises(ValueError, match="max_new_tokens is 0; expected"):
         reads("answers", max_new_tokens=0)
     with pytest.raises(ValueError, match="got 5 for 'logits'"):
         reads("logits", max_new_tokens=5)

@@ -147,7 +147,7 @@ def test_bad_requests_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="have no evidence"):
         ram_significance(case.model, [Example("What?", "x")])
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match="above 0 and below 1"):
         ram_significance(case.model, examples, progress=False).significant(5)
     with pytest.raises(ValueError, match="no examples"):
         region_permutation_test([])

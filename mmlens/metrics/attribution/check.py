@@ -15,17 +15,18 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from mmlens.arguments import instance_of, seed_of, whole_number
 from mmlens.errors import InvalidValueError
 from mmlens.hook_names import runs_over_positions
-from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, NoChangeWarning
+from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, NoChangeWarning, model_of
 from mmlens.interventions.edits import Edit
 from mmlens.interventions.patching import PatchSource, patch, shared_source
 from mmlens.interventions.paths import path_patch
 from mmlens.metrics.attribution.edges import EdgeAttribution, Site, read_at, write_changes
 from mmlens.metrics.attribution.nodes import Attribution, node_axes
 from mmlens.metrics.attribution.runs import attention_of, difference, source_values
-from mmlens.metrics.outcomes import Metric
-from mmlens.prompt import Prompt
+from mmlens.metrics.outcomes import Metric, metric_of
+from mmlens.prompt import Prompt, prompt_of
 from mmlens.sweeps.table import sweep
 
 _AT_ONCE = 32
@@ -113,8 +114,14 @@ def compare_with_patching(
     >>> compare_with_patching(model, prompt, source, mmlens.logit_difference, attribution, n=4).n
     4
     """
-    if n is not None and n < 1:
-        raise InvalidValueError(f"n is at least 1, or None for all, not {n}")
+    model_of(model)
+    prompt_of(prompt)
+    metric_of("metric", metric)
+    instance_of(
+        "attribution", attribution, (Attribution, EdgeAttribution), "what attribute or attribute_edges gave"
+    )
+    n = None if n is None else whole_number("n", n, least=1)
+    seed, logits_to_keep = seed_of(seed), whole_number("logits_to_keep", logits_to_keep, least=0)
     if attribution.n_examples != len(prompt):
         raise InvalidValueError(
             f"the attribution is of {attribution.n_examples} example(s), the prompt has {len(prompt)}: pass the same"

@@ -18,18 +18,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.functional import jvp
 
+from mmlens.arguments import listed, one_of
 from mmlens.cache import is_packed
 from mmlens.errors import InvalidValueError
 from mmlens.families.anatomy import Projection, scale_of
 from mmlens.hook_names import block, layer_of
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.hooked_vlm import HookedVLM, model_of
 from mmlens.interventions.patching import PatchSource
 from mmlens.metrics.attribution.nodes import word_names
 from mmlens.metrics.attribution.runs import (
     GradientRuns,
     Graph,
     attention_of,
-    check_choice,
     clean_values,
     difference,
     finite,
@@ -166,8 +166,8 @@ def attribute_edges(
     >>> edges.scores.shape == (1, len(model.heads), 1)
     True
     """
-    check_choice("method for edges", method, EDGE_METHODS)
-    if not model.family.adds:
+    one_of("method", method, EDGE_METHODS)
+    if not model_of(model).family.adds:
         raise InvalidValueError(
             f"layers of {model.family.model_type!r} do more than add to the stream, so no edge leads from one write "
             "to one reader"
@@ -201,10 +201,10 @@ def attribute_edges(
 
 
 def _words(kind: str, given: str | Sequence[str], known: Sequence[str]) -> list[str]:
-    words = [given] if isinstance(given, str) else list(dict.fromkeys(given))
-    for word in words:
-        check_choice(f"{kind} of edges", word, known)
-    return words
+    expected = f"a list of some of {', '.join(map(repr, known))}"
+    words = [given] if isinstance(given, str) else listed(f"{kind}s", given, expected, least=1)
+    words = [one_of(f"{kind} of edges", word, known) for word in words]
+    return list(dict.fromkeys(words))
 
 
 def _senders(model: HookedVLM, prompt: Prompt, word: str) -> list[Site]:

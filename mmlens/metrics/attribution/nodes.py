@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import flag, listed, one_of, unknown_name_message
 from mmlens.cache import is_batched, is_packed
 from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadScores
@@ -46,7 +46,6 @@ from mmlens.metrics.attribution.patterns import FIX_HOOKS, fixed_layers, pattern
 from mmlens.metrics.attribution.runs import (
     GradientRuns,
     Graph,
-    check_choice,
     clean_values,
     difference,
     finite,
@@ -76,6 +75,8 @@ _MODEL_NODES = {"embed": "hook_embed", "image": "image.hook_embed"}
 NODES = (*_LAYER_NODES, *_MODEL_NODES)
 """Words for nodes: heads (z), their q, k and v (k and v by KV head), attention and MLP outputs, the residual stream
 into every layer and out of the last, all embeddings, image embeddings."""
+
+_NODES = "words for nodes, hook points or a filter of names, or a list of these"
 
 _ON_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_deepstack")
 
@@ -192,9 +193,10 @@ def attribute(
     >>> attribution.heads().per_example.shape == (1, model.cfg.n_layers, model.cfg.n_heads)
     True
     """
-    check_choice("attribution method", method, METHODS)
-    names = _node_names(model, nodes)
+    one_of("method", method, METHODS)
+    flag("by_position", by_position)
     run = GradientRuns(model, prompt, metric, logits_to_keep, steps)
+    names = _node_names(model, nodes)
     _check_method(model, prompt, method, names)
     fixed = fixed_layers(model, names) if method in ("qk_fix", "atp_star") else {}
     plain = [name for name in names if name not in fixed]
@@ -261,11 +263,11 @@ def _check_method(model: HookedVLM, prompt: Prompt, method: str, names: Sequence
 
 def _node_names(model: HookedVLM, nodes: str | Callable[[str], bool] | Sequence[str]) -> list[str]:
     names: list[str] = []
-    for node in [nodes] if isinstance(nodes, str) or callable(nodes) else list(nodes):
+    for node in [nodes] if isinstance(nodes, str) or callable(nodes) else listed("nodes", nodes, _NODES):
         if isinstance(node, str) and node in NODES:
             names += word_names(model, node)
         elif isinstance(node, str) and node not in model.hook_dict:
-            check_choice("node or hook point", node, [*NODES, *model.hook_dict])
+            one_of("node or hook point", node, [*NODES, *model.hook_dict])
         else:
             names += model.hook_names(node)
     if not names:

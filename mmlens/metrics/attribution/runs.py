@@ -15,15 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.arguments import unknown_name_message
-from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.arguments import whole_number
+from mmlens.errors import InvalidValueError
 from mmlens.families.anatomy import AttentionParts
 from mmlens.hook_names import block, runs_over_positions
-from mmlens.hooked_vlm import Hook, HookedVLM
+from mmlens.hooked_vlm import Hook, HookedVLM, model_of
 from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.patching import PatchSource, Source, shared_source
-from mmlens.metrics.outcomes import Metric, evaluate, metric_name, what_reads
-from mmlens.prompt import Prompt
+from mmlens.metrics.outcomes import Metric, evaluate, metric_name, metric_of, what_reads
+from mmlens.prompt import Prompt, prompt_of
 
 
 @dataclass(eq=False)
@@ -60,14 +60,11 @@ class GradientRuns:
     """Where gradients are averaged: over how many points."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InvalidValueError(f"steps is at least 1, not {self.steps}")
-        if not isinstance(self.prompt, Prompt):
-            raise InvalidTypeError(f"attribution takes a Prompt, not {type(self.prompt).__name__}")
-        if not callable(self.metric):
-            raise InvalidTypeError(
-                f"the metric is a function of (logits, prompt), not {type(self.metric).__name__}"
-            )
+        model_of(self.model)
+        prompt_of(self.prompt)
+        metric_of("metric", self.metric)
+        self.steps = whole_number("steps", self.steps, least=1)
+        self.logits_to_keep = whole_number("logits_to_keep", self.logits_to_keep, least=0)
         if self.model.hf_model.training:
             raise InvalidValueError(
                 "the model is in training mode, where dropout changes every run: call hf_model.eval()"
@@ -245,11 +242,6 @@ def attention_of(model: HookedVLM, layer: int) -> AttentionParts:
     if attention is None:
         raise InvalidValueError(f"layer {layer} has no softmax attention")
     return attention
-
-
-def check_choice(kind: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise InvalidValueError(unknown_name_message(kind, given, known))
 
 
 def finite(name: str, scores: Tensor) -> Tensor:

@@ -28,21 +28,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import fraction_of, instance_of, number, one_of, shown, text, whole_number
 from mmlens.data.examples import Evidence, Example
-from mmlens.errors import InvalidValueError
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.heads import HeadScores
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention import attention_mass, mean_of_rows
 from mmlens.metrics.attention_rows import (
     LayerBuffer,
     Rows,
-    examples_with_evidence,
     kinds_of_examples,
     prompts_of,
     read_rows,
     real_positions,
-    refuse_cross_attention,
+    scored_examples,
 )
 from mmlens.prompt import Prompt
 from mmlens.token_map import Mapping as BoxMapping
@@ -77,8 +76,8 @@ def null_calibrated_ram(
     >>> null_calibrated_ram(model, examples, null_question="?", progress=False)
     HeadScores(null-calibrated RAM: 8 layers x 8 heads, 2 examples)
     """
-    refuse_cross_attention(model)
-    examples = examples_with_evidence(examples)
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
+    text("null_question", null_question)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     pairs = _with_null_prompts(model, examples, null_question, batch_size, progress, "null-calibrated RAM")
     for chosen, prompt, null in pairs:
@@ -124,13 +123,11 @@ def query_focused_score(
     >>> query_focused_score(model, examples, null_question="?", progress=False).values.shape
     torch.Size([8, 8])
     """
-    refuse_cross_attention(model)
-    _check_region(region)
-    if cut is not None and cut < 0:
-        raise InvalidValueError(
-            f"cut is a number of standard deviations below the mean, 0 or more, not {cut}"
-        )
-    examples = examples_with_evidence(examples)
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
+    one_of("region", region, get_args(Region))
+    if null_question is not None:
+        text("null_question", null_question, "a text, or None for no null,")
+    cut = None if cut is None else number("cut", cut, least=0)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     pairs = (
         ((chosen, prompt, None) for chosen, prompt in prompts_of(model, examples, batch_size, progress, "QR"))
@@ -178,9 +175,8 @@ def gaze_score(
     >>> bool(((scores.values >= 0) & (scores.values <= 1.001)).all())
     True
     """
-    refuse_cross_attention(model)
-    _check_region(region)
-    examples = examples_with_evidence(examples)
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
+    one_of("region", region, get_args(Region))
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "gaze"):
         keys = _region_tokens(prompt.token_map, [examples[i] for i in chosen], region, mapping)
@@ -203,8 +199,7 @@ def ram_per_token(
     >>> ram_per_token(model, mmlens.scene_examples("frames", 2, seed=0), progress=False)
     HeadScores(RAM per token: 8 layers x 8 heads, 2 examples)
     """
-    refuse_cross_attention(model)
-    examples = examples_with_evidence(examples)
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM per token"):
         evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
@@ -236,9 +231,8 @@ def ram_lift(
     >>> ram_lift(model, mmlens.scene_examples("documents", 2, seed=0), progress=False)
     HeadScores(RAM lift: 8 layers x 8 heads, 2 examples)
     """
-    refuse_cross_attention(model)
-    _check_shape(shape)
-    examples = examples_with_evidence(examples)
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
+    one_of("shape", shape, ("same", "any"))
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM lift"):
         batch = [examples[i] for i in chosen]
@@ -289,7 +283,13 @@ def fake_region(
     >>> bool(weights.sum() == 1), int((weights > 0).sum()), int(prompt.token_map.is_image.sum())
     (True, 35, 36)
     """
-    _check_shape(shape)
+    instance_of("token_map", token_map, TokenMap, "a TokenMap: prompt.token_map")
+    one_of("shape", shape, ("same", "any"))
+    example = whole_number("example", example, least=0, most=len(token_map) - 1)
+    if not isinstance(evidence, Tensor) or evidence.dtype != torch.bool or evidence.ndim != 1:
+        raise InvalidTypeError(
+            f"evidence is {shown(evidence)}; expected a boolean tensor [pos] of one example"
+        )
     chosen = evidence.cpu().numpy()
     others = token_map.is_image[example].cpu().numpy() & ~chosen
     if not chosen.any():
@@ -339,8 +339,8 @@ def half_mass_share(scores: HeadScores, share: float = 0.5) -> float:
     >>> half_mass_share(HeadScores(torch.tensor([[[5.0, 2.0, 1.0, 1.0, -9.0]]])))  # 5 of 9
     0.2
     """
-    if not 0 < share <= 1:
-        raise InvalidValueError(f"share lies above 0 and at most at 1, not {share}")
+    instance_of("scores", scores, HeadScores, "HeadScores")
+    share = fraction_of("share", share)
     values = scores.values[scores.exists].double()
     positive = values.clamp(min=0).sort(descending=True).values
     if not bool(positive[0] > 0):
@@ -395,8 +395,8 @@ def _sum_of_documents(
     cut: float | None,
 ) -> Float[Tensor, " head"]:
     total = attention.new_zeros(len(attention))
-    for number in document[keys].unique().tolist():
-        inside = document == number
+    for page in document[keys].unique().tolist():
+        inside = document == page
         tokens = attention[:, inside]
         if cut is not None and tokens.shape[1] > 1:
             low = tokens.mean(-1, keepdim=True) - cut * tokens.std(-1, keepdim=True)
@@ -432,16 +432,6 @@ def _placements(free: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, int]:
         covered[top : top + rows, left : left + columns] += cells
         n += 1
     return covered, n
-
-
-def _check_region(region: str) -> None:
-    if region not in get_args(Region):
-        raise InvalidValueError(unknown_name_message("region", region, get_args(Region)))
-
-
-def _check_shape(shape: str) -> None:
-    if shape not in ("same", "any"):
-        raise InvalidValueError(unknown_name_message("shape of fake regions", shape, ("same", "any")))
 
 
 def _fake_of(

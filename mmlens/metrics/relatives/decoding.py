@@ -14,15 +14,16 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mmlens.data.examples import Evidence, Example
-from mmlens.errors import InvalidValueError, StateError
+from mmlens.arguments import listed, shown, texts, whole_number
+from mmlens.data.examples import Evidence, Example, regions_of
+from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
 from mmlens.heads import HeadScores
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention_rows import (
-    examples_with_evidence,
+    checked_examples,
     kinds_of_examples,
     prompts_of,
-    refuse_cross_attention,
+    scored_examples,
 )
 from mmlens.prompt import Prompt
 from mmlens.token_map import Mapping as BoxMapping
@@ -60,14 +61,16 @@ def copy_score(
     >>> copy_score(model, examples, progress=False)
     HeadScores(copy score: 8 layers x 8 heads, 2 examples)
     """
-    _check_tokens(max_new_tokens)
-    examples = list(examples)
-    if not examples:
-        raise InvalidValueError("no examples given: expected at least one whose question holds its needle")
-    texts = [example.answer for example in examples] if needles is None else list(needles)
-    if len(texts) != len(examples):
-        raise InvalidValueError(f"{len(texts)} needles for {len(examples)} examples: one text each")
-    spans = [_needle_span(example, text) for example, text in zip(examples, texts, strict=True)]
+    examples = checked_examples(model, examples, batch_size, progress)
+    whole_number("max_new_tokens", max_new_tokens, least=1)
+    own = (
+        [example.answer for example in examples]
+        if needles is None
+        else texts("needles", needles, "a list of texts, one for each example")
+    )
+    if len(own) != len(examples):
+        raise InvalidValueError(f"{len(own)} needles for {len(examples)} examples: one text each")
+    spans = [_needle_span(example, needle) for example, needle in zip(examples, own, strict=True)]
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "copy score"):
         positions = [_question_positions(model, prompt, row, spans[i]) for row, i in enumerate(chosen)]
@@ -110,14 +113,13 @@ def visual_head_score(
     >>> visual_head_score(model, mmlens.scene_examples("documents", 2, seed=0), progress=False)
     HeadScores(visual head score: 8 layers x 8 heads, 2 examples)
     """
-    refuse_cross_attention(model)
-    _check_tokens(max_new_tokens)
-    examples = examples_with_evidence(examples)
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
+    whole_number("max_new_tokens", max_new_tokens, least=1)
     pairs: list[list[tuple[str, Sequence[Evidence]]]]
     if words is None:
         pairs = [[(example.answer, example.evidence)] for example in examples]
     else:
-        pairs = [[(word, [region]) for word, region in own] for own in words]
+        pairs = [_word_pairs(f"words[{at}]", own) for at, own in enumerate(listed("words", words, _WORDS))]
     if len(pairs) != len(examples):
         raise InvalidValueError(f"words for {len(pairs)} examples, but there are {len(examples)}")
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
@@ -199,6 +201,20 @@ def _positions(prompt: Prompt, row: int, evidence: Sequence[Evidence], mapping: 
     return found.nonzero().flatten().tolist()
 
 
+_WORDS = "a list of (word, Evidence) pairs for each example"
+
+
+def _word_pairs(name: str, value: object) -> list[tuple[str, Sequence[Evidence]]]:
+    pairs: list[tuple[str, Sequence[Evidence]]] = []
+    for pair in listed(name, value, _WORDS):
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise InvalidTypeError(
+                f"{name} holds {shown(pair)}; expected (word, Evidence): words is {_WORDS}"
+            )
+        pairs.append((pair[0], regions_of(name, [pair[1]])))
+    return pairs
+
+
 def _needle_span(example: Example, needle: str) -> tuple[int, int]:
     """Where the needle stands in the question: characters (start, stop)."""
     found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(needle)}(?!\w)", example.question)]
@@ -232,8 +248,3 @@ def _question_positions(model: HookedVLM, prompt: Prompt, row: int, span: tuple[
     if ids[end - n_tail : end].tolist() != plain["input_ids"][covered[0] :]:
         raise InvalidValueError(f"the question {question!r} was not found among the prompt's tokens")
     return [end - len(plain["input_ids"]) + index for index in covered]
-
-
-def _check_tokens(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise InvalidValueError(f"max_new_tokens is at least 1, not {max_new_tokens}")

@@ -9,20 +9,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import instance_of, one_of
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadScores
-from mmlens.hooked_vlm import Hook, HookedVLM
+from mmlens.hooked_vlm import Hook, HookedVLM, model_of
 from mmlens.metrics.attention_rows import (
     LayerBuffer,
     Rows,
-    examples_with_evidence,
     kinds_of_examples,
     prompts_of,
-    refuse_cross_attention,
+    scored_examples,
 )
-from mmlens.prompt import Prompt, check_left_padding, with_answers
+from mmlens.prompt import Prompt, check_left_padding, prompt_of, with_answers
 from mmlens.taps import norm_arithmetic
 from mmlens.token_map import Mapping as BoxMapping
 
@@ -64,12 +63,10 @@ def logit_contribution(
     >>> logit_contribution(model, mmlens.scene_examples("objects", 2, seed=0), progress=False)
     HeadScores(logit contribution: 8 layers x 8 heads, 2 examples)
     """
-    refuse_cross_attention(model)
-    if final_norm not in FINAL_NORMS:
-        raise InvalidValueError(unknown_name_message("final_norm", final_norm, FINAL_NORMS))
-    if off_evidence is not None and off_evidence not in OFF_EVIDENCE:
-        raise InvalidValueError(unknown_name_message("off_evidence", off_evidence, OFF_EVIDENCE))
-    examples = examples_with_evidence(examples)
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
+    one_of("final_norm", final_norm, FINAL_NORMS)
+    if off_evidence is not None:
+        one_of("off_evidence", off_evidence, OFF_EVIDENCE)
     per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "logit contribution"):
         batch = [examples[i] for i in chosen]
@@ -97,8 +94,14 @@ def position_contributions(
     (`model.prompt_examples`) and is padded on the left. Raises ValueError as `logit_contribution` does; NaN where the
     model has no head.
     """
-    if prompt.answer_ids is None:
+    model_of(model)
+    one_of("final_norm", final_norm, FINAL_NORMS)
+    if prompt_of(prompt).answer_ids is None:
         raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+    if instance_of("weights", weights, Tensor, "a tensor [batch, pos]").shape != prompt.shape:
+        raise InvalidValueError(
+            f"weights has shape {list(weights.shape)}; expected that of the prompt, [batch, pos] = {list(prompt.shape)}"
+        )
     check_left_padding(prompt.inputs["attention_mask"])
     towards = _directions(model, prompt, final_norm)
     total = LayerBuffer(model, len(prompt))

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmlens.arguments import array_of, number, whole_number
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.heads import HeadScores
@@ -17,6 +18,7 @@ from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention_rows import (
     LayerBuffer,
     Rows,
+    checked_examples,
     kinds_of_examples,
     prompts_of,
     read_rows,
@@ -60,14 +62,14 @@ def localization_score(
     >>> round(float(scores.values.sum()), 4)
     3.0
     """
+    examples = checked_examples(model, examples, batch_size, progress)
     refuse_cross_attention(model)
-    if n_lowest < 1:
-        raise InvalidValueError(f"n_lowest is a number of heads, at least 1, not {n_lowest}")
-    if not 0 <= first_layer < model.cfg.n_layers:
-        raise InvalidValueError(f"first_layer is a layer, 0 to {model.cfg.n_layers - 1}, not {first_layer}")
-    examples = list(examples)
+    n_lowest = whole_number("n_lowest", n_lowest, least=1)
+    first_layer = whole_number("first_layer", first_layer, least=0, most=model.cfg.n_layers - 1)
+    cut = None if cut is None else number("cut", cut)
+    last_row = None if last_row is None else number("last_row", last_row)
     without = [example.id or f"number {i}" for i, example in enumerate(examples) if not example.images]
-    if without or not examples:
+    if without:
         raise InvalidValueError(
             f"{len(without)} of {len(examples)} examples have no image, and maps need one: {without[:5]}"
         )
@@ -132,6 +134,7 @@ def spatial_entropy(
     >>> round(float(spatial_entropy(corners)[0]), 4)  # log 2
     0.6931
     """
+    maps, above = array_of("maps", maps, "head row column"), number("above", above)
     known = np.ones(maps.shape[1:], dtype=bool) if cells is None else cells
     values = np.where(known, maps, 0.0).astype(np.float64)
     mean = values.sum((1, 2), keepdims=True) / known.sum()
@@ -158,7 +161,9 @@ def elbow(values: Float[np.ndarray, " head"]) -> float:
     >>> elbow(np.array([0.9, 0.0, 0.1, 0.05, 1.0]))
     0.1
     """
-    ordered = np.sort(values.astype(np.float64))
+    ordered = np.sort(array_of("values", values, "head"))
+    if not ordered.size:
+        raise InvalidValueError("values is empty; expected a number for each head")
     line = np.linspace(ordered[0], ordered[-1], len(ordered))
     # The distance to a line is the vertical distance times a constant.
     return float(ordered[np.abs(line - ordered).argmax()])

@@ -772,7 +772,7 @@ def test_bad_arguments_are_errors() -> None:
         attribute(model, prompt, source, contrast, nodes="blocks.0.attn.hook_q_input")
     with pytest.raises(ValueError, match="batch of one"):
         attribute(model, prompt, source, contrast, nodes="projector.hook_out")
-    with pytest.raises(ValueError, match="steps is at least 1"):
+    with pytest.raises(ValueError, match="steps is 0; expected"):
         attribute(model, prompt, source, contrast, method="integrated", steps=0)
     with pytest.raises(ValueError, match="not differentiable"):
         attribute(model, prompt, source, lambda logits, prompt: logits[:, -1].argmax(-1).float())
@@ -791,7 +791,7 @@ def test_bad_arguments_are_errors() -> None:
     with pytest.raises(ValueError, match="'qk_fix'"):
         attribute_edges(model, prompt, source, contrast, method="qk_fix")
     attribution = attribute(model, prompt, source, contrast)
-    with pytest.raises(ValueError, match="n is at least 1"):
+    with pytest.raises(ValueError, match="n is 0; expected"):
         compare_with_patching(model, prompt, source, contrast, attribution, n=0)
     one = Attribution({name: x[:1] for name, x in attribution.scores.items()}, "gradient", False, (4, 4, 4))
     with pytest.raises(ValueError, match=r"1 example\(s\), the prompt has 2"):

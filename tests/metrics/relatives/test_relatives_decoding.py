@@ -194,7 +194,7 @@ def test_bad_input_is_refused(micro: HookedVLM) -> None:
         copy_score(micro, [example] * 2, needles=["teak"], progress=False)
     with pytest.raises(ValueError, match="no examples given"):
         copy_score(micro, [])
-    with pytest.raises(ValueError, match="max_new_tokens is at least 1"):
+    with pytest.raises(ValueError, match="max_new_tokens is 0; expected"):
         copy_score(micro, [example], needles=["teak"], max_new_tokens=0)
     with pytest.raises(ValueError, match="have no evidence"):
         visual_head_score(micro, [example])

@@ -1,0 +1,318 @@
+"""Rows that no table gives: swapped and misspelt arguments, things given in another's place, and their neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from kinds import World
+
+import mmlens
+from mmlens.experiments.experiment import Setup
+from mmlens.prompt import prompt_from_inputs
+from mmlens.statistics import mean_interval
+from mmlens.viz.head_map import plot_head_map
+from mmlens.viz.matrix import plot_matrix
+
+Row = tuple[str, str, Any, Callable[[], Any], str]
+
+
+def bad_rows(w: World) -> list[Row]:
+    """(call, what is wrong, the value, the call itself, a pattern of its message)"""
+    zero = mmlens.ablate([(0, 1)])
+    _, cache = w.model.run_with_cache(w.prompt, names_filter=["blocks.0.attn.hook_pattern", "hook_embed"])
+    means = mmlens.mean_activations(w.model, w.examples[:2], hooks=["blocks.0.attn.hook_z"])
+    return [
+        (
+            "ram",
+            "arguments swapped",
+            w.examples,
+            lambda: mmlens.ram(w.examples, w.model, progress=False),  # type: ignore[arg-type]
+            "expected a HookedVLM",
+        ),
+        (
+            "effect",
+            "metric and intervention swapped",
+            mmlens.accuracy,
+            lambda: mmlens.effect(w.model, w.prompt, mmlens.accuracy, zero),  # type: ignore[call-overload]
+            "logits of a run|logits",
+        ),
+        (
+            "effect",
+            "prompts and model swapped",
+            w.prompt,
+            lambda: mmlens.effect(w.prompt, w.model, zero, mmlens.accuracy),  # type: ignore[call-overload]
+            "expected a HookedVLM",
+        ),
+        (
+            "effect",
+            "a misspelt metric",
+            "acuracy",
+            lambda: mmlens.effect(w.model, w.prompt, zero, "acuracy"),  # type: ignore[call-overload]
+            "mmlens.accuracy",
+        ),
+        (
+            "sweep",
+            "a list of interventions",
+            [zero],
+            lambda: mmlens.sweep(w.model, w.prompt, [zero], mmlens.accuracy),  # type: ignore[arg-type]
+            r"dict\(enumerate",
+        ),
+        (
+            "an intervention",
+            "built for keyword inputs",
+            w.prompt.inputs,
+            lambda: zero(w.model, w.prompt.inputs),  # type: ignore[arg-type]
+            "model.prompt",
+        ),
+        (
+            "an intervention",
+            "model and prompt swapped",
+            w.prompt,
+            lambda: zero(w.prompt, w.model),  # type: ignore[arg-type]
+            "expected a HookedVLM",
+        ),
+        (
+            "during",
+            "arguments swapped",
+            "prompt",
+            lambda: mmlens.during("prompt", zero),  # type: ignore[arg-type]
+            "intervention|during|there is no",
+        ),
+        (
+            "by_layer",
+            "interventions in a list",
+            [zero],
+            lambda: mmlens.by_layer([zero])(w.model, w.prompt),  # type: ignore[arg-type]
+            "schedule",
+        ),
+        (
+            "cache",
+            "a misspelt short name",
+            "patern",
+            lambda: cache["patern", 0],
+            "patern",
+        ),
+        ("cache", "a misspelt name", "hook_embd", lambda: cache["hook_embd"], "hook_embed"),
+        ("cache", "what was not cached", "blocks.0.attn.hook_z", lambda: cache["z", 0], "hook_z"),
+        (
+            "ablate",
+            "a misspelt mode",
+            "meen",
+            lambda: mmlens.ablate([(0, 1)], "meen"),
+            "'mean'",
+        ),
+        (
+            "ablate",
+            "a mean without its reference",
+            None,
+            lambda: mmlens.ablate([(0, 1)], "mean"),
+            "reference",
+        ),
+        (
+            "ablate",
+            "examples as the reference of a mean",
+            w.examples,
+            lambda: mmlens.ablate([(0, 1)], "mean", reference=w.examples),
+            "mean_activations",
+        ),
+        (
+            "ablate",
+            "means as the reference of a resample",
+            means,
+            lambda: mmlens.ablate([(0, 1)], "resample", reference=means),
+            "examples",
+        ),
+        (
+            "scene_examples",
+            "number and kind swapped",
+            4,
+            lambda: mmlens.scene_examples(4, "objects", 0),  # type: ignore[arg-type]
+            "kind",
+        ),
+        (
+            "Example",
+            "a path among the images",
+            "page.png",
+            lambda: mmlens.Example("What?", "red", images=("page.png",)),  # type: ignore[arg-type]
+            "PIL.Image.open",
+        ),
+        (
+            "Example",
+            "evidence as (image, box)",
+            (0, (0, 0, 9, 9)),
+            lambda: mmlens.Example(
+                "What?",
+                "red",
+                images=w.examples[0].images,
+                evidence=[(0, (0, 0, 9, 9))],  # type: ignore[arg-type]
+            ),
+            r"Evidence\(0, \(",
+        ),
+        (
+            "model.prompt",
+            "a number of images instead of images",
+            1,
+            lambda: w.model.prompt("What?", images=1),  # type: ignore[arg-type]
+            "image",
+        ),
+        (
+            "model.prompt_examples",
+            "one example",
+            w.examples[0],
+            lambda: w.model.prompt_examples(w.examples[0]),  # type: ignore[arg-type]
+            r"\[example\]",
+        ),
+        (
+            "HeadScores.top",
+            "percent",
+            5.0,
+            lambda: w.scores.top(5.0),
+            "fraction",
+        ),
+        (
+            "plot_head_map",
+            "per-example scores",
+            w.scores.per_example,
+            lambda: plot_head_map(w.scores.per_example),
+            r"\[layer, head\]",
+        ),
+        ("plot_matrix", "names as one text", "ab", lambda: plot_matrix(np.eye(2), "ab"), "list of names"),
+        (
+            "Setup",
+            "one list for both splits",
+            w.examples,
+            lambda: Setup(w.model, w.examples, w.examples),
+            "share|split",
+        ),
+        (
+            "prompt_from_inputs",
+            "no input_ids",
+            {},
+            lambda: prompt_from_inputs(w.model.processor, w.model.family.layout, {}, []),
+            "input_ids",
+        ),
+        (
+            "core_heads",
+            "too many heads",
+            60,
+            lambda: mmlens.core_heads(w.model, w.examples[:2], w.examples[2:], counts=[60], progress=False),
+            "between 1 and",
+        ),
+        (
+            "CoreHeads.save",
+            "a file",
+            w.folder / "a_file",
+            lambda: mmlens.save_examples(w.examples, w.folder / "a_file"),
+            "folder",
+        ),
+    ]
+
+
+def good_rows(w: World) -> list[tuple[str, str, Callable[[], Any]]]:
+    """(call, what is unusual and right, the call itself)"""
+    image = w.examples[0].images[0]
+    one = mmlens.HeadSet([(0, 1)], n_layers=8, n_heads=8)
+    return [
+        ("Evidence", "NumPy numbers", lambda: mmlens.Evidence(np.int64(0), np.array([0, 0, 9.5, 9]))),  # type: ignore[arg-type]
+        (
+            "Example",
+            "lists",
+            lambda: mmlens.Example(
+                "What?",
+                "red",
+                images=[image],
+                evidence=[mmlens.Evidence(0)],
+                candidates=["red", "blue"],  # type: ignore[arg-type]
+            ),
+        ),
+        ("Example", "a NumPy text", lambda: mmlens.Example(np.str_("What?"), np.str_("red"))),
+        ("model.prompt", "a tuple of images", lambda: w.model.prompt("What colour is K", images=(image,))),
+        (
+            "model.prompt",
+            "a batch of tuples",
+            lambda: w.model.prompt(("What colour is K",), images=([image],)),
+        ),
+        ("HeadSet", "an empty one", lambda: mmlens.HeadSet([], n_layers=2, n_heads=2)),
+        ("HeadSet", "sets of sets", lambda: (one | one) & one),
+        ("HeadScores", "an array", lambda: mmlens.HeadScores(np.ones((1, 2, 2)) * [[0.0, 1.0], [2.0, 3.0]])),  # type: ignore[arg-type]
+        ("HeadScores", "kinds in a list", lambda: mmlens.HeadScores(torch.rand(2, 2, 2), kinds=["a", "b"])),  # type: ignore[arg-type]
+        (
+            "HeadScores.save",
+            "a Path, over an old file",
+            lambda: [w.scores.save(Path(w.folder) / "x") for _ in "12"],
+        ),
+        ("HeadScores.top", "a NumPy share", lambda: w.scores.top(np.float64(0.05))),
+        (
+            "save_examples",
+            "a folder two levels down",
+            lambda: mmlens.save_examples(w.examples, w.folder / "a" / "b"),
+        ),
+        (
+            "save_examples",
+            "a generator",
+            lambda: mmlens.save_examples((e for e in w.examples), w.folder / "c"),
+        ),
+        ("mean_interval", "outcomes as bools", lambda: mean_interval([True, False, True])),
+        (
+            "mean_interval",
+            "outcomes as an array of bools",
+            lambda: mean_interval(np.array([True, False, True])),
+        ),
+        (
+            "benjamini_hochberg",
+            "a grid with NaN",
+            lambda: mmlens.benjamini_hochberg(np.array([[0.1, np.nan]])),
+        ),
+        ("plot_head_map", "lists", lambda: plot_head_map([[0.1, 0.2], [0.3, 0.4]])),
+        ("plot_head_map", "whole numbers", lambda: plot_head_map(torch.tensor([[1, 2], [3, 4]]))),
+        ("plot_matrix", "a DataFrame", lambda: plot_matrix(pd.DataFrame([[1.0]]), pd.Index(["a"]), ("b",))),  # type: ignore[arg-type]
+        (
+            "effect",
+            "an intervention of one's own",
+            lambda: mmlens.effect(
+                w.model,
+                w.prompt,
+                lambda model, prompt: [("hook_embed", lambda x, hook: x * 2)],
+                mmlens.accuracy,
+            ),
+        ),
+        ("effect", "no intervention", lambda: mmlens.effect(w.model, w.prompt, None, mmlens.accuracy)),
+        (
+            "compare_with_patching",
+            "all nodes",
+            lambda: mmlens.compare_with_patching(
+                w.model,
+                w.prompt,
+                w.other,
+                mmlens.logit_difference,
+                mmlens.attribute(
+                    w.model, w.prompt, w.other, mmlens.logit_difference, nodes="blocks.0.hook_mlp_out"
+                ),
+                n=None,
+            ),
+        ),
+        (
+            "seed",
+            "the same draw from an int and a NumPy int",
+            lambda: _same(one.random(3), one.random(np.int64(3))),
+        ),
+        ("token_map.evidence", "examples", lambda: w.prompt.token_map.evidence(tuple(w.examples[:2]))),
+        (
+            "token_map.evidence",
+            "lists of Evidence",
+            lambda: w.prompt.token_map.evidence([list(example.evidence) for example in w.examples[:2]]),
+        ),
+        ("to_string", "a NumPy array", lambda: w.model.to_string(np.array([5, 6]))),  # type: ignore[arg-type]
+        ("to_str_tokens", "a list of texts", lambda: w.model.to_str_tokens(["What colour", "Which"])),
+        ("hook_names", "a filter", lambda: w.model.hook_names(lambda name: name.endswith("hook_z"))),
+        ("Setup", "tuples", lambda: Setup(w.model, tuple(w.examples[:2]), tuple(w.examples[2:]))),
+    ]
+
+
+def _same(one: Any, other: Any) -> None:
+    assert one == other
