@@ -65,10 +65,13 @@ def _granite_injects(config: Any) -> list[int]:
 
 
 def _granite_reads(config: Any) -> list[int]:
-    """Every projector takes the state after a vision layer of its own; `vision_feature_layer` is not read."""
-    return [vision for vision, _ in config.deepstack_layer_map] + (
-        [config.spatial_vision_layer] if config.spatial_target_layers else []
-    )
+    """Every projector takes the state after a vision layer of its own; `vision_feature_layer` is not read.
+
+    Of two for one language layer the later counts.
+    """
+    read = {language: vision for vision, language in config.deepstack_layer_map}
+    read |= dict.fromkeys(config.spatial_target_layers or [], config.spatial_vision_layer)
+    return [vision for language, vision in read.items() if language < config.text_config.num_hidden_layers]
 
 
 # What is missing, and why: shared by the families that have the same kind of layer.
