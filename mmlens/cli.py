@@ -24,15 +24,15 @@ from mmlens.interventions.ablation import MODES as ABLATION_MODES
 from mmlens.loading import shipped_models
 from mmlens.runs.accelerate import RECORD as ACCELERATE_RECORD
 from mmlens.runs.accelerate import accelerate, load_scores
+from mmlens.runs.folder import check_folder
 from mmlens.runs.paper import run_all
+from mmlens.runs.record import read_record
 from mmlens.runs.rerun import TOLERANCE, rerun, runs_in
 from mmlens.runs.run import (
     Request,
-    check_folder,
     experiment_named,
     load_model,
     model_folders,
-    read_record,
     request_of,
     run,
     write_across,

@@ -17,7 +17,9 @@ from mmlens.experiments.hybrid import CORE, MATCHED
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.hooked_vlm import HookedVLM, model_of
 from mmlens.provenance import describe_model, machine, versions
-from mmlens.runs.run import RunError, check_folder, read_findings, read_record, written_at_once
+from mmlens.runs.folder import broken_parts, check_folder, written_at_once
+from mmlens.runs.record import RunError, read_record
+from mmlens.runs.run import read_findings
 from mmlens.sparse.rule import StreamingRule
 from mmlens.sparse.speed import PARTS, prefill_speed
 from mmlens.viz.intervals import plot_curves, plot_trade_off
@@ -192,6 +194,9 @@ def _accuracies(folder: str | Path, model: Mapping[str, Any]) -> pd.DataFrame:
         raise RunError(
             f"{str(folder)!r} is a run of {record['model']['name']!r} with other weights than {model['name']!r}"
         )
+    broken = broken_parts(Path(folder))
+    if broken:
+        raise RunError(f"the run in {str(folder)!r} is broken ({'; '.join(broken[:3])}): run it again")
     found = read_findings(folder)
     table = found.tables["quality"][1]
     chosen = table[(table["kind"] == POOLED) & (table["metric"] == "accuracy")]

@@ -28,9 +28,11 @@ from mmlens.arguments import unknown_name_message
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment, Findings
-from mmlens.files import read_json
+from mmlens.files import read_json, write_text_at_once
 from mmlens.provenance import versions
+from mmlens.runs.folder import any_files, broken_parts, check_folder, finish_moving, is_ours, is_run, locked
 from mmlens.runs.methods import bibliography, markdown_text
+from mmlens.runs.record import RunError, read_record
 from mmlens.runs.report import (
     LARGEST_PICTURE,
     pictures_html,
@@ -43,13 +45,9 @@ from mmlens.runs.rerun import is_current
 from mmlens.runs.run import (
     Prepared,
     Request,
-    RunError,
-    check_folder,
-    is_run,
     model_folders,
     prepare,
     read_findings,
-    read_record,
     request_record,
     run,
     write_across,
@@ -83,6 +81,8 @@ class Outcome:
     seconds: float = 0.0
     error: str = ""
     details: str = ""
+    broken: str = ""
+    """What was broken of the run that stood there before, where that is why it was run again."""
 
 
 def run_all(
@@ -112,53 +112,54 @@ def run_all(
     chosen = [EXPERIMENTS[name] for name in experiments or by_default]
     references = bibliography(key for experiment in chosen for key in experiment.cites)
     out = Path(out)
-    if out.is_dir() and any(out.iterdir()) and not _is_paper(out):
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{str(out)!r} is a file; the report is written to a folder")
+    if out.is_dir() and any_files(out) and not _is_paper(out):
         raise RunError(
             f"the folder {str(out)!r} holds files that no such run wrote: give a new folder, or empty it"
         )
     folders = {experiment.name: model_folders(models, out / experiment.name) for experiment in chosen}
-    out.mkdir(parents=True, exist_ok=True)
-    _write_summary(out, models, [], {})
-    names = [experiment.name for experiment in chosen]
-    by_model = [
-        (
-            replace(request, model=model),
-            names,
-            [folders[name][model] for name in names],
-            out,
-            command,
-            progress,
-        )
-        for model in models
-    ]
-    outcomes = [outcome for found in _in_turn_or_parallel(by_model, jobs) for outcome in found]
-    across: dict[str, Findings | str] = {}
-    failures = [outcome for outcome in outcomes if outcome.status == "failed"]
-    for experiment in chosen:
-        whole = {
-            o.model: o.folder for o in outcomes if o.experiment == experiment.name and o.status != "failed"
-        }
-        try:
-            found = write_across(experiment, whole, out / experiment.name / "across")
-        except Exception as error:
-            across[experiment.name] = f"{type(error).__name__}: {error}"
-            place = out / experiment.name / "across"
-            failures.append(_failure(experiment.name, "across models", place, error, 0.0))
-        else:
-            if found is not None:
-                across[experiment.name] = found
-    _write_summary(out, models, outcomes, across)
-    _write_report(out, chosen, outcomes, across, failures, references)
-    _write_markdown(out, chosen, outcomes, across)
-    return [*outcomes, *(failure for failure in failures if failure not in outcomes)]
+    with locked(out):
+        _write_summary(out, models, [], {})
+        names = [experiment.name for experiment in chosen]
+        by_model = [
+            (
+                replace(request, model=model),
+                names,
+                [folders[name][model] for name in names],
+                out,
+                command,
+                progress,
+            )
+            for model in models
+        ]
+        outcomes = [outcome for found in _in_turn_or_parallel(by_model, jobs) for outcome in found]
+        across: dict[str, Findings | str] = {}
+        failures = [outcome for outcome in outcomes if outcome.status == "failed"]
+        for experiment in chosen:
+            whole = {
+                o.model: o.folder
+                for o in outcomes
+                if o.experiment == experiment.name and o.status != "failed"
+            }
+            try:
+                found = write_across(experiment, whole, out / experiment.name / "across")
+            except Exception as error:
+                across[experiment.name] = f"{type(error).__name__}: {error}"
+                place = out / experiment.name / "across"
+                failures.append(_failure(experiment.name, "across models", place, error, 0.0))
+            else:
+                if found is not None:
+                    across[experiment.name] = found
+        _write_summary(out, models, outcomes, across)
+        _write_report(out, chosen, outcomes, across, failures, references)
+        _write_markdown(out, chosen, outcomes, across)
+        return [*outcomes, *(failure for failure in failures if failure not in outcomes)]
 
 
 def _is_paper(out: Path) -> bool:
-    try:
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(summary, dict) and summary.get("schema") == SCHEMA
+    """Whether a folder's summary is one of ours, one that was cut off among them."""
+    return (out / "summary.json").is_file() and is_ours(out / "summary.json", "schema", SCHEMA)
 
 
 def _in_turn_or_parallel(by_model: Sequence[tuple[Any, ...]], jobs: int) -> list[list[Outcome]]:
@@ -215,13 +216,16 @@ def _run_one(
 ) -> Outcome:
     start = time.monotonic()
     try:
+        check_folder(folder)
+        finish_moving(folder)
         if is_kept(experiment, request, folder, prepared):
             return Outcome(experiment.name, request.model, "kept", folder, read_record(folder)["seconds"])
-        check_folder(folder)
+        broken = "; ".join(broken_parts(folder)[:3]) if is_run(folder) else ""
         run(request, folder, prepared=prepared, command=command, progress=progress)
     except Exception as error:
         return _failure(experiment.name, request.model, folder, error, time.monotonic() - start)
-    return Outcome(experiment.name, request.model, "done", folder, round(time.monotonic() - start, 1))
+    seconds = round(time.monotonic() - start, 1)
+    return Outcome(experiment.name, request.model, "done", folder, seconds, broken=broken)
 
 
 def _failure(experiment: str, model: str, folder: Path, error: Exception, seconds: float) -> Outcome:
@@ -240,11 +244,14 @@ def is_kept(experiment: Experiment, request: Request, folder: Path, prepared: Pr
     """Whether a folder holds the run that would be done now.
 
     It does where it was asked for alike, of the same weights and examples, with the same versions and the same source
-    of the experiment, and has all its files.
+    of the experiment, and all its files are as they were written.
     """
     if not is_run(folder):
         return False
-    record = read_record(folder)
+    try:
+        record = read_record(folder)
+    except RunError:
+        return False
     prints = [
         (split["n"], split["fingerprint"])
         for split in (record["data"]["selection"], record["data"]["evaluation"])
@@ -254,13 +261,15 @@ def is_kept(experiment: Experiment, request: Request, folder: Path, prepared: Pr
         record["request"] == request_record(request, experiment)
         and record["model"]["fingerprint"] == prepared.model_record["fingerprint"]
         and prints == [(split["n"], split["fingerprint"]) for split in (now["selection"], now["evaluation"])]
-        and all((folder / name).is_file() for name in record["files"])
         and is_current(record, experiment)
+        and not broken_parts(folder)
     )
 
 
 def _say(outcome: Outcome, number: int, total: int) -> None:
     what = f"{outcome.error}" if outcome.status == "failed" else f"{outcome.seconds:.0f} s"
+    if outcome.broken:
+        what += f"; the run that stood there was broken: {outcome.broken}"
     print(
         f"[{number}/{total}] {outcome.experiment} on {outcome.model}: {outcome.status}, {what}",
         file=sys.stderr,
@@ -285,6 +294,8 @@ def _write_summary(
         else:
             found = read_findings(outcome.folder)
             row |= {"statement": found.statement, "numbers": found.numbers}
+        if outcome.broken:
+            row["broken_before"] = outcome.broken
         rows.append(row)
     summary = {
         "schema": SCHEMA,
@@ -298,7 +309,7 @@ def _write_summary(
             for name, found in across.items()
         },
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_text_at_once(out / "summary.json", json.dumps(summary, indent=1))
 
 
 # ---------------------------------------------------------------------- report
@@ -437,7 +448,7 @@ def _write_markdown(
                 failed = outcome.status == "failed"
                 said = f"failed, {outcome.error}" if failed else _words(outcome.folder)["statement"]
                 parts.append(f"- **{markdown_text(outcome.model)}**: {markdown_text(said)}")
-    (out / "paper.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text_at_once(out / "paper.md", "\n\n".join(parts) + "\n")
 
 
 def markdown_table(table: pd.DataFrame) -> str:

@@ -187,4 +187,5 @@ _FIELDS: dict[str, Any] = {
     "statement": _text,
     "results": _listed(_text),
     "files": _listed(_text),
+    "checksums?": _mapped(_text),
 }

@@ -13,8 +13,9 @@ import pandas as pd
 
 from mmlens.arguments import flag, number
 from mmlens.experiments.experiment import Experiment
-from mmlens.files import read_json
+from mmlens.files import read_json, sha256
 from mmlens.provenance import EDITED, code_fingerprint, versions
+from mmlens.runs.folder import finish_moving, interrupted_runs
 from mmlens.runs.record import RunError, check_harmless, check_settings, read_record, threads_of
 from mmlens.runs.run import Prepared, experiment_named, full_settings, prepare, read_table, request_of, run
 
@@ -43,7 +44,8 @@ class Comparison:
     """Two runs side by side: where they differ, how many values were compared, and the largest difference.
 
     `largest` is the largest relative difference of two floats, those within the tolerance too, and `largest_at`
-    where it is. `changed` names the versions, code and machine that are not what they were: name -> (was, is).
+    where it is. `changed` names the versions, code and machine that are not what they were, and the files that are not
+    as they were written: name -> (was, is).
     """
 
     differences: tuple[Difference, ...]
@@ -81,6 +83,7 @@ def rerun(
     asks for what has to be given here.
     """
     folder = Path(folder)
+    finish_moving(folder)
     number("tolerance", tolerance, least=0)
     flag("trust_remote_code", trust_remote_code)
     if out is not None and Path(out).resolve() == folder.resolve():
@@ -136,7 +139,13 @@ def compare(before: str | Path, after: str | Path, tolerance: float = TOLERANCE)
                 largest, largest_at = difference.relative, difference.path
             if difference.relative > tolerance:
                 found.append(difference)
-    return Comparison(tuple(found), n_values, largest, largest_at, changed(old, new))
+    altered = {
+        f"{name} in {str(folder)!r}": ("as it was written", "cut off or changed since")
+        for folder, record in ((before, old), (after, new))
+        for name, checksum in record.get("checksums", {}).items()
+        if name in record["results"] and sha256(Path(folder) / name) != checksum
+    }
+    return Comparison(tuple(found), n_values, largest, largest_at, {**altered, **changed(old, new)})
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
@@ -169,6 +178,8 @@ def runs_in(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"there is no folder {str(folder)!r}")
+    for path in interrupted_runs(folder):
+        finish_moving(path)
     if (folder / "run.json").is_file():
         return [folder]
     found = sorted(

@@ -10,11 +10,9 @@ import math
 import numbers
 import os
 import re
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +33,7 @@ from mmlens.files import path_within, read_json
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.loading import scene_kinds, shipped_models
 from mmlens.provenance import code_fingerprint, data_fingerprint, describe_model, machine, versions
+from mmlens.runs.folder import check_folder, written_at_once
 from mmlens.runs.methods import bibliography, filled_method, methods_text
 from mmlens.runs.record import SCHEMA, RunError
 from mmlens.runs.record import read_record as read_record
@@ -49,9 +48,6 @@ MOST_SEED = 2**62
 
 MOST_THREADS = max(1024, os.cpu_count() or 1)
 """More threads than any machine has cores: a number above it is a slip, and would stop the machine."""
-
-_PARTIAL = ".partial"
-"""Where a run's files wait until all are written."""
 
 
 @dataclass(frozen=True)
@@ -229,19 +225,19 @@ def run(
     """Run an experiment and write its folder; return the folder.
 
     Files are written apart and moved to `out` when all are there, `run.json` last, so that a folder with a
-    `run.json` is whole. A run that was there before is replaced, and files that it did not write are left.
-    `prepared` saves loading the model anew; `command` is noted in the record.
+    `run.json` is whole (`mmlens.runs.folder`). A run that was there before is replaced, and files that it did not
+    write are left. `prepared` saves loading the model anew; `command` is noted in the record.
 
     Raises ValueError for an unknown experiment, setting or citation, and RunError where `out` holds files but no
-    run, or where the findings are not plain (NaN, names that are no file names).
+    run, where another process writes to it, or where the findings are not plain (NaN, names that are no file names).
     """
     experiment = experiment_named(request.experiment)
     request = replace(request, settings=full_settings(experiment, request.settings))
     references = bibliography(experiment.cites)
     out = Path(out)
     check_folder(out)
-    prepared = prepared or prepare(request)
     with written_at_once(out, "run.json") as (folder, record):
+        prepared = prepared or prepare(request)
         record |= _record(request, experiment, prepared, command)
         start = time.monotonic()
         setup = Setup(
@@ -264,21 +260,6 @@ def run(
         (folder / "methods.md").write_text(methods_text(record), encoding="utf-8")
         (folder / "references.bib").write_text(references, encoding="utf-8")
     return out
-
-
-def check_folder(out: Path, record: str = "run.json") -> None:
-    """Raise RunError where `out` is a file, or a folder with files but without a record of what wrote them."""
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{str(out)!r} is a file; a run is written to a folder")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in (_PARTIAL, record)):
-        raise RunError(f"the folder {str(out)!r} holds files but no {record}: give a new folder, or empty it")
-    if (out / record).exists():
-        _written_files(out, record)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run that was written whole."""
-    return (folder / "run.json").is_file()
 
 
 def request_of(record: Mapping[str, Any]) -> Request:
@@ -521,58 +502,3 @@ def _describe_data(
             "split_seed": request.seed,
         }
     return {**source, "selection": describe(selection), "evaluation": describe(evaluation)}
-
-
-@contextmanager
-def written_at_once(out: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A folder to write to and a record to fill; both reach `out` if nothing is raised, and neither else.
-
-    The record, a file of that name, lists the files. It goes first when they are replaced and comes last.
-    """
-    existed = out.is_dir()
-    partial = out / _PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    record: dict[str, Any] = {}
-    try:
-        yield partial, record
-    except BaseException:
-        shutil.rmtree(partial)
-        if not existed:
-            out.rmdir()
-        raise
-    files = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-    (partial / name).write_text(
-        json.dumps({**record, "files": files}, indent=1, allow_nan=False), encoding="utf-8"
-    )
-    if (out / name).is_file():
-        _remove_written(out, name)
-    for file in (*files, name):
-        (out / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(partial / file, out / file)
-    shutil.rmtree(partial)
-
-
-def _written_files(folder: Path, name: str) -> list[Path]:
-    """The files below the folder that a record lists; whatever else it lists is none of a run's, and left alone."""
-    record = read_json(folder / name, RunError)
-    if not isinstance(record, dict) or not isinstance(record.get("files"), list):
-        raise RunError(f"{str(folder / name)!r} is no record of what was written there: it lists no files")
-    paths = []
-    for file in record["files"]:
-        with suppress(InvalidValueError):
-            path = path_within(folder, file, "one of files")
-            if path.is_file() and path != folder / name:
-                paths.append(path)
-    return paths
-
-
-def _remove_written(folder: Path, name: str) -> None:
-    """Remove a record, the files that it lists and the folders that this empties; other files stay."""
-    written = _written_files(folder, name)
-    (folder / name).unlink()
-    for path in written:
-        path.unlink(missing_ok=True)
-    for parent in sorted({path.parent for path in written} - {folder}, reverse=True):
-        if parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()

@@ -25,6 +25,7 @@ from PIL import Image
 
 from mmlens.arguments import file_to_write, instance_of, listed
 from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.files import write_text_at_once
 from mmlens.viz.ablation_curves import ARM_STYLES, METRIC_LABELS, SHARES
 
 Section = tuple[str, str, Sequence[tuple[str, str]]]
@@ -125,7 +126,7 @@ def write_page(path: str | Path, title: str, subtitle: str, lead: str, sections:
         sections="\n".join(bodies),
     )
     path = Path(path)
-    path.write_text(page, encoding="utf-8")
+    write_text_at_once(path, page)
     return path
 
 

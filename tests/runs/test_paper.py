@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import small_experiment
 
 import mmlens
 from mmlens.runs import paper
+from mmlens.runs.folder import broken_parts, locked
 from mmlens.runs.paper import is_kept, run_all
 from mmlens.runs.run import Request, RunError, prepare, read_record
 
@@ -93,6 +95,39 @@ def test_a_finished_run_is_kept(out: Path, request_of_all: Request, tmp_path: Pa
     (here / "small/micro/tables/heads.parquet").unlink()
     found = run_all(["micro"], here, request_of_all, experiments=["small"], progress=False)
     assert found[0].status == "done" and read_record(here / "small/micro")["started"] >= started
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tables/heads.parquet", "numbers.json", "findings.json", "run.json", "figures/01-ram-every-head.svg"],
+)
+def test_a_run_that_was_cut_off_is_named_and_done_again(
+    out: Path, request_of_all: Request, tmp_path: Path, name: str
+) -> None:
+    here = shutil.copytree(out, tmp_path / "out")
+    path = here / "small/micro" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    found = run_all(["micro"], here, request_of_all, experiments=["small"], progress=False)
+    assert found[0].status == "done" and name in found[0].broken
+    assert broken_parts(here / "small/micro") == []
+    rows = json.loads((here / "summary.json").read_text())["runs"]
+    assert rows[0]["broken_before"] == found[0].broken
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, -1])
+def test_a_summary_that_was_cut_off_locks_nothing(
+    out: Path, request_of_all: Request, tmp_path: Path, cut: int
+) -> None:
+    here = shutil.copytree(out, tmp_path / "out")
+    text = (here / "summary.json").read_text()
+    (here / "summary.json").write_text(text[:cut])
+    found = run_all(["micro"], here, request_of_all, experiments=["small"], progress=False)
+    assert found[0].status == "kept" and json.loads((here / "summary.json").read_text())["runs"]
+
+
+def test_two_reports_into_one_folder_are_refused(request_of_all: Request, tmp_path: Path) -> None:
+    with locked(tmp_path / "out"), pytest.raises(RunError, match=f"process {os.getpid()} on "):
+        run_all(["micro"], tmp_path / "out", request_of_all, experiments=["small"], progress=False)
 
 
 def test_a_run_is_not_kept_when_something_of_it_changed(
