@@ -43,6 +43,8 @@ _USER_ERRORS = (MmlensError, OSError, ValueError, IndexError)
 
 _DIFFERENCES_SHOWN = 50
 
+_OUTSIDE = "with --data: read images that lie outside the folder too"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 where results differ or a run failed, 2 where the input is at fault."""
@@ -236,6 +238,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options that are fields of `Request`."""
     parser.add_argument("--data", help="a folder of examples (docs/data.md); shipped models have their own")
+    parser.add_argument("--images-outside", action="store_true", help=_OUTSIDE)
     parser.add_argument(
         "--n-selection", type=int, default=40, help="generated examples of each kind to choose heads on"
     )
@@ -365,6 +368,7 @@ def _rerun(options: argparse.Namespace) -> int:
             data=options.data,
             threads=options.threads,
             trust_remote_code=options.trust_remote_code,
+            images_outside=options.images_outside,
             settings=_given_settings(folder, options.settings),
         )
         print(f"{folder}: {found.n_values} values compared, {len(found.differences)} differ")

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmlens.errors import InvalidValueError
+import pandas as pd
+
+from mmlens.errors import InvalidValueError, MissingFileError
 
 
 def parsed_json(text: str) -> Any:
@@ -75,6 +77,30 @@ def path_within(folder: Path, name: object, what: str) -> Path:
     if leads_out:
         raise InvalidValueError(f"{what} is {name!r}, a link that leads out of the folder {str(folder)!r}")
     return path
+
+
+def make_folder(folder: Path, error: Callable[[str], Exception] = InvalidValueError) -> None:
+    """Make a folder and those above it where they are not there; `error` where one of them is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as reason:
+        file = next(path for path in (folder, *folder.parents) if path.is_file())
+        raise error(
+            f"{str(file)!r} is a file; expected a folder to write to, or a name that is free"
+        ) from reason
+
+
+def read_parquet(path: Path, error: Callable[[str], Exception] = InvalidValueError) -> pd.DataFrame:
+    """A table; `error`, the file named, where it is missing, broken or was cut off."""
+    if not path.is_file():
+        raise MissingFileError(f"there is no file {str(path)!r}; expected a table in parquet")
+    try:
+        return pd.read_parquet(path)
+    # pyarrow has errors of its own for every way in which a file can be broken.
+    except Exception as reason:
+        raise error(
+            f"{str(path)!r} cannot be read as parquet ({reason}): it is broken or was cut off"
+        ) from reason
 
 
 def sha256(path: Path) -> str:

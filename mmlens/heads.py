@@ -35,7 +35,8 @@ from mmlens.arguments import (
     whole_number,
     whole_numbers,
 )
-from mmlens.errors import InvalidTypeError, InvalidValueError, MissingFileError, OutOfRangeError
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+from mmlens.files import read_parquet
 
 Head = tuple[int, int]
 
@@ -513,7 +514,8 @@ class HeadScores:
     def save(self, path: str | Path) -> None:
         """Write the per-example scores as parquet: name, example, kind (where known), layer, head, score.
 
-        The score of a head that the model does not have is missing.
+        The score of a head that the model does not have is missing. Raises ValueError where `path` is a folder,
+        MissingFileError where the folder that it names is not there.
         """
         path = file_to_write("path", path)
         example, layer, head = np.indices(self.per_example.shape).reshape(3, -1)
@@ -525,14 +527,12 @@ class HeadScores:
 
     @classmethod
     def load(cls, path: str | Path) -> HeadScores:
-        """Read what `save` wrote; raises ValueError where a column or a head of an example is missing."""
-        path = path_of("path", path)
-        if not path.is_file():
-            raise MissingFileError(f"there are no head scores at {str(path)!r}: HeadScores.save writes them")
-        try:
-            frame = pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise InvalidValueError(f"{path} is no parquet file that can be read: {error}") from error
+        """Read what `save` wrote.
+
+        Raises ValueError where a column or a head of an example is missing, or the file is broken, MissingFileError
+        where there is none.
+        """
+        frame = read_parquet(path_of("path", path))
         missing = [
             column for column in ("name", "example", "layer", "head", "score") if column not in frame.columns
         ]

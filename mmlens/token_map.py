@@ -218,9 +218,9 @@ class TokenMap:
         is the CoRe-head paper's rule instead (arXiv 2606.05843, Eq. 2-5): both ends of the box inclusive in
         the grid of single patches, then floor(patch index / 4), which is NOT where 2 x 2 merging puts them.
 
-        Raises TokenMapError for a box that is empty or leaves its image, for one that meets no token (pixels
-        that were cropped away), where the image's tokens are learnt queries, and for "paper_floor" where tokens
-        are not 2 x 2 blocks of one grid.
+        Raises TokenMapError for a box that is empty, leaves its image or is scaled to 0 to 1, for one that meets no
+        token (pixels that were cropped away), where the image's tokens are learnt queries, and for "paper_floor"
+        where tokens are not 2 x 2 blocks of one grid.
         """
         image, grid = self._grid(image, example)
         left, top, right, bottom = checked_box(box, grid.size, f"image {image} of example {example}")
@@ -470,7 +470,11 @@ def box_of(name: str, value: object) -> Box:
 
 
 def checked_box(box: Sequence[float], size: tuple[int, int], where: str) -> Box:
-    """`box`, if it is a box of positive area inside an image of `size` = (width, height); else TokenMapError."""
+    """`box`, if it is a box of positive area inside an image of `size` = (width, height) and in pixels.
+
+    Raises TokenMapError for any other, and for one that lies within (0, 0, 1, 1) of an image of more than 2 pixels:
+    that is a box scaled to 0 to 1, which would choose one pixel.
+    """
     width, height = size
     left, top, right, bottom = box = box_of(where, box)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
@@ -488,5 +492,13 @@ def checked_box(box: Sequence[float], size: tuple[int, int], where: str) -> Box:
         raise TokenMapError(
             f"{where}: the box {tuple(box)} is not a box (left, top, right, bottom) inside the image of "
             f"{width} x {height} pixels{hint}"
+        )
+    if right <= 1 and bottom <= 1 and max(size) > 2:
+        scaled = tuple(
+            round(edge * side, 2) for edge, side in zip((left, top, right, bottom), 2 * size, strict=True)
+        )
+        raise TokenMapError(
+            f"{where}: the box {tuple(box)} is scaled to 0 to 1, and boxes are in pixels of the original image, "
+            f"{width} x {height}: multiplied by its size it is {scaled}"
         )
     return left, top, right, bottom

@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 
 from mmlens.arguments import (
+    flag,
     folder_to_write,
     instance_of,
     listed,
@@ -31,7 +32,8 @@ from mmlens.arguments import (
     whole_number,
 )
 from mmlens.arguments import number as real_number
-from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError
+from mmlens.files import make_folder, parsed_json, path_within, write_text_at_once
 from mmlens.token_map import Box, Region, box_of, checked_box
 
 
@@ -146,11 +148,12 @@ _FIELDS = (*_TEXT_FIELDS, "images", "evidence", "candidates", "metadata")
 def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
     """Write `examples.jsonl` and the images (PNG, lossless) to `folder`, and return the folder.
 
-    Raises DataError where two examples share an id, since their images would overwrite each other.
+    Raises DataError where two examples share an id, since their images would overwrite each other, where metadata is
+    no JSON, and where `folder` is a file.
     """
     examples = examples_of(examples)
     folder = folder_to_write("folder", folder)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "images", DataError)
     lines, seen = [], set()
     for index, example in enumerate(examples):
         name = example.id or f"example-{index}"
@@ -165,64 +168,162 @@ def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
             "id": name,
             "images": files,
             "evidence": [
-                {"image": e.image} | ({} if e.box is None else {"box": list(e.box)}) for e in example.evidence
+                {"image": int(e.image)} | ({} if e.box is None else {"box": list(e.box)})
+                for e in example.evidence
             ],
             "candidates": list(example.candidates),
             "metadata": example.metadata,
         }
-        lines.append(json.dumps(record))
-    (folder / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        try:
+            lines.append(json.dumps(record, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"example {name!r} cannot be written as JSON, its metadata perhaps: {error}"
+            ) from error
+    write_text_at_once(folder / "examples.jsonl", "\n".join(lines) + "\n")
     return folder
 
 
-def load_examples(folder: str | Path) -> list[Example]:
+def load_examples(folder: str | Path, *, images_outside: bool = False) -> list[Example]:
     """Read a folder of examples (docs/data.md).
 
-    Raises DataError, naming the folder and the line, for a missing folder or file, an empty set, an unknown
-    or missing field, an image that is missing or broken, or evidence outside its image.
+    Images lie in the folder; `images_outside` allows paths and links that leave it, which a folder from somebody else
+    could use to read any image of this machine. Links within one snapshot of the hub's cache are none of those.
+
+    Raises DataError, naming the folder, the line and the field, for a missing folder or file, an empty set, an unknown
+    or missing field or one of another type, a key or an id that stands twice, an image that is missing, broken or
+    outside, or evidence outside its image.
     """
+    flag("images_outside", images_outside)
     path = path_of("folder", folder) / "examples.jsonl"
     if not Path(folder).is_dir():
         raise DataError(f"there is no folder of examples {str(folder)!r}")
     if not path.is_file():
         raise DataError(f"the folder {str(folder)!r} has no examples.jsonl")
-    examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                examples.append(_example(json.loads(line), Path(folder)))
-            except (ValueError, TypeError, KeyError, OSError) as error:
-                raise DataError(f"{path}, line {number}: {error}") from error
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: it is not written in UTF-8 ({error})") from error
+    examples: list[Example] = []
+    numbers: dict[str, int] = {}
+    # Lines end at "\n" alone: str.splitlines also cuts at U+2028 and its like, which may stand in a text.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            example = _example(parsed_json(line), Path(folder), images_outside)
+        except (MmlensError, ValueError, OSError) as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+        if example.id and example.id in numbers:
+            raise DataError(
+                f"{path}, line {number}: the id {example.id!r} is that of line {numbers[example.id]} too; an id is unique"
+            )
+        numbers[example.id] = number
+        examples.append(example)
     if not examples:
         raise DataError(f"{path} holds no example")
     return examples
 
 
-def _example(record: Any, folder: Path) -> Example:
+_REGION_FIELDS = ("image", "box")
+
+
+def _example(record: Any, folder: Path, images_outside: bool) -> Example:
     if not isinstance(record, dict):
         raise InvalidValueError(
             f"expected an object with the fields {', '.join(_FIELDS)}, got {type(record).__name__}"
         )
-    for field_name in record:
-        if field_name not in _FIELDS:
-            raise InvalidValueError(unknown_name_message("field", field_name, _FIELDS))
-    for field_name in ("question", "answer"):
-        if not isinstance(record.get(field_name), str) or not record[field_name].strip():
-            raise InvalidValueError(
-                f"the field {field_name!r} must be a non-empty text, got {record.get(field_name)!r}"
-            )
-    images = tuple(_open_image(folder / name) for name in record.get("images", ()))
-    evidence = tuple(
-        Evidence(region["image"], tuple(region["box"]) if region.get("box") is not None else None)
-        for region in record.get("evidence", ())
-    )
+    _check_names("field", record, _FIELDS)
+    for name in ("question", "answer"):
+        if not _text(name, record.get(name)).strip():
+            raise InvalidValueError(f"the field {name!r} must be a non-empty text, got {record[name]!r}")
+    files = [_text(f"images[{i}]", name) for i, name in enumerate(_list(record, "images", "paths"))]
+    images = tuple(_open_image(_place(folder, name, images_outside)) for name in files)
+    evidence = [
+        _region(f"evidence[{i}]", region) for i, region in enumerate(_list(record, "evidence", "regions"))
+    ]
+    candidates = [
+        _text(f"candidates[{i}]", text) for i, text in enumerate(_list(record, "candidates", "texts"))
+    ]
     return Example(
-        **{name: record.get(name, "") for name in _TEXT_FIELDS},
+        **{name: _text(name, record.get(name, "")) for name in _TEXT_FIELDS},
         images=images,
-        evidence=evidence,
-        candidates=tuple(record.get("candidates", ())),
-        metadata=record.get("metadata", {}),
+        evidence=tuple(evidence),
+        candidates=tuple(candidates),
+        metadata=instance_of("the field 'metadata'", record.get("metadata", {}), dict, "an object"),
     )
+
+
+def _check_names(kind: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise InvalidValueError(unknown_name_message(kind, name, known))
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidTypeError(f"the field {name!r} must be a text, got {_json(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(f"the field {name!r} holds half a character: {error}") from error
+    return value
+
+
+def _list(record: dict[str, Any], name: str, of: str) -> list[Any]:
+    value = record.get(name, [])
+    if not isinstance(value, list):
+        raise InvalidTypeError(f"the field {name!r} must be a list of {of}, got {_json(value)}")
+    return value
+
+
+def _json(value: Any) -> str:
+    """A value as it stands in the file, cut short."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:59] + "..."
+
+
+def _region(where: str, region: Any) -> Evidence:
+    if not isinstance(region, dict):
+        raise InvalidTypeError(
+            f'{where} must be a region, {{"image": 0}} or {{"image": 0, "box": [left, top, right, bottom]}}, got '
+            f"{_json(region)}"
+        )
+    _check_names(f"field of {where}", region, _REGION_FIELDS)
+    if "image" not in region:
+        raise InvalidValueError(
+            f"{where} has no field 'image': which of the example's images, counted from 0"
+        )
+    image = whole_number(f"the field 'image' of {where}", region["image"], least=0)
+    if region.get("box") is None:
+        return Evidence(image)
+    return Evidence(image, box_of(f"the field 'box' of {where}", region["box"]))
+
+
+def _place(folder: Path, name: str, images_outside: bool) -> Path:
+    """Where an image lies; an error where that is outside the folder, symbolic links followed, and not allowed."""
+    if images_outside:
+        return folder / name
+    hint = "; images outside the folder are read with images_outside=True (--images-outside) only"
+    try:
+        return path_within(folder, name, "an image")
+    except InvalidValueError as error:
+        target = (folder / name).resolve()
+        blobs = _hub_files(folder)
+        inside = ".." not in Path(name).parts and not Path(name).is_absolute()
+        if inside and blobs is not None and target.is_relative_to(blobs):
+            return folder / name
+        raise InvalidValueError(f"{error}{hint}") from error
+
+
+def _hub_files(folder: Path) -> Path | None:
+    """Where the hub's cache keeps the files that its snapshots link to, if the folder lies in a snapshot."""
+    place = folder.resolve()
+    for snapshots in (place, *place.parents):
+        if snapshots.name == "snapshots" and "--" in snapshots.parent.name:
+            return snapshots.parent / "blobs"
+    return None
 
 
 def _open_image(path: Path) -> Image.Image:

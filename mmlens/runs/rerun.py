@@ -69,6 +69,7 @@ def rerun(
     data: str | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
+    images_outside: bool = False,
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Comparison:
@@ -76,8 +77,8 @@ def rerun(
 
     The new run is kept where `out` is given. `model` and `data` say where these lie now, if not where they lay.
     A record is a file that anybody may have written, so some things count only where they are given here:
-    `trust_remote_code` (code that lies in the model's folder), `threads` beyond the cores of this machine, and
-    `settings` above a million, which take the place of the record's.
+    `trust_remote_code` (code that lies in the model's folder), `images_outside` (images anywhere), `threads` beyond
+    the cores of this machine, and `settings` above a million, which take the place of the record's.
 
     Raises RunError where the weights or the examples are not those of the run, `out` is the run itself, or the record
     asks for what has to be given here.
@@ -99,6 +100,7 @@ def rerun(
         data=data or request.data,
         threads=threads_of(record) if threads is None else threads,
         trust_remote_code=trust_remote_code,
+        images_outside=images_outside,
         settings={**request.settings, **given},
     )
     full_settings(experiment_named(request.experiment), request.settings)

@@ -29,7 +29,7 @@ from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.core_heads import CORE_HEADS
 from mmlens.experiments.experiment import Experiment, Findings, Setup
-from mmlens.files import path_within, read_json
+from mmlens.files import path_within, read_json, read_parquet
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.loading import scene_kinds, shipped_models
 from mmlens.provenance import code_fingerprint, data_fingerprint, describe_model, machine, versions
@@ -54,7 +54,8 @@ MOST_THREADS = max(1024, os.cpu_count() or 1)
 class Request:
     """What to run: an experiment with its settings on a model and its examples. Plain JSON.
 
-    `data` is a folder of examples, split by `selection_share` and `seed`; None draws `n_selection` and
+    `data` is a folder of examples, split by `selection_share` and `seed`, whose images lie in it unless
+    `images_outside`; None draws `n_selection` and
     `n_evaluation` scenes of every kind that a shipped model was trained on. `threads` 0 is torch's own choice.
     `settings` are the experiment's keywords; those left out have their defaults.
     """
@@ -72,6 +73,7 @@ class Request:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     threads: int = 0
+    images_outside: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,6 +88,7 @@ class Request:
         if self.dtype is not None:
             checked_dtype("dtype", self.dtype)
         flag("trust_remote_code", self.trust_remote_code)
+        flag("images_outside", self.images_outside)
         whole_number("threads", self.threads, least=0, most=MOST_THREADS)
         instance_of("settings", self.settings, Mapping, "a dict of the experiment's settings")
 
@@ -174,7 +177,8 @@ def splits(request: Request) -> tuple[list[Example], list[Example]]:
     Raises DataError where a model that does not come with the package is given no data.
     """
     if request.data is not None:
-        return split_examples(load_examples(request.data), request.selection_share, request.seed)
+        examples = load_examples(request.data, images_outside=request.images_outside)
+        return split_examples(examples, request.selection_share, request.seed)
     trained_on = scene_kinds(request.model)
     if trained_on is None:
         raise DataError(
@@ -265,9 +269,9 @@ def run(
 def request_of(record: Mapping[str, Any]) -> Request:
     """The request that a record came from; RunError where a field is not what `Request` takes.
 
-    Threads and the leave to run a model's own code are never taken from a record.
+    Threads, and the leave to run a model's own code and to read images anywhere, are never taken from a record.
     """
-    given = {**record["request"], "threads": 0, "trust_remote_code": False}
+    given = {**record["request"], "threads": 0, "trust_remote_code": False, "images_outside": False}
     unknown = sorted(set(given) - {known.name for known in fields(Request)})
     if unknown:
         raise RunError(f"the run was asked for with {', '.join(unknown)}, which this version does not know")
@@ -388,13 +392,9 @@ def _read_table(folder: Path, kind: str, name: str) -> pd.DataFrame:
 
 def read_table(path: Path) -> pd.DataFrame:
     """A table of a run; RunError, the file named, where it is missing or broken."""
-    try:
-        return pd.read_parquet(path)
-    # pyarrow has errors of its own for every way in which a file can be broken.
-    except Exception as error:
-        raise RunError(
-            f"{str(path)!r} cannot be read as parquet ({error}): it is missing, broken or was cut off"
-        ) from error
+    if not path.is_file():
+        raise RunError(f"the run lacks {str(path)!r}, which its record names")
+    return read_parquet(path, RunError)
 
 
 def write_across(experiment: Experiment, folders: Mapping[str, Path], out: Path) -> Findings | None:

@@ -125,7 +125,7 @@ def write_page(path: str | Path, title: str, subtitle: str, lead: str, sections:
         contents="\n".join(contents),
         sections="\n".join(bodies),
     )
-    path = Path(path)
+    path = file_to_write("path", path)
     write_text_at_once(path, page)
     return path
 
