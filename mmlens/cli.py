@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,13 +15,14 @@ from typing import Any
 
 import torch
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import unknown_name_message, whole_number
 from mmlens.core_heads import MODES
 from mmlens.errors import InvalidValueError, MmlensError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment
 from mmlens.families.catalog import UnknownFamilyError
 from mmlens.families.support import support_table
+from mmlens.files import check_writable
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
 from mmlens.loading import shipped_models
 from mmlens.runs.accelerate import RECORD as ACCELERATE_RECORD
@@ -29,6 +32,8 @@ from mmlens.runs.paper import run_all
 from mmlens.runs.record import read_record
 from mmlens.runs.rerun import TOLERANCE, rerun, runs_in
 from mmlens.runs.run import (
+    MOST_SEED,
+    MOST_THREADS,
     Request,
     experiment_named,
     load_model,
@@ -47,21 +52,60 @@ _OUTSIDE = "with --data: read images that lie outside the folder too"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 1 where results differ or a run failed, 2 where the input is at fault."""
-    options = _parser().parse_args(arguments)
-    options.command = shlex.join(["mmlens", *(sys.argv[1:] if arguments is None else arguments)])
+    """Run one command.
+
+    0 on success, 1 where results differ or a run failed, 2 where the input is at fault, 130 after Ctrl-C and 143 after
+    SIGTERM, both of which leave no folder half-written.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if on_main_thread:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        print("mmlens: interrupted", file=sys.stderr)
+        return 130
+    except _Terminated:
+        print("mmlens: terminated", file=sys.stderr)
+        return 143
+    finally:
+        if on_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(BaseException):
+    """SIGTERM as an exception, so that what was begun is cleared away as after Ctrl-C."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _main(arguments: list[str]) -> int:
+    options = _parser(arguments).parse_args(arguments)
+    options.command = shlex.join(["mmlens", *arguments])
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
         code: int | None = options.run(options)
     except _USER_ERRORS as error:
-        print(f"mmlens: {error}", file=sys.stderr)
+        print(f"mmlens: {_printable(str(error))}", file=sys.stderr)
         return 2
     return code or 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mmlens", description="Find and test attention heads of vision-language models.")
+def _printable(text: str) -> str:
+    """A text without signs that would move a terminal's cursor or change its colours."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mmlens",
+        description="Find and test attention heads of vision-language models.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(
@@ -82,13 +126,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_run_options(core)
     core.add_argument(
-        "--counts", type=int, nargs="+", help="numbers of heads to ablate; 5%% of all is always added"
+        "--counts", type=_whole(1), nargs="+", help="numbers of heads to ablate; 5%% of all is always added"
     )
     core.add_argument(
-        "--modes", nargs="+", default=list(MODES), choices=ABLATION_MODES, help="ablation modes"
+        "--modes",
+        nargs="+",
+        default=list(MODES),
+        type=_name_of("mode", list(ABLATION_MODES)),
+        help=f"ablation modes: {', '.join(ABLATION_MODES)}",
     )
-    core.add_argument("--draws", type=int, default=10, help="draws of each random arm")
-    core.add_argument("--mapping", default="merged", choices=("merged", "paper_floor"), help="box to token")
+    core.add_argument("--draws", type=_whole(1), default=10, help="draws of each random arm")
+    core.add_argument(
+        "--mapping",
+        default="merged",
+        type=_name_of("mapping", ("merged", "paper_floor")),
+        help="box to token: merged or paper_floor",
+    )
 
     one = command("run", _run, "run one experiment on one or more models (docs/experiments.md)")
     one.add_argument("experiment", help="its name; `mmlens experiments` lists them")
@@ -116,7 +169,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     again.add_argument("--model", help="where the model lies now, if not where it lay")
     again.add_argument("--data", help="where the folder of examples lies now, if not where it lay")
-    again.add_argument("--threads", type=int, help="torch threads, if not those of the run")
+    again.add_argument(
+        "--threads", type=_whole(0, MOST_THREADS), help="torch threads, if not those of the run"
+    )
     again.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -136,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_models(paper)
     paper.add_argument("--out", type=Path, required=True, help="folder for the runs and report.html")
     paper.add_argument("--experiments", nargs="+", metavar="NAME", help="these alone (default: all)")
-    paper.add_argument("--jobs", type=int, default=1, help="models run at a time (default: 1)")
+    paper.add_argument("--jobs", type=_whole(1), default=1, help="models run at a time (default: 1)")
     _add_run_options(paper)
 
     faster = command(
@@ -152,13 +207,21 @@ def _parser() -> argparse.ArgumentParser:
     faster.add_argument("--fractions", type=float, nargs="+", default=[0.05], help="shares of dense heads")
     faster.add_argument("--sink", type=int, default=512, help="first tokens that every head sees")
     faster.add_argument("--window", type=int, default=4096, help="last tokens that every head sees")
-    faster.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what to time")
+    faster.add_argument(
+        "--parts",
+        nargs="+",
+        default=list(PARTS),
+        type=_name_of("part", PARTS),
+        help=f"what to time: {', '.join(PARTS)}",
+    )
     faster.add_argument(
         "--quality", type=Path, help="a run of `mmlens run hybrid`, to put accuracy beside speed"
     )
-    faster.add_argument("--repeats", type=int, default=5, help="pairs of runs, behind two of either side")
+    faster.add_argument(
+        "--repeats", type=_whole(1), default=5, help="pairs of runs, behind two of either side"
+    )
     faster.add_argument("--out", type=Path, required=True, help="folder for speed.csv and report.html")
-    faster.add_argument("--seed", type=int, default=0, help="seed of the random tokens")
+    faster.add_argument("--seed", type=_whole(0, MOST_SEED), default=0, help="seed of the random tokens")
     _add_loading_options(faster)
 
     families = command(
@@ -168,20 +231,60 @@ def _parser() -> argparse.ArgumentParser:
     )
     families.add_argument("family", nargs="?", help="one family (a model_type), with all its notes")
     families.add_argument("--csv", type=Path, help="write the whole table to this file")
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
+        parser.error(unknown_name_message("command", arguments[0], commands.choices))
     return parser
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, but for what it lets pass: an option cut short, or given twice, of which it takes the last."""
+    """argparse's, but for what it lets pass: an option cut short, or given twice, of which it takes the last.
+
+    An option that there is not is named with the nearest.
+    """
 
     def __init__(self, **options: Any) -> None:
+        self.names: list[str] = []
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for text in args or ():
+            name = str(text).partition("=")[0]
+            if name == "--":
+                break
+            if name.startswith("--") and name not in self.names:
+                self.error(unknown_name_message("option", name, self.names))
+        return super().parse_known_args(args, namespace)
+
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        self.names += [name for name in names if str(name).startswith("--")]
         if names and str(names[0]).startswith("--"):
             known = {"store": _Once, "store_true": _FlagOnce}
             options["action"] = known.get(options.get("action", "store"), options.get("action"))
         return super().add_argument(*names, **options)
+
+
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A whole number on the command line, within bounds."""
+
+    def parse(text: str) -> int:
+        try:
+            return whole_number("it", int(text), least=least, most=most)
+        except ValueError as error:
+            bounds = f"from {least} to {most:,}" if most is not None else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, not {text!r}") from error
+
+    return parse
+
+
+def _name_of(kind: str, names: Sequence[str]) -> Callable[[str], str]:
+    """One of a few names on the command line; another is an error with the nearest."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(unknown_name_message(kind, text, names))
+        return text
+
+    return parse
 
 
 def _note_given(namespace: argparse.Namespace, action: argparse.Action, option: str | None) -> None:
@@ -240,16 +343,18 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="a folder of examples (docs/data.md); shipped models have their own")
     parser.add_argument("--images-outside", action="store_true", help=_OUTSIDE)
     parser.add_argument(
-        "--n-selection", type=int, default=40, help="generated examples of each kind to choose heads on"
+        "--n-selection", type=_whole(1), default=40, help="generated examples of each kind to choose heads on"
     )
     parser.add_argument(
-        "--n-evaluation", type=int, default=30, help="generated examples of each kind to judge heads on"
+        "--n-evaluation", type=_whole(1), default=30, help="generated examples of each kind to judge heads on"
     )
     parser.add_argument(
         "--selection-share", type=float, default=0.5, help="with --data: share of it to choose heads on"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of examples and of all random choices")
-    parser.add_argument("--batch-size", type=int, default=30, help="examples in a forward pass")
+    parser.add_argument(
+        "--seed", type=_whole(0, MOST_SEED), default=0, help="seed of examples and of all random choices"
+    )
+    parser.add_argument("--batch-size", type=_whole(1), default=30, help="examples in a forward pass")
     _add_loading_options(parser)
 
 
@@ -258,7 +363,9 @@ def _add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device-map", help="as transformers takes it, e.g. auto")
     parser.add_argument("--attn-implementation", help="as transformers takes it, e.g. sdpa")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the hub")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's own choice)")
+    parser.add_argument(
+        "--threads", type=_whole(0, MOST_THREADS), default=0, help="torch threads (0: torch's own choice)"
+    )
 
 
 def _request(options: argparse.Namespace, experiment: str, model: str, settings: dict[str, Any]) -> Request:
@@ -373,9 +480,9 @@ def _rerun(options: argparse.Namespace) -> int:
         )
         print(f"{folder}: {found.n_values} values compared, {len(found.differences)} differ")
         for name, (before, after) in found.changed.items():
-            print(f"    {name}: was {before}, is {after}")
+            print(_printable(f"    {name}: was {before}, is {after}"))
         for difference in found.differences[:_DIFFERENCES_SHOWN]:
-            print(f"    {difference}")
+            print(_printable(f"    {difference}"))
         if len(found.differences) > _DIFFERENCES_SHOWN:
             print(f"    and {len(found.differences) - _DIFFERENCES_SHOWN} more")
         where = f" ({found.largest_at})" if found.largest else ""
@@ -438,6 +545,7 @@ def _accelerate(options: argparse.Namespace) -> None:
 def _families(options: argparse.Namespace) -> None:
     table = support_table()
     if options.csv is not None:
+        check_writable(options.csv)
         table.to_csv(options.csv, index=False)
         print(options.csv)
         return

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +19,7 @@ import small_experiment
 
 import mmlens
 from mmlens.cli import main, parsed_settings
+from mmlens.runs.folder import broken_parts
 from mmlens.runs.rerun import compare
 from mmlens.runs.run import read_record
 
@@ -166,3 +174,142 @@ def test_an_option_cut_short_or_given_twice_is_refused(
         main(given)
     assert ended.value.code == 2 and message in capsys.readouterr().err
     assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["rn", "small"], "no command 'rn'; the nearest: 'run', 'rerun'"),
+        (["run", "small", "--out", "x", "--modle", "micro"], "no option '--modle'; the nearest: '--model'"),
+        (["core-heads", "--ot", "x"], "no option '--ot'; the nearest: '--out'"),
+        (["rerun", "x", "--tolerence=1"], "no option '--tolerence'; the nearest: '--tolerance'"),
+        (["core-heads", "--out", "x", "--modes", "meen"], "no mode 'meen'; the nearest: 'mean'"),
+        (["core-heads", "--out", "x", "--mapping", "merge"], "no mapping 'merge'; the nearest: 'merged'"),
+        (["core-heads", "--out", "x", "--batch-size", "true"], "--batch-size: expected a whole number"),
+        (["core-heads", "--out", "x", "--batch-size", "1.5"], "not '1.5'"),
+        (["core-heads", "--out", "x", "--n-selection", "0"], "--n-selection: expected a whole number of at least 1"),
+        (["core-heads", "--out", "x", "--n-evaluation", "-1"], "--n-evaluation: expected a whole number"),
+        (["core-heads", "--out", "x", "--threads", "-1"], "--threads: expected a whole number from 0 to"),
+        (["core-heads", "--out", "x", "--threads", "1000000000"], "--threads: expected a whole number from 0 to"),
+        (["core-heads", "--out", "x", "--seed", "-1"], "--seed: expected a whole number from 0"),
+        (["core-heads", "--out", "x", "--draws", "0"], "--draws: expected a whole number of at least 1"),
+        (["paper", "--out", "x", "--jobs", "0"], "--jobs: expected a whole number of at least 1"),
+    ],
+)  # fmt: skip
+def test_a_wrong_word_or_number_is_named_with_the_right_one(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert not Path("x").exists()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["run", "smal", "--out", "{}/new"], "no experiment 'smal'; the nearest: 'small'"),
+        (["run", "small", "--model", "micr", "--out", "{}/new"], "micr"),
+        (["run", "small", "--model", "./micr", "--data", "{}/data", "--out", "{}/new"], "there is no folder './micr'"),
+        (["run", "small", "--model", "micro", "--data", "{}/none", "--out", "{}/new"], "no folder of examples"),
+        (["run", "small", "--model", "micro", "--out", "{}/file"], "file"),
+        (["core-heads", "--out", "{}/file"], "file' is a file"),
+        (["core-heads", "--out", "{}/file/new"], "file"),
+        (["paper", "--out", "{}/file"], "file' is a file"),
+        (["paper", "--out", "{}/new", "--experiments", "smal"], "no experiment 'smal'; the nearest: 'small'"),
+        (["rerun", "{}/none"], "there is no folder"),
+        (["rerun", "{}/data"], "there is no run in"),
+        (["families", "--csv", "{}/data"], "data' is a folder; expected the name of a file"),
+        (["families", "--csv", "{}/none/families.csv"], "there is no folder"),
+        (["core-heads", "--out", "{}/new", "--dtype", "floot32"], "no dtype 'floot32'; the nearest: 'float32'"),
+        (["core-heads", "--out", "{}/new", "--selection-share", "1"], "selection_share is 1.0"),
+        (["run", "small", "--out", "{}/new", "--set", "n_heads=1", "n_heads=2"], "gives the setting 'n_heads' twice"),
+        (["accelerate", "--heads", "{}/file", "--lengths", "64", "--out", "{}/new"], "file' cannot be read as parquet"),
+        (["accelerate", "--heads", "{}/none", "--lengths", "64", "--out", "{}/new"], "no head scores at"),
+        (["core-heads", "--out", "{}/new", "--attn-implementation", "spda"], "spda"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_line(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    mmlens.save_examples(mmlens.scene_examples("objects", 4, 3), tmp_path / "data")
+    assert main([part.format(tmp_path) for part in given]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mmlens: ") and message in error and "Traceback" not in error
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_one_line_and_leaves_the_run_before(
+    stop: signal.Signals,
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = ["run", "small", "--model", "micro", "--out", str(tmp_path / "out"), *SIZES]
+    stopped = dataclasses.replace(small_experiment.EXPERIMENT, run=lambda setup: signal.raise_signal(stop))
+    with monkeypatch.context() as patched:
+        patched.setitem(small_experiment.catalog.EXPERIMENTS, "small", stopped)
+        assert main(given) == code
+        assert not (tmp_path / "out").exists()
+    assert capsys.readouterr().err.splitlines()[-1] in ("mmlens: interrupted", "mmlens: terminated")
+    assert main(given) == 0
+    monkeypatch.setitem(small_experiment.catalog.EXPERIMENTS, "small", stopped)
+    assert main(given) == code
+    assert broken_parts(tmp_path / "out/micro") == [] and not (tmp_path / "out/micro/.lock").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def started(*given: str) -> subprocess.Popen[str]:
+    code = "import mmlens_command, sys; sys.exit(mmlens_command.main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *given],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_command_stopped_from_outside_can_be_given_again(
+    tmp_path: Path, stop: signal.Signals, jobs: str
+) -> None:
+    copy = shutil.copytree(Path(mmlens.__file__).parent / "micro/micro", tmp_path / "copy")
+    out = tmp_path / "out"
+    given = ["paper", "--model", "micro", str(copy), "--out", str(out), *SIZES, "--threads", "1", "--jobs", jobs,
+             "--experiments", "masking"]  # fmt: skip
+    command = started(*given)
+    wait_for(out / "masking/micro/.partial")
+    # As a terminal does it: to every process of the command.
+    os.killpg(command.pid, stop)
+    _, error = command.communicate(timeout=120)
+    if stop != signal.SIGKILL:
+        assert command.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[stop], error
+        assert "Traceback" not in error and error.count("mmlens: ") == 1, error
+        assert not list(out.rglob(".lock")) and not list(out.rglob(".partial"))
+    assert not list(out.rglob("run.json"))
+    assert main([*given[:-1], "key-tokens"]) == 0
+    assert all(broken_parts(path.parent) == [] for path in out.rglob("run.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.3, 1, 3])
+def test_ctrl_c_before_anything_has_begun_is_one_line(tmp_path: Path, seconds: float) -> None:
+    command = started("core-heads", "--out", str(tmp_path / "out"))
+    time.sleep(seconds)
+    command.send_signal(signal.SIGINT)
+    _, error = command.communicate(timeout=120)
+    if "mmlens_command" in error or command.returncode < 0:
+        pytest.skip("the interpreter itself had not started yet")
+    assert command.returncode == 130 and error.splitlines()[-1] == "mmlens: interrupted", error
+    assert "Traceback" not in error and not (tmp_path / "out").exists()

@@ -203,8 +203,8 @@ def load_examples(folder: str | Path, *, images_outside: bool = False) -> list[E
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: it is not written in UTF-8 ({error})") from error
+        at = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {at}: it is not written in UTF-8 ({error})") from error
     examples: list[Example] = []
     numbers: dict[str, int] = {}
     # Lines end at "\n" alone: str.splitlines also cuts at U+2028 and its like, which may stand in a text.
@@ -217,7 +217,7 @@ def load_examples(folder: str | Path, *, images_outside: bool = False) -> list[E
             raise DataError(f"{path}, line {number}: {error}") from error
         if example.id and example.id in numbers:
             raise DataError(
-                f"{path}, line {number}: the id {example.id!r} is that of line {numbers[example.id]} too; an id is unique"
+                f"{path}, line {number}: the id {example.id!r} is that of line {numbers[example.id]} too"
             )
         numbers[example.id] = number
         examples.append(example)

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
@@ -165,10 +168,53 @@ def _is_paper(out: Path) -> bool:
 def _in_turn_or_parallel(by_model: Sequence[tuple[Any, ...]], jobs: int) -> list[list[Outcome]]:
     if jobs == 1 or len(by_model) == 1:
         return [_run_model(*arguments) for arguments in by_model]
+    others = multiprocessing.active_children()
     # Spawned, for a forked process may not use threads that torch has started.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = [pool.submit(partial(_run_model, bars=False), *arguments) for arguments in by_model]
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
+    try:
+        with _interrupts_held_back():
+            running = [
+                pool.submit(_work, partial(_run_model, bars=False), *arguments) for arguments in by_model
+            ]
         return [_found(future, *arguments) for future, arguments in zip(running, by_model, strict=True)]
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            if worker not in others:
+                worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach, which a terminal sends to all: this one ends them in order."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop_worker)
+
+
+def _stop_worker(number: int, frame: object) -> None:
+    raise SystemExit(143)
+
+
+def _work(run_model: Callable[..., list[Outcome]], *arguments: Any) -> list[Outcome]:
+    """Run a model's experiments in a process of their own, which ends when it is told to, its folders cleared away."""
+    try:
+        return run_model(*arguments)
+    except SystemExit:
+        os._exit(143)
 
 
 def _found(

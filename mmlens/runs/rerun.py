@@ -15,7 +15,7 @@ from mmlens.arguments import flag, number
 from mmlens.experiments.experiment import Experiment
 from mmlens.files import read_json, sha256
 from mmlens.provenance import EDITED, code_fingerprint, versions
-from mmlens.runs.folder import finish_moving, interrupted_runs
+from mmlens.runs.folder import check_folder, finish_moving, interrupted_runs
 from mmlens.runs.record import RunError, check_harmless, check_settings, read_record, threads_of
 from mmlens.runs.run import Prepared, experiment_named, full_settings, prepare, read_table, request_of, run
 
@@ -89,6 +89,8 @@ def rerun(
     flag("trust_remote_code", trust_remote_code)
     if out is not None and Path(out).resolve() == folder.resolve():
         raise RunError("the new run would replace the one that it is compared with: give another folder")
+    if out is not None:
+        check_folder(Path(out))
     record = read_record(folder)
     check_harmless(record, folder, trust_remote_code=trust_remote_code)
     request = request_of(record)
