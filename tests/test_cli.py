@@ -251,7 +251,9 @@ def test_a_signal_is_one_line_and_leaves_the_run_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = ["run", "small", "--model", "micro", "--out", str(tmp_path / "out"), *SIZES]
-    stopped = dataclasses.replace(small_experiment.EXPERIMENT, run=lambda setup: signal.raise_signal(stop))
+    stopped = dataclasses.replace(
+        small_experiment.EXPERIMENT, method="Nothing.", run=lambda setup: signal.raise_signal(stop)
+    )
     with monkeypatch.context() as patched:
         patched.setitem(small_experiment.catalog.EXPERIMENTS, "small", stopped)
         assert main(given) == code
