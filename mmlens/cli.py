@@ -169,6 +169,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     again.add_argument("--model", help="where the model lies now, if not where it lay")
     again.add_argument("--data", help="where the folder of examples lies now, if not where it lay")
+    again.add_argument("--images-outside", action="store_true", help=_OUTSIDE)
     again.add_argument(
         "--threads", type=_whole(0, MOST_THREADS), help="torch threads, if not those of the run"
     )

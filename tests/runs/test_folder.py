@@ -126,8 +126,9 @@ def test_a_run_killed_at_any_moment_is_whole_or_none_and_can_be_done_again(
     assert moment > 30 and (stride > 1 or seen >= {"none", "new", "finished", *({"old"} if before else ())})
 
 
-def test_a_kill_while_a_killed_run_is_finished_or_replaced_leaves_no_folder_that_is_refused(
-    tmp_path: Path,
+@pytest.mark.parametrize("stride", [11, EVERY])
+def test_a_kill_while_a_killed_run_is_finished_leaves_no_folder_that_is_refused(
+    tmp_path: Path, stride: int
 ) -> None:
     def prepared(out: Path) -> Path:
         write(out, OLD)
