@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from mmlens.arguments import unknown_name_message, whole_number
+from mmlens.arguments import file_to_write, unknown_name_message, whole_number
 from mmlens.core_heads import MODES
 from mmlens.errors import InvalidValueError, MmlensError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment
 from mmlens.families.catalog import UnknownFamilyError
 from mmlens.families.support import support_table
-from mmlens.files import check_writable
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
 from mmlens.loading import shipped_models
 from mmlens.runs.accelerate import RECORD as ACCELERATE_RECORD
@@ -546,7 +545,7 @@ def _accelerate(options: argparse.Namespace) -> None:
 def _families(options: argparse.Namespace) -> None:
     table = support_table()
     if options.csv is not None:
-        check_writable(options.csv)
+        file_to_write("--csv", options.csv)
         table.to_csv(options.csv, index=False)
         print(options.csv)
         return

@@ -220,7 +220,7 @@ def test_a_wrong_word_or_number_is_named_with_the_right_one(
         (["paper", "--out", "{}/new", "--experiments", "smal"], "no experiment 'smal'; the nearest: 'small'"),
         (["rerun", "{}/none"], "there is no folder"),
         (["rerun", "{}/data"], "there is no run in"),
-        (["families", "--csv", "{}/data"], "data' is a folder; expected the name of a file"),
+        (["families", "--csv", "{}/data"], "expected the path of a file to write"),
         (["families", "--csv", "{}/none/families.csv"], "there is no folder"),
         (["core-heads", "--out", "{}/new", "--dtype", "floot32"], "no dtype 'floot32'; the nearest: 'float32'"),
         (["core-heads", "--out", "{}/new", "--selection-share", "1"], "selection_share is 1.0"),
