@@ -214,10 +214,11 @@ def folder_to_write(name: str, value: object) -> Path:
     return path
 
 
-def listed(name: str, value: object, expected: str, *, least: int = 0) -> list[Any]:
+def listed(name: str, value: object, expected: str, *, least: int = 0, sets: bool = False) -> list[Any]:
     """The items of a list, tuple, generator or other ordered iterable, gathered once.
 
-    A text, a mapping and a set are refused: their items are letters, keys, or in no order.
+    A text, a mapping and a set are refused: their items are letters, keys, or in no order. With `sets` a set is taken,
+    its items sorted.
 
     >>> listed("images", (i for i in range(2)), "a list of images")
     [0, 1]
@@ -226,6 +227,10 @@ def listed(name: str, value: object, expected: str, *, least: int = 0) -> list[A
         ...
     mmlens.errors.InvalidTypeError: candidates is 'red' (str); expected a list of texts
     """
+    if sets and isinstance(value, (set, frozenset)):
+        value = sorted(
+            value, key=lambda item: (str(type(item)), item) if isinstance(item, tuple) else (repr(item),)
+        )
     unordered = (str, bytes, Mapping, set, frozenset)
     if isinstance(value, unordered) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")

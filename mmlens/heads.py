@@ -150,7 +150,7 @@ class HeadSet:
         return self.n_heads, self.heads_per_layer
 
     def __or__(self, other: HeadSet) -> HeadSet:
-        return self._with([*self.heads, *(other - self)])
+        return self._with([*self.heads, *(self._same_model(other) - self)])
 
     def __and__(self, other: HeadSet) -> HeadSet:
         common = set(self._same_model(other))
@@ -616,7 +616,7 @@ def _pairs(heads: Heads) -> list[Any]:
         return list(heads)
     if isinstance(heads, HeadScores):
         raise InvalidTypeError("heads are HeadScores; expected a HeadSet: scores.top(n) has the highest n")
-    return listed("heads", heads, "a HeadSet or a list of (layer, head) pairs")
+    return listed("heads", heads, "a HeadSet or a list of (layer, head) pairs", sets=True)
 
 
 def _checked_layers(n_layers: int, n_heads: int, heads_per_layer: Sequence[int] | None) -> tuple[int, ...]:

@@ -146,7 +146,7 @@ def planted_model(family: str = "qwen3_vl", *, seed: int = 0) -> Planted:
     >>> len(planted.examples(2, seed=0)[0].images)
     1
     """
-    processor, config = _parts(family)
+    processor, config = _parts(one_of("family of planted models", family, FAMILIES))
     seed = seed_of(seed)
     hf_model = _from_config(config, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +189,7 @@ def untrained_model(family: str = "qwen3_vl", *, seed: int = 0, n_layers: int | 
     >>> untrained_model("llava", n_layers=2).cfg.n_layers
     2
     """
-    processor, config = _parts(family)
+    processor, config = _parts(one_of("family of planted models", family, FAMILIES))
     seed = seed_of(seed)
     if n_layers is not None:
         n_layers = whole_number("n_layers", n_layers, least=1)
@@ -369,8 +369,6 @@ _PARTS = {"qwen3_vl": _qwen3_vl, "llava": _llava}
 
 @functools.cache
 def _parts(family: str) -> tuple[ProcessorMixin, PretrainedConfig]:
-    if family not in FAMILIES:
-        raise InvalidValueError(unknown_name_message("family of planted models", family, FAMILIES))
     return _PARTS[family]()
 
 

@@ -438,7 +438,7 @@ def _check_power(power: float, alpha: float) -> None:
     number("alpha", alpha, above=0, below=1)
     number("power", power)
     if not alpha < power < 1:
-        raise InvalidValueError(f"power lies between alpha ({alpha}) and 1, not {power}")
+        raise InvalidValueError(f"power is a number that lies between alpha ({alpha}) and 1, not {power}")
 
 
 def _check_level(level: float) -> None:

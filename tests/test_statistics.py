@@ -294,7 +294,7 @@ def test_bad_tests_are_refused() -> None:
         (lambda: benjamini_hochberg([]), "no p-value given"),
         (lambda: minimal_detectable_effect(1, 1.0), "n is 1; expected"),
         (lambda: minimal_detectable_effect(10, 0.0), "sd is 0.0; expected"),
-        (lambda: minimal_detectable_effect(10, 1.0, power=0.01), "power lies between"),
+        (lambda: minimal_detectable_effect(10, 1.0, power=0.01), "power is a number that lies between"),
         (lambda: minimal_detectable_effect(10, 1.0, alpha=5.0), "alpha"),
         (lambda: minimal_detectable_change(50, 1.5), "discordant is 1.5; expected"),
         (lambda: minimal_detectable_change(20, 0.1), "20 examples of which 0.1 differ cannot show"),

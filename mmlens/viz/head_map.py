@@ -116,6 +116,10 @@ def _checked_scores(
     scores: HeadScores | Tensor | ArrayLike,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Scores [layer, head], and at which of them there is a head."""
+    if isinstance(scores, HeadSet):
+        raise InvalidTypeError(
+            "scores is a HeadSet; expected HeadScores or an array [layer, head] (heads=... marks)"
+        )
     values = array_of("scores", scores.values if isinstance(scores, HeadScores) else scores, None)
     if values.ndim != 2 or 0 in values.shape:
         raise InvalidValueError(

@@ -139,7 +139,7 @@ def bad_rows(w: World) -> list[Row]:
             "a path among the images",
             "page.png",
             lambda: mmlens.Example("What?", "red", images=("page.png",)),  # type: ignore[arg-type]
-            "PIL.Image.open",
+            "PIL.Image.open|does not exist",
         ),
         (
             "Example",

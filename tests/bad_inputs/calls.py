@@ -572,7 +572,7 @@ def _statistics(w: World) -> list[Call]:
             "proportion_interval",
             statistics.proportion_interval,
             {"values": [0, 1, 1]},
-            {"values": "values", "level": "level"},
+            {"values": "values!", "level": "level"},
         ),
         Call("paired_difference_interval", statistics.paired_difference_interval, pairs, RESAMPLED | both),
         Call(
@@ -926,8 +926,8 @@ def _experiments(w: World) -> list[Call]:
             {"model": w.model, "selection": w.examples[:2], "evaluation": w.examples[2:]},
             {
                 "model": "model",
-                "selection": "examples!",
-                "evaluation": "examples!",
+                "selection": "split",
+                "evaluation": "split",
                 "seed": "seed",
                 "batch_size": "count",
                 "progress": "flag",

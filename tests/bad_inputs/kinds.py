@@ -438,6 +438,7 @@ def special_values(w: World) -> dict[str, Values]:
     }
     positive: Values = {"a text": "2", "a list": [2], "a bool": True, "NaN": NAN, "0": 0, "below 0": -0.1}
     return {
+        "split": {name: value for name, value in bad_values(w)["examples"].items() if name != "none of them"},
         "intervention or none": {
             name: value for name, value in bad_values(w)["intervention"].items() if name != "None"
         },
@@ -965,7 +966,7 @@ WORDS: dict[str, str] = {
     "positive": "number",
     "mapping": "'merged' or 'paper_floor'",
     "choice": "one of|there is no|there are|is '",
-    "choices": "list|one of|there is no",
+    "choices": "list|one of|there is no|at least one",
     "fractions": "number|list",
     "counts": "number|list|count",
     "metric": "function|name of a metric|metric",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import sys
 import tempfile
 import time
@@ -73,10 +74,10 @@ def result(function: Any, value: Any) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    only = sys.argv[1] if len(sys.argv) > 1 else ""
+    only = sys.argv[1] if len(sys.argv) > 1 else "."
     with tempfile.TemporaryDirectory() as folder:
         for sort, name, what, value, function, words in rows(World.make(Path(folder))):
-            if only in f"{sort} {name}: {what}":
+            if re.search(only, f"{sort} {name}: {what}"):
                 found = result(function, value)
                 shown = [type(value).__name__, repr(value)[:30], str(value)[:30]]
                 print(
