@@ -94,3 +94,25 @@ def test_the_vision_layers_of_granite_that_no_projector_reads_have_no_hook_point
         inputs, fwd_hooks=[("vision.blocks.2.hook_resid_post", lambda x, hook: x * 0)]
     )
     assert not torch.equal(moved, clean)
+
+
+@torch.no_grad()
+def test_the_tower_s_patterns_are_stacked_in_the_order_of_the_images() -> None:
+    """Nemotron's tower attends once per image; transformers lays the same patterns out as blocks of one matrix."""
+    plain = tiny.tiny_model("nemotron_h_omni", attn_implementation="eager")
+    inputs = tiny.tiny_inputs("nemotron_h_omni", (2, 1))
+    given = {name: inputs[name] for name in ("pixel_values", "image_grid_hw")}
+    expected = plain.get_image_features(**given, output_attentions=True, return_dict=True).attentions
+    model = HookedVLM(plain)
+    lengths = inputs["image_grid_hw"].prod(-1)
+    # Each image has the tower's own few tokens in front of its patches.
+    lengths = lengths + (expected[0].shape[-1] - int(lengths.sum())) // len(lengths)
+    for layer, matrix in enumerate(expected):
+        name = f"vision.blocks.{layer}.attn.hook_pattern"
+        _, cache = model.run_with_cache(inputs, names_filter=name)
+        start = 0
+        for image, length in enumerate(lengths.tolist()):
+            own = matrix[0, :, start : start + length, start : start + length]
+            assert torch.equal(cache[name][image, :, :length, :length], own)
+            assert not cache[name][image, :, length:].any()
+            start += length

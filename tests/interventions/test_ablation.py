@@ -588,3 +588,23 @@ def test_an_ablation_that_never_fires_is_an_error() -> None:
     model.hf_model.config.get_text_config().num_hidden_layers = 2
     with pytest.raises(HookNeverFiredError, match=r"blocks.2.attn.hook_z"):
         model.run_with_hooks(prompt, fwd_hooks=hooks)
+
+
+@torch.no_grad()
+def test_uniform_on_chameleon_is_a_pattern_of_equal_weights() -> None:
+    """Its queries and keys are normed, and its logits of image codes are masked: neither changes what uniform is."""
+    model = hooked("chameleon")
+    prompt = padded_prompt(model)
+    real = ~prompt.token_map.is_padding
+    n = real.shape[1]
+    allowed = torch.ones(n, n, dtype=torch.bool).tril()[None] & real[:, None, :]
+    equal = allowed / allowed.sum(-1, keepdim=True).clamp(min=1)
+
+    def written(pattern: Tensor, hook: Any) -> Tensor:
+        return pattern.index_copy(1, torch.tensor([1]), equal[:, None])
+
+    expected = model.run_with_hooks(prompt, fwd_hooks=[("blocks.1.attn.hook_pattern", written)])
+    logits = model.run_with_hooks(prompt, fwd_hooks=list(mmlens.ablate([(1, 1)], "uniform")(model, prompt)))
+    torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=1e-5)
+    shown = expected > torch.finfo(expected.dtype).min
+    assert (expected - model(prompt))[real[..., None] & shown].abs().max() > 1e-3

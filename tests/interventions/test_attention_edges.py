@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -441,3 +442,38 @@ def test_rows_before_the_first_edited_query_stay_on_the_fast_path(family: str) -
     assert seen == [1, prompt.shape[1]]
     real = ~prompt.token_map.is_padding
     torch.testing.assert_close(alone[real], beside[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["dots3_note", "qwen4_exp"])
+@torch.no_grad()
+def test_knockout_where_keys_are_chosen_first_is_the_plain_model_under_the_same_mask(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a padded batch, to the bit: the layer's own eager function with the edges masked, and no hook at all."""
+    model = hooked(family, attn_implementation="eager")
+    prompt = padded_prompt(model)
+    queries = prompt.token_map.is_question
+    # Every other image position, so that no query's chosen keys are all blocked.
+    keys = prompt.token_map.is_image & (torch.arange(prompt.shape[1]) % 2 == 0)
+    edits = knockout(queries, keys)(model, prompt)
+    written = model.run_with_hooks(prompt, fwd_hooks=edits)
+
+    plain = tiny.tiny_model(family, attn_implementation="eager")
+    expected = plain(**prompt.inputs).logits
+    in_decoder = set(plain.get_decoder().modules())
+    edges = queries[:, None, :, None] & keys[:, None, None, :]
+    module: Any = sys.modules[type(plain).__module__]
+    own = module.eager_attention_forward
+
+    def masked(
+        layer: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
+    ) -> Any:
+        if layer in in_decoder:
+            attention_mask = attention_mask.masked_fill(edges, torch.finfo(attention_mask.dtype).min)
+        return own(layer, query, key, value, attention_mask, **more)
+
+    monkeypatch.setattr(module, "eager_attention_forward", masked)
+    blocked = plain(**prompt.inputs).logits
+    real = ~prompt.token_map.is_padding
+    assert torch.equal(written[real], blocked[real])
+    assert (blocked - expected)[real].abs().max() > 0.1
