@@ -38,10 +38,12 @@ from mmlens.errors import (
     UnknownNameError,
     UnsupportedError,
 )
+from mmlens.evaluation import check_same_twice
 from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, dissect, scale_of
 from mmlens.families.catalog import family_of
 from mmlens.families.media import unmapped_message
 from mmlens.families.record import Family
+from mmlens.linear import is_linear, n_embeddings
 from mmlens.loss import next_token_loss, text_labels
 from mmlens.prompt import Prompt, check_left_padding, make_prompt, with_answers
 from mmlens.taps import (
@@ -140,19 +142,20 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
     True
     """
 
-    def __init__(self, hf_model: PreTrainedModel, processor: ProcessorMixin | None = None) -> None:
-        """Wrap `hf_model` in place.
+    def __init__(self, hf_model: PreTrainedModel | Any, processor: ProcessorMixin | Any = None) -> None:
+        """Wrap `hf_model` in place. Of a PEFT model, the Hugging Face model inside it, with its adapter.
 
-        Raises UnknownFamilyError where the model's family has no record, and ValueError where the model does
-        not have the modules its family's record names.
+        Raises InvalidTypeError for what is no Hugging Face model, UnknownFamilyError where the model's family has no
+        record, ValueError where the model does not have the modules its family's record names, and UnsupportedError
+        for an adapter that is not in the model's modules (prompt tuning).
         """
         super().__init__()
+        hf_model = loading.checked_model(hf_model)
+        loading.check_processor(processor)
         self.family: Family = family_of(hf_model.config.model_type)
         self.hf_model = hf_model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", None)
-        # Analysis tools ask the whole tree of modules whether it is in evaluation mode.
-        self.training = hf_model.training
         self._n_forwards = 0
         self._running: Prompt | None = None
         self.span = Span(0, 0)
@@ -176,7 +179,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         self.anatomy.decoder.register_forward_pre_hook(self._on_decoder, with_kwargs=True)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, **hf_options: Any) -> HookedVLM:
+    def from_pretrained(cls, name_or_path: str | Any, **hf_options: Any) -> HookedVLM:
         """A shipped model ("micro"), a folder, or a hub id, loaded from safetensors and set to eval mode.
 
         `hf_options` go to transformers (dtype, device_map, attn_implementation, revision, token, ...);
@@ -185,6 +188,16 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         """
         hf_model, processor = loading.load(name_or_path, **hf_options)
         return cls(hf_model, processor)
+
+    @property
+    def training(self) -> bool:
+        """Whether the Hugging Face model is in training mode; `train()` and `eval()` reach it from here too."""
+        hf_model = self._modules.get("hf_model") if "_modules" in self.__dict__ else None
+        return hf_model is not None and hf_model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """nn.Module sets it on itself and on every child: the Hugging Face model's is the one that counts."""
 
     # ------------------------------------------------------------------ inputs
 
@@ -390,6 +403,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         `consume(layer, rows, real)`: rows in float32, padded to the batch's largest number of queries; `real`
         says which are queries. No S x S pattern is made. Raises ValueError where a batch row has no query.
         """
+        check_same_twice(self.hf_model)
         keyword_inputs = self._keyword_inputs(inputs, {})
         shape = tuple(keyword_inputs["input_ids"].shape)
         if tuple(queries.shape) != shape:
@@ -586,8 +600,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         if ids.is_floating_point():
             raise InvalidTypeError(f"token ids are integers, not {ids.dtype}")
         self._check_mapped({"input_ids": ids}, "a run on token ids alone")
-        # Its length alone, which an offloaded embedding has too.
-        n_known = len(self.embed.get_parameter("weight"))
+        n_known = n_embeddings(self.embed)
         if int(ids.max()) >= n_known or (image_id is not None and bool((ids == image_id).any())):
             raise InvalidValueError(
                 "token ids alone bring no image, and these have visual positions: pass the prompt itself "
@@ -834,7 +847,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         tap = AttentionTap({name: self._point(prefix + name) for name in inside})
         tap_attention(parts.module, tap)
         ModuleTap(parts.out, "input", z)
-        if isinstance(parts.out, nn.Linear):
+        if is_linear(parts.out):
             step = head_results(self._point(f"{prefix}hook_result"), parts.d_value, scale)
             ModuleTap(parts.out, "output", [step])
         return tap

@@ -22,10 +22,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mmlens import internals
-from mmlens.arguments import unknown_name_message
-from mmlens.errors import InvalidValueError, MmlensError
-from mmlens.families.catalog import UnknownFamilyError, family_of
+from mmlens import adapters, internals
+from mmlens.arguments import instance_of, shown, unknown_name_message
+from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError
+from mmlens.families.catalog import FAMILIES, UnknownFamilyError, family_of
 from mmlens.families.processors import load_processor
 
 _SHIPPED_FOLDER = Path(__file__).parent / "micro"
@@ -78,12 +78,18 @@ def scene_kinds(name_or_path: str | Path) -> dict[str, list[str]] | None:
     return {key: [str(kind) for kind in kinds[key]] for key in ("visual", "text")}
 
 
-def load(name_or_path: str | Path, **hf_options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(name_or_path: str | Path | Any, **hf_options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A Hugging Face model in eval mode and its processor. Weights come from safetensors only.
 
     Raises ModelNotFoundError, or UnknownFamilyError before any weight is loaded.
     """
+    instance_of(
+        "name_or_path", name_or_path, (str, Path), "a shipped model's name, a folder, or 'owner/name'"
+    )
     source = _resolve(str(name_or_path))
+    base = adapters.adapter_base(source)
+    if base is not None:
+        return _load_adapted(source, base, hf_options)
     hf_options.setdefault("trust_remote_code", False)
     hub_options = {key: hf_options[key] for key in _HUB_OPTIONS if key in hf_options}
     try:
@@ -95,6 +101,54 @@ def load(name_or_path: str | Path, **hf_options: Any) -> tuple[PreTrainedModel, 
     except (OSError, HfHubHTTPError) as error:
         raise ModelNotFoundError(_explain(source, error)) from error
     return model.eval(), processor
+
+
+def _load_adapted(
+    folder: str, base: str, hf_options: dict[str, Any]
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The base model with the folder's adapter; the folder's processor where it has one, else the base's."""
+    try:
+        model, processor = load(base, **hf_options)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"{folder!r} holds an adapter of {base!r}, and {error}") from error
+    if any((Path(folder) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        processor = load_processor(folder, trust_remote_code=hf_options.get("trust_remote_code", False))
+    return adapters.with_adapter(model, folder), processor
+
+
+def checked_model(model: Any) -> PreTrainedModel:
+    """The Hugging Face model to wrap: `model`, or what PEFT's wrapper holds.
+
+    Raises InvalidTypeError, with the way to one, for anything else; UnknownFamilyError for a text-only model.
+    """
+    if isinstance(model, (str, Path)):
+        raise InvalidTypeError(
+            f"HookedVLM wraps a loaded model, not the name {str(model)!r}: HookedVLM.from_pretrained({str(model)!r}) "
+            "loads one"
+        )
+    taken = adapters.without_wrapper(model)
+    if not isinstance(taken, PreTrainedModel):
+        ways = {
+            "TransformerBridge": "mmlens.from_bridge(bridge) takes one over",
+            "HookedVLM": "it is wrapped already; its Hugging Face model is .hf_model",
+        }
+        way = ways.get(type(model).__name__, "HookedVLM.from_pretrained(name or folder) loads one")
+        raise InvalidTypeError(f"HookedVLM wraps a Hugging Face model, not {shown(model)}: {way}")
+    if taken.config.model_type not in FAMILIES and taken.config.get_text_config() is taken.config:
+        raise UnknownFamilyError(
+            f"{type(taken).__name__} is no vision-language model (its family is {taken.config.model_type!r}); for a "
+            "text-only model take TransformerLens' TransformerBridge"
+        )
+    return taken
+
+
+def check_processor(processor: Any) -> None:
+    """Refuse what is no processor: a tokenizer alone knows nothing of images."""
+    if processor is not None and not hasattr(processor, "tokenizer"):
+        raise InvalidTypeError(
+            f"the processor is {shown(processor)}; expected the model's whole processor, as "
+            "AutoProcessor.from_pretrained gives it, or None"
+        )
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
@@ -109,7 +163,7 @@ def _check_takes_images(config: PretrainedConfig) -> None:
     if config.model_type not in known and not getattr(config, "auto_map", None):
         raise UnknownFamilyError(
             unknown_name_message("image-text-to-text family", config.model_type, known)
-            + ". `mmlens families` lists them all"
+            + ". `mmlens families` lists them all; for a text-only model take TransformerLens' TransformerBridge"
         )
 
 
@@ -118,7 +172,7 @@ def _resolve(name: str) -> str:
         return str(_SHIPPED_FOLDER / name)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / file).is_file() for file in ("config.json", adapters.ADAPTER_CONFIG)):
             raise ModelNotFoundError(f"the folder {name!r} holds no config.json: it is no model folder")
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers.utils import ModelOutput
 
 from mmlens.errors import InvalidValueError, UnsupportedError
 from mmlens.families.anatomy import Projection
+from mmlens.linear import unadapted, weight_of
 
 
 @runtime_checkable
@@ -239,7 +239,7 @@ def norm_arithmetic(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor, 
         (
             float(value)
             for name in ("variance_epsilon", "eps", "epsilon", "norm_eps")
-            if (value := getattr(norm, name, None)) is not None
+            if (value := getattr(unadapted(norm), name, None)) is not None
         ),
         None,
     )
@@ -256,12 +256,6 @@ def norm_arithmetic(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor, 
     bias = (plus + minus) / 2
     centred = bool((level - bias).abs().mean() < 0.1 * gain.abs().mean())
     return gain[0, 0], centred, eps
-
-
-def weight_of(module: nn.Module, like: Tensor) -> Tensor:
-    """The weight of a linear module on the device of `like`; one that accelerate has offloaded is loaded for it."""
-    with align_module_device(module):
-        return module.get_parameter("weight").to(like.device)
 
 
 def forked_input(point: LazyHookPoint, projection: Projection, norm: nn.Module) -> tuple[Step, Step]:

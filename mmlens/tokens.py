@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from mmlens.arguments import listed, shown, text, whole_number
 from mmlens.arguments import texts as _texts
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+from mmlens.linear import n_embeddings
 from mmlens.loading import input_device
 from mmlens.prompt import Prompt
 
@@ -51,7 +52,7 @@ class TokenMethods:
         if isinstance(input, Prompt):
             ids = input.inputs["input_ids"]
             is_image = input.token_map.is_image.to(ids.device)
-            n_known = self.hf_model.get_input_embeddings().weight.shape[0]
+            n_known = n_embeddings(self.hf_model.get_input_embeddings())
             return torch.where(is_image, n_known + is_image.cumsum(1) - 1, ids)
         tokenizer = self._tokenizer()
         given = (
@@ -134,7 +135,7 @@ class TokenMethods:
         if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
             raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")
         # Embeddings are often padded beyond what the tokenizer has.
-        n_known = max(len(self._tokenizer()), self.hf_model.get_input_embeddings().weight.shape[0])
+        n_known = max(len(self._tokenizer()), n_embeddings(self.hf_model.get_input_embeddings()))
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n_known:
             raise OutOfRangeError(f"{name} is {shown(value)}; expected token ids from 0 to {n_known - 1}")
         return ids

@@ -17,11 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
-from transformer_lens.utilities.quantization import require_readable_weight
 from transformers import PreTrainedModel
 
-from mmlens.errors import InvalidValueError
 from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, Projection, scale_of
+from mmlens.linear import NoWeightError, bias_of, unadapted, weight_of
 from mmlens.taps import norm_arithmetic
 
 MLP_ROLES: dict[str, tuple[str, ...]] = {
@@ -33,10 +32,6 @@ MLP_ROLES: dict[str, tuple[str, ...]] = {
 """Parts of an MLP by the names they go by; the first that is there counts."""
 
 _LATENT = ("kv_b_proj", "q_b_proj")
-
-
-class NoWeightError(InvalidValueError):
-    """A weight that the model does not have in TransformerLens' sense; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class AttentionWeights:
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """Output weights."""
-        return _matrix(self.parts.out, f"{self.name}.W_O").T.unflatten(0, (-1, self.parts.d_value))
+        return weight_of(self.parts.out, name=f"{self.name}.W_O").T.unflatten(0, (-1, self.parts.d_value))
 
     @property
     def b_Q(self) -> Float[Tensor, "head d_head"]:
@@ -89,7 +84,7 @@ class AttentionWeights:
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         """Output bias."""
-        return _bias(self.parts.out, f"{self.name}.b_O")
+        return bias_of(self.parts.out, f"{self.name}.b_O")
 
     @property
     def _result_contribution_scale(self) -> Tensor | float:
@@ -107,18 +102,18 @@ class AttentionWeights:
             raise NoWeightError(
                 f"{self.name} has no {role} weight on the residual stream: under latent attention "
                 f"({type(self.parts.module).__name__}) it is projected from a normalized latent of "
-                f"{_matrix(projection.module, self.name).shape[1]} numbers"
+                f"{projection.module.in_features} numbers"
             )
         return projection
 
     def _weight(self, role: str) -> Tensor:
         projection = self._projection(role)
-        weight = _matrix(projection.module, f"{self.name}.W_{role.upper()}")
+        weight = weight_of(projection.module, name=f"{self.name}.W_{role.upper()}")
         return projection.read(weight.T).transpose(0, 1)
 
     def _bias(self, role: str) -> Tensor:
         projection = self._projection(role)
-        return projection.read(_bias(projection.module, f"{self.name}.b_{role.upper()}"))
+        return projection.read(bias_of(projection.module, f"{self.name}.b_{role.upper()}"))
 
 
 @dataclass(frozen=True)
@@ -135,27 +130,27 @@ class MLPWeights:
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """What the neurons read."""
-        return self._cut(_matrix(*self._reader("in", "W_in")).T, half=1)
+        return self._cut(self._read("in", "W_in").T, half=1)
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """What the neurons' gates read."""
-        return self._cut(_matrix(*self._reader("gate", "W_gate")).T, half=0)
+        return self._cut(self._read("gate", "W_gate").T, half=0)
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """What the neurons write."""
-        return _matrix(self.out, f"{self.name}.W_out").T
+        return weight_of(self.out, name=f"{self.name}.W_out").T
 
     @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
         """Bias of the neurons."""
-        return self._cut(_bias(*self._reader("in", "b_in")), half=1)
+        return self._cut(bias_of(*self._reader("in", "b_in")), half=1)
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
         """Output bias."""
-        return _bias(self.out, f"{self.name}.b_out")
+        return bias_of(self.out, f"{self.name}.b_out")
 
     @property
     def is_gated(self) -> bool:
@@ -191,6 +186,10 @@ class MLPWeights:
         if module is None:
             raise self._other_kind(weight)
         return module, f"{self.name}.{weight}"
+
+    def _read(self, role: str, weight: str) -> Tensor:
+        module, name = self._reader(role, weight)
+        return weight_of(module, name=name)
 
     def _cut(self, last_axis: Tensor, half: int) -> Tensor:
         return last_axis if self._find("gate_and_in") is None else last_axis.chunk(2, dim=-1)[half]
@@ -319,17 +318,17 @@ class WeightProperties:
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """Token embeddings. Factors that a family applies to them are not in it."""
-        return _matrix(self.embed, "W_E")
+        return weight_of(self.embed, name="W_E")
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding, without the final norm's weight (see `tokens_to_residual_directions`)."""
-        return _matrix(self.unembed, "W_U").T
+        return weight_of(self.unembed, name="W_U").T
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
         """The unembedding's bias, zeros where there is none."""
-        return _bias(self.unembed, "b_U")
+        return bias_of(self.unembed, "b_U")
 
     @property
     def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
@@ -484,7 +483,7 @@ def normalization_of(anatomy: Anatomy) -> tuple[str | None, bool]:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module in a norm's place divides by a scale (some families have gates or factors there)."""
-    return "Norm" in type(module).__name__
+    return "Norm" in type(unadapted(module)).__name__
 
 
 @torch.no_grad()
@@ -505,16 +504,3 @@ def subtracts_mean(norm: nn.Module) -> bool:
 def norm_bias(norm: nn.Module, like: Float[Tensor, "... d_model"]) -> Float[Tensor, " d_model"]:
     """What a norm adds to the normalized vector: its response to zeros."""
     return norm.forward(torch.zeros_like(like).view(1, 1, -1))[0, 0]
-
-
-def _matrix(module: nn.Module, name: str) -> Tensor:
-    weight = require_readable_weight(getattr(module, "weight", None), operation=f"read {name}", owner=module)
-    return weight
-
-
-def _bias(module: nn.Module, name: str) -> Tensor:
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, Tensor):
-        return bias
-    weight = _matrix(module, name)
-    return weight.new_zeros(weight.shape[0])

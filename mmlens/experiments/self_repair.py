@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
+from mmlens.evaluation import check_same_twice
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
@@ -197,6 +198,7 @@ def direct_contributions(
         raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
     names = [block(layer, "attn.hook_z") for layer in model.attention_layers]
     final = [] if model.ln_final is None else ["ln_final.hook_scale"]
+    check_same_twice(model.hf_model)
     _, cache = model.run_with_cache(prompt, names_filter=[*names, *final], logits_to_keep=1)
     own = cache[final[0]][:, -1].flatten().float() if final else torch.ones(len(prompt), device=model.device)
     right, other = (

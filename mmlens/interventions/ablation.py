@@ -31,6 +31,7 @@ from mmlens.arguments import unknown_name_message
 from mmlens.cache import is_batched, is_masked, is_packed
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
+from mmlens.evaluation import check_same_twice
 from mmlens.heads import HeadSet
 from mmlens.hook_names import axes_of, layer_of
 from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention
@@ -74,6 +75,7 @@ def mean_activations(
     """
     if not examples:
         raise InvalidValueError("mean_activations needs at least one example, got an empty list")
+    check_same_twice(model.hf_model)
     names = _mean_hooks(model, hooks)
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
@@ -286,6 +288,7 @@ def _resample(
         for question, images in zip(prompt.questions, prompt.images, strict=True)
     ]
     other = model.prompt_examples(drawn)
+    check_same_twice(model.hf_model)
     with torch.no_grad():
         _, cache = model.run_with_cache(
             other, names_filter=[target.hook for target in targets], logits_to_keep=1

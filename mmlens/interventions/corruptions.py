@@ -37,6 +37,7 @@ from torch import Tensor
 from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import Evidence, Example
 from mmlens.errors import InvalidValueError, OutOfRangeError
+from mmlens.evaluation import check_same_twice
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention
 from mmlens.interventions.edits import Change, Edit, Here, Positions, positions_mask
@@ -456,6 +457,7 @@ def noise_images(
         names = ["image.hook_embed"]
         if deepstack:
             names += [block(layer, "hook_deepstack") for layer in model.anatomy.deep_after]
+        check_same_twice(model.hf_model)
         with torch.no_grad():
             _, cache = model.run_with_cache(prompt, names_filter=names, logits_to_keep=1)
         return [

@@ -24,6 +24,7 @@ from transformer_lens import ActivationCache
 from mmlens.arguments import unknown_name_message
 from mmlens.cache import is_packed, over_positions
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+from mmlens.evaluation import check_same_twice
 from mmlens.hook_names import axes_of, head_axis, runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, UnknownHookError
 from mmlens.interventions.corruptions import layout_difference
@@ -284,6 +285,7 @@ def _activations(
 
 
 def _fired(model: HookedVLM, prompt: Prompt, names: set[str]) -> dict[str, Tensor]:
+    check_same_twice(model.hf_model)
     try:
         _, cache = model.run_with_cache(
             prompt, names_filter=lambda name: name in names, logits_to_keep=1, use_cache=False

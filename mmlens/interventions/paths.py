@@ -37,6 +37,7 @@ from torch import Tensor
 from mmlens.arguments import unknown_name_message
 from mmlens.cache import is_packed
 from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.evaluation import check_same_twice
 from mmlens.families.anatomy import scale_of
 from mmlens.heads import HeadSet, as_head_set
 from mmlens.hook_names import block, layer_of
@@ -488,6 +489,7 @@ def _run_2(path: _Path, writes: Sequence[_Write]) -> dict[str, Tensor]:
         streams = {block(reader.layer, "hook_resid_pre"): reader for reader in readers}
         hooks = [(hook, _replaced(_stream(path, reader, hook, writes))) for hook, reader in streams.items()]
     names = list(dict.fromkeys(reader.hook for reader in readers))
+    check_same_twice(path.model.hf_model)
     with path.model.hooks(fwd_hooks=hooks):
         _, cache = path.model.run_with_cache(
             path.prompt, names_filter=names, logits_to_keep=1, use_cache=False

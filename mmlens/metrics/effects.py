@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mmlens.arguments import flag, instance_of, listed, number, shown, whole_number, whole_numbers
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+from mmlens.evaluation import check_same_twice
 from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention, NoChangeWarning, model_of
 from mmlens.interventions.edits import Edit, hooks_of, intervention_of
 from mmlens.metrics.outcomes import (
@@ -437,6 +438,7 @@ class MetricRuns:
     """The runs that a set of metrics needs of each prompt, and what the metrics make of them."""
 
     def __init__(self, model: HookedVLM, metrics: Mapping[str, Metric], logits_to_keep: int) -> None:
+        check_same_twice(model.hf_model)
         self.model, self.metrics, self.logits_to_keep = model, metrics, logits_to_keep
         read = {name: what_reads(function) for name, function in metrics.items()}
         self.compares = "clean logits" in read.values()

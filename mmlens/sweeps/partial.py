@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mmlens import internals
 from mmlens.attention import Around, Attend, AttentionCall, AttentionTap, is_causal
 from mmlens.errors import InvalidValueError, StateError
+from mmlens.evaluation import check_same_twice
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Span
 from mmlens.interventions.edits import Edit
@@ -75,6 +76,7 @@ class CleanRun:
     @torch.no_grad()
     def of(cls, model: HookedVLM, prompt: Prompt, logits_to_keep: int = 1) -> CleanRun:
         """Run the prompt with no hook and keep the pieces. Raises ValueError where a layer does not run once."""
+        check_same_twice(model.hf_model)
         recorder = _Recorder(model)
         with recorder.recording():
             logits = model(prompt, logits_to_keep=logits_to_keep, use_cache=False)

@@ -25,6 +25,7 @@ from mmlens.families.anatomy import Projection, scale_of
 from mmlens.hook_names import block, layer_of
 from mmlens.hooked_vlm import HookedVLM, model_of
 from mmlens.interventions.patching import PatchSource
+from mmlens.linear import is_linear, weight_of
 from mmlens.metrics.attribution.nodes import word_names
 from mmlens.metrics.attribution.runs import (
     GradientRuns,
@@ -40,7 +41,6 @@ from mmlens.metrics.attribution.runs import (
 from mmlens.metrics.outcomes import Metric
 from mmlens.prompt import Prompt
 from mmlens.sweeps.grids import layers_with
-from mmlens.taps import weight_of
 
 EDGE_METHODS = ("gradient", "integrated")
 SENDERS = ("embed", "image", "head", "attention", "mlp", "deepstack")
@@ -223,7 +223,7 @@ def _senders(model: HookedVLM, prompt: Prompt, word: str) -> list[Site]:
     for layer in layers:
         assert layer is not None
         attention = attention_of(model, layer)
-        if not isinstance(attention.out, nn.Linear):
+        if not is_linear(attention.out):
             raise InvalidValueError(
                 f"the output projection of layer {layer} is a {type(attention.out).__name__}, not linear: what one "
                 "head writes is not defined; take the sender 'attention'"

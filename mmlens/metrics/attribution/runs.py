@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmlens.arguments import whole_number
 from mmlens.errors import InvalidValueError
+from mmlens.evaluation import check_same_twice
 from mmlens.families.anatomy import AttentionParts
 from mmlens.hook_names import block, runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, model_of
@@ -65,10 +66,7 @@ class GradientRuns:
         metric_of("metric", self.metric)
         self.steps = whole_number("steps", self.steps, least=1)
         self.logits_to_keep = whole_number("logits_to_keep", self.logits_to_keep, least=0)
-        if self.model.hf_model.training:
-            raise InvalidValueError(
-                "the model is in training mode, where dropout changes every run: call hf_model.eval()"
-            )
+        check_same_twice(self.model.hf_model)
         self.metric_name = metric_name(self.metric)
         reads = what_reads(self.metric)
         if reads == "answers":

@@ -17,6 +17,7 @@ from torch import Tensor
 from mmlens.arguments import listed, shown, texts, whole_number
 from mmlens.data.examples import Evidence, Example, regions_of
 from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
+from mmlens.evaluation import check_same_twice
 from mmlens.heads import HeadScores
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.attention_rows import (
@@ -160,6 +161,7 @@ def _decode(
     model: HookedVLM, prompt: Prompt, max_new_tokens: int
 ) -> tuple[Int[Tensor, "batch step"], dict[int, Int[Tensor, "step batch head"]]]:
     """The greedily generated tokens, and for every layer the key that each head attends to most at each step."""
+    check_same_twice(model.hf_model)
     length = prompt.shape[1]
     attended: dict[int, list[Tensor]] = {layer: [] for layer in model.attention_layers}
 

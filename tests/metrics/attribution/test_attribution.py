@@ -814,11 +814,14 @@ def test_sources_of_another_layout_are_errors() -> None:
 
 def test_refused_models() -> None:
     model, prompt, source = setting("llava")
+    attention = model.anatomy.language[1].attention.module
+    attention.attention_dropout = 0.1
     model.hf_model.train()
     try:
-        with pytest.raises(ValueError, match="training mode"):
+        with pytest.raises(RuntimeError, match="training mode"):
             attribute(model, prompt, source, contrast)
     finally:
+        attention.attention_dropout = 0.0
         model.hf_model.eval()
     gated, prompt, source = setting("gemma4")
     with pytest.raises(ValueError, match="more than add to the stream"):
