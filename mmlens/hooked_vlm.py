@@ -11,7 +11,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ from mmlens import hook_names, internals, keywords, loading
 from mmlens.arguments import flag, one_of, shown, unknown_name_message
 from mmlens.attention import AttentionTap, QueryRows, tap_attention
 from mmlens.cache import VLMActivationCache, is_packed
-from mmlens.data.examples import Example
+from mmlens.data.examples import Example, examples_of
 from mmlens.errors import (
     InvalidTypeError,
     InvalidValueError,
@@ -221,10 +221,12 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         """Every language head as (layer, head)."""
         return [(layer, head) for layer, count in enumerate(self.heads_per_layer) for head in range(count)]
 
-    def prompt(self, questions: str | Sequence[str], images: Sequence[Any] = ()) -> Prompt:
+    def prompt(self, questions: str | Iterable[str], images: Iterable[Any] | None = ()) -> Prompt:
         """Model inputs and token map for one question and its images, or for a batch of both.
 
-        Images (PIL images or paths) stand before the question, through the processor's own chat template.
+        Images (PIL images or paths) stand before the question, through the processor's own chat template. They are
+        shown upright, as their EXIF data say, and laid over white where they are transparent; what cannot be shown
+        without a choice of yours, such as one of several frames, raises PromptError.
         """
         if self.processor is None:
             raise InvalidValueError(
@@ -237,10 +239,17 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             )
         return make_prompt(self.processor, self.family.layout, questions, images, device=self.device)
 
-    def prompt_examples(self, examples: Sequence[Example]) -> Prompt:
-        """A batch of examples as a prompt that also carries their answers and candidates for the metrics."""
-        prompt = self.prompt([e.question for e in examples], [list(e.images) for e in examples])
-        return with_answers(prompt, self.processor, examples)
+    def prompt_examples(self, examples: Iterable[Example], answer_start: str | None = None) -> Prompt:
+        """A batch of examples as a prompt that also carries their answers and candidates for the metrics.
+
+        Metrics of the next token look for an answer's first token as it follows the prompt. `answer_start` says what
+        stands between the two: None for the space that the model's chat template writes there, if it does
+        ("ASSISTANT: yes"), "" or " " to choose; the prompt's repr shows the token. Raises PromptError for an answer
+        or candidate that the tokenizer does not know.
+        """
+        batch = examples_of(examples)
+        prompt = self.prompt([e.question for e in batch], [list(e.images) for e in batch])
+        return with_answers(prompt, self.processor, batch, answer_start)
 
     @torch.no_grad()
     def encode_images(self, prompt: Prompt) -> Prompt:

@@ -8,23 +8,35 @@ tokenizer's offsets in the text with placeholders, are counted back from the end
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from PIL import Image, ImageOps
+from jinja2 import TemplateError
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from mmlens.arguments import shown
-from mmlens.errors import InvalidTypeError, InvalidValueError, MissingFileError, UnsupportedError
+from mmlens.arguments import instance_of, listed, shown
+from mmlens.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    MissingFileError,
+    MmlensError,
+    MmlensWarning,
+    UnsupportedError,
+)
 from mmlens.families.layouts.grids import Layout
 from mmlens.families.media import media_of, unmapped_message
+from mmlens.families.processors import DROP_ALPHA
 from mmlens.token_map import ImageGrid, TokenMap
 
 MAX_IMAGE_PIXELS = 89_478_485
@@ -46,7 +58,42 @@ class HasAnswer(Protocol):
     def candidates(self) -> Sequence[str]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
+class Spelling:
+    """How a prompt's answers are written as tokens, and what another spelling of them would be.
+
+    Many tokenizers tell " yes" from "yes". `tokens` are the answers' first tokens as the tokenizer writes them;
+    `others` holds, per example, the first tokens that the answer and the candidates would have with the space
+    before them that they lack, or without the one that they have, where these are no candidate's own. (One entry
+    stands for all examples where the tokens are the same for all.)
+    """
+
+    tokens: list[str]
+    blank: list[bool]
+    """Whether the answer's or a candidate's first token is white space alone, per example."""
+    others: list[dict[int, str]]
+    is_checked: bool = False
+
+    def check(self, greedy: Sequence[int]) -> None:
+        """Warn where a most probable token is the other spelling; of the first run of a prompt alone."""
+        if self.is_checked:
+            return
+        self.is_checked = True
+        rows = len(self.others)
+        for row, token in enumerate(greedy):
+            if token in self.others[row % rows]:
+                warnings.warn(
+                    f"the most probable token after a prompt is the first of {self.others[row % rows][token]!r}, and "
+                    f"what is measured is {self.tokens[row % rows]!r}: the model writes its answers with another "
+                    "space before them than the metric looks for. Choose it by model.prompt_examples(examples, "
+                    "answer_start=' ') or '', or write the answers so",
+                    MmlensWarning,
+                    stacklevel=5,
+                )
+                return
+
+
+@dataclass(frozen=True, repr=False)
 class Prompt:
     """Model inputs for a batch, and what stands at each position.
 
@@ -62,15 +109,34 @@ class Prompt:
     answers: list[str] | None = None
     candidates: list[tuple[str, ...]] | None = None
     answer_ids: Int[Tensor, " batch"] | None = None
-    """First token of each answer, as it follows the prompt."""
+    """First token of each answer, as it follows the prompt (`with_answers`)."""
     candidate_ids: list[Int[Tensor, " _"]] | None = None
     """First token of every candidate, per example."""
+    answer_starts: list[str] | None = None
+    """What stands between each prompt and its answer: "", or the space that the chat template writes there."""
+    spelling: Spelling | None = None
+    """How the tokens of the answers are written, and the tokens that the other spelling would have."""
 
     image_features: Any = None
     """What the vision tower gave, where `HookedVLM.encode_images` has already run it."""
 
     def __len__(self) -> int:
         return len(self.token_map)
+
+    def __repr__(self) -> str:
+        """The questions, how many images and positions each has, and the token that stands for its answer."""
+        n_positions = (~self.token_map.is_padding).sum(1).tolist()
+        n_visual = self.token_map.is_image.sum(1).tolist()
+        lines = []
+        for row, question in enumerate(self.questions[:_MOST_SHOWN]):
+            said = f"{_short(question)}, {len(self.images[row])} image(s), {n_positions[row]} positions"
+            said += f" ({n_visual[row]} visual)" if n_visual[row] else ""
+            if self.answers is not None and self.spelling is not None:
+                said += f", answer {_short(self.answers[row])} as token {self.spelling.tokens[row]!r}"
+            lines.append(said)
+        more = len(self) - len(lines)
+        lines += [f"and {more} more"] if more else []
+        return f"Prompt({'; '.join(lines)})" if len(lines) == 1 else "\n  ".join(["Prompt(", *lines]) + ")"
 
     @property
     def shape(self) -> torch.Size:
@@ -124,8 +190,8 @@ def prompt_of(value: object, name: str = "prompt") -> Prompt:
 def make_prompt(
     processor: ProcessorMixin,
     layout: Layout,
-    questions: str | Sequence[str],
-    images: Sequence[Any] = (),
+    questions: str | Iterable[str],
+    images: Iterable[Any] | None = (),
     *,
     device: torch.device | str | None = None,
     padding_side: Literal["left", "right"] = "left",
@@ -133,7 +199,9 @@ def make_prompt(
     """One question with its images, or a batch: a list of questions with a list of image lists.
 
     Images (PIL images or paths) stand in order before the question, through the processor's chat template and
-    the processor itself. `layout` is the family's (mmlens.families.layouts).
+    the processor itself, which gets them upright and as RGB: laid over white where they are transparent, as
+    transformers does for a PIL image (`open_image` says what is turned and what is refused). `layout` is the
+    family's (mmlens.families.layouts).
 
     Raises PromptError for an empty question, a question the template drops, repeats or alters, image
     placeholders in another number than images, a broken or gigantic image, a processor without chat template
@@ -141,6 +209,7 @@ def make_prompt(
     another number of image tokens than the layout predicts.
     """
     question_list, image_lists = _batch(questions, images)
+    _warn_of_dropped_alpha(processor, image_lists)
     loaded = [
         [load_image(image, f"image {i} of example {example}") for i, image in enumerate(own)]
         for example, own in enumerate(image_lists)
@@ -179,10 +248,16 @@ def assembled_prompt(
     rendered = _laid_out(processor, rendered, images)
     try:
         encoded, plain = _process(processor, text, _joined(rendered), images, padding_side)
-    except ValueError as error:
-        if isinstance(error, PromptError) or not unplaced:
-            raise
-        raise unplaced_error(unplaced[0]) from error
+    except MmlensError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        if unplaced:
+            raise unplaced_error(unplaced[0]) from error
+        shapes = ", ".join(f"{image.width} x {image.height}" for own in images for image in own) or "none"
+        raise PromptError(
+            f"{type(processor).__name__} takes no such prompt, with {list(map(len, images))} image(s) of {shapes} "
+            f"pixels: {error}"
+        ) from error
     is_image = _image_positions(processor, layout, encoded)
     for example in unplaced:
         if not bool(is_image[example].any()):
@@ -203,10 +278,21 @@ def assembled_prompt(
                 "processor changed the text after the chat template in a way other than expanding images"
             )
         is_question[example, real] = found
+        _warn_of_unknown_words(
+            processor, plain[example], question, sum(map(len, rendered[example][:2])), example
+        )
     sizes = [[image.size for image in own] for own in images]
     # Some models take numbers of tiles as lists; what else is no tensor is the processor's own bookkeeping.
     listed = getattr(getattr(processor, "image_processor", None), "model_input_names", ())
     inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor) or name in listed}
+    if "cross_attention_mask" in inputs and len(set(map(len, images))) > 1:
+        warnings.warn(
+            f"the examples of this batch have {list(map(len, images))} images: plain transformers lets what stands "
+            "before an example's image look at the padding of those it lacks, so its logits are others than alone; "
+            "give batches of equal numbers of images",
+            MmlensWarning,
+            stacklevel=4,
+        )
     if padding_side == "left" and len(questions) > 1:
         check_left_padding(inputs["attention_mask"])
     return Prompt(
@@ -327,16 +413,52 @@ def _placeholder_error(processor: ProcessorMixin, text: str, n_images: int, wher
 
 
 def load_image(image: Any, where: str = "the image") -> Image.Image:
-    """An RGB copy of a PIL image, or of the image file at a path (turned upright as its EXIF data say).
+    """A PIL image, or the image file at a path, as every model is shown it: upright, and RGB (`as_rgb`).
 
-    Raises PromptError for what is no image, a truncated file, an empty image or one above MAX_IMAGE_PIXELS,
-    and FileNotFoundError for a path that does not exist.
+    Raises as `open_image` does.
+    """
+    opened = open_image(image, where)
+    try:
+        return as_rgb(opened)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise PromptError(f"{where} is broken and cannot be decoded ({error})") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An RGB copy, laid over white where the image is transparent: what transformers shows its models.
+
+    >>> as_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
+    (255, 255, 255)
+    """
+    if not is_transparent(image):
+        return image.convert("RGB")
+    above = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether the image has an alpha channel, or a colour that stands for none."""
+    return "A" in image.getbands() or image.info.get("transparency") is not None
+
+
+def open_image(image: Any, where: str = "the image") -> Image.Image:
+    """A PIL image, or the image file at a path, in its own mode, turned upright as its EXIF data say.
+
+    Plain transformers turns a file's image so, and not a PIL image: a PIL image that had to be turned gives a
+    MmlensWarning.
+
+    Raises PromptError for what is no image, a truncated file, an empty image or one above MAX_IMAGE_PIXELS, and for
+    what cannot be shown to a model without a choice that is yours: an image of several frames, one of 16 bits or of
+    floats that does not hold whole numbers from 0 to 255, a mode that PIL does not bring to RGB unharmed. Raises
+    MissingFileError (a FileNotFoundError) for a path at which there is no file.
     """
     if not isinstance(image, (str, os.PathLike)):
-        return _decoded(image, where)
+        return _checked_image(image, where)
     name = f"{where} ({os.fspath(image)})"
     if not Path(image).is_file():
-        raise MissingFileError(f"{name} does not exist")
+        raise MissingFileError(
+            f"{name} does not exist" if not Path(image).is_dir() else f"{name} is a folder"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -346,47 +468,164 @@ def load_image(image: Any, where: str = "the image") -> Image.Image:
     except OSError as error:
         raise PromptError(f"{name} is no image that PIL can read ({error})") from error
     with opened:
-        return _decoded(opened, name, upright=True)
+        return _checked_image(opened, name, from_file=True)
 
 
-def with_answers(prompt: Prompt, processor: ProcessorMixin, examples: Sequence[HasAnswer]) -> Prompt:
+def with_answers(
+    prompt: Prompt,
+    processor: ProcessorMixin,
+    examples: Sequence[HasAnswer],
+    answer_start: str | None = None,
+) -> Prompt:
     """The prompt with its examples' answers and candidates, and their first token ids as they follow the prompt.
 
-    Raises PromptError where the number of examples is not the batch's, or an answer or candidate is empty.
+    Many tokenizers tell " yes" from "yes". `answer_start` is what stands between the prompt and an answer: None
+    for what the chat template writes there in an assistant's turn (`answer_start_of`), "" or " " to choose. An
+    answer that itself begins with white space is taken as it is.
+
+    Raises PromptError where the number of examples is not the batch's, or an answer or candidate is empty or holds
+    a word that the tokenizer does not know; InvalidValueError for another `answer_start`.
     """
     if len(examples) != len(prompt):
         raise PromptError(f"answers of {len(examples)} example(s), but the prompt has {len(prompt)}")
-    known: dict[tuple[str, str], int] = {}
+    if answer_start not in (None, "", " "):
+        raise InvalidValueError(
+            f"answer_start is {shown(answer_start)}; expected '' or ' ', or None for what the chat template writes"
+        )
+    starts = [
+        answer_start_of(processor, text, len(own)) if answer_start is None else answer_start
+        for text, own in zip(prompt.text, prompt.images, strict=True)
+    ]
 
-    def first_id(text: str, answer: str) -> int:
-        if (text, answer) not in known:
-            known[text, answer] = _first_token_after(processor, text, answer)
-        return known[text, answer]
+    @functools.cache
+    def first_id(text: str, answer: str, unknown: bool = False) -> int:
+        return _first_token_after(processor, text, answer, unknown=unknown)
 
     device = prompt.token_map.device
     answers = [example.answer for example in examples]
     candidates = [tuple(example.candidates) for example in examples]
+    answer_ids: list[int] = []
+    candidate_ids: list[list[int]] = []
+    spelling = Spelling([], [], [])
+    for text, start, answer, options in zip(prompt.text, starts, answers, candidates, strict=True):
+        spelt = [_spelt(start, each) for each in (answer, *options)]
+        ids = [first_id(text, each) for each in spelt]
+        answer_ids.append(ids[0])
+        candidate_ids.append(ids[1:])
+        spelling.tokens.append(str(processor.tokenizer.convert_ids_to_tokens(ids[0])))
+        spelling.blank.append(any(not processor.tokenizer.decode([each]).strip() for each in ids))
+        others = {first_id(text, each, unknown=True): each for each in map(respelt, spelt)}
+        spelling.others.append({token: each for token, each in others.items() if token not in ids})
     return replace(
         prompt,
         answers=answers,
         candidates=candidates,
-        answer_ids=torch.tensor(
-            [first_id(text, answer) for text, answer in zip(prompt.text, answers, strict=True)], device=device
-        ),
-        candidate_ids=[
-            torch.tensor([first_id(text, answer) for answer in own], dtype=torch.long, device=device)
-            for text, own in zip(prompt.text, candidates, strict=True)
-        ],
+        answer_ids=torch.tensor(answer_ids, device=device),
+        candidate_ids=[torch.tensor(ids, dtype=torch.long, device=device) for ids in candidate_ids],
+        answer_starts=starts,
+        spelling=spelling,
     )
+
+
+def answer_ids_of(prompt: Prompt) -> Int[Tensor, " batch"]:
+    """The first token of each answer, for what measures the next token.
+
+    Raises InvalidValueError where the prompt carries no answers, or where an answer or candidate begins with a token
+    of white space alone, which tells no answer from another.
+    """
+    if prompt.answer_ids is None:
+        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+    if prompt.spelling is not None and any(prompt.spelling.blank):
+        row = prompt.spelling.blank.index(True)
+        assert prompt.answers is not None and prompt.candidates is not None
+        raise InvalidValueError(
+            f"example {row} of the batch: after the prompt, the answer {prompt.answers[row]!r} or one of its "
+            f"candidates {prompt.candidates[row]} begins with a token of white space alone, so the next token does not "
+            "tell answers apart. Measure generated answers (mmlens.generated_accuracy), or leave the space out: "
+            "model.prompt_examples(examples, answer_start='')"
+        )
+    return prompt.answer_ids
+
+
+def answer_start_of(processor: ProcessorMixin, text: str, n_images: int = 0) -> str:
+    """The space that the chat template writes between the prompt for an answer and the answer: " ", or "".
+
+    LLaVA's prompts end in "ASSISTANT:", and its assistant's turns are "ASSISTANT: yes": the model goes on with
+    " yes". The conversation is rendered with an answer, and what stands before it compared with the end of the
+    prompt `text`. A template that writes no assistant's turn is judged by the turns that it writes: where a role's
+    colon is followed by a space there, it is before the answer. Whatever else such turns hold (a thought, other
+    line breaks) is not in the prompt, and changes nothing: the answer follows the prompt as that stands.
+    """
+    if not getattr(processor, "chat_template", None) or not text.strip():
+        return ""
+    asked = _turns(processor, [("user", _ASKED, n_images), ("assistant", _ANSWERED, 0)])
+    before = asked.partition(_ANSWERED)[0] if asked.count(_ANSWERED) == 1 else ""
+    role, end = before.rstrip().split()[-1:], text.rstrip()
+    if role == end.split()[-1:]:
+        written = before
+    elif end.endswith(":"):
+        written = _turns(processor, [("user", _ASKED, 0)]).partition(_ASKED)[0]
+        if not written.rstrip().endswith(":"):
+            return ""
+    else:
+        return ""
+    spaces, own = written[len(written.rstrip()) :], text[len(end) :]
+    return " " if spaces == f"{own} " else ""
+
+
+_ASKED, _ANSWERED = "QUESTIONGOESHERE", "ANSWERGOESHERE"
+
+
+def _turns(processor: ProcessorMixin, turns: Sequence[tuple[str, str, int]]) -> str:
+    """The chat template's text of a conversation of (role, text, number of images); "" where it takes none such."""
+    for listed_parts in (True, False):
+        messages = [
+            {
+                "role": role,
+                "content": [{"type": "image"}] * n_images + [{"type": "text", "text": said}]
+                if role == "user" or listed_parts
+                else said,
+            }
+            for role, said, n_images in turns
+        ]
+        try:
+            text = processor.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+        except (TemplateError, ValueError, TypeError, LookupError):
+            continue
+        if turns[-1][1] in text and "'type': 'text'" not in text:
+            return text
+    return ""
+
+
+def respelt(answer: str) -> str:
+    """The answer without the space before it, or with one where it has none."""
+    return answer.lstrip() if answer[:1].isspace() else f" {answer}"
+
+
+def _spelt(start: str, answer: str) -> str:
+    if not answer.strip():
+        raise PromptError(f"an answer or candidate is empty ({answer!r}), so it has no first token")
+    return answer if answer[0].isspace() else start + answer
 
 
 # ---------------------------------------------------------------------- plumbing
 
 
-def _decoded(image: Any, name: str, *, upright: bool = False) -> Image.Image:
+_WAYS_TO_AN_IMAGE = {
+    "ndarray": "; make one: PIL.Image.fromarray(array), with whole numbers from 0 to 255 [height, width, 3]",
+    "Tensor": "; make one: torchvision.transforms.functional.to_pil_image(tensor)",
+    "bytes": "; make one: PIL.Image.open(io.BytesIO(data))",
+    "BytesIO": "; make one: PIL.Image.open(file)",
+    "dict": "; of a row of Hugging Face datasets: PIL.Image.open(io.BytesIO(row['bytes']))",
+}
+_PREMULTIPLIED = ("La", "RGBa")
+
+
+def _checked_image(image: Any, name: str, *, from_file: bool = False) -> Image.Image:
     if not isinstance(image, Image.Image):
+        kind = type(image).__name__
         raise PromptError(
-            f"{name} is a {type(image).__name__}; expected a PIL image or the path of an image file"
+            f"{name} is a {kind}; expected a PIL image or the path of an image file{_WAYS_TO_AN_IMAGE.get(kind, '')}"
         )
     width, height = image.size
     if width * height > MAX_IMAGE_PIXELS:
@@ -397,32 +636,103 @@ def _decoded(image: Any, name: str, *, upright: bool = False) -> Image.Image:
     if not width * height:
         raise PromptError(f"{name} is empty: {width} x {height} pixels")
     try:
-        return (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+        _check_showable(image, name)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation not in _TURNED:
+            # A copy has no file that could be closed, and no further frames.
+            return image.copy() if from_file else image
+        turned = ImageOps.exif_transpose(image)
+    except PromptError:
+        raise
+    except (OSError, EOFError, SyntaxError, ValueError, AttributeError) as error:
         raise PromptError(f"{name} is broken and cannot be decoded ({error})") from error
+    if not from_file:
+        warnings.warn(
+            f"{name} was turned upright, as the orientation in its EXIF data says ({orientation}): it is now "
+            f"{turned.width} x {turned.height} pixels, and boxes are pixels of it so. Plain transformers shows a PIL "
+            "image as its pixels lie, and turns files alone. Where the pixels are upright already, take the tag away: "
+            "del image.getexif()[0x0112], and image.info.pop('exif', None)",
+            MmlensWarning,
+            stacklevel=2,
+        )
+    return turned
 
 
-def _batch(questions: str | Sequence[str], images: Sequence[Any]) -> tuple[list[str], list[list[Any]]]:
+_TURNED = range(2, 9)
+"""EXIF's orientations other than upright (1)."""
+
+
+def _check_showable(image: Image.Image, name: str) -> None:
+    """Raise PromptError for an image that would reach the model as something else than it is."""
+    # Phones put a preview, a depth map or a gain map after the photograph of an MPO file.
+    n_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if n_frames > 1:
+        raise PromptError(
+            f"{name} holds {n_frames} frames, of which a model would see one: choose it (image.seek(0), then "
+            "image.copy()), or give all of them as images in order: [frame.copy() for frame in "
+            "PIL.ImageSequence.Iterator(image)]"
+        )
+    if image.mode in (*_PREMULTIPLIED, "LAB"):
+        raise PromptError(
+            f"{name} has the mode {image.mode!r}, which transformers would show with its colours changed; convert it: "
+            f"image.convert({'RGBA' if image.mode in _PREMULTIPLIED else 'RGB'!r})"
+        )
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        # NaN is not equal to itself, so it is refused with the fractions.
+        if low < 0 or high > 255 or not bool((values == np.rint(values)).all()):
+            raise PromptError(
+                f"{name} has the mode {image.mode!r} and values from {low:g} to {high:g}; models take whole numbers "
+                "from 0 to 255, and PIL would clip or cut off all others. Scale it yourself, as in "
+                "PIL.Image.fromarray((255.0 * (a - a.min()) / (a.max() - a.min())).astype('uint8')) with a = "
+                "numpy.asarray(image)"
+            )
+
+
+def _warn_of_dropped_alpha(processor: ProcessorMixin, images: list[list[Any]]) -> None:
+    if type(processor).__name__ not in DROP_ALPHA:
+        return
+    if any(isinstance(image, Image.Image) and is_transparent(image) for own in images for image in own):
+        warnings.warn(
+            f"transparent images were laid over white, as transformers does for other models; plain "
+            f"{type(processor).__name__} drops the alpha channel and shows the colours that lie under it",
+            MmlensWarning,
+            stacklevel=4,
+        )
+
+
+_NO_LISTS = (str, bytes, os.PathLike, io.IOBase, Mapping, np.ndarray, Tensor)
+"""What can be iterated over and is still no list of images."""
+
+
+def _batch(questions: Any, images: Any) -> tuple[list[str], list[list[Any]]]:
     if isinstance(images, (str, os.PathLike, Image.Image)):
         raise PromptError(
             f"images is a single {type(images).__name__}; expected a list of images: images=[image]"
         )
-    nested = [isinstance(entry, (list, tuple)) for entry in images]
+    image_list = [] if images is None else listed("images", images, "a list of images")
+    nested = [isinstance(entry, Iterable) and not isinstance(entry, _NO_LISTS) for entry in image_list]
     if isinstance(questions, str):
         if any(nested):
             raise PromptError("one question takes a flat list of images; a batch takes a list of questions")
-        return [questions], [list(images)]
-    question_list = list(questions)
+        return [questions], [image_list]
+    question_list = listed("questions", questions, "a question, or a list of questions")
+    for number, question in enumerate(question_list):
+        instance_of(f"question {number}", question, str, "a text")
     if not question_list:
         raise PromptError("there is no question: the list of questions is empty")
-    if not len(images):
+    if not image_list:
         return question_list, [[] for _ in question_list]
-    if not all(nested) or len(images) != len(question_list):
+    if not all(nested) or len(image_list) != len(question_list):
         raise PromptError(
             f"{len(question_list)} question(s) take a list of {len(question_list)} image lists, one per question; "
-            f"got {len(images)} entries, {sum(nested)} of them lists"
+            f"got {len(image_list)} entries, {sum(nested)} of them lists"
         )
-    return question_list, [list(own) for own in images]
+    return question_list, [
+        listed(f"the images of question {number}", own, "a list of images")
+        for number, own in enumerate(image_list)
+    ]
 
 
 def _apply_template(processor: ProcessorMixin, question: str, n_images: int) -> str:
@@ -553,15 +863,51 @@ def _image_positions(
     return inputs["input_ids"].cpu() == token_id
 
 
-def _first_token_after(processor: ProcessorMixin, text: str, answer: str) -> int:
-    if not answer:
-        raise PromptError("an answer or candidate is empty, so it has no first token")
+def _first_token_after(processor: ProcessorMixin, text: str, answer: str, *, unknown: bool = False) -> int:
     tokenizer = processor.tokenizer
     encoded = tokenizer(text + answer, add_special_tokens=False, return_offsets_mapping=True)
-    for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if last > len(text):
-            if first >= len(text):
-                return token
-            break
-    # The tokenizer would merge the answer's start into the prompt's last token, but the prompt stands as it is.
-    return tokenizer(answer, add_special_tokens=False)["input_ids"][0]
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    own = [token for token, (_, last) in zip(ids, offsets, strict=True) if last > len(text)]
+    if not own or offsets[len(ids) - len(own)][0] < len(text):
+        # The tokenizer would merge the answer's start into the prompt's last token, but the prompt stands as it is.
+        own = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if not unknown:
+        check_known(tokenizer, answer, own)
+    return own[0]
+
+
+def check_known(tokenizer: Any, text: str, ids: Sequence[int]) -> None:
+    """Raise PromptError where the tokenizer knows a text only as its token for unknown words."""
+    unknown = tokenizer.unk_token
+    if unknown is not None and unknown not in text and tokenizer.unk_token_id in ids:
+        raise PromptError(
+            f"the tokenizer does not know {text!r}, or a word of it: it would be the token {unknown!r}, which stands "
+            "for every word that it does not know"
+        )
+
+
+def _warn_of_unknown_words(
+    processor: ProcessorMixin, plain: Tokens, question: str, stop: int, example: int
+) -> None:
+    """Warn of words of the question that the tokenizer does not know; it ends at character `stop` of the text."""
+    tokenizer = processor.tokenizer
+    ids, offsets = plain
+    start = stop - len(question)
+    inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= stop) & (offsets[:, 1] > offsets[:, 0])
+    unknown = inside & (ids == (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id))
+    words = [question[first - start : last - start] for first, last in offsets[unknown].tolist()]
+    words = [word for word in dict.fromkeys(words) if word != tokenizer.unk_token]
+    if words:
+        warnings.warn(
+            f"example {example}: the tokenizer does not know {', '.join(map(repr, words))} in the question "
+            f"{question!r}; the model reads {tokenizer.unk_token!r} there, as for every word that it does not know",
+            MmlensWarning,
+            stacklevel=4,
+        )
+
+
+_MOST_SHOWN = 4
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

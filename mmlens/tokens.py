@@ -16,7 +16,7 @@ from mmlens.arguments import texts as _texts
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.linear import n_embeddings
 from mmlens.loading import input_device
-from mmlens.prompt import Prompt
+from mmlens.prompt import Prompt, check_known
 
 
 class TokenMethods:
@@ -74,13 +74,14 @@ class TokenMethods:
         return encoded["input_ids"].to(input_device(self.hf_model))
 
     def to_single_token(self, string: str) -> int:
-        """The id of a text that is one token; ValueError where it is several."""
+        """The id of a text that is one token; ValueError where it is several, or not known to the tokenizer."""
         text("string", string)
         ids = self.to_tokens(string, prepend_bos=False)[0].tolist()
         if len(ids) != 1:
             raise InvalidValueError(
                 f"{string!r} is {len(ids)} tokens, not one: {self.to_str_tokens(string, prepend_bos=False)}"
             )
+        check_known(self._tokenizer(), string, ids)
         return ids[0]
 
     def to_single_str_token(self, int_token: int) -> str:

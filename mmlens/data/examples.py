@@ -34,6 +34,7 @@ from mmlens.arguments import (
 from mmlens.arguments import number as real_number
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError
 from mmlens.files import make_folder, parsed_json, path_within, write_text_at_once
+from mmlens.prompt import as_rgb, load_image, open_image
 from mmlens.token_map import Box, Region, box_of, checked_box
 
 
@@ -62,6 +63,11 @@ class Example:
     `group` names what must not be split between selection and evaluation, such as a document
     (empty: the example is its own group). An example without evidence is a text-only control.
 
+    Images are PIL images; paths are opened. Each is turned upright as its EXIF data say, and boxes are
+    pixels of it so. Raises PromptError for what is no image or cannot be shown to a model as it is
+    (mmlens.prompt.open_image), InvalidTypeError for another type, and InvalidValueError for evidence outside its
+    image, a candidate that stands twice, and an answer that is no candidate.
+
     >>> Example(question="What colour is K", answer="red", evidence=(Evidence(0),)).evidence[0].box
     Traceback (most recent call last):
         ...
@@ -70,7 +76,7 @@ class Example:
 
     question: str
     answer: str
-    images: tuple[Image.Image, ...] = ()
+    images: tuple[Any, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     kind: str = ""
     candidates: tuple[str, ...] = ()
@@ -79,6 +85,13 @@ class Example:
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        for name in _TEXT_FIELDS:
+            instance_of(f"the {name} of an Example", getattr(self, name), str, "a text")
+        name = f"example {self.id!r}"
+        images = listed(f"the images of {name}", self.images, "a list of images: images=(image,)")
+        images = [open_image(image, f"image {number} of {name}") for number, image in enumerate(images)]
+        object.__setattr__(self, "images", tuple(images))
+        object.__setattr__(self, "candidates", self._checked_candidates(name))
         object.__setattr__(self, "evidence", tuple(regions_of("evidence", self.evidence)))
         instance_of("metadata", self.metadata, dict, "a dict")
         for region in self.evidence:
@@ -90,6 +103,27 @@ class Example:
             if region.box is not None:
                 where = f"example {self.id!r}, image {region.image}"
                 checked_box(region.box, self.images[region.image].size, where)
+
+    def _checked_candidates(self, name: str) -> tuple[str, ...]:
+        candidates = listed(
+            f"the candidates of {name}", self.candidates, "a list of texts, such as ('yes', 'no')"
+        )
+        seen: dict[str, str] = {}
+        for candidate in candidates:
+            instance_of(f"a candidate of {name}", candidate, str, "a text")
+            if not candidate.strip():
+                raise InvalidValueError(f"{name}: a candidate is empty ({candidate!r})")
+            if candidate.strip() in seen:
+                raise InvalidValueError(
+                    f"{name}: {seen[candidate.strip()]!r} and {candidate!r} are one candidate given twice: {candidates}"
+                )
+            seen[candidate.strip()] = candidate
+        if candidates and self.answer not in candidates:
+            raise InvalidValueError(
+                f"{name}: the answer {self.answer!r} is none of the candidates {candidates}; they are all answers "
+                "that count as well-formed, the right one among them"
+            )
+        return tuple(candidates)
 
 
 def regions_of(name: str, value: object) -> list[Any]:
@@ -146,7 +180,7 @@ _FIELDS = (*_TEXT_FIELDS, "images", "evidence", "candidates", "metadata")
 
 
 def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
-    """Write `examples.jsonl` and the images (PNG, lossless) to `folder`, and return the folder.
+    """Write `examples.jsonl` and the images, as models are shown them (RGB, PNG), to `folder`, and return the folder.
 
     Raises DataError where two examples share an id, since their images would overwrite each other, where metadata is
     no JSON, and where `folder` is a file.
@@ -163,7 +197,7 @@ def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
         files = []
         for number, image in enumerate(example.images):
             files.append(f"images/{index:06d}-{number}.png")
-            image.save(folder / files[-1])
+            as_rgb(image).save(folder / files[-1])
         record = {field: getattr(example, field) for field in _TEXT_FIELDS} | {
             "id": name,
             "images": files,
@@ -329,8 +363,7 @@ def _hub_files(folder: Path) -> Path | None:
 def _open_image(path: Path) -> Image.Image:
     if not path.is_file():
         raise InvalidValueError(f"there is no image {str(path)!r}")
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    return load_image(path)
 
 
 def split_examples(

@@ -32,7 +32,7 @@ from mmlens.hooked_vlm import HookedVLM, Intervention
 from mmlens.interventions.ablation import ablate
 from mmlens.metrics.attention import attention_mass, ram
 from mmlens.metrics.outcomes import Metric, accuracy
-from mmlens.prompt import Prompt
+from mmlens.prompt import Prompt, answer_ids_of
 from mmlens.statistics import benjamini_hochberg, difference_interval_of, paired_permutation_test
 from mmlens.viz.intervals import plot_intervals
 from mmlens.weights import subtracts_mean
@@ -194,16 +194,13 @@ def direct_contributions(
     reason = no_direct_parts(model)
     if reason:
         raise InvalidValueError(reason)
-    if prompt.answer_ids is None:
-        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+    answers = answer_ids_of(prompt)
     names = [block(layer, "attn.hook_z") for layer in model.attention_layers]
     final = [] if model.ln_final is None else ["ln_final.hook_scale"]
     check_same_twice(model.hf_model)
     _, cache = model.run_with_cache(prompt, names_filter=[*names, *final], logits_to_keep=1)
     own = cache[final[0]][:, -1].flatten().float() if final else torch.ones(len(prompt), device=model.device)
-    right, other = (
-        model.residual_directions(ids.to(model.device)).float() for ids in (prompt.answer_ids, wrong)
-    )
+    right, other = (model.residual_directions(ids.to(model.device)).float() for ids in (answers, wrong))
     direction = (right - other) / (own if scale is None else scale.to(own))[:, None]
     if model.ln_final is not None and subtracts_mean(model.ln_final):
         direction = direction - direction.mean(-1, keepdim=True)

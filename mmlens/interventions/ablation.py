@@ -38,7 +38,7 @@ from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention
 from mmlens.interventions.components import Component, Specs
 from mmlens.interventions.components import components as components_of
 from mmlens.interventions.edits import NAMED_POSITIONS, Change, Edit, Here, Mask, Positions, positions_mask
-from mmlens.prompt import Prompt
+from mmlens.prompt import Prompt, as_rgb
 
 MODES = ("zero", "mean", "resample", "uniform", "uniform_leaky", "mean_query")
 
@@ -428,7 +428,7 @@ def _another(
     if same_sizes:
         sizes, pixels = [image.size for image in images], [image.tobytes() for image in images]
         sized = [e for e in reference if [image.size for image in e.images] == sizes]
-        alike = [e for e in sized if [image.convert("RGB").tobytes() for image in e.images] != pixels]
+        alike = [e for e in sized if [as_rgb(image).tobytes() for image in e.images] != pixels]
     else:
         others = [e for e in reference if (e.question, len(e.images)) != (question, len(images))]
         alike = [e for e in others if len(e.images) == len(images)] or [

@@ -41,7 +41,7 @@ from mmlens.evaluation import check_same_twice
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention
 from mmlens.interventions.edits import Change, Edit, Here, Positions, positions_mask
-from mmlens.prompt import Prompt, load_image, render, with_answers
+from mmlens.prompt import Prompt, as_rgb, load_image, render, with_answers
 from mmlens.token_map import Region, TokenMap, checked_box
 
 Corruption = Callable[[HookedVLM, Prompt], Prompt]
@@ -695,7 +695,7 @@ def _fingerprint(prompt: Prompt, example: int) -> list[int]:
 
 def _pixel_key(image: Image.Image) -> str:
     """Two images with the same key have the same pixels."""
-    rgb = image.convert("RGB")
+    rgb = as_rgb(image)
     return f"{_size(rgb.size)} {hashlib.sha256(rgb.tobytes()).hexdigest()}"
 
 

@@ -37,7 +37,7 @@ from mmlens.arguments import (
 )
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.hooked_vlm import HookedVLM, model_of
-from mmlens.prompt import Prompt, prompt_of
+from mmlens.prompt import Prompt, Spelling, answer_ids_of, prompt_of, respelt
 
 Metric = Callable[..., Tensor]
 """A function that gives one number per example: a tensor [batch]."""
@@ -171,11 +171,14 @@ def evaluate(
 def accuracy(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
     """1 where the most likely next token, of the whole vocabulary, is the answer's first token, else 0.
 
-    A wrong answer that begins with the same token counts as right: use it where first tokens differ
-    (`logit_difference` refuses candidates of which this is not true).
+    Without candidates a wrong answer that begins with the same token counts as right. Raises ValueError where a wrong
+    candidate does: `generated_accuracy` tells such answers apart.
     """
     last = _last_logits(logits, prompt)
-    return (last.argmax(-1) == _answer_ids(prompt, last)).float()
+    answers = _answer_ids(prompt, last)
+    for row, (answer, ids) in enumerate(zip(answers.tolist(), prompt.candidate_ids or (), strict=False)):
+        _check_distinct("accuracy", prompt, row, answer, ids)
+    return (last.argmax(-1) == answers).float()
 
 
 def answer_log_probability(
@@ -197,7 +200,7 @@ def logit_difference(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -
     candidates = _candidate_ids(prompt, last)
     differences = []
     for row, (answer, ids) in enumerate(zip(answers.tolist(), candidates, strict=True)):
-        _check_distinct(prompt, row, answer, ids)
+        _check_distinct("logit_difference", prompt, row, answer, ids)
         wrong = ids[ids != answer]
         if not len(wrong):
             raise InvalidValueError(
@@ -213,7 +216,8 @@ def logit_difference_of(
     """The logit difference between tokens of your choice, the same for every prompt: a metric to hand to `effect`.
 
     Logit of `answer` minus the highest logit among `wrong`, at the last position; prompts need no answers. A token
-    is its id, or a text that is one token exactly as it follows the prompt: many tokenizers tell " red" from "red".
+    is its id, or a text that is one token exactly as it follows the prompt: many tokenizers tell " red" from "red",
+    and a MmlensWarning says where the model's most probable token is the other one.
 
     Raises ValueError for a text that is several tokens, an id outside the vocabulary, no wrong token, and an
     answer that is among the wrong ones.
@@ -230,9 +234,13 @@ def logit_difference_of(
     right, others = _token_id(model, answer), [_token_id(model, token) for token in given]
     if right in others:
         raise InvalidValueError(f"the answer {answer!r} and a wrong token are the same token ({right})")
+    texts = [token for token in (answer, *given) if isinstance(token, str)]
+    spelling = Spelling([str(answer)], [False], [_other_spellings(model, texts, {right, *others})])
 
     def difference(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
         last = _last_logits(logits, prompt)
+        if not spelling.is_checked:
+            spelling.check(last.argmax(-1).tolist())
         return last[:, right] - last[:, others].amax(-1)
 
     difference.__name__ = f"logit_difference_of({answer!r}, {wrong!r})"
@@ -292,6 +300,19 @@ def invalid(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[T
     return torch.tensor(outcomes, dtype=last.dtype, device=last.device)
 
 
+def _other_spellings(model: HookedVLM, texts: Sequence[str], own: set[int]) -> dict[int, str]:
+    """The tokens that the texts would be with the space before them that they lack, or without theirs."""
+    found: dict[int, str] = {}
+    for other in map(respelt, texts):
+        try:
+            token = model.to_single_token(other)
+        except ValueError:
+            continue
+        if token not in own:
+            found[token] = other
+    return found
+
+
 def _token_id(model: HookedVLM, token: str | int) -> int:
     if isinstance(token, str):
         return model.to_single_token(token)
@@ -332,9 +353,10 @@ def _last_logits(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Fl
 
 
 def _answer_ids(prompt: Prompt, logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:
-    if prompt.answer_ids is None:
-        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
-    return prompt.answer_ids.to(logits.device)
+    ids = answer_ids_of(prompt)
+    if prompt.spelling is not None and not prompt.spelling.is_checked:
+        prompt.spelling.check(logits.argmax(-1).tolist())
+    return ids.to(logits.device)
 
 
 def _candidate_ids(prompt: Prompt, logits: Float[Tensor, "batch vocab"]) -> list[Int[Tensor, " _"]]:
@@ -345,7 +367,9 @@ def _candidate_ids(prompt: Prompt, logits: Float[Tensor, "batch vocab"]) -> list
     return [ids.to(logits.device) for ids in prompt.candidate_ids]
 
 
-def _check_distinct(prompt: Prompt, row: int, answer: int, ids: Int[Tensor, " candidate"]) -> None:
+def _check_distinct(
+    metric: str, prompt: Prompt, row: int, answer: int, ids: Int[Tensor, " candidate"]
+) -> None:
     """Raise ValueError where a wrong candidate begins with the answer's first token."""
     assert prompt.answers is not None and prompt.candidates is not None
     own, names = prompt.answers[row], prompt.candidates[row]
@@ -354,6 +378,6 @@ def _check_distinct(prompt: Prompt, row: int, answer: int, ids: Int[Tensor, " ca
     ]
     if sharing:
         raise InvalidValueError(
-            f"logit_difference: in example {row} of the batch the answer {own!r} and the wrong candidate(s) "
-            f"{sharing} share their first token ({answer}), and one position cannot tell them apart"
+            f"{metric}: in example {row} of the batch the answer {own!r} and the wrong candidate(s) {sharing} share "
+            f"their first token ({answer}), and one position cannot tell them apart; generated_accuracy can"
         )

@@ -116,10 +116,10 @@ def test_one_option_in_a_sentence_is_found_and_two_are_not(word: str, sentence: 
 
 
 def test_right_wrong_and_invalid_answers() -> None:
-    prompt = prompt_of(*[("red", COLOURS)] * 4, ("pink", COLOURS))
-    texts = ["Red.", "It is blue", "red, or blue", "I cannot see it", "pink"]
-    assert generated_accuracy(texts, prompt).tolist() == [1, 0, 0, 0, 1]
-    assert invalid_answer(texts, prompt).tolist() == [0, 0, 1, 1, 0]
+    prompt = prompt_of(*[("red", COLOURS)] * 4)
+    texts = ["Red.", "It is blue", "red, or blue", "I cannot see it"]
+    assert generated_accuracy(texts, prompt).tolist() == [1, 0, 0, 0]
+    assert invalid_answer(texts, prompt).tolist() == [0, 0, 1, 1]
 
 
 def test_examples_without_candidates() -> None:

@@ -102,17 +102,15 @@ def test_on_the_models_own_logits() -> None:
     assert accuracy(logits, replace(prompt(), answer_ids=greedy)).tolist() == [1, 1]
 
 
-def test_an_answer_outside_the_candidates_is_valid_and_compared_with_all_of_them() -> None:
-    open_ended = model().prompt_examples([Example("What colour?", "red", candidates=("blue", "green"))])
-    logits = logits_with({"red": 5, "blue": 3, "green": 4})
-    assert invalid(logits, open_ended).tolist() == [0]
-    assert logit_difference(logits, open_ended).tolist() == [1]
-
-
 def test_answers_that_share_their_first_token_are_refused() -> None:
     same = model().prompt_examples([Example("What?", "red", candidates=("red", "red house", "blue"))])
     with pytest.raises(ValueError, match=r"'red' and the wrong candidate\(s\) \['red house'\] share"):
         logit_difference(logits_with({"red": 1}), same)
+    with pytest.raises(ValueError, match=r"accuracy: .* \['red house'\] share .*generated_accuracy can"):
+        accuracy(logits_with({"red": 1}), same)
+    # Wrong candidates may share theirs.
+    others = model().prompt_examples([Example("What?", "red", candidates=("red", "blue house", "blue"))])
+    assert accuracy(logits_with({"red": 1}), others).tolist() == [1]
 
 
 def test_what_a_metric_needs_and_does_not_get() -> None:

@@ -80,9 +80,12 @@ def image_grid(size: Size, views: Sequence[View], patches: tuple[int, int] | Non
 
 
 def newlined(size: Size, columns: Intervals, rows: Intervals) -> ImageGrid:
-    """A mosaic (tile 1) whose every row ends in a learnt newline."""
+    """A mosaic (tile 1) whose every row ends in a learnt newline.
+
+    Of a very wide image the model cuts all rows away as padding: then there is none, and no newline.
+    """
     grid = image_grid(size, [(WHOLE_IMAGE_TILE + 1, columns, rows)])
-    parts: list[ImageGrid] = []
+    parts = [part_of(grid, slice(0, 0))]
     for row in range(len(rows)):
         parts += [part_of(grid, slice(row * len(columns), (row + 1) * len(columns))), separator(size)]
     return joined(size, parts)

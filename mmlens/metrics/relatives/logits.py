@@ -21,7 +21,7 @@ from mmlens.metrics.attention_rows import (
     prompts_of,
     scored_examples,
 )
-from mmlens.prompt import Prompt, check_left_padding, prompt_of, with_answers
+from mmlens.prompt import Prompt, answer_ids_of, check_left_padding, prompt_of, with_answers
 from mmlens.taps import norm_arithmetic
 from mmlens.token_map import Mapping as BoxMapping
 
@@ -96,8 +96,7 @@ def position_contributions(
     """
     model_of(model)
     one_of("final_norm", final_norm, FINAL_NORMS)
-    if prompt_of(prompt).answer_ids is None:
-        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+    answer_ids_of(prompt_of(prompt))  # Raises before anything runs.
     if instance_of("weights", weights, Tensor, "a tensor [batch, pos]").shape != prompt.shape:
         raise InvalidValueError(
             f"weights has shape {list(weights.shape)}; expected that of the prompt, [batch, pos] = {list(prompt.shape)}"
@@ -169,8 +168,7 @@ def position_contributions(
 
 
 def _directions(model: HookedVLM, prompt: Prompt, final_norm: str) -> Float[Tensor, "batch d_model"]:
-    ids = prompt.answer_ids
-    assert ids is not None
+    ids = answer_ids_of(prompt)
     if final_norm == "none" or model.ln_final is None:
         return model.W_U.T[ids.to(model.W_U.device)].float()
     towards = model.residual_directions(ids).float()
