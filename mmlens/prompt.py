@@ -475,27 +475,28 @@ def with_answers(
     prompt: Prompt,
     processor: ProcessorMixin,
     examples: Sequence[HasAnswer],
-    answer_start: str | None = None,
+    answer_start: str | Sequence[str] | None = None,
 ) -> Prompt:
     """The prompt with its examples' answers and candidates, and their first token ids as they follow the prompt.
 
     Many tokenizers tell " yes" from "yes". `answer_start` is what stands between the prompt and an answer: None
-    for what the chat template writes there in an assistant's turn (`answer_start_of`), "" or " " to choose. An
-    answer that itself begins with white space is taken as it is.
+    for what the chat template writes there in an assistant's turn (`answer_start_of`), "" or " " to choose, for all
+    examples or for each. An answer that itself begins with white space is taken as it is.
 
     Raises PromptError where the number of examples is not the batch's, or an answer or candidate is empty or holds
     a word that the tokenizer does not know; InvalidValueError for another `answer_start`.
     """
     if len(examples) != len(prompt):
         raise PromptError(f"answers of {len(examples)} example(s), but the prompt has {len(prompt)}")
-    if answer_start not in (None, "", " "):
-        raise InvalidValueError(
-            f"answer_start is {shown(answer_start)}; expected '' or ' ', or None for what the chat template writes"
-        )
-    starts = [
-        answer_start_of(processor, text, len(own)) if answer_start is None else answer_start
-        for text, own in zip(prompt.text, prompt.images, strict=True)
-    ]
+    if answer_start is None:
+        rows = zip(prompt.text, prompt.images, strict=True)
+        starts = [answer_start_of(processor, text, len(own)) for text, own in rows]
+    else:
+        starts = [answer_start] * len(prompt) if isinstance(answer_start, str) else list(answer_start)
+        if len(starts) != len(prompt) or not set(starts) <= {"", " "}:
+            raise InvalidValueError(
+                f"answer_start is {shown(answer_start)}; expected '' or ' ', or None for what the chat template writes"
+            )
 
     @functools.cache
     def first_id(text: str, answer: str, unknown: bool = False) -> int:

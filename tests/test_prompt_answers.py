@@ -140,6 +140,12 @@ def test_the_choice_is_open_and_an_answer_with_its_own_space_stands() -> None:
         answered(LLAVA, YES, answer_start="  ")
 
 
+def test_a_corrupted_question_keeps_the_choice(micro: mmlens.HookedVLM) -> None:
+    prompt = micro.prompt_examples([Example("What colour is K", "red")], answer_start=" ")
+    other = mmlens.other_question("What colour is Q")(micro, prompt)
+    assert other.answer_starts == [" "] and repr(other).endswith("answer 'red' as token 'red')")
+
+
 def logits_of(prompt: Prompt, token: str) -> torch.Tensor:
     tokenizer = spaced_tokenizer()
     logits = torch.zeros(*prompt.shape, len(tokenizer))

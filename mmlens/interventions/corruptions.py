@@ -662,13 +662,13 @@ def _real_tokens(prompt: Prompt, example: int) -> Int[Tensor, " _"]:
 
 def _answered(model: HookedVLM, before: Prompt, after: Prompt) -> Prompt:
     """`after` with the answers of `before`."""
-    names = ("answers", "candidates", "answer_ids", "candidate_ids")
+    names = ("answers", "candidates", "answer_ids", "candidate_ids", "answer_starts", "spelling")
     kept = replace(after, **{name: getattr(before, name) for name in names})
     if before.answers is None or before.text == after.text:
         return kept
     candidates = before.candidates or [()] * len(before)
     pairs = [_Answer(*pair) for pair in zip(before.answers, candidates, strict=True)]
-    return with_answers(kept, model.processor, pairs)
+    return with_answers(kept, model.processor, pairs, before.answer_starts)
 
 
 @dataclass(frozen=True)
