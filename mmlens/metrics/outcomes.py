@@ -171,14 +171,11 @@ def evaluate(
 def accuracy(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
     """1 where the most likely next token, of the whole vocabulary, is the answer's first token, else 0.
 
-    Without candidates a wrong answer that begins with the same token counts as right. Raises ValueError where a wrong
-    candidate does: `generated_accuracy` tells such answers apart.
+    A wrong answer that begins with the same token counts as right: use it where first tokens differ
+    (`logit_difference` refuses candidates of which this is not true), and `generated_accuracy` elsewhere.
     """
     last = _last_logits(logits, prompt)
-    answers = _answer_ids(prompt, last)
-    for row, (answer, ids) in enumerate(zip(answers.tolist(), prompt.candidate_ids or (), strict=False)):
-        _check_distinct("accuracy", prompt, row, answer, ids)
-    return (last.argmax(-1) == answers).float()
+    return (last.argmax(-1) == _answer_ids(prompt, last)).float()
 
 
 def answer_log_probability(
@@ -200,7 +197,7 @@ def logit_difference(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -
     candidates = _candidate_ids(prompt, last)
     differences = []
     for row, (answer, ids) in enumerate(zip(answers.tolist(), candidates, strict=True)):
-        _check_distinct("logit_difference", prompt, row, answer, ids)
+        _check_distinct(prompt, row, answer, ids)
         wrong = ids[ids != answer]
         if not len(wrong):
             raise InvalidValueError(
@@ -367,9 +364,7 @@ def _candidate_ids(prompt: Prompt, logits: Float[Tensor, "batch vocab"]) -> list
     return [ids.to(logits.device) for ids in prompt.candidate_ids]
 
 
-def _check_distinct(
-    metric: str, prompt: Prompt, row: int, answer: int, ids: Int[Tensor, " candidate"]
-) -> None:
+def _check_distinct(prompt: Prompt, row: int, answer: int, ids: Int[Tensor, " candidate"]) -> None:
     """Raise ValueError where a wrong candidate begins with the answer's first token."""
     assert prompt.answers is not None and prompt.candidates is not None
     own, names = prompt.answers[row], prompt.candidates[row]
@@ -378,6 +373,6 @@ def _check_distinct(
     ]
     if sharing:
         raise InvalidValueError(
-            f"{metric}: in example {row} of the batch the answer {own!r} and the wrong candidate(s) {sharing} share "
+            f"logit_difference: in example {row} of the batch the answer {own!r} and the wrong candidate(s) {sharing} share "
             f"their first token ({answer}), and one position cannot tell them apart; generated_accuracy can"
         )
