@@ -376,7 +376,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
 
         With return_dict_in_generate=True, transformers' record of them.
 
-        Under cached decoding, hook_rot_k sees all keys so far and every other hook the new position only.
+        Under cached decoding, hook_rot_k sees all keys so far and every other hook the new position only. Beams and
+        several samples repeat each row of the batch, and interventions act on every copy of their row.
         Raises PromptError for a batch padded on the right, whose next token would follow the padding, and
         InvalidTypeError for an option that neither `generate` nor the model knows, with the nearest name.
         """

@@ -608,3 +608,30 @@ def test_uniform_on_chameleon_is_a_pattern_of_equal_weights() -> None:
     torch.testing.assert_close(logits[real], expected[real], atol=1e-5, rtol=1e-5)
     shown = expected > torch.finfo(expected.dtype).min
     assert (expected - model(prompt))[real[..., None] & shown].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ("gemma4", "gemma4_unified"))
+def test_ablation_under_generate_from_keyword_inputs_is_the_plain_models_under_raw_hooks(family: str) -> None:
+    """Logits move by several units at every step; the tokens of these tiny models are too sure to change."""
+    model, plain = mmlens.HookedVLM(tiny.tiny_model(family)), tiny.tiny_model(family)
+    inputs = tiny.tiny_inputs(family, (2, 1))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    clean = plain.generate(**inputs, **options)
+
+    def zero(module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (torch.zeros_like(args[0]),)
+
+    for layer in plain.get_decoder().layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(zero)
+    expected = plain.generate(**inputs, **options)
+    heads = [
+        (f"blocks.{layer}.attn.hook_z", lambda z, hook: torch.zeros_like(z))
+        for layer in range(model.cfg.n_layers)
+    ]
+    with model.hooks(fwd_hooks=heads):
+        found = model.generate(inputs, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for step, logits in enumerate(found.logits):
+        torch.testing.assert_close(logits, expected.logits[step], atol=1e-4, rtol=1e-5)
+        assert (logits - clean.logits[step]).abs().max() > 1
