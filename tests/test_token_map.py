@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import REPRESENTATIVES, tiny_images, tiny_processor
 
@@ -47,6 +47,8 @@ def test_box_selects_every_cell_that_it_overlaps(
     (width, height), (columns, rows) = size, cells
     left, top = corner[0] * width, corner[1] * height
     right, bottom = min(width, left + extent[0] * width), min(height, top + extent[1] * height)
+    # Within the first pixel a box is taken for one that is scaled to 0 to 1.
+    assume(right > 1 or bottom > 1)
     token_map = _map_of(_uniform_grid(width, height, columns, rows))
     selected = token_map.box(0, (left, top, right, bottom))[0]
     for position in range(rows * columns):
@@ -58,6 +60,19 @@ def test_box_selects_every_cell_that_it_overlaps(
         elif min(overlap_x, overlap_y) <= 0:
             assert not selected[position]
     assert not selected[rows * columns :].any()
+
+
+def test_a_box_scaled_to_0_to_1_is_refused_and_small_boxes_and_images_are_not() -> None:
+    token_map = _map_of(_uniform_grid(64, 32, 4, 2))
+    for box in ((0.25, 0.5, 0.75, 1.0), (0, 0, 1, 1), (0.0, 0.0, 0.1, 0.1)):
+        with pytest.raises(TokenMapError, match="is scaled to 0 to 1, and boxes are in pixels"):
+            token_map.box(0, box)
+    with pytest.raises(TokenMapError, match=r"multiplied by its size it is \(16.0, 16.0, 48.0, 32.0\)"):
+        token_map.box(0, (0.25, 0.5, 0.75, 1.0))
+    for box in ((0, 0, 1, 2), (0.5, 0.5, 1.5, 1), (1, 1, 2, 2), (16, 16, 48, 32)):
+        assert token_map.box(0, box).any()
+    assert _map_of(_uniform_grid(1, 1, 1, 1)).box(0, (0, 0, 1, 1)).sum() == 1
+    assert _map_of(_uniform_grid(2, 2, 2, 2)).box(0, (0, 0, 1, 1)).sum() == 1
 
 
 def test_a_token_s_own_box_selects_it_alone() -> None:
