@@ -300,7 +300,7 @@ def test_a_command_stopped_from_outside_can_be_given_again(
         assert "Traceback" not in error and error.count("mmlens: ") == 1, error
         assert not list(out.rglob(".lock")) and not list(out.rglob(".partial"))
     assert not list(out.rglob("run.json"))
-    assert main([*given[:-1], "key-tokens"]) == 0
+    assert main([*given[:-1], "head-map"]) == 0
     assert all(broken_parts(path.parent) == [] for path in out.rglob("run.json"))
 
 
