@@ -1,7 +1,7 @@
 # `make core-heads` installs and runs the main job on the shipped model; `make paper` runs all experiments on all
 # shipped models and writes one report of them; `make test` lints, type-checks and tests; `make test-slow` runs the
-# tests that it leaves out.
-# All need Python 3.11 and nothing else; the environment is made once, in .venv.
+# tests that it leaves out; `make test-versions` runs what depends on versions in two environments that users have.
+# All need Python 3.11, 3.12 or 3.13 and nothing else; the environment is made once, in .venv.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -10,7 +10,7 @@ OUT ?= out/core-heads
 PAPER_OUT ?= out/paper
 INSTALLED := $(VENV)/.installed
 
-.PHONY: core-heads paper test test-slow lint types tests clean
+.PHONY: core-heads paper test test-slow test-versions test-torchvision test-previous lint types tests clean
 
 core-heads: $(INSTALLED)
 	$(BIN)/mmlens core-heads --model micro --out $(OUT)
@@ -38,6 +38,34 @@ tests: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
+# What reads transformers' models, processors, caches and attention.
+VERSIONED := tests/families tests/test_internals.py tests/test_prompt.py tests/test_hooked_vlm.py tests/interventions
+
+test-versions: test-torchvision test-previous
+
+# What `pip install torch torchvision` gives on Linux: torch's CUDA build, which also runs without a GPU.
+TORCHVISION := $(VENV)-torchvision
+
+test-torchvision: $(TORCHVISION)/.installed
+	OMP_NUM_THREADS=1 $(TORCHVISION)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(VERSIONED)
+
+$(TORCHVISION)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TORCHVISION)
+	$(TORCHVISION)/bin/python -m pip install -q torch==2.14.1 torchvision==0.29.1
+	grep -v '^torch==' constraints.txt > $(TORCHVISION)/constraints.txt
+	$(TORCHVISION)/bin/python -m pip install -q -c $(TORCHVISION)/constraints.txt -e ".[test]"
+	touch $@
+
+# The oldest transformers that pyproject.toml admits, laid over the environment of the newest.
+PREVIOUS := $(VENV)-previous
+
+test-previous: $(PREVIOUS)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(PREVIOUS) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(VERSIONED)
+
+$(PREVIOUS)/.installed: $(INSTALLED)
+	$(BIN)/python -m pip install -q --no-deps --target $(PREVIOUS) transformers==5.23.0
+	touch $@
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
@@ -45,4 +73,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(TORCHVISION) $(PREVIOUS) out build *.egg-info
