@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformer_lens.hook_points import HookPoint
 from transformers import ProcessorMixin
 from transformers.modeling_utils import AttentionInterface
@@ -50,6 +51,18 @@ def renamed_keywords(function: Callable[..., Any]) -> set[str]:
             found.add(held["old_name"].cell_contents)
         link = getattr(link, "__wrapped__", None)
     return found
+
+
+# ---------------------------------------------------------------------- torch: FlexAttention
+
+
+def query_blocks(wanted: bool) -> dict[str, bool]:
+    """The option of `BlockMask.from_kv_blocks` that leaves out lists which the backward pass alone reads.
+
+    An older torch has no such option, and always makes them.
+    """
+    known = inspect.signature(BlockMask.from_kv_blocks).parameters
+    return {"compute_q_blocks": wanted} if "compute_q_blocks" in known else {}
 
 
 # ---------------------------------------------------------------------- transformers: attention

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import flex_attention as flex
 
+from mmlens import internals
 from mmlens.sparse.rule import StreamingRule
 
 BLOCK = 128
@@ -71,10 +72,12 @@ def streaming_blocks(
     else:
         begins = torch.zeros(len(mask), dtype=torch.int, device=mask.device) if first is None else first
         room = -length % BLOCK
-        tiles = F.pad(mask[:, 0], (0, room, 0, room)).unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+        # Without the axis of heads: an older torch takes no plain number among the indices.
+        allowed = mask[:, 0]
+        tiles = F.pad(allowed, (0, room, 0, room)).unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
         blocks = _listed(rule, length, begins, tiles.any(-1).any(-2), tiles.all(-1).all(-2))
         sees = lambda row, head, at, key: (  # noqa: E731
-            mask[row, 0, at, key]
+            allowed[row, at, key]
             & ((at - key < window) | ((key >= begins[row]) & (key < begins[row] + sink)))
         )
     n_in_part, in_part, n_whole, whole = blocks
@@ -88,7 +91,7 @@ def streaming_blocks(
         BLOCK_SIZE=BLOCK,
         mask_mod=sees,
         seq_lengths=(length, length),
-        compute_q_blocks=gradient,
+        **internals.query_blocks(gradient),
     )
 
 
