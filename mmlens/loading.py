@@ -44,6 +44,14 @@ class ModelNotFoundError(MmlensError, OSError):
     """No such shipped model or folder, or the hub did not give it."""
 
 
+class IncompleteModelError(MmlensError, OSError):
+    """Weights that do not fill the model, or are not the folder's own."""
+
+
+class RemoteCodeError(InvalidValueError):
+    """A model with code of its own, which nobody asked to run."""
+
+
 def shipped_models() -> list[str]:
     """Names of the models that come with the package.
 
@@ -81,7 +89,12 @@ def scene_kinds(name_or_path: str | Path) -> dict[str, list[str]] | None:
 def load(name_or_path: str | Path | Any, **hf_options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A Hugging Face model in eval mode and its processor. Weights come from safetensors only.
 
-    Raises ModelNotFoundError, or UnknownFamilyError before any weight is loaded.
+    A folder that holds an adapter alone gives its base model with it (PEFT). A folder's own code runs only with
+    trust_remote_code=True in this call; without it, transformers' own class is taken where there is one.
+
+    Raises ModelNotFoundError, or UnknownFamilyError before any weight is loaded; IncompleteModelError where a tensor
+    is missing, has another shape, or comes from outside the folder; RemoteCodeError for a model that needs its own
+    code; AdapterError for an adapter that does not fit.
     """
     instance_of(
         "name_or_path", name_or_path, (str, Path), "a shipped model's name, a folder, or 'owner/name'"
@@ -92,15 +105,54 @@ def load(name_or_path: str | Path | Any, **hf_options: Any) -> tuple[PreTrainedM
         return _load_adapted(source, base, hf_options)
     hf_options.setdefault("trust_remote_code", False)
     hub_options = {key: hf_options[key] for key in _HUB_OPTIONS if key in hf_options}
+    if hf_options.pop("output_loading_info", False):
+        raise InvalidValueError(
+            "output_loading_info is not given back: a tensor that is missing is an error here"
+        )
+    _check_inside(source, hf_options.get("subfolder") or "")
     try:
         config = AutoConfig.from_pretrained(source, **hub_options)
         _check_takes_images(config)
         family_of(config.model_type)
-        model = AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, **hf_options)
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **hf_options
+        )
         processor = load_processor(source, **hub_options)
     except (OSError, HfHubHTTPError) as error:
         raise ModelNotFoundError(_explain(source, error)) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise RemoteCodeError(
+            f"{source!r} has code of its own, which runs only where the call asks for it: look through it, then pass "
+            "trust_remote_code=True"
+        ) from error
+    except RuntimeError as error:
+        # Shapes that differ: transformers names the tensors.
+        raise IncompleteModelError(
+            f"the weights in {source!r} do not fit its configuration: {error}"
+        ) from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise IncompleteModelError(
+            f"the weights in {source!r} lack {len(missing)} tensor(s) of a {type(model).__name__}, which would be "
+            f"drawn at random: {', '.join(missing[:5])}"
+        )
     return model.eval(), processor
+
+
+def _check_inside(source: str, subfolder: str) -> None:
+    """Refuse an index of weights that names a file outside the folder. Links stay right: the hub's cache is made so."""
+    for file in sorted((Path(source) / subfolder).glob("*.index.json")) if Path(source).is_dir() else ():
+        try:
+            names = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise IncompleteModelError(f"{str(file)!r} is no index of weights ({error!r})") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise IncompleteModelError(
+                    f"{str(file)!r} names {name!r}, which lies outside the model's folder: weights come from inside it"
+                )
 
 
 def _load_adapted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import httpx
@@ -9,13 +10,14 @@ import pytest
 import tiny
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mmlens
 from conftest import QUESTION
 from mmlens import loading
-from mmlens.families.catalog import UnknownFamilyError
-from mmlens.loading import ModelNotFoundError, shipped_models
+from mmlens.errors import InvalidTypeError
+from mmlens.families.catalog import FAMILIES, UnknownFamilyError
+from mmlens.loading import IncompleteModelError, ModelNotFoundError, RemoteCodeError, shipped_models
 
 
 @torch.no_grad()
@@ -130,3 +132,168 @@ def test_the_shipped_model_loads_as_any_other(micro: mmlens.HookedVLM) -> None:
     prompt = micro.prompt_examples([example])
     assert torch.equal(micro(prompt), by_path(prompt))
     assert micro.answer(prompt, max_new_tokens=1) == [example.answer]
+
+
+# ---------------------------------------------------------------------- what a folder holds
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tiny.tiny_model("llava").save_pretrained(tmp_path / "model")
+    tiny.tiny_processor("llava").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_missing_tensor_is_an_error(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    gone = next(name for name in tensors if name.endswith("layers.1.self_attn.o_proj.weight"))
+    save_file({name: x for name, x in tensors.items() if name != gone}, file, metadata={"format": "pt"})
+    with pytest.raises(IncompleteModelError, match=r"lack 1 tensor.*layers.1.self_attn.o_proj.weight"):
+        mmlens.HookedVLM.from_pretrained(str(saved))
+
+
+def test_a_tensor_of_another_shape_is_an_error(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("layers.1.self_attn.o_proj.weight"))
+    save_file({**tensors, name: torch.zeros(2, 2)}, file, metadata={"format": "pt"})
+    with pytest.raises(IncompleteModelError, match="do not fit its configuration"):
+        mmlens.HookedVLM.from_pretrained(str(saved))
+
+
+@torch.no_grad()
+def test_tensors_that_are_rightly_absent_or_more(tmp_path: Path) -> None:
+    """Tied weights are saved once; a checkpoint may hold what the model has no place for (a training head)."""
+    model = tiny.tiny_model("llava")
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.lm_head.weight = model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    tiny.tiny_processor("llava").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert not any("lm_head" in name for name in tensors)
+    save_file(
+        {**tensors, "value_head.weight": torch.zeros(2)},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    loaded = mmlens.HookedVLM.from_pretrained(str(tmp_path), dtype=torch.float32)
+    assert torch.equal(loaded.W_U, loaded.W_E.T)
+    assert torch.equal(loaded.W_O, mmlens.HookedVLM(model).W_O)
+
+
+def sharded(folder: Path) -> Path:
+    """The folder's weights as two files with an index; gives the index."""
+    tiny.tiny_model("llava").save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return folder / "model.safetensors.index.json"
+
+
+@torch.no_grad()
+def test_weights_come_from_inside_the_folder(saved: Path) -> None:
+    index = sharded(saved)
+    prompt_model = mmlens.HookedVLM.from_pretrained(str(saved), dtype=torch.float32)
+    expected = prompt_model.W_O
+    held = json.loads(index.read_text())
+    first = sorted(set(held["weight_map"].values()))[0]
+    # Links, as the hub's cache has them, are right.
+    blob = saved.parent / "blob"
+    (saved / first).rename(blob)
+    (saved / first).symlink_to(blob)
+    assert torch.equal(mmlens.HookedVLM.from_pretrained(str(saved), dtype=torch.float32).W_O, expected)
+    outside = saved.parent / "x.safetensors"
+    blob.rename(outside)
+    for name in ("../x.safetensors", str(outside)):
+        moved = {key: name if file == first else file for key, file in held["weight_map"].items()}
+        index.write_text(json.dumps({**held, "weight_map": moved}))
+        with pytest.raises(IncompleteModelError, match="outside the model's folder"):
+            mmlens.HookedVLM.from_pretrained(str(saved))
+
+
+_OWN_CODE = """
+from pathlib import Path
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+class OwnConfig(LlavaConfig):
+    model_type = "{model_type}"
+
+class OwnModel(LlavaForConditionalGeneration):
+    config_class = OwnConfig
+
+Path({mark!r}).write_text("ran")
+"""
+
+
+@pytest.mark.parametrize("model_type", ["llava", "own_llava"])
+def test_a_folders_own_code_runs_when_it_is_asked_for(
+    model_type: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a known family transformers' own class is taken without it; of another there is nothing to take."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    # A class of its own has no renaming of keys in transformers: the names are the modules' own.
+    own = {name: x.clone() for name, x in tiny.tiny_model("llava").state_dict().items()}
+    save_file(own, saved / "model.safetensors", metadata={"format": "pt"})
+    mark = tmp_path / "mark"
+    (saved / "own.py").write_text(_OWN_CODE.format(model_type=model_type, mark=str(mark)))
+    config = json.loads((saved / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.OwnModel"}
+    (saved / "config.json").write_text(json.dumps({**config, "model_type": model_type, "auto_map": auto_map}))
+    if model_type == "llava":
+        assert type(mmlens.HookedVLM.from_pretrained(str(saved)).hf_model).__name__ != "OwnModel"
+    else:
+        with pytest.raises(RemoteCodeError, match="trust_remote_code=True"):
+            mmlens.HookedVLM.from_pretrained(str(saved))
+    assert not mark.exists()
+    if model_type == "own_llava":
+        monkeypatch.setitem(FAMILIES, "own_llava", FAMILIES["llava"])
+    model = mmlens.HookedVLM.from_pretrained(str(saved), trust_remote_code=True)
+    assert mark.exists() and type(model.hf_model).__name__ == "OwnModel"
+
+
+# ---------------------------------------------------------------------- what is no model
+
+
+@pytest.mark.parametrize(
+    ("given", "way"),
+    [
+        ("micro", r"HookedVLM.from_pretrained\('micro'\)"),
+        (None, "from_pretrained"),
+        (3, "from_pretrained"),
+        (tiny.tiny_processor("llava").tokenizer, "from_pretrained"),
+        (torch.nn.Linear(2, 2), "from_pretrained"),
+    ],
+    ids=["name", "None", "number", "tokenizer", "module"],
+)
+def test_what_is_no_model_says_the_way_to_one(given: object, way: str) -> None:
+    with pytest.raises(InvalidTypeError, match=f"HookedVLM wraps a .*{way}"):
+        mmlens.HookedVLM(given)
+
+
+def test_a_wrapped_model_and_a_text_model_are_told() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with pytest.raises(InvalidTypeError, match=r"wrapped already; its Hugging Face model is \.hf_model"):
+        mmlens.HookedVLM(mmlens.HookedVLM(tiny.tiny_model("llava")))
+    text = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
+        )
+    )
+    with pytest.raises(
+        UnknownFamilyError, match="LlamaForCausalLM is no vision-language model.*TransformerBridge"
+    ):
+        mmlens.HookedVLM(text)
+
+
+def test_a_tokenizer_is_no_processor() -> None:
+    processor = tiny.tiny_processor("llava")
+    for wrong in (processor.tokenizer, "micro"):
+        with pytest.raises(InvalidTypeError, match="AutoProcessor.from_pretrained"):
+            mmlens.HookedVLM(tiny.tiny_model("llava"), wrong)
+    assert mmlens.HookedVLM(tiny.tiny_model("llava"), None).processor is None
+
+
+@pytest.mark.parametrize("name", [3, None, ["micro"]])
+def test_a_name_is_a_text_or_a_path(name: object) -> None:
+    with pytest.raises(InvalidTypeError, match="name_or_path is .*; expected a shipped model's name"):
+        mmlens.HookedVLM.from_pretrained(name)
