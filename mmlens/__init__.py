@@ -39,6 +39,8 @@ from mmlens.interventions.corruptions import replace_region as replace_region
 from mmlens.interventions.corruptions import same_layout as same_layout
 from mmlens.interventions.corruptions import swap_regions as swap_regions
 from mmlens.interventions.edits import Edit as Edit
+from mmlens.interventions.edits import if_any as if_any
+from mmlens.interventions.origin import of_another_model as of_another_model
 from mmlens.interventions.patching import Source as Source
 from mmlens.interventions.patching import patch as patch
 from mmlens.interventions.paths import path_patch as path_patch

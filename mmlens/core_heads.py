@@ -24,11 +24,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from mmlens.arguments import flag, folder_to_write, seed_of, whole_number, whole_numbers
-from mmlens.data.examples import Example, examples_of, overlap_message, shared_groups
+from mmlens.arguments import flag, folder_to_write, listed, one_of, seed_of, whole_number, whole_numbers
+from mmlens.data.examples import Example, check_no_repeats, examples_of, overlap_message, shared_groups
 from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.hooked_vlm import HookedVLM, model_of
+from mmlens.interventions.ablation import MODES as ABLATION_MODES
 from mmlens.interventions.ablation import Means, ablate, mean_activations
 from mmlens.metrics.attention import EvidenceAttention, evidence_attention
 from mmlens.metrics.effects import Effect, effect
@@ -124,8 +125,8 @@ def core_heads(
     unless `force_overlap`, which warns, and says so in the finding's statement: docs/truth.md shows how much better
     heads look on the examples that chose them.
 
-    Raises ValueError where the two splits share an example or group, either has no example with evidence, or
-    a count leaves too few heads for the controls.
+    Raises ValueError where the two splits share an example or group, either holds an example twice or has none with
+    evidence, where no mode, an unknown one or one twice is named, or a count leaves too few heads for the controls.
     """
     model_of(model)
     selection, evaluation = examples_of(selection, "selection"), examples_of(evaluation, "evaluation")
@@ -134,6 +135,7 @@ def core_heads(
     mapping_of(mapping)
     flag("force_overlap", force_overlap)
     flag("progress", progress)
+    modes = _checked_modes(modes)
     n_shared = _check_splits(selection, evaluation, force_overlap)
     total = len(model.heads)
     counts = _counts(None if counts is None else whole_numbers("counts", counts, at_least=0), total)
@@ -233,6 +235,16 @@ def _leaks(n_shared: int) -> str:
     )
 
 
+def _checked_modes(modes: Sequence[str]) -> tuple[str, ...]:
+    chosen = tuple(listed("modes", modes, f"a list of ablation modes, such as {list(MODES)}", least=1))
+    for mode in chosen:
+        one_of("mode", mode, ABLATION_MODES)
+    repeated = sorted({mode for mode in chosen if chosen.count(mode) > 1})
+    if repeated:
+        raise InvalidValueError(f"modes: each may be named once; named more than once: {repeated}")
+    return chosen
+
+
 def _check_splits(
     selection: Sequence[Example], evaluation: Sequence[Example], force_overlap: bool = False
 ) -> int:
@@ -240,6 +252,7 @@ def _check_splits(
     for name, split in (("selection", selection), ("evaluation", evaluation)):
         if not any(example.evidence for example in split):
             raise InvalidValueError(f"the {name} split of {len(split)} example(s) has none with evidence")
+        check_no_repeats(name, split)
         mixed = {e.kind for e in split if e.evidence} & {e.kind for e in split if not e.evidence}
         if mixed:
             raise InvalidValueError(

@@ -35,7 +35,7 @@ from mmlens.arguments import (
     whole_number,
     whole_numbers,
 )
-from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensWarning, OutOfRangeError
 from mmlens.files import read_parquet
 
 Head = tuple[int, int]
@@ -283,7 +283,13 @@ def as_head_set(
                 f"the heads are of a model with {heads.n_layers} x {heads.n_heads} heads, "
                 f"this model has {n_layers} x {n_heads} (layers x heads)"
             )
-        heads_per_layer = heads.heads_per_layer if heads_per_layer is None else heads_per_layer
+        heads_per_layer = heads.heads_per_layer if heads_per_layer is None else tuple(heads_per_layer)
+        # A set made without saying which heads there are stands on the full grid.
+        if heads.heads_per_layer not in (heads_per_layer, (n_heads,) * n_layers):
+            raise InvalidValueError(
+                f"the heads are of another model: it has {heads.heads_per_layer} heads in its layers, "
+                f"this one {heads_per_layer}"
+            )
     checked = HeadSet(heads, n_layers=n_layers, n_heads=n_heads, heads_per_layer=heads_per_layer)
     if len(checked) < at_least:
         raise InvalidValueError("no heads given: expected at least one (layer, head)")
@@ -295,17 +301,16 @@ class HeadScores:
     """One score for each head of a model and each example; a head's score is its mean over examples.
 
     `per_example` is [example, layer, head]; `kinds` names each example's kind of task, where they have
-    one. A head that the model does not have is NaN in every example: `heads_per_layer` says how many heads each
-    layer has, and is read off the scores where it is not given. Such a head has no rank, stands in no set and no
-    table, and counts in no fraction.
+    one. `heads_per_layer` says how many heads each layer has, where not every layer has all of the grid; it is
+    `model.heads_per_layer`. The heads beyond are NaN in every example: such a head has no rank, stands in no set and
+    no table, and counts in no fraction.
 
-    Raises ValueError for no examples, a head that is NaN and yet exists (because `heads_per_layer`, another
-    example or a higher head of its layer says so), a score of one that does not, or a number of kinds other than
-    the number of examples.
+    Raises ValueError for no examples, a head that is NaN and yet exists (a score that failed is never taken for a
+    head that the model lacks), a score of one that does not, or a number of kinds other than the number of examples.
 
-    >>> scores = HeadScores(torch.tensor([[[.1, .6], [.2, .3]], [[.3, .4], [.2, .1]]]), name="RAM")
+    >>> scores = HeadScores(torch.tensor([[[.1, .6], [.3, .2]], [[.3, .4], [.4, .1]]]), name="RAM")
     >>> scores.rank().tolist()
-    [[1, 0], [2, 3]]
+    [[2, 0], [1, 3]]
     >>> scores.top(1), scores.bottom(.25)
     (HeadSet(1 of 2 x 2: L0H1), HeadSet(1 of 2 x 2: L1H1))
     """
@@ -331,15 +336,18 @@ class HeadScores:
             )
         missing = scores.isnan()
         n_layers, n_heads = scores.shape[1:]
-        # Where nothing has a score, the first head is named below: a model has at least one.
-        found = tuple((~missing).any(0).sum(-1).tolist())
-        given = self.heads_per_layer or (found if any(found) else None)
+        given = self.heads_per_layer or None
         object.__setattr__(self, "heads_per_layer", _checked_layers(n_layers, n_heads, given))
         exists = _exists(n_heads, self.heads_per_layer)
         if bool((missing & exists).any()):
             example, layer, head = (missing & exists).nonzero()[0].tolist()
             raise InvalidValueError(
                 f"{self.name}: the score of head ({layer}, {head}) in example {example} is NaN"
+                + (
+                    ""
+                    if given
+                    else "; where the model lacks that head, say heads_per_layer=model.heads_per_layer"
+                )
             )
         if bool((~missing & ~exists).any()):
             example, layer, head = (~missing & ~exists).nonzero()[0].tolist()
@@ -393,34 +401,40 @@ class HeadScores:
         `top(1.0)` all. A fraction is rounded to the nearest whole number of heads, at least 1, which keeps
         the share as close to the one named as it can be (5% of 64 heads is 3). The paper's "at or above
         the 95th percentile" can hold one head more: 4 of 64, 40 instead of 39 of 784.
+
+        Scores that are the same for every head choose none: that is a ValueError, unless all heads are asked for.
+        Where heads inside and outside the choice have the same score, the earlier (layer, head) is taken, and a
+        warning names them.
         """
-        return self._by_rank(range(self._count(n_or_fraction)))
+        count = self._count(n_or_fraction)
+        return self._chosen(self._order()[:count], f"the {count} highest")
 
     def bottom(self, n_or_fraction: int | float) -> HeadSet:
-        """The heads of lowest score, lowest first; counted as in `top`."""
-        total = sum(self.heads_per_layer)
-        return self._by_rank(range(total - 1, total - 1 - self._count(n_or_fraction), -1))
+        """The heads of lowest score, lowest first; counted, refused and warned of as in `top` (later heads first)."""
+        count = self._count(n_or_fraction)
+        return self._chosen(self._order()[::-1][:count], f"the {count} lowest")
 
     def top_spread(self, n_or_fraction: int | float) -> HeadSet:
         """As many heads as `top`, spread over the layers: the best of every layer before the second best of any.
 
-        Where the number is no multiple of the layers, those whose next head scores highest give one more.
+        Where the number is no multiple of the layers, those whose next head scores highest give one more. Equal
+        scores as in `top`.
 
         >>> scores = HeadScores(torch.tensor([[[0.9, 0.8], [0.1, 0.2]]]), "RAM")
         >>> scores.top(2), scores.top_spread(2)
         (HeadSet(2 of 2 x 2: L0H0 L0H1), HeadSet(2 of 2 x 2: L0H0 L1H1))
         """
         count = self._count(n_or_fraction)
+        layer_of = [layer for layer, _ in self._every]
         of_layer: Counter[int] = Counter()
-        turns = []
-        for layer, head in self.top(1.0):
-            turns.append((of_layer[layer], (layer, head)))
-            of_layer[layer] += 1
-        # Sorting keeps the order of the scores within a turn.
-        best = [head for _, head in sorted(turns, key=lambda turn: turn[0])][:count]
-        return HeadSet(
-            best, n_layers=self.n_layers, n_heads=self.n_heads, heads_per_layer=self.heads_per_layer
-        )
+        turns = np.zeros(len(layer_of), dtype=np.int64)
+        order = self._order()
+        for index in order:
+            turns[index] = of_layer[layer_of[index]]
+            of_layer[layer_of[index]] += 1
+        # A stable sort keeps the order of the scores within a turn.
+        chosen = order[np.argsort(turns[order], kind="stable")][:count]
+        return self._chosen(chosen, f"the best {count} over all layers", turns)
 
     def select(self, kind: str) -> HeadScores:
         """The scores of the examples of one kind."""
@@ -512,25 +526,31 @@ class HeadScores:
         return frame.sort_values("rank", ignore_index=True)
 
     def save(self, path: str | Path) -> None:
-        """Write the per-example scores as parquet: name, example, kind (where known), layer, head, score.
+        """Write the per-example scores as parquet: name, example, kind (where known), layer, head, score,
+        heads_in_layer.
 
-        The score of a head that the model does not have is missing. Raises ValueError where `path` is a folder,
-        MissingFileError where the folder that it names is not there.
+        The score of a head that the model does not have is missing; how many it has says heads_in_layer. Raises
+        ValueError where `path` is a folder, MissingFileError where the folder that it names is not there.
         """
         path = file_to_write("path", path)
         example, layer, head = np.indices(self.per_example.shape).reshape(3, -1)
         columns = {"name": self.name, "example": example, "layer": layer, "head": head}
         frame = pd.DataFrame(columns | {"score": self.per_example.flatten().numpy()})
+        frame["heads_in_layer"] = np.asarray(self.heads_per_layer)[layer]
         if self.kinds is not None:
             frame.insert(2, "kind", np.asarray(self.kinds, dtype=object)[example])
         frame.to_parquet(path, index=False)
 
     @classmethod
-    def load(cls, path: str | Path) -> HeadScores:
+    def load(cls, path: str | Path, *, heads_per_layer: Sequence[int] | None = None) -> HeadScores:
         """Read what `save` wrote.
 
-        Raises ValueError where a column or a head of an example is missing, or the file is broken, MissingFileError
-        where there is none.
+        A file without the column heads_in_layer (which earlier versions did not write) is of a model that has all
+        heads of the grid, unless `heads_per_layer` says otherwise (`model.heads_per_layer`).
+
+        Raises ValueError where a column or a head of an example is missing, where the score of a head that exists is,
+        where the file says another number of heads than `heads_per_layer`, or is broken; MissingFileError where there
+        is none.
         """
         frame = read_parquet(path_of("path", path))
         missing = [
@@ -554,7 +574,17 @@ class HeadScores:
         if "kind" in frame.columns:
             kinds = tuple(frame.drop_duplicates("example")["kind"])
         scores = torch.from_numpy(frame["score"].to_numpy().copy()).reshape(shape)
-        return cls(scores, name=frame["name"].iloc[0], kinds=kinds)
+        per_layer = None if heads_per_layer is None else tuple(map(operator.index, heads_per_layer))
+        if "heads_in_layer" in frame.columns:
+            stated = frame.groupby("layer")["heads_in_layer"].agg(["min", "max"])
+            own = tuple(map(int, stated["min"]))
+            if own != tuple(map(int, stated["max"])) or (per_layer is not None and own != per_layer):
+                raise InvalidValueError(
+                    f"{path} is of a model with {own} heads in its layers"
+                    + (f", not {per_layer}" if per_layer else ", and not in all rows alike")
+                )
+            per_layer = own
+        return cls(scores, name=frame["name"].iloc[0], kinds=kinds, heads_per_layer=per_layer or ())
 
     def _flat(self) -> np.ndarray:
         """The heads that exist, in (layer, head) order."""
@@ -569,10 +599,56 @@ class HeadScores:
     def _model(self) -> tuple[int, tuple[int, ...]]:
         return self.n_heads, self.heads_per_layer
 
-    def _by_rank(self, ranks: Iterable[int]) -> HeadSet:
-        every = HeadSet.every(self.n_layers, self.n_heads, self.heads_per_layer)
-        order = np.argsort(-self._flat(), kind="stable")
-        return every._with(every.heads[order[rank]] for rank in ranks)
+    @property
+    def _every(self) -> HeadSet:
+        """The heads that exist, in the order of `_flat`."""
+        return HeadSet.every(self.n_layers, self.n_heads, self.heads_per_layer)
+
+    def _order(self) -> np.ndarray:
+        """Numbers of the heads in `_every`, the highest score first, equal ones in (layer, head) order."""
+        return np.argsort(-self._flat(), kind="stable")
+
+    def _chosen(self, chosen: np.ndarray, what: str, turns: np.ndarray | None = None) -> HeadSet:
+        """The heads of these numbers in `_every`, if the scores tell them from the others.
+
+        `turns`: with them, heads of one layer or of one turn stand in for each other; without, all heads do.
+        """
+        every, scores = self._every, self._flat()
+        is_chosen = np.zeros(len(every), dtype=bool)
+        is_chosen[chosen] = True
+        if len(chosen) < len(every):
+            if np.ptp(scores) == 0:
+                raise InvalidValueError(
+                    f"{self.name} is {scores[0]:g} for each of the {len(every)} heads, so it chooses none of them; "
+                    f"{what} would be the first ones there are"
+                )
+            layers = np.array([layer for layer, _ in every])
+            inside, outside = is_chosen.nonzero()[0], (~is_chosen).nonzero()[0]
+            alike = scores[inside][:, None] == scores[outside]
+            if turns is not None:
+                same_place = (layers[inside][:, None] == layers[outside]) | (
+                    turns[inside][:, None] == turns[outside]
+                )
+                alike &= same_place
+            if alike.any():
+                self._warn_of_ties(every, scores, inside[alike.any(1)], outside[alike.any(0)], what)
+        return every._with(every.heads[index] for index in chosen)
+
+    def _warn_of_ties(
+        self, every: HeadSet, scores: np.ndarray, inside: np.ndarray, outside: np.ndarray, what: str
+    ) -> None:
+        def named(indices: np.ndarray) -> str:
+            more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
+            return " ".join(head_name(every.heads[index]) for index in indices[:8]) + more
+
+        shared = sorted({float(scores[index]) for index in inside})
+        value = f"{shared[0]:g}" if len(shared) == 1 else "their score"
+        warnings.warn(
+            f"{self.name}: {what} of {len(every)} heads cut through a tie. {named(inside)} are among them, "
+            f"{named(outside)} are not, and they share {value}: which are taken follows from their numbers alone",
+            MmlensWarning,
+            stacklevel=4,
+        )
 
     def _count(self, n_or_fraction: int | float) -> int:
         total = sum(self.heads_per_layer)

@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -43,6 +44,7 @@ from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, dissect
 from mmlens.families.catalog import family_of
 from mmlens.families.media import unmapped_message
 from mmlens.families.record import Family
+from mmlens.fingerprints import processor_fingerprint
 from mmlens.linear import is_linear, n_embeddings
 from mmlens.loss import next_token_loss, text_labels
 from mmlens.prompt import Prompt, check_left_padding, make_prompt, with_answers
@@ -158,6 +160,9 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         self.tokenizer = getattr(processor, "tokenizer", None)
         self._n_forwards = 0
         self._running: Prompt | None = None
+        self._given: Prompt | None = None
+        """The prompt that `forward`, `generate` or `encode_images` is at work on, where it was given one."""
+        self._pixels: dict[str, weakref.ref[Tensor]] = {}
         self.span = Span(0, 0)
         """Which positions the run under way computes: all of a prompt, or, while decoding, the newest."""
         self._whole_inputs: Mapping[str, Any] = {}
@@ -264,12 +269,13 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         given = None if prompt.image_features is not None else self._tower_inputs(inputs)
         if given is None:
             return prompt
-        features = self.hf_model.get_image_features(**given, return_dict=True)
+        with self._at_work_on(prompt, inputs):
+            features = self.hf_model.get_image_features(**given, return_dict=True)
         # The pixels alone have gone into the features; grids and sizes are read once more beside them.
         kept = {
             name: value for name, value in inputs.items() if name not in given or not _holds_pixels(value)
         }
-        return replace(prompt.to(self.device), inputs=kept, image_features=features)
+        return replace(prompt.to(self.device), inputs=kept, image_features=features, encoded=prompt.vision)
 
     def _tower_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         """What get_image_features takes of the inputs; None where the tower cannot be run apart from them."""
@@ -346,7 +352,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         keep = None
         if "logits_to_keep" not in keywords.forward_keywords(self.hf_model):
             keep = keyword_inputs.pop("logits_to_keep", None)
-        logits = self.hf_model(**keyword_inputs).logits
+        with self._at_work_on(inputs):
+            logits = self.hf_model(**keyword_inputs).logits
         if keep is not None:
             logits = logits[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]
         if return_type is None or labels is None:
@@ -385,11 +392,12 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         if keyword_inputs.get("attention_mask") is not None:
             check_left_padding(keyword_inputs["attention_mask"])
         # Some families generate with their language model alone, past their own forward.
-        self._on_forward(self.hf_model, (), keyword_inputs)
-        try:
-            return self.hf_model.generate(**keyword_inputs)
-        except ValueError as error:
-            raise keywords.explained(self.hf_model, keyword_inputs, error) from error
+        with self._at_work_on(inputs):
+            self._on_forward(self.hf_model, (), keyword_inputs)
+            try:
+                return self.hf_model.generate(**keyword_inputs)
+            except ValueError as error:
+                raise keywords.explained(self.hf_model, keyword_inputs, error) from error
 
     def answer(self, inputs: Inputs, max_new_tokens: int = 16, **options: Any) -> list[str]:
         """The generated text after each prompt of the batch; `options` are `generate`'s."""
@@ -427,7 +435,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
                 tap.consume_rows = lambda pattern, layer=layer: consume(
                     layer, pattern, rows.real.to(pattern.device)
                 )
-            self.hf_model(**keyword_inputs, logits_to_keep=1, use_cache=False)
+            with self._at_work_on(inputs):
+                self.hf_model(**keyword_inputs, logits_to_keep=1, use_cache=False)
         finally:
             for tap in self._attention_taps.values():
                 tap.rows = tap.consume_rows = None
@@ -588,6 +597,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             return dict(more)
         if isinstance(inputs, Prompt):
             self._check_mapped(inputs.inputs, "its token map")
+            self._check_processor(inputs)
             features = (
                 {}
                 if inputs.image_features is None
@@ -625,12 +635,20 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._n_forwards += 1
         self._running = None
+        # Until the decoder begins, nothing is known of its positions: not those of the run before.
+        self.span = Span(0, 0)
         # Image rows are found in the inputs of the run that is under way.
         given = {**({"input_ids": args[0]} if args else {}), **kwargs}
         self._unmapped = self.anatomy.other_media.held(given)
         telling = ("input_ids", self.family.image_positions)
         self._whole_inputs = {name: given[name] for name in telling if given.get(name) is not None}
         self._inputs = self._whole_inputs
+        # They are alive as long as the run is.
+        self._pixels = {
+            name: weakref.ref(value)
+            for name, value in given.items()
+            if isinstance(value, Tensor) and value.is_floating_point() and name != "inputs_embeds"
+        }
         keep = kwargs.get("logits_to_keep")
         if not (isinstance(keep, int) and keep and self._shares_keys and self._is_watched()):
             return None
@@ -658,24 +676,71 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         n_running, n_rows = len(self._whole_inputs.get("input_ids", ())), prompt.shape[0]
         return n_running // n_rows if n_running and n_running % n_rows == 0 else 1
 
+    @contextmanager
+    def _at_work_on(self, inputs: Any, encoding: Mapping[str, Any] | None = None) -> Iterator[None]:
+        """Hooks that fire inside the block can ask whether the prompt is the one they were built for.
+
+        `encoding`: the inputs, where the tower alone is run, which `_on_forward` does not see.
+        """
+        before, self._given = self._given, inputs if isinstance(inputs, Prompt) else None
+        self._running = None
+        if encoding is not None:
+            self._whole_inputs = self._inputs = {"input_ids": encoding["input_ids"]}
+        try:
+            yield
+        finally:
+            self._given = before
+
+    def _check_processor(self, prompt: Prompt) -> None:
+        if (
+            prompt.processor
+            and self.processor is not None
+            and prompt.processor != processor_fingerprint(self.processor)
+        ):
+            raise InvalidValueError(
+                "this prompt was made by another model's processor: its tokenizer or the normalization of its images "
+                "is not this model's. Make it with this one: model.prompt(...) or model.prompt_examples(examples)"
+            )
+
     def check_running(self, prompt: Prompt) -> None:
-        """Raise ValueError where the run under way is of another prompt; compared once a run."""
+        """Raise ValueError where the run under way is of another prompt, in tokens or images; compared once a run."""
         if self._running is prompt:
             return
-        self._running = prompt
         ids, own = self._whole_inputs.get("input_ids"), prompt.inputs.get("input_ids")
         goes_on = (
             ids is not None and self.span.first > 0 and ids.shape[1] < self.span.first + self.span.length
         )
-        if ids is None or own is None or goes_on:
-            return
-        rows = own.repeat_interleave(self.copies(prompt), 0).to(ids)
-        # Without a cache, generated tokens follow the prompt.
-        if not torch.equal(ids[:, : own.shape[1]], rows):
-            raise InvalidValueError(
-                f"an intervention built for a prompt of [batch, pos] = {list(own.shape)} is run on another one of "
-                f"{list(ids.shape)}: interventions are built for each prompt, intervention(model, prompt)"
-            )
+        if ids is not None and own is not None and not goes_on:
+            rows = own.repeat_interleave(self.copies(prompt), 0).to(ids)
+            # Without a cache, generated tokens follow the prompt.
+            if not torch.equal(ids[:, : own.shape[1]], rows):
+                raise InvalidValueError(
+                    f"an intervention built for a prompt of [batch, pos] = {list(own.shape)} is run on another one of "
+                    f"{list(ids.shape)}: interventions are built for each prompt, intervention(model, prompt)"
+                )
+            other = self._other_images(prompt)
+            if other:
+                raise InvalidValueError(
+                    f"an intervention built for one prompt is run on one of the same text with other images ({other} "
+                    "differs): interventions are built for each prompt, intervention(model, prompt)"
+                )
+        self._running = prompt
+
+    def _other_images(self, prompt: Prompt) -> str:
+        """The first input of the run under way, beside its text, that is not the prompt's; "" where there is none."""
+        if self._given is prompt:
+            return ""
+        if self._given is not None:
+            one, other = self._given.vision, prompt.vision
+            return next((name for name in one.keys() | other.keys() if one.get(name) != other.get(name)), "")
+        for name, held in self._pixels.items():
+            value, own = held(), prompt.inputs.get(name)
+            # Beams and several samples repeat the rows.
+            if value is None or own is value or not isinstance(own, Tensor) or own.shape != value.shape:
+                continue
+            if not torch.equal(own.to(value), value):
+                return name
+        return ""
 
     def narrow_inputs(self, first: int, copies: int) -> None:
         """For a partial run: hooks see the inputs' positions from `first` on, and the batch `copies` times."""

@@ -37,6 +37,7 @@ from mmlens.errors import (
 from mmlens.families.layouts.grids import Layout
 from mmlens.families.media import media_of, unmapped_message
 from mmlens.families.processors import DROP_ALPHA
+from mmlens.fingerprints import example_fingerprint, processor_fingerprint, vision_fingerprints
 from mmlens.token_map import ImageGrid, TokenMap
 
 MAX_IMAGE_PIXELS = 89_478_485
@@ -119,6 +120,10 @@ class Prompt:
 
     image_features: Any = None
     """What the vision tower gave, where `HookedVLM.encode_images` has already run it."""
+    encoded: Mapping[str, str] | None = None
+    """Fingerprints of the inputs that it read, which are then no inputs any more."""
+    processor: str = ""
+    """Fingerprint of the processor that made it; "" where that is not known."""
 
     def __len__(self) -> int:
         return len(self.token_map)
@@ -142,6 +147,16 @@ class Prompt:
     def shape(self) -> torch.Size:
         """[batch, pos], as that of the tokens which TransformerLens' tools take in a prompt's place."""
         return self.token_map.image.shape
+
+    @functools.cached_property
+    def vision(self) -> dict[str, str]:
+        """Fingerprints of what the model is given beside tokens and mask, the same after `encode_images`."""
+        return {**(self.encoded or {}), **vision_fingerprints(self.inputs)}
+
+    @functools.cached_property
+    def examples(self) -> tuple[str, ...]:
+        """A fingerprint of each example: its tokens, images and answers, in whatever batch it stands."""
+        return tuple(example_fingerprint(self, row) for row in range(len(self)))
 
     @property
     def last(self) -> Bool[Tensor, "batch pos"]:
@@ -301,6 +316,7 @@ def assembled_prompt(
         questions=questions,
         images=images,
         text=_joined(rendered),
+        processor=processor_fingerprint(processor),
     )
 
 
@@ -341,6 +357,7 @@ def prompt_from_inputs(
         questions=[""] * n,
         images=[[] for _ in range(n)],
         text=[""] * n,
+        processor=processor_fingerprint(processor),
     )
 
 
@@ -488,6 +505,10 @@ def with_answers(
     """
     if len(examples) != len(prompt):
         raise PromptError(f"answers of {len(examples)} example(s), but the prompt has {len(prompt)}")
+    if prompt.processor and prompt.processor != processor_fingerprint(processor):
+        raise PromptError(
+            "the prompt was made by another processor than this one, whose tokenizer would give the answers other ids"
+        )
     if answer_start is None:
         rows = zip(prompt.text, prompt.images, strict=True)
         starts = [answer_start_of(processor, text, len(own)) for text, own in rows]

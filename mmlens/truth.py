@@ -210,7 +210,8 @@ def _ram_of(model: HookedVLM, examples: Sequence[Example], seed: int) -> RamSign
 
 
 def _lost(model: HookedVLM, examples: Sequence[Example]) -> HeadScores:
-    return HeadScores(-_ablation_effects(model, examples).per_example, "logits lost")
+    effects = _ablation_effects(model, examples)
+    return HeadScores(-effects.per_example, "logits lost", heads_per_layer=effects.heads_per_layer)
 
 
 def _ablation_effects(model: HookedVLM, examples: Sequence[Example]) -> HeadScores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import mmlens
 from mmlens.heads import HeadScores, HeadSet, as_head_set
 
 # Type checking makes first calls slow, and the machine may be busy.
@@ -46,6 +48,9 @@ def score_arrays(draw: st.DrawFn, min_examples: int = 1) -> np.ndarray:
 
 def scores_of(array: np.ndarray) -> HeadScores:
     return HeadScores(torch.from_numpy(array))
+
+
+ties_are_meant = pytest.mark.filterwarnings("ignore:.*cut through a tie")
 
 
 @pytest.fixture
@@ -210,11 +215,13 @@ def test_rank_is_the_position_in_a_stable_sort(array: np.ndarray) -> None:
 
 
 @unhurried
+@ties_are_meant
 @given(score_arrays(), st.data())
 def test_top_and_bottom_are_the_two_ends_of_the_ranking(array: np.ndarray, data: st.DataObject) -> None:
     scores = scores_of(array)
     total = scores.n_layers * scores.n_heads
     count = data.draw(st.integers(1, total))
+    assume(float(np.ptp(scores.values.numpy())) > 0)
     top, bottom = scores.top(count), scores.bottom(count)
     assert [int(scores.rank()[head]) for head in top] == list(range(count))
     assert [int(scores.rank()[head]) for head in bottom] == list(range(total - 1, total - 1 - count, -1))
@@ -399,7 +406,7 @@ def uneven_scores(model: tuple[int, int, tuple[int, ...]], n: int, seed: int) ->
     drawn = np.random.default_rng(seed).integers(-3, 4, (n, n_layers, n_heads)).astype(np.float32)
     for layer, count in enumerate(per_layer):
         drawn[:, layer, count:] = np.nan
-    return scores_of(drawn)
+    return HeadScores(torch.from_numpy(drawn), heads_per_layer=per_layer)
 
 
 @unhurried
@@ -434,13 +441,14 @@ def test_no_set_ever_holds_a_head_that_does_not_exist(model: Any, data: st.DataO
 
 
 @unhurried
+@ties_are_meant
 @given(uneven_models(), st.integers(0, 2**31), st.data())
 def test_scores_rank_only_the_heads_that_exist(model: Any, seed: int, data: st.DataObject) -> None:
     n_layers, n_heads, per_layer = model
     every = existing(per_layer)
     scores = uneven_scores(model, 4, seed)
-    if max(per_layer) == n_heads:
-        assert scores.heads_per_layer == per_layer
+    assert scores.heads_per_layer == per_layer
+    assume(len(every) == 1 or np.ptp(scores.values[scores.exists].numpy()) > 0)
     values = scores.per_example.double().mean(0)
     best_first = sorted(every, key=lambda at: (-float(values[at]), at))
     count = data.draw(st.integers(1, len(every)))
@@ -466,7 +474,7 @@ def test_uneven_scores_by_kind_and_between_scores() -> None:
     full = torch.rand(6, 2, 2, generator=torch.manual_seed(3))
     uneven = torch.cat([full[:, :1], torch.full((6, 1, 2), torch.nan), full[:, 1:]], dim=1)
     kinds = ("a", "a", "b", "b", "c", "c")
-    one, other = HeadScores(full, kinds=kinds), HeadScores(uneven, kinds=kinds)
+    one, other = HeadScores(full, kinds=kinds), HeadScores(uneven, kinds=kinds, heads_per_layer=(2, 0, 2))
     assert other.heads_per_layer == (2, 0, 2)
     rows = [0, 2]
     for read in (
@@ -489,9 +497,9 @@ def test_uneven_scores_by_kind_and_between_scores() -> None:
 
 def test_saving_keeps_which_heads_exist(tmp_path: Path) -> None:
     """The first and last layers have no heads, and no layer has as many as the grid is wide."""
-    scores = HeadScores(
-        uneven_scores((4, 3, (0, 1, 2, 0)), 3, 0).per_example, name="RAM", kinds=("x", "y", "x")
-    )
+    per_layer = (0, 1, 2, 0)
+    drawn = uneven_scores((4, 3, per_layer), 3, 0).per_example
+    scores = HeadScores(drawn, name="RAM", kinds=("x", "y", "x"), heads_per_layer=per_layer)
     scores.save(tmp_path / "scores.parquet")
     loaded = HeadScores.load(tmp_path / "scores.parquet")
     torch.testing.assert_close(loaded.per_example, scores.per_example, rtol=0, atol=0, equal_nan=True)
@@ -532,17 +540,118 @@ def test_a_set_made_for_the_full_grid_is_checked_against_the_model() -> None:
 
 
 def test_nan_is_an_error_wherever_a_head_exists() -> None:
+    """Only `heads_per_layer` says that a head is missing: not that its scores are, wherever it stands."""
     scores = torch.rand(2, 2, 3)
     scores[:, 1, 1:] = torch.nan
-    assert HeadScores(scores).heads_per_layer == (3, 1)
-    with pytest.raises(ValueError, match=r"score of head \(1, 1\) in example 0 is NaN"):
+    assert HeadScores(scores, heads_per_layer=(3, 1)).top(1.0).by_layer()[1] == [0]
+    with pytest.raises(ValueError, match=r"head \(1, 1\) in example 0 is NaN; .*heads_per_layer=model"):
+        HeadScores(scores)
+    with pytest.raises(ValueError, match=r"score of head \(1, 1\) in example 0 is NaN$"):
         HeadScores(scores, heads_per_layer=(3, 2))
     with pytest.raises(ValueError, match=r"head \(0, 2\) has a score in example 0, but layer 0 has 2 heads"):
         HeadScores(scores, heads_per_layer=(2, 1))
-    in_one_example, below_another = scores.clone(), scores.clone()
-    in_one_example[1, 0, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"score of head \(0, 2\) in example 1 is NaN"):
-        HeadScores(in_one_example)
-    below_another[:, 0, 1] = torch.nan
-    with pytest.raises(ValueError, match=r"score of head \(0, 1\) in example 0 is NaN"):
-        HeadScores(below_another)
+    for example, layer, head in ((1, 0, 2), (slice(None), 0, 1), (slice(None), 1, 2), (slice(None), 0, 0)):
+        one = torch.rand(2, 2, 3)
+        one[example, layer, head] = torch.nan
+        with pytest.raises(ValueError, match=rf"score of head \({layer}, {head}\) in example . is NaN"):
+            HeadScores(one)
+
+
+def test_a_saved_nan_is_never_taken_for_a_head_that_there_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    HeadScores(torch.rand(2, 2, 3), name="RAM").save(path)
+    frame = pd.read_parquet(path)
+    frame.loc[(frame["layer"] == 1) & (frame["head"] == 2), "score"] = np.nan
+    frame.to_parquet(path)
+    with pytest.raises(ValueError, match=r"head \(1, 2\) in example 0 is NaN"):
+        HeadScores.load(path)
+    # A file that does not say which heads there are: the caller may.
+    frame.drop(columns="heads_in_layer").to_parquet(path)
+    with pytest.raises(ValueError, match=r"head \(1, 2\) in example 0 is NaN"):
+        HeadScores.load(path)
+    assert HeadScores.load(path, heads_per_layer=(3, 2)).heads_per_layer == (3, 2)
+    uneven_scores((2, 3, (3, 1)), 2, 0).save(path)
+    assert HeadScores.load(path).heads_per_layer == (3, 1)
+    assert HeadScores.load(path, heads_per_layer=[3, 1]).heads_per_layer == (3, 1)
+    with pytest.raises(ValueError, match=r"with \(3, 1\) heads in its layers, not \(3, 2\)"):
+        HeadScores.load(path, heads_per_layer=(3, 2))
+    HeadScores(torch.rand(1, 2, 3)).save(path)
+    pd.read_parquet(path).drop(columns="heads_in_layer").to_parquet(path)
+    assert HeadScores.load(path).heads_per_layer == (3, 3)
+
+
+# ---------------------------------------------------------------------- ties
+
+
+def test_scores_that_are_all_alike_choose_no_head() -> None:
+    """Counts that are 0 for every head, as copying is where nothing is copied."""
+    choices: list[Callable[[HeadScores], Any]] = [
+        lambda scores: scores.top(0.05),
+        lambda scores: scores.bottom(3),
+        lambda scores: scores.top_spread(4),
+        lambda scores: scores.stability(0.05),
+        lambda scores: scores.select("a").top(1),
+    ]
+    for value in (0.0, 0.25):
+        nothing = HeadScores(torch.full((3, 4, 5), value), name="copy score", kinds=("a", "a", "b"))
+        for choose in choices:
+            with pytest.raises(ValueError, match=rf"copy score is {value:g} for each of the 20 heads"):
+                choose(nothing)
+        # All of them are no choice, and ranks and tables stay what they were.
+        assert len(nothing.top(1.0)) == len(nothing.bottom(20)) == len(nothing.top_spread(20)) == 20
+        assert nothing.rank().flatten().tolist() == list(range(20))
+    uneven = HeadScores(torch.tensor([[[0.0, torch.nan], [0.0, 0.0]]]), heads_per_layer=(1, 2))
+    with pytest.raises(ValueError, match="is 0 for each of the 3 heads"):
+        uneven.top(1)
+    assert len(HeadScores(torch.zeros(1, 1, 1)).top(1)) == 1
+
+
+def test_a_cut_through_a_tie_is_warned_of_with_the_heads() -> None:
+    scores = HeadScores(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 2.0, 1.0]]]), name="visual head score")
+    said = (
+        "the 4 highest of 6 heads cut through a tie. L0H1 are among them, L0H2 L1H0 are not, and they share 0"
+    )
+    with pytest.warns(mmlens.MmlensWarning, match=said):
+        assert scores.top(4).heads == ((0, 0), (1, 1), (1, 2), (0, 1))
+    with pytest.warns(
+        mmlens.MmlensWarning, match="the 1 lowest of 6 .* L1H0 are among them, L0H1 L0H2 are not"
+    ):
+        assert scores.bottom(1).heads == ((1, 0),)
+    with pytest.warns(mmlens.MmlensWarning, match="cut through a tie"):
+        HeadScores(scores.per_example, kinds=("a",)).stability(4)
+    many = HeadScores(torch.cat([torch.rand(1, 1, 10) + 1, torch.zeros(1, 3, 10)], dim=1))
+    with pytest.warns(
+        mmlens.MmlensWarning, match=r"L1H0 L1H1 are among them, L1H2 .* L1H9 and 20 more are not"
+    ):
+        many.top(12)
+
+
+def test_ties_that_the_cut_does_not_go_through_are_no_matter() -> None:
+    """Warnings are errors here."""
+    scores = HeadScores(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 2.0, 2.0]]]))
+    assert scores.top(3).heads == ((0, 0), (1, 1), (1, 2))
+    assert scores.bottom(3).heads == ((1, 0), (0, 2), (0, 1))
+    assert len(scores.top(6)) == len(scores.bottom(1.0)) == 6
+    assert scores.top(1).heads == ((0, 0),)
+
+
+def test_spread_heads_warn_where_another_choice_is_as_good() -> None:
+    """Of two heads of one layer, or of the last turn, one is taken and its equal is not."""
+    within = HeadScores(torch.tensor([[[3.0, 3.0], [1.0, 2.0]]]))
+    with pytest.warns(mmlens.MmlensWarning, match="L0H0 are among them, L0H1 are not"):
+        assert within.top_spread(2).heads == ((0, 0), (1, 1))
+    between = HeadScores(torch.tensor([[[3.0, 1.0], [4.0, 1.0]]]))
+    with pytest.warns(mmlens.MmlensWarning, match="L0H1 are among them, L1H1 are not"):
+        assert between.top_spread(3).heads == ((1, 0), (0, 0), (0, 1))
+    # Equal scores of other turns and layers could not stand in for each other.
+    apart = HeadScores(torch.tensor([[[3.0, 2.0], [2.0, 1.0]]]))
+    assert apart.top_spread(2).heads == ((0, 0), (1, 0))
+
+
+def test_heads_of_a_model_with_other_layers_are_refused() -> None:
+    """Sets that say which heads there are; one of the full grid says nothing."""
+    hybrid = HeadSet([(1, 0)], n_layers=3, n_heads=4, heads_per_layer=(0, 4, 2))
+    assert as_head_set(hybrid, 3, 4, (0, 4, 2)) == hybrid
+    for per_layer in ((0, 4, 4), (4, 4, 4)):
+        with pytest.raises(ValueError, match=r"heads are of another model: it has \(0, 4, 2\) heads in its"):
+            as_head_set(hybrid, 3, 4, per_layer)

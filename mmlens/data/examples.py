@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ from mmlens.arguments import (
 from mmlens.arguments import number as real_number
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError
 from mmlens.files import make_folder, parsed_json, path_within, write_text_at_once
+from mmlens.fingerprints import pixel_fingerprint
 from mmlens.prompt import as_rgb, load_image, open_image
 from mmlens.token_map import Box, Region, box_of, checked_box
 
@@ -371,7 +373,8 @@ def split_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Two disjoint lists, about `fraction` of every kind in the first, groups kept whole.
 
-    Raises ValueError where there is no example, or a kind with fewer than two groups.
+    An example without a group is one by itself, known by its id, or by its content where it has none: the same example
+    twice stays together. Raises ValueError where there is no example, or a kind with fewer than two groups.
     """
     examples = examples_of(examples)
     fraction = real_number("fraction", fraction, above=0, below=1)
@@ -380,9 +383,9 @@ def split_examples(
     second: list[Example] = []
     for kind in sorted({example.kind for example in examples}):
         groups: dict[object, list[Example]] = {}
-        for index, example in enumerate(examples):
+        for example in examples:
             if example.kind == kind:
-                groups.setdefault(example.group or example.id or index, []).append(example)
+                groups.setdefault(_group(example), []).append(example)
         names = list(groups)
         if len(names) < 2:
             raise InvalidValueError(
@@ -397,7 +400,8 @@ def split_examples(
 
 
 def shared_groups(first: Iterable[Example], second: Iterable[Example]) -> list[str]:
-    """Names of what two splits share: a group, the id of an example without a group, or the very same example.
+    """Names of what two splits share: a group, the id of an example without a group, or the question, answer and pixels
+    of one that has no id either.
 
     >>> page = Example("What?", "x", id="a", group="report.pdf")
     >>> shared_groups([page], [Example("Where?", "y", id="b", group="report.pdf")])
@@ -410,10 +414,35 @@ def shared_groups(first: Iterable[Example], second: Iterable[Example]) -> list[s
     )
 
 
+def check_no_repeats(split: str, examples: Iterable[Example]) -> None:
+    """Raise ValueError where an example stands in the `split` twice: by kind and id, or by content where it has no id.
+
+    >>> check_no_repeats("selection", [Example("What?", "x"), Example("Where?", "y"), Example("What?", "x")])
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: the selection split holds 1 example(s) more than once ('What?'): ...
+    """
+    named = [(_identity(example), example.id or repr(example.question)) for example in examples]
+    counts, names = Counter(key for key, _ in named), dict(named)
+    repeated = [names[key] for key, count in counts.items() if count > 1]
+    if repeated:
+        shown = ", ".join(repeated[:5])
+        raise InvalidValueError(
+            f"the {split} split holds {len(repeated)} example(s) more than once ({shown}): they would "
+            "count as so many independent ones, and intervals come out too narrow"
+        )
+
+
 def _group(example: Example) -> tuple[object, ...]:
-    if example.group:
-        return ("group", example.group)
-    return ("id", example.kind, example.id) if example.id else ("object", id(example))
+    return ("group", example.group) if example.group else _identity(example)
+
+
+def _identity(example: Example) -> tuple[object, ...]:
+    """What is the same of one example met twice: its id, or its content where it has none."""
+    if example.id:
+        return ("id", example.kind, example.id)
+    pixels = tuple(map(pixel_fingerprint, example.images))
+    return ("content", example.kind, example.question, example.answer, pixels)
 
 
 def overlap_message(shared: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from mmlens.arguments import (
     whole_number,
     whole_numbers,
 )
-from mmlens.data.examples import Example, examples_of, overlap_message, shared_groups
+from mmlens.data.examples import Example, check_no_repeats, examples_of, overlap_message, shared_groups
 from mmlens.errors import InvalidValueError
 from mmlens.hooked_vlm import HookedVLM, model_of
 from mmlens.interventions.ablation import MODES
@@ -39,7 +39,8 @@ from mmlens.token_map import mapping_of
 class Setup:
     """What every experiment is given: heads are chosen on `selection` and judged on `evaluation`.
 
-    `name` is the model's, as the user wrote it. Raises ValueError where the splits share an example or a group.
+    `name` is the model's, as the user wrote it. Raises ValueError where the splits share an example or a group, or
+    one of them holds an example twice.
     """
 
     model: HookedVLM
@@ -57,6 +58,8 @@ class Setup:
         seed_of(self.seed)
         whole_number("batch_size", self.batch_size, least=1)
         flag("progress", self.progress)
+        for name, split in (("selection", self.selection), ("evaluation", self.evaluation)):
+            check_no_repeats(name, split)
         shared = shared_groups(self.selection, self.evaluation)
         if shared:
             raise InvalidValueError(overlap_message(shared))

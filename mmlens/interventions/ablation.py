@@ -32,12 +32,25 @@ from mmlens.cache import is_batched, is_masked, is_packed
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
 from mmlens.evaluation import check_same_twice
+from mmlens.fingerprints import example_seed, weights_fingerprints
 from mmlens.heads import HeadSet
 from mmlens.hook_names import axes_of, layer_of
 from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention
 from mmlens.interventions.components import Component, Specs
 from mmlens.interventions.components import components as components_of
-from mmlens.interventions.edits import NAMED_POSITIONS, Change, Edit, Here, Mask, Positions, positions_mask
+from mmlens.interventions.edits import (
+    NAMED_POSITIONS,
+    Change,
+    Edit,
+    Here,
+    IfAny,
+    Mask,
+    Positions,
+    check_call,
+    check_each_example,
+    positions_mask,
+)
+from mmlens.interventions.origin import OfAnotherModel, check_origin
 from mmlens.prompt import Prompt, as_rgb
 
 MODES = ("zero", "mean", "resample", "uniform", "uniform_leaky", "mean_query")
@@ -49,6 +62,17 @@ _HEAD_MODES = {"uniform": "hook_attn_scores", "uniform_leaky": "hook_attn_scores
 """Modes of language heads alone, and where they edit: the other modes edit z."""
 
 
+class MeanActivations(dict[str, Tensor]):
+    """Hook name -> its mean activation [kind, ...] over a reference set, and the model that it is of."""
+
+    def __init__(self, means: Mapping[str, Tensor], weights: Mapping[str, str]) -> None:
+        super().__init__(means)
+        self.weights = dict(weights)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MeanActivations, (dict(self), self.weights)
+
+
 @torch.no_grad()
 def mean_activations(
     model: HookedVLM,
@@ -56,7 +80,7 @@ def mean_activations(
     *,
     hooks: HookName | Sequence[str] | None = None,
     batch_size: int = 16,
-) -> dict[str, Float[Tensor, "kind ..."]]:
+) -> MeanActivations:
     """Mean activations over a reference set: the reference of `ablate(components, "mean")` and "mean_query".
 
     One pass over `examples`, summed in float64. `hooks` are hook names or a filter of them, by default z and q of
@@ -98,16 +122,17 @@ def mean_activations(
     missing = [name for name in names if name not in sums]
     if missing:
         raise InvalidValueError(f"no example has an image, so there is no mean of {missing[:5]}")
-    return {
+    means = {
         name: (total / counts[name].view(-1, *[1] * (total.ndim - 1))).float() for name, total in sums.items()
     }
+    return MeanActivations(means, weights_fingerprints(model.hf_model))
 
 
 def ablate(
     components: Specs,
     mode: str = "zero",
     *,
-    reference: Means | Sequence[Example] | None = None,
+    reference: Means | OfAnotherModel | Sequence[Example] | None = None,
     positions: Positions = None,
     seed: int = 0,
 ) -> Intervention:
@@ -118,14 +143,15 @@ def ablate(
     "image" replaces image embeddings where they enter the language model and wherever the family adds visual
     features to them again (DeepStack): with positions of a region, that region alone.
 
-    `reference`: `mean_activations(model, examples)` for "mean" and "mean_query"; a list of examples for
-    "resample", of which each prompt's rows draw one each, by `seed`. Text positions take what stands at the other
-    example's text position as far from the end, image positions likewise; the vision tower takes patch by patch,
-    from examples whose images are of the same sizes.
+    `reference`: `mean_activations(model, examples)` for "mean" and "mean_query", of this very model unless they are
+    wrapped in `of_another_model`; a list of examples for
+    "resample", of which each example draws one, by `seed`, its tokens and its images: the same in any batch. Text
+    positions take what stands at the other example's text position as far from the end, image positions likewise;
+    the vision tower takes patch by patch, from examples whose images are of the same sizes.
 
     Raises ValueError for an unknown mode, a mode that a component does not take, a reference that the mode does
-    not take, or positions that choose none; and what `component` raises (IndexError for a head that the model does
-    not have).
+    not take, or an example of a batch in which positions choose none, or that has no image to ablate (`if_any`
+    leaves it as it is); and what `component` raises (IndexError for a head that the model does not have).
 
     >>> ablate([(0, 1)], "zeroed")
     Traceback (most recent call last):
@@ -139,12 +165,12 @@ def ablate(
         components = list(components)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         targets = _targets(components_of(model, components), mode)
-        where = positions_mask(prompt, positions)
-        _check_image_positions(model, prompt, targets, where)
+        targets = _with_rows(model, prompt, targets, positions)
         changes = _CHANGES[mode](model, prompt, targets, reference, seed)
         return [
-            (target.hook, target.edit(model, prompt, change, where))
+            (target.hook, target.edit(model, prompt, change, positions))
             for target, change in zip(targets, changes, strict=True)
         ]
 
@@ -169,7 +195,7 @@ class _Target:
             return x
         return x.index_select(self.parts[0].axis, torch.tensor(self.index, device=x.device))
 
-    def edit(self, model: HookedVLM, prompt: Prompt, change: Change, where: Mask | None) -> Edit:
+    def edit(self, model: HookedVLM, prompt: Prompt, change: Change, where: Positions) -> Edit:
         if self.parts[0].kind == "head":
             return Edit(model, prompt, self.hook, change, positions=where, heads=self.index)
         if self.index is None:
@@ -196,20 +222,24 @@ def _targets(parts: Sequence[Component], mode: str) -> list[_Target]:
     return [_Target(hook, parts) for hook, parts in by_hook.items()]
 
 
-def _check_image_positions(
-    model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], where: Mask | None
-) -> None:
+def _with_rows(
+    model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], positions: Positions
+) -> list[_Target]:
+    """The targets that have something to ablate in this prompt: image embeddings where it has images.
+
+    Raises ValueError where an example has none of the image positions to be ablated, unless `positions` says that it
+    is to be left then.
+    """
     if not any(is_packed(target.hook) for target in targets):
-        return
+        return list(targets)
+    mask = positions_mask(prompt, positions)
     images = model.image_mask(prompt)
-    if images is None or not bool(images.any()):
-        raise InvalidValueError(
-            "the prompt has no image positions, so there are no image embeddings to ablate"
-        )
-    if where is not None and not bool((where.cpu() & images.cpu()).any()):
-        raise InvalidValueError(
-            "positions chooses no image position: there are no image embeddings to ablate there"
-        )
+    visual = torch.zeros(tuple(prompt.shape), dtype=torch.bool) if images is None else images.cpu()
+    visual = visual if mask is None else visual & mask.cpu()
+    if not isinstance(positions, IfAny):
+        fault = "has no image embeddings to ablate" if mask is None else "chooses no image position"
+        check_each_example(prompt, visual, f"{'the prompt' if mask is None else 'positions'} {fault}")
+    return [target for target in targets if bool(visual.any()) or not is_packed(target.hook)]
 
 
 # ---------------------------------------------------------------------- what stands in a component's place
@@ -231,8 +261,11 @@ def _uniform(
 
 
 def _mean(
-    model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], reference: Means, seed: int
+    model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], reference: Means | OfAnotherModel, seed: int
 ) -> list[Change]:
+    check_origin(reference, model, "the reference means")
+    if isinstance(reference, OfAnotherModel):
+        reference = reference.activations
     has_images = bool(prompt.token_map.is_image.any())
     absent = [target.hook for target in targets if target.hook not in reference]
     if absent:
@@ -243,6 +276,7 @@ def _mean(
     changes: list[Change] = []
     for target in targets:
         means, first = reference[target.hook], target.parts[0]
+        _check_kinds(target.hook, means)
         if first.index is not None and means.shape[first.axis] != first.size:
             raise InvalidValueError(
                 f"the reference means of {target.hook} have shape {list(means.shape)}; this model has "
@@ -257,6 +291,18 @@ def _mean(
             raise InvalidValueError(f"the reference means of {target.hook} are NaN: its activations were")
         changes.append(partial(_to_mean, means=means, hook=target.hook))
     return changes
+
+
+def _check_kinds(hook: str, means: Tensor) -> None:
+    """Raise ValueError for means without the axis of text and image: a head's mean would be taken for a kind's."""
+    n_kinds = 2 if is_batched(hook) else 1
+    n_features = sum(axis not in _ROW_AXES | {"image_token"} for axis in axes_of(hook))
+    if means.ndim != 1 + n_features or len(means) != n_kinds:
+        kinds = "2 kinds (text, then image)" if n_kinds == 2 else "1 kind"
+        raise InvalidValueError(
+            f"the reference means of {hook} have shape {list(means.shape)}, expected [kind, ...] with {kinds} and "
+            f"{n_features} further axes, as mean_activations gives them"
+        )
 
 
 def _to_mean(x: Tensor, here: Here, *, means: Float[Tensor, "kind ..."], hook: str) -> Tensor:
@@ -281,11 +327,13 @@ def _resample(
     In prompts of equal layout that is position by position; where the other example has fewer positions of
     a kind, its own are used again from the end.
     """
-    rng = np.random.default_rng([seed, *_fingerprint(prompt)])
     same_sizes = not all(is_batched(target.hook) or is_packed(target.hook) for target in targets)
     drawn = [
-        _another(reference, question, images, rng, same_sizes)
-        for question, images in zip(prompt.questions, prompt.images, strict=True)
+        # By the example, not by its place in a batch: the numbers must not depend on the batch size.
+        _another(
+            reference, question, images, np.random.default_rng([seed, *example_seed(prompt, row)]), same_sizes
+        )
+        for row, (question, images) in enumerate(zip(prompt.questions, prompt.images, strict=True))
     ]
     other = model.prompt_examples(drawn)
     check_same_twice(model.hf_model)
@@ -326,6 +374,7 @@ def _to_image_values(model: HookedVLM, prompt: Prompt, other: Prompt, source: Te
 
 
 def _to_same_patches(x: Tensor, here: Here, *, source: Tensor, hook: str) -> Tensor:
+    here.check_run()
     if x.shape != source.shape:
         raise InvalidValueError(
             f"resample: {hook} is {list(x.shape)} here and {list(source.shape)} in the reference run, so their patches "
@@ -393,6 +442,8 @@ def _position_kinds(prompt: Prompt) -> tuple[Mask, Mask]:
 
 
 def _check_reference(mode: str, reference: Any) -> None:
+    if isinstance(reference, OfAnotherModel):
+        reference = reference.activations
     if mode in ("mean", "mean_query") and not isinstance(reference, Mapping):
         raise InvalidValueError(
             f"ablate(..., {mode!r}) needs reference=mean_activations(model, examples), "
@@ -406,12 +457,6 @@ def _check_reference(mode: str, reference: Any) -> None:
         )
     if mode in ("zero", "uniform", "uniform_leaky") and reference is not None:
         raise InvalidValueError(f"ablate(..., {mode!r}) takes no reference, got {type(reference).__name__}")
-
-
-def _fingerprint(prompt: Prompt) -> list[int]:
-    """So that two batches do not draw the same reference examples in the same order."""
-    ids = prompt.inputs["input_ids"]
-    return [int(ids.sum()), int(ids.shape[1]), len(ids)]
 
 
 def _another(

@@ -24,7 +24,17 @@ from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.heads import Head, Heads, HeadSet, as_head_set
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, Span
-from mmlens.interventions.edits import Change, Edit, Here, Mask, Positions, positions_mask
+from mmlens.interventions.edits import (
+    Change,
+    Edit,
+    Here,
+    IfAny,
+    Mask,
+    Positions,
+    check_call,
+    if_any,
+    positions_mask,
+)
 from mmlens.prompt import Prompt
 from mmlens.weights import attends_elsewhere
 
@@ -53,9 +63,10 @@ def knockout(
     The edits' `size` is an attention mass, not a score: the largest share that one head's query had on its blocked
     keys, from 0 to 1 (without the sink's share). It is 0, and warned of, where the mask forbade every edge anyway.
 
-    Raises ValueError, when it runs, where a query would keep no key at all; when it is built, for `keys` None,
-    positions that choose none, `layers` beside pairs, and a layer that attends to something else than the prompt's
-    positions (cross-attention); IndexError for a layer or head that there is not, or without softmax attention.
+    Raises ValueError, when it runs, where a query would keep no key at all; when it is built, for `keys` None, an
+    example in which positions choose none (`if_any` leaves it as it is), `layers` beside pairs, and a layer that
+    attends to something else than the prompt's positions (cross-attention); IndexError for a layer or head that there
+    is not, or without softmax attention.
 
     >>> from mmlens.data.scenes import scene_examples
     >>> model = HookedVLM.from_pretrained("micro")
@@ -72,6 +83,7 @@ def knockout(
     )
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         chosen = _edge_heads(model, of_layers, of_heads)
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
 
@@ -142,8 +154,8 @@ def steer(
     the emphasised tokens: there, all other keys' weights are multiplied by alpha and the row is renormalised. What the
     mask forbids stays forbidden. `queries` None: every position, generated tokens too.
 
-    Raises ValueError for `keys` None, positions that choose none, a delta that is not finite or whose length is
-    not that of `heads`; heads as in `ablate`.
+    Raises ValueError for `keys` None, an example in which positions choose none (`if_any` leaves it as it is), a delta
+    that is not finite or whose length is not that of `heads`; heads as in `ablate`.
 
     >>> steer([(0, 1)], "image", float("-inf"))
     Traceback (most recent call last):
@@ -156,6 +168,7 @@ def steer(
     deltas = _per_head("steer", "delta", delta, len(heads), hint)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         chosen = _head_set(model, heads, over_the_prompt=True)
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
 
@@ -188,14 +201,14 @@ def scale_heads(
     factors = _per_head("scale_heads", "factor", factor, len(heads), "to take a head away the factor is 0")
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         chosen = _head_set(model, heads)
 
         def change(z: Tensor, here: Here, deltas: Tensor) -> Tensor:
             return z * deltas.to(z)[:, None]
 
-        where = positions_mask(prompt, positions)
         return _per_head_edits(
-            model, prompt, chosen, "attn.hook_z", change, factors, where, positions is None
+            model, prompt, chosen, "attn.hook_z", change, factors, positions, positions is None
         )
 
     return intervention
@@ -283,7 +296,7 @@ def _per_head_edits(
     hook: str,
     change: Any,
     values: Tensor,
-    where: Mask | None,
+    where: Positions,
     generated: bool,
 ) -> list[Hook]:
     """Edits of a layer's heads each, whose `change` is given these heads' own values."""
@@ -304,27 +317,22 @@ def _check_keys(function: str, keys: Positions, why: str) -> None:
         raise InvalidValueError(f"{function} needs keys=positions of the prompt, got None: {why}")
 
 
-def _real(prompt: Prompt, mask: Mask, role: str) -> Mask:
+def _real(prompt: Prompt, positions: Positions, role: str) -> Mask:
     """The mask without padding, which no query attends to and whose rows nobody reads."""
-    real = mask & ~prompt.token_map.is_padding.to(mask.device)
-    if not bool(real.any()):
-        raise InvalidValueError(f"the {role} are padding alone: the edit would do nothing")
-    return real
+    mask = positions_mask(prompt, positions, role)
+    assert mask is not None
+    return mask & ~prompt.token_map.is_padding.to(mask.device)
 
 
-def _queries(prompt: Prompt, queries: Positions) -> Mask | None:
+def _queries(prompt: Prompt, queries: Positions) -> IfAny | None:
     """None where all positions are queries and none is padding."""
     if queries is None and not bool(prompt.token_map.is_padding.any()):
         return None
-    mask = positions_mask(prompt, "prompt" if queries is None else queries)
-    assert mask is not None
-    return _real(prompt, mask, "queries")
+    return if_any(_real(prompt, "prompt" if queries is None else queries, "queries"))
 
 
 def _keys(prompt: Prompt, keys: Positions) -> Mask:
-    mask = positions_mask(prompt, keys)
-    assert mask is not None
-    return _real(prompt, mask, "keys")
+    return _real(prompt, keys, "keys")
 
 
 def _at_keys(is_key: Mask, here: Here, scores: Tensor) -> Bool[Tensor, "row 1 1 key"]:

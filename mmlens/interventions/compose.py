@@ -15,13 +15,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import called, unknown_name_message
 from mmlens.cache import is_batched, is_packed
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError, StateError
 from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, Span
 from mmlens.internals import hooks_suspended
-from mmlens.interventions.edits import Edit, Here, Positions, positions_mask
+from mmlens.interventions.edits import Edit, Here, Positions, check_call
 from mmlens.prompt import Prompt
 
 # ---------------------------------------------------------------------- all of them
@@ -53,6 +53,7 @@ def compose(*interventions: Intervention, built: str = "clean") -> Intervention:
         )
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         hooks: list[Hook] = []
         for index, part in enumerate(interventions):
             if built == "in_turn" and index:
@@ -169,12 +170,14 @@ def during(intervention: Intervention, when: str) -> Intervention:
     >>> [(edit.mask, edit.generated) for _, edit in during(ablate([(0, 1)]), "prompt")(model, prompt)]
     [(None, False)]
     """
+    called("during(intervention, when): intervention", intervention, "an intervention, as ablate(...) gives")
     if when not in ("prompt", "decode", "both"):
         raise InvalidValueError(
             unknown_name_message("part of a generation", when, ("prompt", "decode", "both"))
         )
 
     def restricted(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         hooks: list[Hook] = []
         for match, function in intervention(model, prompt):
             for name in model.hook_names(match):
@@ -262,6 +265,7 @@ def by_layer(schedule: Schedule) -> Intervention:
         raise InvalidValueError("by_layer needs a schedule {layer or range: intervention}, got an empty one")
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         hooks: list[Hook] = []
         scheduled = False
         entries = (
@@ -330,10 +334,10 @@ def relay(
     """
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         for name in (read, write):
             model.hook_names(name)
         _check_relay(read, write)
-        where = positions_mask(prompt, positions)
         seen: list[tuple[Tensor, Span]] = []
 
         def look(x: Tensor, here: Here) -> Tensor:
@@ -356,7 +360,7 @@ def relay(
 
         # The reading edit has the written positions, so that a run may be cut before the first of them.
         return [
-            (name, Edit(model, prompt, name, own, positions=where))
+            (name, Edit(model, prompt, name, own, positions=positions))
             for name, own in ((read, look), (write, change))
         ]
 

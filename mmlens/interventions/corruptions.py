@@ -21,9 +21,7 @@ patching needs; `equal_layout=False` lifts that where another image or question 
 
 from __future__ import annotations
 
-import hashlib
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,10 +36,20 @@ from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import Evidence, Example
 from mmlens.errors import InvalidValueError, OutOfRangeError
 from mmlens.evaluation import check_same_twice
+from mmlens.fingerprints import example_seed, pixel_fingerprint
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention
-from mmlens.interventions.edits import Change, Edit, Here, Positions, positions_mask
-from mmlens.prompt import Prompt, as_rgb, load_image, render, with_answers
+from mmlens.interventions.edits import (
+    Change,
+    Edit,
+    Here,
+    IfAny,
+    Positions,
+    check_call,
+    if_any,
+    positions_mask,
+)
+from mmlens.prompt import Prompt, load_image, render, with_answers
 from mmlens.token_map import Region, TokenMap, checked_box
 
 Corruption = Callable[[HookedVLM, Prompt], Prompt]
@@ -289,7 +297,7 @@ def other_image(
     pool: dict[str, Image.Image] = {}
     for number, entry in enumerate(given):
         loaded = load_image(entry, f"image {number} to draw from")
-        pool.setdefault(_pixel_key(loaded), loaded)
+        pool.setdefault(pixel_fingerprint(loaded), loaded)
     if not pool:
         raise CorruptionError("other_image: there is no image to draw from")
 
@@ -297,8 +305,8 @@ def other_image(
         own = list(prompt.images[example])
         if not own:
             raise CorruptionError(f"other_image: example {example} has no image")
-        rng = np.random.default_rng([seed, *_fingerprint(prompt, example)])
-        present = {_pixel_key(each) for each in own}
+        rng = np.random.default_rng([seed, *example_seed(prompt, example)])
+        present = {pixel_fingerprint(each) for each in own}
         left = {key: each for key, each in pool.items() if key not in present}
         for number in range(len(own)) if image is None else [_checked_image(prompt, example, image)]:
             if not left:
@@ -314,6 +322,7 @@ def other_image(
         return own
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
+        check_call(model, prompt)
         made = [exchanged(prompt, example) for example in range(len(prompt))]
         return corrupted_prompt(model, prompt, images=made, equal_layout=equal_layout)
 
@@ -355,7 +364,7 @@ def other_question(
             return questions
         own, n_images = prompt.questions[example], len(prompt.images[example])
         others = sorted({question for question in pool if question != own})
-        rng = np.random.default_rng([seed, *_fingerprint(prompt, example)])
+        rng = np.random.default_rng([seed, *example_seed(prompt, example)])
         n_tokens = _n_tokens(model, own, n_images) if equal_layout else 0
         for index in rng.permutation(len(others)):
             if not equal_layout or _n_tokens(model, others[index], n_images) == n_tokens:
@@ -367,6 +376,7 @@ def other_question(
         )
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
+        check_call(model, prompt)
         made = [exchanged(model, prompt, example) for example in range(len(prompt))]
         return corrupted_prompt(model, prompt, questions=made, equal_layout=equal_layout)
 
@@ -383,14 +393,14 @@ def evidence_of(examples: Sequence[Example]) -> Callable[[Prompt, int], list[Evi
     """
     known: dict[tuple[str, ...], tuple[Evidence, ...]] = {}
     for entry in examples:
-        key = (entry.question, *map(_pixel_key, entry.images))
+        key = (entry.question, *map(pixel_fingerprint, entry.images))
         if known.setdefault(key, entry.evidence) != entry.evidence:
             raise CorruptionError(
                 f"two examples have the question {entry.question!r} and the same images, but not the same evidence"
             )
 
     def regions(prompt: Prompt, example: int) -> list[Evidence]:
-        key = (prompt.questions[example], *map(_pixel_key, prompt.images[example]))
+        key = (prompt.questions[example], *map(pixel_fingerprint, prompt.images[example]))
         if key not in known:
             raise CorruptionError(
                 f"example {example} of the prompt ({prompt.questions[example]!r} with {len(key) - 1} image(s)) is not "
@@ -414,7 +424,7 @@ def noise_images(
     Every element gets noise of mean 0 and of `std` times the standard deviation that all elements of the example's
     clean image embeddings have (Meng et al. 2022, ROME, section 2.1: 3 times that of the subjects' embeddings). At
     `positions` alone, those of them that are visual: `lambda prompt: prompt.token_map.box(0, box)`. Learnt
-    separators are visual.
+    separators are visual. `positions=if_any("image")` leaves examples without an image as they are.
 
     Where the family adds visual features to the stream again between layers (`hook_deepstack`), these get noise of
     `std` times their own deviation too, or the image would reach the model clean; `deepstack=False` leaves them be.
@@ -438,6 +448,7 @@ def noise_images(
         raise InvalidValueError(f"std is a number above 0 (3 is three standard deviations), not {std}")
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         is_image = model.image_mask(prompt)
         if is_image is None:
             raise CorruptionError(
@@ -449,11 +460,14 @@ def noise_images(
         assert chosen is not None
         where = chosen.cpu() & is_image
         clean = (~where.any(1)).nonzero().flatten().tolist()
-        if clean:
+        if clean and not isinstance(positions, IfAny):
             raise CorruptionError(
                 f"noise_images: example(s) {clean} would stay clean: they have "
                 + ("no image" if positions is None else "no visual position among those chosen")
+                + "; if_any(positions) leaves them so"
             )
+        if len(clean) == len(prompt):
+            return []
         names = ["image.hook_embed"]
         if deepstack:
             names += [block(layer, "hook_deepstack") for layer in model.anatomy.deep_after]
@@ -468,7 +482,7 @@ def noise_images(
                     prompt,
                     name,
                     _added(_noise(prompt, is_image, cache[name], std, [seed, number]), is_image),
-                    positions=where,
+                    positions=if_any(where),
                     generated=False,
                 ),
             )
@@ -488,7 +502,7 @@ def _noise(
     """Noise for every example, drawn on the CPU, so that it is the same on all devices."""
     noise = []
     for example, own in enumerate(embeddings.split(is_image.sum(1).tolist())):
-        rng = np.random.default_rng([*seeds, *_fingerprint(prompt, example)])
+        rng = np.random.default_rng([*seeds, *example_seed(prompt, example)])
         drawn = torch.from_numpy(rng.standard_normal(tuple(own.shape), dtype=np.float32))
         noise.append(drawn * (std * float(own.double().std(correction=0))) if len(own) else drawn)
     return torch.cat(noise).to(embeddings)
@@ -545,6 +559,7 @@ def _of_regions(
     `where`, its name for errors, prompt, example)`."""
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
+        check_call(model, prompt)
         made = []
         for example, own in enumerate(prompt.images):
             regions = [_regions(each, prompt, example, image) for each in where]
@@ -635,7 +650,7 @@ def _unchanged(model: HookedVLM, before: Prompt, after: Prompt, example: int) ->
     tokens = [_real_tokens(prompt, example) for prompt in (before, after)]
     if not torch.equal(*tokens):
         return ""
-    images = [[_pixel_key(each) for each in prompt.images[example]] for prompt in (before, after)]
+    images = [[pixel_fingerprint(each) for each in prompt.images[example]] for prompt in (before, after)]
     if images[0] == images[1]:
         return "no pixel of its images and no token of its question is another"
     pair = [before, after]
@@ -682,21 +697,6 @@ def _n_tokens(model: HookedVLM, question: str, n_images: int) -> int:
     processor: Any = model.processor
     text = "".join(render(processor, question, n_images))
     return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _fingerprint(prompt: Prompt, example: int) -> list[int]:
-    """Numbers that are an example's own, in whatever batch it stands."""
-    ids = _real_tokens(prompt, example).cpu().numpy().astype(np.int64)
-    return [
-        zlib.crc32(ids.tobytes()),
-        *(zlib.crc32(_pixel_key(each).encode()) for each in prompt.images[example]),
-    ]
-
-
-def _pixel_key(image: Image.Image) -> str:
-    """Two images with the same key have the same pixels."""
-    rgb = as_rgb(image)
-    return f"{_size(rgb.size)} {hashlib.sha256(rgb.tobytes()).hexdigest()}"
 
 
 def _size(size: tuple[int, int]) -> str:

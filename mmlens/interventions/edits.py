@@ -23,7 +23,8 @@ from mmlens.prompt import Prompt, prompt_of
 Mask = Bool[Tensor, "batch pos"]
 Positions = Mask | str | Callable[[Prompt], Mask] | None
 """Where an intervention acts: a mask of the prompt's positions, one of NAMED_POSITIONS, a function from a prompt
-to a mask, or everywhere (generated tokens too)."""
+to a mask, or everywhere (generated tokens too). In every example of a batch it chooses a position; `if_any` lifts
+that."""
 
 NAMED_POSITIONS: dict[str, Callable[[Prompt], Mask]] = {
     "last": lambda prompt: prompt.last,
@@ -35,13 +36,69 @@ NAMED_POSITIONS: dict[str, Callable[[Prompt], Mask]] = {
 """Position masks by name."""
 
 
-def positions_mask(prompt: Prompt, positions: Positions) -> Mask | None:
+@dataclass(frozen=True)
+class IfAny:
+    """Positions that an example of a batch need not have: see `if_any`."""
+
+    positions: Mask | str | Callable[[Prompt], Mask]
+
+    def __call__(self, prompt: Prompt) -> Mask:
+        return _mask_of(prompt, self.positions)
+
+
+def if_any(positions: Positions) -> IfAny:
+    """The same positions, and examples that have none of them are left as they are.
+
+    Without it such an example is an error, in a batch or alone: an edit that does nothing there would weaken the mean
+    effect unseen. With it the example counts as one on which the intervention has no effect.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> prompt = model.prompt("What colour is K ?")
+    >>> mmlens.ablate([(0, 1)], positions="image")(model, prompt)
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: positions ('image') chooses no position in example(s) 0 of 1: ...
+    >>> edit = mmlens.ablate([(0, 1)], positions=if_any("image"))(model, prompt)[0][1]
+    >>> int(edit.mask.sum())
+    0
+    """
+    if positions is None:
+        raise InvalidValueError(
+            "if_any takes positions, and None is every position: no example is without any"
+        )
+    return positions if isinstance(positions, IfAny) else IfAny(positions)
+
+
+def positions_mask(prompt: Prompt, positions: Positions, what: str = "positions") -> Mask | None:
     """The mask that `positions` means for this prompt; None for everywhere.
 
-    Raises ValueError for an unknown name, a mask of another shape or type, and one that chooses no position.
+    Raises ValueError (with the name of the argument, `what`) for an unknown name, a mask of another shape or type, and
+    one that chooses no position in an example of the batch, or padding alone, unless it is wrapped in `if_any`.
     """
     if positions is None:
         return None
+    mask = _mask_of(prompt, positions)
+    if not isinstance(positions, IfAny):
+        named = f" ({positions!r})" if isinstance(positions, str) else ""
+        check_each_example(prompt, mask, f"{what}{named} chooses no position")
+    return mask
+
+
+def check_each_example(prompt: Prompt, mask: Mask, fault: str) -> None:
+    """Raise ValueError where the mask chooses nothing but padding in an example, with the `fault` and the examples."""
+    none = ~(mask & ~prompt.token_map.is_padding.to(mask.device)).any(-1)
+    if not bool(none.any()):
+        return
+    rows = none.nonzero().flatten().tolist()
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    raise InvalidValueError(
+        f"{fault} in example(s) {shown} of {len(prompt)}: the edit would do nothing there, unseen. Leave these "
+        "examples out, choose other positions, or say that they are to stay as they are: if_any(positions)"
+    )
+
+
+def _mask_of(prompt: Prompt, positions: Mask | str | Callable[[Prompt], Mask]) -> Mask:
     if isinstance(positions, str):
         if positions not in NAMED_POSITIONS:
             raise InvalidValueError(unknown_name_message("named positions", positions, NAMED_POSITIONS))
@@ -52,11 +109,6 @@ def positions_mask(prompt: Prompt, positions: Positions) -> Mask | None:
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape or mask.dtype != torch.bool:
         given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise InvalidValueError(f"positions is a boolean mask [batch, pos] = {shape}, got {given}")
-    if not bool(mask.any()):
-        named = f" ({positions!r})" if isinstance(positions, str) else ""
-        raise InvalidValueError(
-            f"positions{named} chooses no position of the prompt: the edit would do nothing"
-        )
     return mask
 
 
@@ -112,8 +164,7 @@ class Here:
 
         `generated` is one value, or a tensor [batch, 1, ...]. Raises ValueError where another prompt is being run.
         """
-        if self.model is not None:
-            self.model.check_running(self.prompt)
+        self.check_run()
         first, stop = self.span.first, self.span.first + self.span.length
         known = values[:, first:stop]
         n_more = self.span.length - known.shape[1]
@@ -127,6 +178,11 @@ class Here:
         """Values [batch, ...] of the prompt's rows, for the rows in hand: beams and several samples repeat each."""
         copies = 1 if self.model is None else self.model.copies(self.prompt)
         return values if copies == 1 else values.repeat_interleave(copies, 0)
+
+    def check_run(self) -> None:
+        """Raise ValueError where another prompt is being run: other tokens, or other images."""
+        if self.model is not None:
+            self.model.check_running(self.prompt)
 
     @property
     def is_image(self) -> Bool[Tensor, "batch span"]:
@@ -178,12 +234,16 @@ class Edit:
                 f"{name} does not run over the prompt's positions, so positions cannot be chosen there; edit "
                 "image.hook_embed (the same embeddings as they enter the language model) at image positions"
             )
-        if self.axes[0] == "image_token" and self.mask is not None:
+        if self.axes[0] == "image_token" and self.mask is not None and not isinstance(positions, IfAny):
             is_image = model.image_mask(prompt)
-            if is_image is None or not bool((self.mask.to(is_image.device) & is_image).any()):
-                raise InvalidValueError(
-                    f"{name} has rows of visual positions alone, and positions chooses none of these"
-                )
+            visual = (
+                torch.zeros_like(self.mask) if is_image is None else self.mask & is_image.to(self.mask.device)
+            )
+            check_each_example(
+                prompt,
+                visual,
+                f"{name} has rows of visual positions alone, and positions chooses none of these",
+            )
         self.heads = None if heads is None else list(heads)
         if heads is not None and head_axis(name) is None:
             raise InvalidValueError(f"{name} is [{', '.join(self.axes)}]: it has no heads to choose")
@@ -218,7 +278,13 @@ class Edit:
             index = torch.tensor(self.heads, device=x.device)
             chosen = x.index_select(of_heads, index)
         # The change may work in place; what was there is still needed.
-        edited = self.change(chosen.clone(), here).to(x.dtype)
+        edited = self.change(chosen.clone(), here)
+        if edited.shape[1:] != chosen.shape[1:] or len(edited) not in (1, len(chosen)):
+            raise InvalidValueError(
+                f"the edit of {self.name} gives {list(edited.shape)} for an activation {list(chosen.shape)}: it keeps "
+                "the shape, but for a batch of one that stands for all rows"
+            )
+        edited = edited.to(x.dtype)
         where = self._where(x, here)
         if where is not None:
             edited = torch.where(where, edited, chosen)

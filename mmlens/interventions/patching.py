@@ -25,16 +25,27 @@ from mmlens.arguments import unknown_name_message
 from mmlens.cache import is_packed, over_positions
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.evaluation import check_same_twice
+from mmlens.fingerprints import weights_version
 from mmlens.hook_names import axes_of, head_axis, runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, UnknownHookError
 from mmlens.interventions.corruptions import layout_difference
-from mmlens.interventions.edits import Change, Edit, Here, Positions, positions_mask
+from mmlens.interventions.edits import (
+    Change,
+    Edit,
+    Here,
+    IfAny,
+    Positions,
+    check_call,
+    if_any,
+    positions_mask,
+)
+from mmlens.interventions.origin import OfAnotherModel, check_origin
 from mmlens.prompt import Prompt
 
 Activations: TypeAlias = ActivationCache | Mapping[str, Tensor]
 """Activations by hook name: TransformerLens' cache, or a dict."""
 
-PromptOrActivations: TypeAlias = Prompt | ActivationCache | Mapping[str, Tensor]
+PromptOrActivations: TypeAlias = Prompt | ActivationCache | Mapping[str, Tensor] | OfAnotherModel
 Corruption = Callable[[HookedVLM, Prompt], PromptOrActivations]
 """From the prompt that is patched to the one to patch from, or to activations; as in `interventions.corruptions`."""
 
@@ -57,7 +68,7 @@ SourcePositions: TypeAlias = (
 )
 """As Positions, but of the source's prompt."""
 
-PatchSource: TypeAlias = Source | Prompt | Corruption | Activations
+PatchSource: TypeAlias = Source | Prompt | Corruption | Activations | OfAnotherModel
 
 
 def patch(
@@ -73,7 +84,8 @@ def patch(
     `source` is a Prompt to run, a function (model, prompt) -> Prompt or activations (a corruption: it fits every
     prompt of a data set), a `Source`, or activations themselves (a cache, or a dict by hook name). Row i of the batch
     is patched from row i of the source. A source is run once for all patches of it that are alive, and its activations
-    are kept for the latest prompt until the last of those patches is gone; make new ones after changing weights.
+    are kept for the latest prompt until the last of those patches is gone (changed weights make it run again; a change
+    through `.data` is not seen). Activations of another model are refused, unless `of_another_model` says so.
     Where hooks are live while a patch is built, the source runs under them too, for that patch alone.
 
     Layouts must be equal: the same token at every position, the same images. Where they are not, `source_positions`
@@ -110,6 +122,7 @@ def patch(
     shared = shared_source(source)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         model.hook_names(hook)
         origin = shared.origins(model, prompt, [hook])[hook]
         if not runs_over_positions(hook):
@@ -156,16 +169,22 @@ class _Latest:
     """The patched prompt, where the source depends on it."""
     given: PromptOrActivations | None
     """None where it is the patched prompt itself, which must not be kept alive from here."""
+    weights: int
+    """The version of the model's weights; other ones give other activations."""
     activations: dict[str, Tensor] = field(default_factory=dict)
 
     def is_of(self, model: HookedVLM, prompt: Prompt) -> bool:
-        return self.model() is model and (self.prompt is None or self.prompt() is prompt)
+        return (
+            self.model() is model
+            and (self.prompt is None or self.prompt() is prompt)
+            and self.weights == weights_version(model.hf_model)
+        )
 
 
 class SharedSource:
     """A source and its run's activations. The interventions that patch from it own it; it goes with the last."""
 
-    def __init__(self, source: Source | ActivationCache | Mapping[str, Tensor]) -> None:
+    def __init__(self, source: Source | Activations | OfAnotherModel) -> None:
         self.source = source
         self.wanted: weakref.WeakKeyDictionary[Intervention, tuple[str, ...]] = weakref.WeakKeyDictionary()
         """What interventions that are alive will ask for, so that one run gives it all."""
@@ -189,7 +208,7 @@ class SharedSource:
     def origins(self, model: HookedVLM, prompt: Prompt, hooks: Sequence[str]) -> dict[str, Origin]:
         """The source's activations as its run gave them, whatever its layout, running it where that must be."""
         if not isinstance(self.source, Source):
-            return _of_activations(self.source, hooks)
+            return _of_activations(self.source, model, hooks)
         if any(point.is_live for point in model.hook_dict.values()):
             # A run under somebody's hooks is not the run that other patches want.
             return self._read(self._start(model, prompt), model, prompt, hooks, hooks)
@@ -204,18 +223,19 @@ class SharedSource:
     def _start(self, model: HookedVLM, prompt: Prompt) -> _Latest:
         assert isinstance(self.source, Source)
         given: Any = self.source.prompt
+        weights = weights_version(model.hf_model)
         if isinstance(given, Prompt):
-            return _Latest(weakref.ref(model), None, given)
+            return _Latest(weakref.ref(model), None, given, weights)
         if callable(given):
             given = given(model, prompt)
-            if not isinstance(given, (Prompt, Mapping, ActivationCache)):
+            if not isinstance(given, (Prompt, Mapping, ActivationCache, OfAnotherModel)):
                 raise InvalidTypeError(
                     "a source function (model, prompt) gives a Prompt or activations, this one gave "
                     f"{type(given).__name__}; for a run under an intervention take Source(under=...)"
                 )
-        if self.source.under is not None and isinstance(given, (Mapping, ActivationCache)):
+        if self.source.under is not None and isinstance(given, (Mapping, ActivationCache, OfAnotherModel)):
             raise InvalidTypeError("Source(under=...) needs a prompt to run; its function gave activations")
-        return _Latest(weakref.ref(model), weakref.ref(prompt), None if given is prompt else given)
+        return _Latest(weakref.ref(model), weakref.ref(prompt), None if given is prompt else given, weights)
 
     def _read(
         self,
@@ -228,7 +248,7 @@ class SharedSource:
         assert isinstance(self.source, Source)
         given = prompt if latest.given is None else latest.given
         if not isinstance(given, Prompt):
-            return _of_activations(given, hooks)
+            return _of_activations(given, model, hooks)
         if not latest.activations.keys() >= set(hooks):
             known = {name: value for name, value in latest.activations.items() if name in wanted}
             missing = {name for name in wanted if name in model.hook_dict} - known.keys()
@@ -252,7 +272,7 @@ def shared_source(source: PatchSource) -> SharedSource:
 
     Raises TypeError for what is no source.
     """
-    if isinstance(source, (Mapping, ActivationCache)):
+    if isinstance(source, (Mapping, ActivationCache, OfAnotherModel)):
         return SharedSource(source)
     if isinstance(source, Prompt) or (callable(source) and not isinstance(source, (type, torch.nn.Module))):
         source = Source(source)
@@ -295,7 +315,12 @@ def _fired(model: HookedVLM, prompt: Prompt, names: set[str]) -> dict[str, Tenso
     return cache.cache_dict
 
 
-def _of_activations(given: ActivationCache | Mapping[str, Tensor], hooks: Sequence[str]) -> dict[str, Origin]:
+def _of_activations(
+    given: Activations | OfAnotherModel, model: HookedVLM, hooks: Sequence[str]
+) -> dict[str, Origin]:
+    check_origin(given, model, "the source")
+    if isinstance(given, OfAnotherModel):
+        given = given.activations
     known = given.cache_dict if isinstance(given, ActivationCache) else given
     origins = {}
     for hook in hooks:
@@ -343,6 +368,9 @@ def laid_over(
         return values
     here = positions_mask(prompt, positions)
     assert here is not None
+    if isinstance(positions, IfAny) and not isinstance(source_positions, Tensor):
+        # As many are chosen on both sides, so there may be none on both.
+        source_positions = if_any(source_positions)
     chosen = _source_mask(origin, values, source_positions)
     if packed is not None and visual is not None:
         here, chosen = here.cpu() & packed.cpu(), chosen & visual.cpu()
@@ -411,8 +439,10 @@ def _check_equal_layout(
 def _source_mask(
     origin: Origin, values: Float[Tensor, "batch pos ..."], source_positions: SourcePositions
 ) -> Bool[Tensor, "batch pos"]:
+    if isinstance(source_positions, IfAny) and origin.prompt is None:
+        source_positions = source_positions.positions
     if origin.prompt is not None:
-        mask = positions_mask(origin.prompt, source_positions)
+        mask = positions_mask(origin.prompt, source_positions, "source_positions")
         assert mask is not None
         return mask.cpu()
     if not isinstance(source_positions, Tensor):
@@ -539,6 +569,7 @@ def _whole(model: HookedVLM, hook: str, origin: Origin, heads: Sequence[int] | N
 
     def change(x: Tensor, here: Here) -> Tensor:
         nonlocal run, n_done
+        here.check_run()
         given = values
         if origin.prompt is not None and x.ndim == values.ndim and len(x) < len(values):
             # A cache stacks the calls of one run on the first axis, each padded to the largest.

@@ -43,7 +43,17 @@ from mmlens.heads import HeadSet, as_head_set
 from mmlens.hook_names import block, layer_of
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, UnknownHookError
 from mmlens.interventions.components import Component, Spec, components, why_missing
-from mmlens.interventions.edits import Change, Edit, Mask, Positions, positions_mask
+from mmlens.interventions.edits import (
+    Change,
+    Edit,
+    IfAny,
+    Mask,
+    Positions,
+    check_call,
+    check_each_example,
+    if_any,
+    positions_mask,
+)
 from mmlens.interventions.patching import PatchSource, SharedSource, Source, laid_over, shared_source
 from mmlens.prompt import Prompt
 from mmlens.weights import Block, attends_elsewhere, reads_latent
@@ -117,13 +127,16 @@ def path_patch(
     of_source, of_clean = _wanted(senders, receivers)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         _check_family(model, mlps)
         sending = _senders(model, senders)
         reading = _readers(model, receivers)
         _check_order(sending, reading)
         mask = positions_mask(prompt, positions)
         mask = ~prompt.token_map.is_padding if mask is None else mask
-        if any(part.kind == "image" for part in sending):
+        if not bool(mask.any()):
+            return []
+        if any(part.kind == "image" for part in sending) and not isinstance(positions, IfAny):
             _check_image(model, prompt, mask)
         shared_clean.wanted[intervention] = of_clean + _wanted_of_model(model, sending, mlps, downstream)
         path = _Path(
@@ -283,8 +296,9 @@ def _check_image(model: HookedVLM, prompt: Prompt, mask: Mask) -> None:
     is_image = model.image_mask(prompt)
     if is_image is None or not bool(is_image.any()):
         raise InvalidValueError("sender 'image': the prompt has no image")
-    if not bool((is_image & mask.to(is_image.device)).any()):
-        raise InvalidValueError("sender 'image': the positions choose none of the prompt's image positions")
+    check_each_example(
+        prompt, is_image & mask.to(is_image.device), "sender 'image': the positions choose no image position"
+    )
 
 
 def _check_order(senders: Sequence[Component], readers: Sequence[_Reader]) -> None:
@@ -383,7 +397,10 @@ def _hooks(path: _Path) -> list[Hook]:
             values = _reads(path, reader, heads, where, writes)
         # The logits also read what other receivers changed: to them the path is added.
         change = _added(values) if reader.what == "logits" else _set_to(values)
-        hooks.append((hook, Edit(path.model, path.prompt, hook, change, positions=where, heads=heads)))
+        # Where it is set follows from what the senders changed, which is checked where positions are read.
+        hooks.append(
+            (hook, Edit(path.model, path.prompt, hook, change, positions=if_any(where), heads=heads))
+        )
     return [*hooks, *_frozen_downstream(path)]
 
 

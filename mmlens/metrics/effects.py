@@ -25,6 +25,7 @@ from mmlens.arguments import flag, instance_of, listed, number, shown, whole_num
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.evaluation import check_same_twice
+from mmlens.fingerprints import same_weights, weights_fingerprints
 from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention, NoChangeWarning, model_of
 from mmlens.interventions.edits import Edit, hooks_of, intervention_of
 from mmlens.metrics.outcomes import (
@@ -185,6 +186,10 @@ class Effect:
     metric: str = "metric"
     level: float = 0.95
     report: pd.DataFrame = field(default_factory=_no_report)
+    examples: tuple[str, ...] = ()
+    """A fingerprint of each example (`Prompt.examples`); none where that is not known."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the model's weights; none where they are not known."""
 
     def __post_init__(self) -> None:
         instance_of("metric", self.metric, str, "the name of a metric")
@@ -234,7 +239,17 @@ class Effect:
     def select(self, examples: Sequence[int] | Tensor) -> Effect:
         """The same for some of the examples (indices, or a boolean mask)."""
         chosen = _chosen_examples(examples, len(self))
-        return Effect(self.values[chosen], self.clean[chosen], self.metric, self.level, self.report)
+        rows = torch.arange(len(self))[chosen].reshape(-1).tolist()
+        own = tuple(self.examples[row] for row in rows) if self.examples else ()
+        return Effect(
+            self.values[chosen],
+            self.clean[chosen],
+            self.metric,
+            self.level,
+            self.report,
+            own,
+            self.weights,
+        )
 
     def recovered(self, target: Effect | Float[Tensor, " example"]) -> Recovered:
         """For denoising: the share of the gap that the intervention closes, 0 for none and 1 for all of it.
@@ -378,7 +393,7 @@ def effect(
     Warns where the intervention sets no hook, changed no activation (every size in `Effect.report` is 0), or changed
     no logit of any prompt (seen where clean logits are there to compare with). Raises HookNeverFiredError for a hook
     that never fired; ValueError for no prompts, a metric that does not give one finite-or-infinite number per example,
-    or a `clean` of other metrics or another number of examples; TypeError for prompts that are neither Prompt nor
+    or a `clean` of other metrics, other examples or another model; TypeError for prompts that are neither Prompt nor
     Example.
     """
     model_of(model)
@@ -393,7 +408,11 @@ def effect(
     clean_values: dict[str, list[Tensor]] = {name: [] for name in metrics}
     did: list[list[tuple[str, int, float]]] = []
     moved: list[bool] = []
+    seen: list[str] = []
+    weights = weights_fingerprints(model.hf_model)
     for prompt in prompt_batches(model, items, batch_size, progress):
+        seen += prompt.examples
+        _check_earlier(earlier, seen, weights)
         clean_logits = None
         if earlier is None or (runs.compares and intervention is not None):
             clean_logits = runs.logits(prompt, [])
@@ -422,7 +441,7 @@ def effect(
                 f"`clean` holds {len(without)} examples, these prompts {len(under)}: "
                 "it must come from the same prompts"
             )
-        effects[name] = Effect(under, without, name, level, report)
+        effects[name] = Effect(under, without, name, level, report, tuple(seen), weights)
     return effects[next(iter(metrics))] if callable(metric) else effects
 
 
@@ -473,7 +492,11 @@ class MetricRuns:
     ) -> None:
         for name, function in self.metrics.items():
             texts = answers.get(self._n_tokens.get(name, 0))
-            value = evaluate(function, name, prompt, logits=logits, clean_logits=clean_logits, answers=texts)
+            what = what_reads(function)
+            # A metric may work in place, and other metrics and later runs read the same logits: each gets a copy.
+            own = None if logits is None or what == "answers" else logits.clone()
+            clean = None if clean_logits is None or what != "clean logits" else clean_logits.clone()
+            value = evaluate(function, name, prompt, logits=own, clean_logits=clean, answers=texts)
             into[name].append(value.detach())
 
 
@@ -521,6 +544,21 @@ def _earlier(clean: Effect | Mapping[str, Effect], metrics: Mapping[str, Metric]
     if missing:
         raise InvalidValueError(f"`clean` holds no values of {missing}, only of {list(given)}")
     return {name: given[name] for name in metrics}
+
+
+def _check_earlier(
+    earlier: Mapping[str, Effect] | None, seen: Sequence[str], weights: Mapping[str, str]
+) -> None:
+    """Raise ValueError where an earlier clean run was of other examples than the first ones, or of another model."""
+    for name, own in (earlier or {}).items():
+        if own.weights and not same_weights(own.weights, weights):
+            raise InvalidValueError(f"`clean` ({name}) is of another model: its weights are not this one's")
+        if own.examples and own.examples[: len(seen)] != tuple(seen) and len(seen) <= len(own.examples):
+            other = next(i for i, each in enumerate(seen) if each != own.examples[i])
+            raise InvalidValueError(
+                f"`clean` ({name}) is of other prompts: example {other} has another text, image or answer there. It is "
+                "an earlier result on the same prompts in the same order"
+            )
 
 
 def checked_run(

@@ -36,6 +36,7 @@ from mmlens.arguments import (
     whole_number,
 )
 from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.fingerprints import processor_fingerprint
 from mmlens.hooked_vlm import HookedVLM, model_of
 from mmlens.prompt import Prompt, Spelling, answer_ids_of, prompt_of, respelt
 
@@ -234,7 +235,14 @@ def logit_difference_of(
     texts = [token for token in (answer, *given) if isinstance(token, str)]
     spelling = Spelling([str(answer)], [False], [_other_spellings(model, texts, {right, *others})])
 
+    made_for = processor_fingerprint(model.processor) if model.processor is not None else ""
+
     def difference(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
+        if prompt.processor and made_for and prompt.processor != made_for:
+            raise InvalidValueError(
+                f"{difference.__name__}: its tokens are of another model's tokenizer than this prompt's: make the "
+                "metric with the model that is run"
+            )
         last = _last_logits(logits, prompt)
         if not spelling.is_checked:
             spelling.check(last.argmax(-1).tolist())
@@ -346,7 +354,14 @@ def _last_logits(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Fl
         raise InvalidValueError(
             f"batch row(s) {rows} end in padding: metrics of the next token need left padding"
         )
-    return logits[:, -1].float()
+    last = logits[:, -1].float()
+    rows = last.isnan().any(-1)
+    if bool(rows.any()):
+        examples = rows.nonzero().flatten().tolist()
+        raise InvalidValueError(
+            f"the logits of example(s) {examples} of the batch are NaN at the last position, so they rank no token"
+        )
+    return last
 
 
 def _answer_ids(prompt: Prompt, logits: Float[Tensor, "batch vocab"]) -> Int[Tensor, " batch"]:

@@ -273,8 +273,9 @@ def _masks(
         other_places(prompt, row, example) if regions is None else [tuple(each) for each in regions(example)]
     )
     if len(others) >= max_regions:
-        # The draw is by place, not by the example's rank in the data.
-        rng = np.random.default_rng([seed, int(evidence.int().argmax()), len(others)])
+        # The draw is by place, not by the example's rank in the data nor by how far its batch is padded.
+        place = int(evidence[~prompt.token_map.is_padding[row]].int().argmax())
+        rng = np.random.default_rng([seed, place, len(others)])
         others = [others[i] for i in rng.choice(len(others), max_regions - 1, replace=False)]
     kept = {tuple(evidence.nonzero().flatten().tolist()): evidence}
     for other in others:

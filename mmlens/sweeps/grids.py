@@ -16,7 +16,7 @@ from mmlens.arguments import unknown_name_message
 from mmlens.errors import InvalidValueError
 from mmlens.hook_names import axes_of, block
 from mmlens.hooked_vlm import HookedVLM, Intervention, UnknownHookError
-from mmlens.interventions.edits import Positions, positions_mask
+from mmlens.interventions.edits import Positions, if_any, positions_mask
 from mmlens.interventions.patching import PatchSource, patch
 from mmlens.prompt import Prompt
 
@@ -69,7 +69,7 @@ def patch_layers_positions(
         single[column] = mask.new_zeros(mask.shape)
         single[column][:, column] = mask[:, column]
     return {
-        (layer, column): patch(block(layer, hook), source, positions=at)
+        (layer, column): patch(block(layer, hook), source, positions=if_any(at))
         for layer in layers_with(model, hook)
         for column, at in single.items()
     }

@@ -28,7 +28,7 @@ from mmlens.errors import InvalidValueError, StateError
 from mmlens.evaluation import check_same_twice
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Span
-from mmlens.interventions.edits import Edit
+from mmlens.interventions.edits import Edit, if_any
 from mmlens.prompt import Prompt
 from mmlens.sweeps.shared_keys import shared_key_attention
 
@@ -126,7 +126,7 @@ class CleanRun:
         name = block(0, "hook_resid_pre")
         mask = ~self.prompt.token_map.is_padding
         mask[:, :first] = False
-        edit = Edit(self.model, self.prompt, name, lambda x, here: 1.5 * x, positions=mask)
+        edit = Edit(self.model, self.prompt, name, lambda x, here: 1.5 * x, positions=if_any(mask))
         hooks: list[Hook] = [(name, edit)]
         with torch.no_grad():
             whole = self.model.run_with_hooks(

@@ -103,7 +103,7 @@ def test_resamples_keep_the_number_of_examples_of_each_kind() -> None:
 
 def test_heads_that_do_not_exist_are_no_columns() -> None:
     values = torch.tensor([[[0.1, 0.2], [0.3, torch.nan]]] * 3)
-    assert resampled_means(HeadScores(values), 5, seed=0).shape == (5, 3)
+    assert resampled_means(HeadScores(values, heads_per_layer=(2, 1)), 5, seed=0).shape == (5, 3)
 
 
 def test_a_shortfall_of_layer_matched_heads_is_said() -> None:

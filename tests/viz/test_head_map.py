@@ -85,7 +85,7 @@ def test_bad_scores_and_heads_are_refused() -> None:
 def test_cells_without_a_head_are_hatched_and_nothing_else() -> None:
     values = torch.rand(3, 4, 3, dtype=torch.float64)
     values[:, 1], values[:, 3, 2:] = torch.nan, torch.nan
-    scores = HeadScores(values, name="RAM")
+    scores = HeadScores(values, name="RAM", heads_per_layer=(3, 0, 3, 2))
     figure = plot_head_map(scores, heads=scores.top(2))
     drawn = mesh(figure).get_array()
     assert drawn is not None

@@ -19,7 +19,7 @@ from mmlens.arguments import instance_of, seed_of, whole_number
 from mmlens.errors import InvalidValueError
 from mmlens.hook_names import runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, NoChangeWarning, model_of
-from mmlens.interventions.edits import Edit
+from mmlens.interventions.edits import Edit, if_any
 from mmlens.interventions.patching import PatchSource, patch, shared_source
 from mmlens.interventions.paths import path_patch
 from mmlens.metrics.attribution.edges import EdgeAttribution, Site, read_at, write_changes
@@ -191,7 +191,9 @@ def _exact(
     if position is not None:
         mask = torch.zeros(tuple(prompt.shape), dtype=torch.bool)
         mask[:, position] = ~estimates.isnan()
-    return patch(name, source, positions=mask, heads=None if head is None else [head])
+    # A position of padding has no estimate, and stays as it is.
+    at = None if mask is None else if_any(mask)
+    return patch(name, source, positions=at, heads=None if head is None else [head])
 
 
 def _tower_patch(model: HookedVLM, prompt: Prompt, *, source: PatchSource, place: Place) -> list[Hook]:

@@ -119,9 +119,9 @@ class GradientRuns:
         hooks += [(name, partial(drop, layer=layer)) for name, layer in (drops or {}).items()]
         with _frozen_weights(self.model):
             logits = self.model.run_with_hooks(self._run, fwd_hooks=hooks, logits_to_keep=self.logits_to_keep)
-            measured = evaluate(
-                self.metric, self.metric_name, self.prompt, logits=logits, clean_logits=self.clean_logits
-            )
+            # A metric may work in place, and the clean logits serve every graph.
+            clean = None if self.clean_logits is None else self.clean_logits.clone()
+            measured = evaluate(self.metric, self.metric_name, self.prompt, logits=logits, clean_logits=clean)
         if not measured.requires_grad:
             raise InvalidValueError(
                 "the metric has no gradient at these nodes: it is not differentiable (an argmax, a detached tensor), "
