@@ -237,7 +237,7 @@ def _with_rows(
     visual = torch.zeros(tuple(prompt.shape), dtype=torch.bool) if images is None else images.cpu()
     visual = visual if mask is None else visual & mask.cpu()
     if not isinstance(positions, IfAny):
-        fault = "has no image embeddings to ablate" if mask is None else "chooses no image position"
+        fault = "has no image positions to ablate" if mask is None else "chooses no image position"
         check_each_example(prompt, visual, f"{'the prompt' if mask is None else 'positions'} {fault}")
     return [target for target in targets if bool(visual.any()) or not is_packed(target.hook)]
 

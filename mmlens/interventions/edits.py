@@ -81,7 +81,11 @@ def positions_mask(prompt: Prompt, positions: Positions, what: str = "positions"
     mask = _mask_of(prompt, positions)
     if not isinstance(positions, IfAny):
         named = f" ({positions!r})" if isinstance(positions, str) else ""
-        check_each_example(prompt, mask, f"{what}{named} chooses no position")
+        padding = prompt.token_map.is_padding.to(mask.device)
+        is_padding = bool(mask.any()) and not bool((mask & ~padding).any())
+        check_each_example(
+            prompt, mask, f"{what}{named} {'are padding alone' if is_padding else 'chooses no position'}"
+        )
     return mask
 
 

@@ -174,7 +174,7 @@ def test_grids_by_position_patch_the_rows_that_have_it(micro: HookedVLM) -> None
 
 def test_an_image_to_ablate_is_asked_of_every_example(micro: HookedVLM) -> None:
     prompt = micro.prompt_examples(examples())
-    with pytest.raises(ValueError, match=r"no image embeddings to ablate in example\(s\) 1 of 3"):
+    with pytest.raises(ValueError, match=r"no image positions to ablate in example\(s\) 1 of 3"):
         mmlens.ablate("image")(micro, prompt)
     without = micro.prompt_examples(examples()[1:2])
     assert mmlens.ablate(["image"], positions=if_any("image"))(micro, without) == []
