@@ -31,7 +31,9 @@ from mmlens.internals import pixtral_processor
 
 
 class _NoVideo:
-    """Stands where a video half was: processors that copy its settings (MiniCPM-V's) find None."""
+    """Stands where a video half was: processors that copy its settings (MiniCPM-V's) find None, and no inputs."""
+
+    model_input_names: list[str] = []
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
