@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from tiny import FAMILIES, TINY, record_of, tiny_images, tiny_model, tiny_processor
 from torch import Tensor, nn
 
+from mmlens.errors import MmlensWarning
 from mmlens.families.layouts import queries
 from mmlens.prompt import Prompt, make_prompt
 from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, TokenMapError
@@ -121,7 +122,8 @@ def test_another_number_of_queries_than_the_prompt_has_is_refused() -> None:
 
 
 def test_images_read_by_cross_attention_have_no_position() -> None:
-    prompt = _prompt("mllama", [tiny_images(2), tiny_images(1)])
+    with pytest.warns(MmlensWarning, match=r"have \[2, 1\] images: .*batches of equal numbers"):
+        prompt = _prompt("mllama", [tiny_images(2), tiny_images(1)])
     assert [len(grids) for grids in prompt.token_map.grids] == [2, 1]
     assert not bool(prompt.token_map.is_image.any()) and bool(prompt.token_map.is_question.any())
     with pytest.raises(TokenMapError, match="image 1 of example 0 has no position in the prompt"):
