@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -231,6 +232,10 @@ def listed(name: str, value: object, expected: str, *, least: int = 0, sets: boo
         value = sorted(
             value, key=lambda item: (str(type(item)), item) if isinstance(item, tuple) else (repr(item),)
         )
+    if sets and isinstance(value, (set, frozenset)):
+        value = sorted(
+            value, key=lambda item: (str(type(item)), item) if isinstance(item, tuple) else (repr(item),)
+        )
     unordered = (str, bytes, Mapping, set, frozenset)
     if isinstance(value, unordered) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")
@@ -328,6 +333,23 @@ def table_of(name: str, value: object, columns: Iterable[str], expected: str) ->
     if not len(table):
         raise InvalidValueError(f"the {name} has no rows; expected {expected}")
     return table
+
+
+def device_of(value: object, name: str = "device") -> torch.device:
+    """A device of torch.
+
+    >>> device_of("cpuu")
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: device is 'cpuu'; expected a device of torch, such as 'cpu' or 'cuda:0'
+    """
+    expected = "a device of torch, such as 'cpu' or 'cuda:0'"
+    if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
+        raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")
+    try:
+        return torch.device(value)
+    except RuntimeError:
+        raise InvalidValueError(f"{name} is {value!r}; expected {expected}") from None
 
 
 def called(name: str, value: object, expected: str, *, n_arguments: int | None = None) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
+from mmlens.arguments import instance_of, one_of, whole_number
 from mmlens.errors import InvalidValueError, UnsupportedError
 from mmlens.families.media import unmapped_message
 from mmlens.taps import norm_arithmetic
@@ -109,6 +110,8 @@ class VLMActivationCache(ActivationCache):
         Raises ValueError in families whose layers do more than add to the stream: no parts sum to it there.
         """
         self._check_adds()
+        one_of("mode", mode, ("all", "mlp", "attn"))
+        layer = self._checked_layer(layer)
         stack, labels = super().decompose_resid(
             layer, mlp_input, mode, False, pos_slice, incl_embeds, return_labels=True
         )
@@ -133,6 +136,7 @@ class VLMActivationCache(ActivationCache):
         than others, and in families whose layers do more than add to the stream.
         """
         self._check_adds()
+        layer = self._checked_layer(layer)
         parts = self.model.anatomy.language
         n = len(parts) if layer in (None, -1) else layer
         without = [index for index in range(n) if parts[index].attention is None]
@@ -169,6 +173,7 @@ class VLMActivationCache(ActivationCache):
     ) -> Labelled:
         """As in TransformerLens; behind its parts come the deep injections. Raises ValueError as `decompose_resid`."""
         self._check_adds()
+        layer = self._checked_layer(layer)
         stack, labels = super().get_full_resid_decomposition(
             layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto
         )
@@ -194,6 +199,10 @@ class VLMActivationCache(ActivationCache):
         return super().stack_neuron_results(layer, *args, **kwargs)
 
     # ------------------------------------------------------------------ plumbing
+
+    def _checked_layer(self, layer: object) -> int | None:
+        """Up to which layer a stream is decomposed: None and -1 are all of them."""
+        return None if layer is None else whole_number("layer", layer, least=-1, most=self.model.cfg.n_layers)
 
     def _check_adds(self) -> None:
         family = self.model.family
@@ -237,7 +246,7 @@ class VLMActivationCache(ActivationCache):
         Without the batch axis where the cache has none. Raises ValueError where `name` is not packed or the run
         had no images.
         """
-        if not is_packed(name):
+        if not is_packed(instance_of("name", name, str, "the name of an activation")):
             raise InvalidValueError(f"{name!r} is not packed: it has no axis of visual positions alone")
         if self.image_mask is None:
             raise InvalidValueError(

@@ -574,7 +574,9 @@ class HeadScores:
         if "kind" in frame.columns:
             kinds = tuple(frame.drop_duplicates("example")["kind"])
         scores = torch.from_numpy(frame["score"].to_numpy().copy()).reshape(shape)
-        per_layer = None if heads_per_layer is None else tuple(map(int, heads_per_layer))
+        per_layer = (
+            None if heads_per_layer is None else tuple(whole_numbers("heads_per_layer", heads_per_layer))
+        )
         if "heads_in_layer" in frame.columns:
             stated = frame.groupby("layer")["heads_in_layer"].agg(["min", "max"])
             own = tuple(map(int, stated["min"]))

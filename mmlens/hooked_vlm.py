@@ -27,7 +27,16 @@ from transformer_lens.config import TransformerLensConfig
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mmlens import hook_names, internals, keywords, loading
-from mmlens.arguments import flag, one_of, shown, unknown_name_message
+from mmlens.arguments import (
+    called,
+    flag,
+    instance_of,
+    listed,
+    one_of,
+    shown,
+    unknown_name_message,
+    whole_number,
+)
 from mmlens.attention import AttentionTap, QueryRows, tap_attention
 from mmlens.cache import VLMActivationCache, is_packed
 from mmlens.data.examples import Example, examples_of
@@ -47,7 +56,7 @@ from mmlens.families.record import Family
 from mmlens.fingerprints import processor_fingerprint
 from mmlens.linear import is_linear, n_embeddings
 from mmlens.loss import next_token_loss, text_labels
-from mmlens.prompt import Prompt, check_left_padding, make_prompt, with_answers
+from mmlens.prompt import Prompt, check_left_padding, make_prompt, prompt_of, with_answers
 from mmlens.taps import (
     LazyHookPoint,
     ModuleTap,
@@ -81,6 +90,8 @@ Output = Float[Tensor, "batch pos vocab"] | Float[Tensor, "..."] | tuple[Tensor,
 """What a run gives: logits, a loss, both, or nothing, as its return_type says."""
 RETURN_TYPES = ("logits", "loss", "both")
 
+_INPUTS = "a Prompt (model.prompt(question, images)), the model's keyword inputs, or token ids of text"
+
 HookName = str | Callable[[str], bool]
 Hook = tuple[HookName, Callable[..., Any]]
 
@@ -94,6 +105,23 @@ class Span(NamedTuple):
 
     first: int
     length: int
+
+
+def hooks_in(name: str, value: object) -> list[Hook]:
+    """A list of hooks (name or filter, function), gathered once; InvalidTypeError for anything else.
+
+    >>> hooks_in("fwd_hooks", ("hook_embed", print))
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidTypeError: fwd_hooks holds 'hook_embed' (str); expected a list of (hook name, function) pairs
+    """
+    expected = "a list of (hook name, function) pairs"
+    hooks = listed(name, value, expected)
+    for hook in hooks:
+        is_pair = isinstance(hook, (tuple, list)) and len(hook) == 2
+        if not is_pair or not (isinstance(hook[0], str) or callable(hook[0])) or not callable(hook[1]):
+            raise InvalidTypeError(f"{name} holds {shown(hook)}; expected {expected}")
+    return hooks
 
 
 def model_of(value: object, name: str = "model") -> HookedVLM:
@@ -265,7 +293,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         transformers does not run apart (Mllama, BLIP-2, DeepSeek-VL ...): its runs repeat it. Raises
         UnsupportedError for a prompt that holds video or audio.
         """
-        inputs = self._keyword_inputs(prompt, {})
+        inputs = self._keyword_inputs(prompt_of(prompt), {})
         given = None if prompt.image_features is not None else self._tower_inputs(inputs)
         if given is None:
             return prompt
@@ -306,7 +334,16 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
 
         One id in any shape gives one direction [d_model], as in TransformerLens.
         """
-        ids = torch.as_tensor(self.to_single_token(tokens) if isinstance(tokens, str) else tokens)
+        if isinstance(tokens, (str, Tensor)):
+            ids = torch.as_tensor(self.to_single_token(tokens) if isinstance(tokens, str) else tokens)
+        else:
+            ids = torch.tensor(whole_number("tokens", tokens, least=0))
+        if ids.is_floating_point() or (
+            ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.cfg.d_vocab
+        ):
+            raise InvalidValueError(
+                f"tokens is {shown(tokens)}; expected one word, or token ids from 0 to {self.cfg.d_vocab - 1}"
+            )
         return self.residual_directions(ids.reshape(()) if ids.numel() == 1 else ids)
 
     def to_text(self, token_ids: Tensor) -> list[str]:
@@ -315,6 +352,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             raise InvalidValueError(
                 "this HookedVLM has no tokenizer; pass a processor: HookedVLM(hf_model, processor)"
             )
+        token_ids = self._checked_ids("token_ids", token_ids)
         return [text.strip() for text in self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
 
     # ------------------------------------------------------------------ running
@@ -405,6 +443,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             raise InvalidTypeError(
                 "answer gives texts, not return_dict_in_generate's record: call generate for it"
             )
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
         keyword_inputs = self._keyword_inputs(inputs, {})
         ids = self.generate(inputs, max_new_tokens=max_new_tokens, **options)
         return self.to_text(ids[:, keyword_inputs["input_ids"].shape[1] :])
@@ -422,12 +461,16 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         says which are queries. No S x S pattern is made. Raises ValueError where a batch row has no query.
         """
         check_same_twice(self.hf_model)
+        called("consume", consume, "a function (layer, rows, real)", n_arguments=3)
+        instance_of("queries", queries, Tensor, "a boolean tensor [batch, pos]")
         keyword_inputs = self._keyword_inputs(inputs, {})
         shape = tuple(keyword_inputs["input_ids"].shape)
         if tuple(queries.shape) != shape:
             raise InvalidValueError(
                 f"queries has shape {tuple(queries.shape)}, the inputs [batch, pos] = {shape}"
             )
+        if queries.dtype != torch.bool:
+            raise InvalidTypeError(f"queries is a boolean tensor [batch, pos], not {queries.dtype}")
         rows = QueryRows.of(queries.bool().to(self.device))
         try:
             for layer, tap in self._attention_taps.items():
@@ -453,12 +496,16 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
                     f"{', '.join(map(repr, list(self.hook_dict)[:3]))}"
                 )
             return names
+        if not isinstance(match, str):
+            raise InvalidTypeError(f"a hook point is {shown(match)}; expected its name, or a filter of names")
         if match not in self.hook_dict:
             raise UnknownHookError(unknown_name_message("hook point", match, self.hook_dict))
         return [match]
 
     def add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens; raises UnknownHookError where `name` means no hook point."""
+        for hook in args[:1]:
+            called("hook", hook, "a function (tensor, hook)")
         for known in self.hook_names(name):
             super().add_hook(known, *args, **kwargs)
 
@@ -476,6 +523,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         the end where the model ran inside the block and a forward hook never fired. Warns (NoChangeWarning)
         where hooks are an intervention's edits, fired, and none of them changed anything.
         """
+        fwd_hooks, bwd_hooks = hooks_in("fwd_hooks", fwd_hooks), hooks_in("bwd_hooks", bwd_hooks)
         silent: dict[int, str] = {}
 
         def watched(hook: Callable[..., Any], key: int) -> Callable[..., Any]:
@@ -584,7 +632,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             return [name for name in self.hook_dict if not name.endswith(costly)]
         if isinstance(names_filter, str) or callable(names_filter):
             return self.hook_names(names_filter)
-        return list(dict.fromkeys(known for name in names_filter for known in self.hook_names(name)))
+        names = listed("names_filter", names_filter, "a hook name, a filter of names, or a list of names")
+        return list(dict.fromkeys(known for name in names for known in self.hook_names(name)))
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
         """As in TransformerLens; hook_q_input and its like are there either way, and cost only while hooked."""
@@ -594,6 +643,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
 
     def _keyword_inputs(self, inputs: Inputs | Tensor | None, more: Mapping[str, Any]) -> dict[str, Any]:
         if inputs is None:
+            if not any(isinstance(value, Tensor) for value in more.values()):
+                raise InvalidTypeError(f"no inputs given: expected {_INPUTS}")
             return dict(more)
         if isinstance(inputs, Prompt):
             self._check_mapped(inputs.inputs, "its token map")

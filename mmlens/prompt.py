@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from mmlens.arguments import instance_of, listed, shown
+from mmlens.arguments import device_of, instance_of, listed, shown
 from mmlens.errors import (
     InvalidTypeError,
     InvalidValueError,
@@ -168,6 +168,7 @@ class Prompt:
 
     def to(self, device: torch.device | str) -> Prompt:
         """The same prompt with inputs, token map and answer ids on `device`."""
+        device = device_of(device)
         return replace(
             self,
             inputs={
@@ -336,6 +337,10 @@ def prompt_from_inputs(
     TokenMapError where input_ids hold another number of image tokens than the layout predicts, and UnsupportedError
     where they hold video or audio.
     """
+    if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), Tensor):
+        raise PromptError(
+            f"inputs is {shown(inputs)}; expected what a processor gives, with input_ids [batch, pos]"
+        )
     ids = inputs["input_ids"]
     held = media_of(processor, ids[_image_positions(processor, layout, inputs).to(ids.device)]).held(inputs)
     if held is not None:

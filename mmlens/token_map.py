@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmlens.arguments import listed, number, shown, whole_number
+from mmlens.arguments import device_of, listed, number, shown, whole_number
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 
 Box = tuple[float, float, float, float]
@@ -182,6 +182,7 @@ class TokenMap:
 
     def to(self, device: torch.device | str) -> TokenMap:
         """The same map with its arrays on `device`."""
+        device = device_of(device)
         moved = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)

@@ -53,8 +53,8 @@ class Setup:
 
     def __post_init__(self) -> None:
         model_of(self.model)
-        for split in ("selection", "evaluation"):
-            object.__setattr__(self, split, examples_of(getattr(self, split), split, least=0))
+        for part in ("selection", "evaluation"):
+            object.__setattr__(self, part, examples_of(getattr(self, part), part, least=0))
         seed_of(self.seed)
         whole_number("batch_size", self.batch_size, least=1)
         flag("progress", self.progress)

@@ -27,15 +27,15 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import listed, one_of, seed_of, whole_number
 from mmlens.cache import is_batched, is_masked, is_packed
-from mmlens.data.examples import Example
+from mmlens.data.examples import Example, examples_of
 from mmlens.errors import InvalidValueError
 from mmlens.evaluation import check_same_twice
 from mmlens.fingerprints import example_seed, weights_fingerprints
 from mmlens.heads import HeadSet
 from mmlens.hook_names import axes_of, layer_of
-from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention
+from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention, model_of
 from mmlens.interventions.components import Component, Specs
 from mmlens.interventions.components import components as components_of
 from mmlens.interventions.edits import (
@@ -97,9 +97,8 @@ def mean_activations(
     >>> means["blocks.0.hook_mlp_out"].shape == (2, model.cfg.d_model)
     True
     """
-    if not examples:
-        raise InvalidValueError("mean_activations needs at least one example, got an empty list")
-    check_same_twice(model.hf_model)
+    check_same_twice(model_of(model).hf_model)
+    examples, batch_size = examples_of(examples), whole_number("batch_size", batch_size, least=1)
     names = _mean_hooks(model, hooks)
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
@@ -158,13 +157,16 @@ def ablate(
         ...
     mmlens.errors.InvalidValueError: there is no ablation mode 'zeroed'; the nearest: 'zero'
     """
-    if mode not in MODES:
-        raise InvalidValueError(unknown_name_message("ablation mode", mode, MODES))
+    one_of("ablation mode", mode, MODES)
+    seed = seed_of(seed)
     _check_reference(mode, reference)
     if not isinstance(components, str | HeadSet | np.ndarray | Tensor):
-        components = list(components)
+        components = listed(
+            "components", components, "a HeadSet or a list of heads and other components", sets=True
+        )
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         targets = _targets(components_of(model, components), mode)
         targets = _with_rows(model, prompt, targets, positions)
@@ -426,7 +428,8 @@ def _mean_hooks(model: HookedVLM, hooks: HookName | Sequence[str] | None) -> lis
     if hooks is None:
         names = [name for name in model.hook_dict if name.endswith(("attn.hook_z", "attn.hook_q"))]
         return [name for name in names if layer_of(name) is not None]
-    given = [hooks] if isinstance(hooks, str) or callable(hooks) else hooks
+    one = isinstance(hooks, str) or callable(hooks)
+    given: list[Any] = [hooks] if one else listed("hooks", hooks, "hook names or a filter of them")
     names = [name for match in given for name in model.hook_names(match)]
     for name in names:
         if "query" in axes_of(name):

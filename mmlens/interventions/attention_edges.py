@@ -15,10 +15,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mmlens.arguments import array_of, listed, shown, whole_number, whole_numbers
 from mmlens.cache import is_masked
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.heads import Head, Heads, HeadSet, as_head_set
@@ -77,12 +79,19 @@ def knockout(
     (['blocks.0.attn.hook_attn_scores', 'blocks.1.attn.hook_attn_scores'], True)
     """
     _check_keys("knockout", keys, "blocking every key leaves a query nothing to attend to")
-    of_layers = layers if layers is None or isinstance(layers, int) else list(layers)
-    of_heads: HeadSet | list[Any] | None = (
-        heads if heads is None or isinstance(heads, HeadSet) else list(heads)
-    )
+    of_layers: int | list[int] | None
+    if layers is None:
+        of_layers = None
+    elif isinstance(layers, Iterable) and getattr(layers, "ndim", 1) != 0:
+        of_layers = whole_numbers(
+            "layers", listed("layers", layers, "a layer or a list of layers", sets=True)
+        )
+    else:
+        of_layers = whole_number("layers", layers)
+    of_heads = heads if heads is None or isinstance(heads, HeadSet) else _listed_heads(heads)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         chosen = _edge_heads(model, of_layers, of_heads)
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
@@ -163,11 +172,12 @@ def steer(
     mmlens.errors.InvalidValueError: steer: delta is a finite number, not -inf; ...
     """
     _check_keys("steer", keys, "a bias towards every key changes no softmax")
-    heads = heads if isinstance(heads, HeadSet) else list(heads)
+    heads = heads if isinstance(heads, HeadSet) else _listed_heads(heads)
     hint = "to block the edges use knockout(queries, keys, heads=...)"
     deltas = _per_head("steer", "delta", delta, len(heads), hint)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         chosen = _head_set(model, heads, over_the_prompt=True)
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
@@ -197,10 +207,11 @@ def scale_heads(
     >>> scale_heads([(0, 1), (2, 3)], [0.5, 2.0], "last")(model, prompt)[1]
     ('blocks.2.attn.hook_z', Edit(blocks.2.attn.hook_z, heads [3], 1 positions: fired 0 times, size 0))
     """
-    heads = heads if isinstance(heads, HeadSet) else list(heads)
+    heads = heads if isinstance(heads, HeadSet) else _listed_heads(heads)
     factors = _per_head("scale_heads", "factor", factor, len(heads), "to take a head away the factor is 0")
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         chosen = _head_set(model, heads)
 
@@ -215,6 +226,13 @@ def scale_heads(
 
 
 # ---------------------------------------------------------------------- heads
+
+
+def _listed_heads(heads: object) -> list[Any]:
+    given = listed("heads", heads, "a HeadSet or a list of heads", sets=True)
+    return [
+        tuple(head) if isinstance(head, (list, np.ndarray, Tensor)) and len(head) else head for head in given
+    ]
 
 
 def _head_set(model: HookedVLM, heads: Heads, *, over_the_prompt: bool = False) -> HeadSet:
@@ -278,7 +296,14 @@ def _by_hook(model: HookedVLM, heads: HeadSet, hook: str) -> list[tuple[str, lis
 def _per_head(
     function: str, name: str, value: PerHead, n_heads: int, hint: str
 ) -> Float[Tensor, ""] | Float[Tensor, " head"]:
-    number = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float32)
+    if isinstance(value, (bool, str)) or value is None:
+        raise InvalidTypeError(
+            f"{function}: {name} is {shown(value)}; expected a finite number, or one for each head; {hint}"
+        )
+    plain: Any = value
+    if not isinstance(value, Tensor):
+        plain = array_of(name, value if isinstance(value, Iterable) else np.asarray(value), None)
+    number = torch.as_tensor(plain, dtype=torch.float32)
     if not bool(number.isfinite().all()):
         raise InvalidValueError(f"{function}: {name} is a finite number, not {value}; {hint}")
     if number.ndim and tuple(number.shape) != (n_heads,):

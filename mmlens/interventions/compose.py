@@ -15,13 +15,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from mmlens.arguments import called, unknown_name_message
+from mmlens.arguments import called, instance_of, one_of, whole_number
 from mmlens.cache import is_batched, is_packed
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError, StateError
 from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions
-from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, Span
+from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, Span, hooks_in
 from mmlens.internals import hooks_suspended
-from mmlens.interventions.edits import Edit, Here, Positions, check_call
+from mmlens.interventions.edits import Edit, Here, Positions, check_call, intervention_of
 from mmlens.prompt import Prompt
 
 # ---------------------------------------------------------------------- all of them
@@ -47,12 +47,12 @@ def compose(*interventions: Intervention, built: str = "clean") -> Intervention:
     """
     if not interventions:
         raise InvalidValueError("compose needs at least one intervention")
-    if built not in ("clean", "in_turn"):
-        raise InvalidValueError(
-            unknown_name_message("way to build a composition", built, ("clean", "in_turn"))
-        )
+    for at, part in enumerate(interventions):
+        intervention_of(part, f"intervention {at}")
+    one_of("way to build a composition", built, ("clean", "in_turn"))
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         hooks: list[Hook] = []
         for index, part in enumerate(interventions):
@@ -171,12 +171,11 @@ def during(intervention: Intervention, when: str) -> Intervention:
     [(None, False)]
     """
     called("during(intervention, when): intervention", intervention, "an intervention, as ablate(...) gives")
-    if when not in ("prompt", "decode", "both"):
-        raise InvalidValueError(
-            unknown_name_message("part of a generation", when, ("prompt", "decode", "both"))
-        )
+    intervention_of(intervention)
+    one_of("part of a generation", when, ("prompt", "decode", "both"))
 
     def restricted(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         hooks: list[Hook] = []
         for match, function in intervention(model, prompt):
@@ -261,10 +260,19 @@ def by_layer(schedule: Schedule) -> Intervention:
         ...
     mmlens.errors.InvalidValueError: by_layer: the intervention for layer 1 hooks blocks.0.attn.hook_z, which is outside
     """
+    if isinstance(schedule, Mapping):
+        for key, part in schedule.items():
+            if part is not None:
+                intervention_of(part, f"the intervention for layer {key!r}")
+    else:
+        called(
+            "schedule", schedule, "{layer or range: intervention} or a function of the layer", n_arguments=1
+        )
     if not callable(schedule) and not schedule:
         raise InvalidValueError("by_layer needs a schedule {layer or range: intervention}, got an empty one")
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         hooks: list[Hook] = []
         scheduled = False
@@ -277,10 +285,8 @@ def by_layer(schedule: Schedule) -> Intervention:
             if part is None:
                 continue
             scheduled = True
-            if not (isinstance(key, range) or hasattr(key, "__index__")):
-                raise InvalidTypeError(
-                    f"by_layer: a schedule's keys are layers or ranges of layers, not {key!r}"
-                )
+            if not isinstance(key, range):
+                key = whole_number("a layer of the schedule", key)
             layers = key if isinstance(key, range) else range(key, key + 1)
             shown = f"layers {key.start} to {key.stop - 1}" if isinstance(key, range) else f"layer {key}"
             if not layers or min(layers) < 0 or max(layers) >= model.cfg.n_layers:
@@ -333,7 +339,12 @@ def relay(
     [(1, False), (1, True)]
     """
 
+    for name, hook in (("read", read), ("write", write)):
+        instance_of(name, hook, str, "the name of a hook point")
+    called("function", function, "a function (x, source) -> x", n_arguments=2)
+
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         for name in (read, write):
             model.hook_names(name)
@@ -445,7 +456,7 @@ def edit_report(hooks: Sequence[Hook]) -> pd.DataFrame:
     1  blocks.1.attn.hook_z  (2,)          1      1
     """
     rows = []
-    for match, function in hooks:
+    for match, function in hooks_in("hooks", hooks):
         row: dict[str, Any] = {
             "hook": match if isinstance(match, str) else getattr(match, "__name__", repr(match))
         }

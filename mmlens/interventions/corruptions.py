@@ -22,7 +22,8 @@ patching needs; `equal_layout=False` lifts that where another image or question 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,13 +33,22 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from mmlens.arguments import unknown_name_message
-from mmlens.data.examples import Evidence, Example
+from mmlens.arguments import (
+    called,
+    flag,
+    listed,
+    seed_of,
+    texts,
+    unknown_name_message,
+    whole_number,
+)
+from mmlens.arguments import number as real_number
+from mmlens.data.examples import Evidence, Example, examples_of
 from mmlens.errors import InvalidValueError, OutOfRangeError
 from mmlens.evaluation import check_same_twice
 from mmlens.fingerprints import example_seed, pixel_fingerprint
 from mmlens.hook_names import block
-from mmlens.hooked_vlm import Hook, HookedVLM, Intervention
+from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, model_of
 from mmlens.interventions.edits import (
     Change,
     Edit,
@@ -49,7 +59,7 @@ from mmlens.interventions.edits import (
     if_any,
     positions_mask,
 )
-from mmlens.prompt import Prompt, load_image, render, with_answers
+from mmlens.prompt import Prompt, load_image, prompt_of, render, with_answers
 from mmlens.token_map import Region, TokenMap, checked_box
 
 Corruption = Callable[[HookedVLM, Prompt], Prompt]
@@ -84,6 +94,9 @@ def layout_difference(one: Prompt, other: Prompt, *, boxes: bool = False) -> str
     >>> layout_difference(model.prompt("What colour is K ?"), model.prompt("What colour is the letter K ?"))
     'example 0 has ... positions (0 of images) and ... positions (0 of images)'
     """
+    prompt_of(one, "one")
+    prompt_of(other, "other")
+    flag("boxes", boxes)
     first, second = one.token_map.to("cpu"), other.token_map.to("cpu")
     if len(first) != len(second):
         return f"the batches have {len(first)} and {len(second)} example(s)"
@@ -140,7 +153,13 @@ def corrupted_prompt(
     has changed, the number of questions or image lists is not the batch's, or the prompt does not hold its
     questions and images (`prompt_from_inputs`).
     """
-    if not all(question.strip() for question in prompt.questions):
+    model_of(model)
+    flag("equal_layout", equal_layout)
+    if questions is not None:
+        questions = texts("questions", questions, "one question for each example")
+    if images is not None:
+        images = listed("images", images, "one list of images for each example")
+    if not all(question.strip() for question in prompt_of(prompt).questions):
         raise CorruptionError(
             "the prompt does not hold its questions and images, so it cannot be made again: make it with "
             "model.prompt(...) or model.prompt_examples(...)"
@@ -186,7 +205,7 @@ def blank_region(where: Where, *, image: int = 0, fill: str | Sequence[int] = "m
     >>> blanked.images[0][0].getpixel((left, top)), same_layout(prompt, blanked)
     ((128, 128, 128), True)
     """
-    colour = _colour(fill)
+    image, colour = whole_number("image", image, least=0), _colour(fill)
 
     def blank(before: list[Pixels], regions: list[list[PixelRegion]], *at: Any) -> list[Pixels]:
         after = [pixels.copy() for pixels in before]
@@ -213,6 +232,8 @@ def swap_regions(one: Where, other: Where, *, image: int = 0) -> Corruption:
     >>> swapped.images[0][0].crop((0, 0, 32, 16)) == prompt.images[0][0].crop((32, 32, 64, 48))
     True
     """
+
+    image = whole_number("image", image, least=0)
 
     def swap(before: list[Pixels], regions: list[list[PixelRegion]], name: str, *at: Any) -> list[Pixels]:
         a, b = (_only(sided, name, "swap_regions takes one region on each side") for sided in regions)
@@ -245,6 +266,7 @@ def replace_region(where: Where, source: Any | Callable[[Prompt, int], Any], *, 
     >>> replaced.images[0][0].crop(box) == other.images[0][0].crop(box)
     True
     """
+    image = whole_number("image", image, least=0)
     fixed = None if callable(source) else load_image(source, "the source")
 
     def put(
@@ -290,7 +312,12 @@ def other_image(
     >>> other.images[0][0] in examples[1].images + examples[2].images
     True
     """
-    if isinstance(images, Sequence) and not isinstance(images, str):
+    image = None if image is None else whole_number("image", image, least=0)
+    seed = seed_of(seed)
+    flag("resize", resize)
+    flag("equal_layout", equal_layout)
+    if isinstance(images, Iterable) and not isinstance(images, (str, os.PathLike, Image.Image)):
+        images = listed("images", images, "an image, or a list of images or of Example")
         given = [own for entry in images for own in (entry.images if isinstance(entry, Example) else [entry])]
     else:
         given = [images]
@@ -323,6 +350,7 @@ def other_image(
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
         check_call(model, prompt)
+        check_call(model, prompt)
         made = [exchanged(prompt, example) for example in range(len(prompt))]
         return corrupted_prompt(model, prompt, images=made, equal_layout=equal_layout)
 
@@ -350,8 +378,14 @@ def other_question(
     >>> other_question(lambda prompt, i: prompt.questions[i].replace("K", "Q"))(model, prompt).questions
     ['What colour is Q ?']
     """
+    seed = seed_of(seed)
+    flag("equal_layout", equal_layout)
+    if callable(questions):
+        called("questions", questions, "a function (prompt, example's index) -> question", n_arguments=2)
     if not callable(questions) and not isinstance(questions, str):
-        pool = [entry.question if isinstance(entry, Example) else entry for entry in questions]
+        entries = listed("questions", questions, "a question, or a list of questions or of Example")
+        pool = [entry.question if isinstance(entry, Example) else entry for entry in entries]
+        texts("questions", pool)
         if not pool:
             raise CorruptionError("other_question: there is no question to draw from")
     else:
@@ -377,6 +411,7 @@ def other_question(
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
         check_call(model, prompt)
+        check_call(model, prompt)
         made = [exchanged(model, prompt, example) for example in range(len(prompt))]
         return corrupted_prompt(model, prompt, questions=made, equal_layout=equal_layout)
 
@@ -392,6 +427,7 @@ def evidence_of(examples: Sequence[Example]) -> Callable[[Prompt, int], list[Evi
     evidence.
     """
     known: dict[tuple[str, ...], tuple[Evidence, ...]] = {}
+    examples = examples_of(examples)
     for entry in examples:
         key = (entry.question, *map(pixel_fingerprint, entry.images))
         if known.setdefault(key, entry.evidence) != entry.evidence:
@@ -444,10 +480,11 @@ def noise_images(
     >>> hooks[0][1].fired, hooks[0][1].size > 0
     (1, True)
     """
-    if not (std > 0 and math.isfinite(std)):
-        raise InvalidValueError(f"std is a number above 0 (3 is three standard deviations), not {std}")
+    std, seed = real_number("std", std, above=0), seed_of(seed)
+    flag("deepstack", deepstack)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         is_image = model.image_mask(prompt)
         if is_image is None:
@@ -560,6 +597,7 @@ def _of_regions(
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
         check_call(model, prompt)
+        check_call(model, prompt)
         made = []
         for example, own in enumerate(prompt.images):
             regions = [_regions(each, prompt, example, image) for each in where]
@@ -572,7 +610,11 @@ def _of_regions(
 
 def _regions(where: Any, prompt: Prompt, example: int, image: int) -> list[PixelRegion]:
     """What `where` means in one example."""
-    given = where(prompt, example) if callable(where) else where
+    if callable(where):
+        where = called("where", where, "a function (prompt, example's index) -> region", n_arguments=2)(
+            prompt, example
+        )
+    given = where
     if hasattr(given, "box") and hasattr(given, "image"):
         return [_pixel_region(prompt, example, given.image, given.box)]
     if not isinstance(given, Sequence) or isinstance(given, str):
@@ -582,7 +624,7 @@ def _regions(where: Any, prompt: Prompt, example: int, image: int) -> list[Pixel
         )
     if not given:
         raise CorruptionError(f"example {example}: the list of regions is empty")
-    if isinstance(given[0], (int, float, np.number)):
+    if not isinstance(given[0], (Sequence, Region)) or isinstance(given[0], str):
         return [_pixel_region(prompt, example, image, given)]
     return [region for each in given for region in _regions(each, prompt, example, image)]
 
@@ -622,7 +664,7 @@ def _overlap(a: PixelRegion, b: PixelRegion) -> bool:
 
 def _colour(fill: str | Sequence[int]) -> Pixels | UInt8[np.ndarray, " 3"] | None:
     """The colour of `fill`; None for the image's mean."""
-    if fill == "mean":
+    if isinstance(fill, str) and fill == "mean":
         return None
     if isinstance(fill, str):
         try:
@@ -632,8 +674,13 @@ def _colour(fill: str | Sequence[int]) -> Pixels | UInt8[np.ndarray, " 3"] | Non
             raise InvalidValueError(unknown_name_message("fill", fill, known)) from None
     else:
         values = fill
-    if len(values) != 3 or not all(
-        isinstance(each, (int, np.integer)) and 0 <= each <= 255 for each in values
+    if (
+        not isinstance(values, Sequence)
+        or len(values) != 3
+        or not all(
+            isinstance(each, (int, np.integer)) and not isinstance(each, bool) and 0 <= each <= 255
+            for each in values
+        )
     ):
         raise InvalidValueError(
             f"fill is 'mean', a colour's name, '#rrggbb' or (red, green, blue) in whole numbers from 0 to 255, not "

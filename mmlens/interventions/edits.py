@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mmlens.arguments import called, listed, shown, unknown_name_message
+from mmlens.arguments import called, shown, unknown_name_message
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.hook_names import axes_of, head_axis, position_axis, runs_over_positions
-from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, Span, model_of
+from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, Span, hooks_in, model_of
 from mmlens.prompt import Prompt, prompt_of
 
 Mask = Bool[Tensor, "batch pos"]
@@ -108,6 +108,8 @@ def _mask_of(prompt: Prompt, positions: Mask | str | Callable[[Prompt], Mask]) -
             raise InvalidValueError(unknown_name_message("named positions", positions, NAMED_POSITIONS))
         mask = NAMED_POSITIONS[positions](prompt)
     else:
+        if callable(positions):
+            called("positions", positions, "a function of the prompt that gives a mask", n_arguments=1)
         mask = positions(prompt) if callable(positions) else positions
     shape = tuple(prompt.shape)
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape or mask.dtype != torch.bool:
@@ -137,15 +139,7 @@ def intervention_of(value: object, name: str = "intervention") -> Intervention:
 
 def hooks_of(intervention: Intervention, model: HookedVLM, prompt: Prompt) -> list[Hook]:
     """The hooks of an intervention for a prompt; InvalidTypeError where it gives something else."""
-    hooks = listed(
-        "what the intervention gave", intervention(model, prompt), "a list of hooks (name, function)"
-    )
-    for hook in hooks:
-        if not isinstance(hook, (tuple, list)) or len(hook) != 2 or not callable(hook[1]):
-            raise InvalidTypeError(
-                f"the intervention gave {shown(hook)}; expected hooks (name, function), in a list"
-            )
-    return hooks
+    return hooks_in("what the intervention gave", intervention(model, prompt))
 
 
 def check_call(model: object, prompt: object) -> None:

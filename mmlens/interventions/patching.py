@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import called, instance_of, shown, unknown_name_message, whole_numbers
 from mmlens.cache import is_packed, over_positions
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.evaluation import check_same_twice
@@ -37,6 +37,7 @@ from mmlens.interventions.edits import (
     Positions,
     check_call,
     if_any,
+    intervention_of,
     positions_mask,
 )
 from mmlens.interventions.origin import OfAnotherModel, check_origin
@@ -61,6 +62,17 @@ class Source:
 
     prompt: Prompt | Corruption | None = None
     under: Intervention | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and not isinstance(self.prompt, Prompt):
+            called(
+                "prompt",
+                self.prompt,
+                "a Prompt, a function (model, prompt) -> Prompt, or None",
+                n_arguments=2,
+            )
+        if self.under is not None:
+            intervention_of(self.under, "under")
 
 
 SourcePositions: TypeAlias = (
@@ -111,7 +123,10 @@ def patch(
     >>> bool((model.run_with_hooks(corrupted, fwd_hooks=restored(model, corrupted)) == model(clean)).all())
     True
     """
-    chosen = None if heads is None else list(heads)
+    instance_of("hook", hook, str, "the name of a hook point")
+    if positions is not None and not isinstance(positions, (str, Tensor)):
+        called("positions", positions, "a mask, a name or a function of the prompt", n_arguments=1)
+    chosen = None if heads is None else whole_numbers("heads", heads, at_least=0)
     if chosen is not None and not chosen:
         raise InvalidValueError(f"patch({hook!r}, ...): heads is empty, so the patch would do nothing")
     if source_positions is not None and positions is None:
@@ -122,6 +137,7 @@ def patch(
     shared = shared_source(source)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         model.hook_names(hook)
         origin = shared.origins(model, prompt, [hook])[hook]
@@ -272,6 +288,17 @@ def shared_source(source: PatchSource) -> SharedSource:
 
     Raises TypeError for what is no source.
     """
+    if isinstance(source, Mapping):
+        if "input_ids" in source:
+            raise InvalidTypeError(
+                "the source is a model's keyword inputs; expected a Prompt to run, model.prompt(question, images), or "
+                "activations by hook name"
+            )
+        for name, value in source.items():
+            if not isinstance(value, Tensor):
+                raise InvalidTypeError(
+                    f"the source's {name!r} is {shown(value)}; expected an activation, a tensor"
+                )
     if isinstance(source, (Mapping, ActivationCache, OfAnotherModel)):
         return SharedSource(source)
     if isinstance(source, Prompt) or (callable(source) and not isinstance(source, (type, torch.nn.Module))):
@@ -326,6 +353,10 @@ def _of_activations(
     for hook in hooks:
         if hook not in known:
             raise UnknownHookError(unknown_name_message("activation in the source", hook, known))
+        if not isinstance(known[hook], Tensor):
+            raise InvalidTypeError(
+                f"the source's {hook} is {shown(known[hook])}; expected an activation, a tensor"
+            )
         mask, has_batch_axis = getattr(given, "image_mask", None), getattr(given, "has_batch_dim", None)
         origins[hook] = Origin(known[hook], None, mask, has_batch_axis)
     return origins

@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import listed, one_of, unknown_name_message
 from mmlens.cache import is_packed
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.evaluation import check_same_twice
@@ -118,15 +118,17 @@ def path_patch(
     mmlens.errors.InvalidValueError: sender L2H1 comes before no receiver (L2H3 q): a sender writes ...
     """
     for name, given, known in (("mlps", mlps, MLPS), ("downstream", downstream, DOWNSTREAM)):
-        if given not in known:
-            raise InvalidValueError(unknown_name_message(f"variant {name} =", given, known))
+        one_of(f"variant {name} =", given, known)
     if not isinstance(senders, HeadSet | str):
-        senders = list(senders)
-    receivers = [receivers] if isinstance(receivers, str) else list(receivers)
+        senders = listed("senders", senders, "a HeadSet or a list of heads and other components", sets=True)
+    receivers = (
+        [receivers] if isinstance(receivers, str) else listed("receivers", receivers, f"a list of {_WAYS}")
+    )
     shared, shared_clean = shared_source(source), shared_source(Source())
     of_source, of_clean = _wanted(senders, receivers)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
         check_call(model, prompt)
         _check_family(model, mlps)
         sending = _senders(model, senders)

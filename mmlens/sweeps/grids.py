@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import instance_of, names_of, one_of, table_of, unknown_name_message
 from mmlens.errors import InvalidValueError
 from mmlens.hook_names import axes_of, block
-from mmlens.hooked_vlm import HookedVLM, Intervention, UnknownHookError
+from mmlens.hooked_vlm import HookedVLM, Intervention, UnknownHookError, model_of
 from mmlens.interventions.edits import Positions, if_any, positions_mask
 from mmlens.interventions.patching import PatchSource, patch
-from mmlens.prompt import Prompt
+from mmlens.prompt import Prompt, prompt_of
 
 KINDS: dict[str, str] = {
     "z": "attn.hook_z",
@@ -62,7 +62,7 @@ def patch_layers_positions(
     interventions fit this prompt and others of its shape. Raises UnknownHookError where no layer has the hook point,
     ValueError as `positions_mask`.
     """
-    mask = positions_mask(prompt, "prompt" if positions is None else positions)
+    mask = positions_mask(prompt_of(prompt), "prompt" if positions is None else positions)
     assert mask is not None
     single = {}
     for column in mask.any(0).nonzero().flatten().tolist():
@@ -86,6 +86,7 @@ def patch_layers_regions(
     Functions of the prompt fit every prompt of a data set: `{"evidence": lambda prompt: ..., "last": "last"}`.
     Raises UnknownHookError where no layer has the hook point, ValueError for no region.
     """
+    instance_of("regions", regions, Mapping, "a dict {name: positions}")
     if not regions:
         raise InvalidValueError(
             'regions is empty: give positions by name, such as {"image": "image", "last": "last"}'
@@ -123,9 +124,7 @@ def patch_heads_qkv(
     At `positions` of the queries z, q and pattern, of the keys and values k and v. A kind that no layer has (k and v,
     where heads read a latent one) is an UnknownHookError; ValueError for an unknown kind.
     """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise InvalidValueError(unknown_name_message("kind", kind, KINDS))
+    kinds = names_of("kinds", kinds, KINDS)
     return {
         (layer, head, kind): intervention
         for kind in kinds
@@ -137,6 +136,8 @@ def patch_heads_qkv(
 
 def layers_with(model: HookedVLM, hook: str) -> list[int]:
     """The language layers that have the hook point; raises UnknownHookError where none has."""
+    model_of(model)
+    instance_of("hook", hook, str, "the name of a hook point in its layer, such as 'hook_resid_pre'")
     layers = [layer for layer in range(model.cfg.n_layers) if block(layer, hook) in model.hook_dict]
     if not layers:
         known = {
@@ -176,14 +177,8 @@ def grid(table: pd.DataFrame, metric: str | None = None, *, of: str = "effect") 
     0      3.0  4.0
     1      4.0  5.0
     """
-    needed = {"intervention", "metric", "value", "clean"}
-    if not needed <= set(table.columns) or not len(table):
-        raise InvalidValueError(
-            f"grid needs rows with the columns {', '.join(sorted(needed))}, as a sweep's table has them; got "
-            f"{len(table)} rows of {', '.join(map(str, table.columns))}"
-        )
-    if of not in ("effect", "value", "clean"):
-        raise InvalidValueError(unknown_name_message("quantity", of, ("effect", "value", "clean")))
+    table_of("table", table, ["intervention", "metric", "value", "clean"], "a sweep's table")
+    one_of("quantity", of, ("effect", "value", "clean"))
     metrics = list(table["metric"].unique())
     if metric is None and len(metrics) > 1:
         raise InvalidValueError(f"the table holds the metrics {', '.join(map(repr, metrics))}: name one")

@@ -39,7 +39,7 @@ def bad_rows(w: World) -> list[Row]:
             "metric and intervention swapped",
             mmlens.accuracy,
             lambda: mmlens.effect(w.model, w.prompt, mmlens.accuracy, zero),  # type: ignore[call-overload]
-            "logits of a run|logits",
+            "expected a HookedVLM",
         ),
         (
             "effect",

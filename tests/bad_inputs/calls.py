@@ -93,6 +93,8 @@ def _scores(w: World) -> list[Call]:
         mmlens.logit_contribution: {"final_norm": "choice"},
         mmlens.ram_significance: {"n_resamples": "count!", "seed": "seed!"},
     }
+    # They share their checks with ram: what is unusual is tried there alone.
+    untried = {name: f"{kind}!" for name, kind in OF_EVIDENCE.items()}
     special = {
         mmlens.null_calibrated_ram: {"null_question": "?"},
         mmlens.query_focused_score: {"null_question": "?"},
@@ -101,7 +103,12 @@ def _scores(w: World) -> list[Call]:
     }
     return [
         *(
-            Call(f.__name__, f, given | special.get(f, {}), OF_EVIDENCE | kinds)
+            Call(
+                f.__name__,
+                f,
+                given | special.get(f, {}),
+                (OF_EVIDENCE if f is mmlens.ram else untried) | kinds,
+            )
             for f, kinds in scored.items()
         ),
         Call(
@@ -215,7 +222,7 @@ def _effects(w: World) -> list[Call]:
         "prompt": "prompt",
         "source": "source",
         "metric": "one metric",
-        "steps": "count",
+        "steps": "count!",
         "method": "choice",
         "logits_to_keep": "count or none",
     }
@@ -246,7 +253,9 @@ def _effects(w: World) -> list[Call]:
                 "metric": mmlens.answer_log_probability,
                 "progress": False,
             },
-            run | {"interventions": "interventions", "memory": "positive"},
+            run
+            | {"prompts": "prompts!", "metric": "metric!", "batch_size": "count!"}
+            | {"interventions": "interventions", "memory": "positive"},
         ),
         Call("attribute", mmlens.attribute, patched | {"nodes": "mlp"}, attributed | {"by_position": "flag"}),
         Call(
@@ -264,8 +273,8 @@ def _effects(w: World) -> list[Call]:
                 "prompt": "prompt",
                 "source": "source",
                 "metric": "one metric",
-                "n": "count or all",
-                "seed": "seed",
+                "n": "count or all!",
+                "seed": "seed!",
                 "logits_to_keep": "count or none",
             },
         ),
@@ -954,11 +963,11 @@ def _model(w: World) -> list[Call]:
         "model": "model",
         "lengths": "counts",
         "sink": "count or none",
-        "window": "count",
+        "window": "count!",
         "parts": "choices",
-        "repeats": "count",
-        "seed": "seed",
-        "progress": "flag",
+        "repeats": "count!",
+        "seed": "seed!",
+        "progress": "flag!",
     }
     zero = mmlens.ablate([(0, 1)])(w.model, w.prompt)
     image = w.examples[0].images[0]
@@ -1005,7 +1014,7 @@ def _model(w: World) -> list[Call]:
         Call("model.hook_names", w.model.hook_names, {"match": "hook_embed"}, {"match": "hook"}),
         Call(
             "model.add_hook",
-            lambda name, hook: w.model.add_hook(name, hook),
+            lambda name, hook: (w.model.add_hook(name, hook), w.model.reset_hooks()),
             {"name": "hook_embed", "hook": lambda x, hook: x},
             {"name": "hook", "hook": "function of a hook"},
         ),

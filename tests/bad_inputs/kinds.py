@@ -945,7 +945,6 @@ def special_values(w: World) -> dict[str, Values]:
             "a HeadSet": mmlens.HeadSet([(0, 1)], n_layers=8, n_heads=8),
             "numbers": {"a": 3},
             "none of them": {},
-            "numbered": {1: [(0, 1)]},
         },
     }
 
@@ -955,8 +954,8 @@ WORDS: dict[str, str] = {
     "examples": "Example|at least one|1 or more",
     "prompt": "Prompt|prompt",
     "prompts": "Prompt|Example|1 or more",
-    "count": "whole number",
-    "count or none": "whole number",
+    "count": "whole number|>= 0|1 or more",
+    "count or none": "whole number|>= 0",
     "count or all": "whole number",
     "seed": "seed",
     "flag": "True or False",
@@ -968,7 +967,7 @@ WORDS: dict[str, str] = {
     "choice": "one of|there is no|there are|is '",
     "choices": "list|one of|there is no|at least one",
     "fractions": "number|list",
-    "counts": "number|list|count",
+    "counts": "number|list|count|or more",
     "metric": "function|name of a metric|metric",
     "one metric": "function",
     "intervention": "function|intervention",
