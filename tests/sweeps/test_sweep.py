@@ -20,7 +20,7 @@ from mmlens.weights import attends_elsewhere
 
 ONE_BY_ONE = {
     *("gemma4", "mistral_large4", "glm5_next", "idefics"),
-    *("minimax_m3_vl", "dots3_note", "inkling2", "inkling_mm_model"),
+    *("minimax_m3_vl", "dots3_note", "hy_v4_vl", "inkling2", "inkling_mm_model"),
 }
 """Families of which no partial run is exact: layers hand each other more than the stream, or something stands
 between them."""
