@@ -56,7 +56,7 @@ def renamed_keywords(function: Callable[..., Any]) -> set[str]:
 # ---------------------------------------------------------------------- torch: FlexAttention
 
 
-def query_blocks(wanted: bool) -> dict[str, bool]:
+def query_blocks(wanted: bool) -> dict[str, Any]:
     """The option of `BlockMask.from_kv_blocks` that leaves out lists which the backward pass alone reads.
 
     An older torch has no such option, and always makes them.
