@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -31,9 +30,9 @@ class OtherMedia:
 
     def held(self, inputs: Mapping[str, Any]) -> str | None:
         """What of video or audio the inputs hold, in words; None where they hold neither."""
-        ids = inputs.get("input_ids")
+        ids: Any = inputs.get("input_ids")
         for name, token_id in self.ids.items() if ids is not None else ():
-            count = int(torch.eq(ids, token_id).sum())
+            count = int((ids == token_id).sum())
             if count:
                 return f"{count} position(s) of {name} = {token_id}"
         # GLM's videos stand at the id of its images, and are told apart by transformers' token types alone.
