@@ -530,7 +530,7 @@ def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:
         if len(metrics) < len(functions):
             raise InvalidValueError("two of the metrics have the same name; pass {name: metric}")
     if not metrics:
-        raise InvalidValueError("no metric given")
+        raise InvalidValueError("no metric given: expected a metric, a list of metrics or {name: metric}")
     return metrics
 
 

@@ -99,6 +99,7 @@ def bad_rows(w: World) -> list[Row]:
         ),
         ("cache", "a misspelt name", "hook_embd", lambda: cache["hook_embd"], "hook_embed"),
         ("cache", "what was not cached", "blocks.0.attn.hook_z", lambda: cache["z", 0], "hook_z"),
+        ("if_any", "no positions", None, lambda: mmlens.if_any(None), "positions"),  # type: ignore[arg-type]
         (
             "ablate",
             "a misspelt mode",

@@ -235,7 +235,13 @@ def _effects(w: World) -> list[Call]:
         mmlens.invalid,
         mmlens.logit_difference,
     )
-    of_texts = (mmlens.anls, mmlens.exact_match, mmlens.generated_accuracy, mmlens.relaxed_accuracy)
+    of_texts = (
+        mmlens.anls,
+        mmlens.exact_match,
+        mmlens.generated_accuracy,
+        mmlens.invalid_answer,
+        mmlens.relaxed_accuracy,
+    )
     return [
         Call(
             "effect",
