@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from mmlens import internals
 from mmlens.errors import InvalidValueError, UnsupportedError
 from mmlens.internals import AttentionFunction
+from mmlens.interrupts import undone
 from mmlens.taps import LazyHookPoint
 
 
@@ -107,10 +108,11 @@ class AttentionTap:
         self.rot_k = hook_points["hook_rot_k"]
         self.scores = hook_points["hook_attn_scores"]
         self.pattern = hook_points["hook_pattern"]
+        self.watch = self.pattern.watch
         self.rows: QueryRows | None = None
         self.consume_rows: Callable[[Tensor], None] | None = None
         self.runs: RunsPositions | None = None
-        """The model whose positions the queries are; None in towers."""
+        """The model whose positions the queries are, held weakly; None in towers."""
         self.around: Around | None = None
         """Stands between the module and its function where set: a partial run records and completes calls by it."""
         self.streaming: Streams | None = None
@@ -136,6 +138,7 @@ class AttentionTap:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        self.watch.check_thread()
         attend = functools.partial(self._attend, fast, eager, module)
         call = AttentionCall(query, key, value, attention_mask, kwargs)
         return attend(call) if self.around is None else self.around(attend, call)
@@ -170,8 +173,13 @@ class AttentionTap:
         first = 0 if fast is eager else self._first_hooked(query, kwargs)
         mask = _additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"), first)
         attending = _attending(attention_mask, kwargs, first)
-        with self._running_from(first), _SoftmaxWatch(self.scores, self.pattern, attending, key.shape[2]):
-            output, weights = eager(module, query[:, :, first:], key, value, mask, **kwargs)
+        watch = _SoftmaxWatch(self.scores, self.pattern, attending, key.shape[2])
+
+        def watched() -> tuple[Tensor, Tensor | None]:
+            with self._running_from(first), watch:
+                return eager(module, query[:, :, first:], key, value, mask, **kwargs)
+
+        output, weights = undone(watched, watch.close)
         if not first:
             return output, weights
         before, _ = fast(module, query, key, value, attention_mask, **kwargs)
@@ -209,18 +217,30 @@ def _is_softmax_alone(kwargs: Mapping[str, Any]) -> bool:
     return all(kwargs.get(name) is None for name in _PATTERN_CHANGING_ARGUMENTS)
 
 
-_TAPS: WeakKeyDictionary[nn.Module, AttentionTap] = WeakKeyDictionary()
+# Both held weakly: a tap belongs to its HookedVLM, a module to its Hugging Face model.
+_TAPS: WeakKeyDictionary[nn.Module, ref[AttentionTap]] = WeakKeyDictionary()
 
 
 def tap_attention(module: nn.Module, tap: AttentionTap) -> None:
-    """Route the attention layer `module` through `tap` (a module is tapped once; the last tap counts)."""
+    """Route the attention layer `module` through `tap` until `untap_attention` (the last tap counts)."""
     internals.wrap_attention(_tapped)
-    _TAPS[module] = tap
+    _TAPS[module] = ref(tap)
+
+
+def untap_attention(module: nn.Module, tap: AttentionTap) -> None:
+    """No longer route the attention layer `module` through `tap`; harmless where it is not."""
+    if _tap_of(module) is tap:
+        _TAPS.pop(module, None)
+
+
+def _tap_of(module: nn.Module) -> AttentionTap | None:
+    known = _TAPS.get(module)
+    return None if known is None else known()
 
 
 def _tapped(fast: AttentionFunction, eager: AttentionFunction) -> AttentionFunction:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        tap = _TAPS.get(module)
+        tap = _tap_of(module)
         if tap is None:
             return fast(module, *args, **kwargs)
         return tap.run(fast, eager, module, *args, **kwargs)
@@ -240,8 +260,15 @@ class _SoftmaxWatch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._scores, self._pattern, self._attending, self._n_keys = scores, pattern, attending, n_keys
+        self._is_over = False
+
+    def close(self) -> None:
+        self._is_over = True
+        internals.leave_function_mode(self)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._is_over:
+            return func(*args, **(kwargs or {}))
         if func is internals.EAGER_SOFTMAX and self._scores.is_live:
             keys, sinks = args[0][..., : self._n_keys], args[0][..., self._n_keys :]
             edited = self._scores(keys)

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.utilities import Slice
+from transformer_lens.utilities import Slice, get_act_name
 
-from mmlens.arguments import instance_of, one_of, whole_number
-from mmlens.errors import InvalidValueError, UnsupportedError
+from mmlens.arguments import instance_of, one_of, shown, unknown_name_message, whole_number
+from mmlens.errors import InvalidTypeError, InvalidValueError, UnknownNameError, UnsupportedError
 from mmlens.families.media import unmapped_message
 from mmlens.taps import norm_arithmetic
 
@@ -57,6 +57,51 @@ class VLMActivationCache(ActivationCache):
         if self.unmapped is not None:
             raise UnsupportedError(unmapped_message(self.unmapped, "the cache's mask of visual positions"))
         return self._image_mask
+
+    def __getitem__(self, key: str | tuple[Any, ...]) -> Tensor:
+        """An activation by its full name, or as in TransformerLens by cache["z", 3], cache["scale", 3, "ln1"].
+
+        Raises UnknownNameError (a KeyError) with the nearest names where the cache does not hold it.
+        """
+        if isinstance(key, str) and key in self.cache_dict:
+            return self.cache_dict[key]
+        name = self._full_name(key)
+        if name in self.cache_dict:
+            return self.cache_dict[name]
+        if name in self._hook_points():
+            raise UnknownNameError(
+                f"{name!r} is not in this cache, which holds {len(self.cache_dict)} activations: either names_filter "
+                "left it out (hook_result and the like are cached by name alone), or it never fired in the run"
+            )
+        known = list(self.cache_dict)
+        given = repr(key) if name == key else f"{key!r} ({name!r})"
+        message = unknown_name_message("activation", name, known).replace(repr(name), given, 1)
+        raise UnknownNameError(message if known else f"there is no activation {given}: the cache is empty")
+
+    def _full_name(self, key: Any) -> str:
+        parts = (key,) if isinstance(key, str) else key
+        expected = 'an activation is named by a text, or as ("z", layer) or ("scale", layer, "ln1")'
+        if not isinstance(parts, tuple) or not 1 <= len(parts) <= 3 or not isinstance(parts[0], str):
+            raise InvalidTypeError(f"{expected}, not {shown(key)}")
+        layer = parts[1] if len(parts) > 1 else None
+        if layer is not None:
+            n_layers = self.model.cfg.n_layers
+            layer = whole_number("layer", layer)
+            if not -n_layers <= layer < n_layers and not parts[0].startswith("vision"):
+                raise UnknownNameError(
+                    f"there is no layer {layer} for {parts[0]!r}: the model has layers 0 to {n_layers - 1} (or -1 to "
+                    f"{-n_layers} from the end)"
+                )
+            layer = layer + n_layers if layer < 0 else layer
+        if not all(isinstance(part, (str, type(None))) for part in parts[2:]):
+            raise InvalidTypeError(f"{expected}, not {shown(key)}")
+        try:
+            return str(get_act_name(parts[0], layer, *parts[2:]))
+        except (AssertionError, AttributeError, IndexError, ValueError):
+            return parts[0]
+
+    def _hook_points(self) -> Mapping[str, Any]:
+        return getattr(self.model, "hook_dict", {})
 
     def remove_batch_dim(self, batch_size: int | None = None) -> VLMActivationCache:
         """The same cache without the batch axis of its language side, changed in place.

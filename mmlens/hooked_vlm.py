@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -18,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
+from weakref import proxy
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,8 +39,9 @@ from mmlens.arguments import (
     unknown_name_message,
     whole_number,
 )
-from mmlens.attention import AttentionTap, QueryRows, tap_attention
+from mmlens.attention import AttentionTap, QueryRows, tap_attention, untap_attention
 from mmlens.cache import VLMActivationCache, is_packed
+from mmlens.checked_hooks import CheckedHook
 from mmlens.data.examples import Example, examples_of
 from mmlens.errors import (
     InvalidTypeError,
@@ -54,6 +57,7 @@ from mmlens.families.catalog import family_of
 from mmlens.families.media import unmapped_message
 from mmlens.families.record import Family
 from mmlens.fingerprints import processor_fingerprint
+from mmlens.interrupts import OpenBlock, undone
 from mmlens.linear import is_linear, n_embeddings
 from mmlens.loss import next_token_loss, text_labels
 from mmlens.prompt import Prompt, check_left_padding, make_prompt, prompt_of, with_answers
@@ -72,10 +76,12 @@ from mmlens.taps import (
     projected_heads,
     residual_mid,
     scaled,
+    weakly,
     whole,
 )
 from mmlens.token_map import TokenMapError
 from mmlens.tokens import TokenMethods
+from mmlens.watch import RunHooks, Watch, check_checkpointing, take_over
 from mmlens.weights import (
     Block,
     WeightProperties,
@@ -182,6 +188,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         super().__init__()
         hf_model = loading.checked_model(hf_model)
         loading.check_processor(processor)
+        take_over(hf_model)
         self.family: Family = family_of(hf_model.config.model_type)
         self.hf_model = hf_model
         self.processor = processor
@@ -196,7 +203,12 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         self._whole_inputs: Mapping[str, Any] = {}
         self._inputs: Mapping[str, Any] = {}
         self._unmapped: str | None = None
+        self.watch = Watch(self, hf_model)
+        """What is set on the Hugging Face model, and by which thread."""
+        self._run_hooks = RunHooks(weakly(self._on_forward), weakly(self._on_decoder))
         self._attention_taps: dict[int, AttentionTap] = {}
+        self._tapped_attention: list[tuple[nn.Module, AttentionTap]] = []
+        self._taps: list[ModuleTap] = []
         self.mod_dict: dict[str, nn.Module] = {}
         self.hook_dict: dict[str, Any] = {}
         self.anatomy: Anatomy = dissect(hf_model, self.family)
@@ -208,8 +220,9 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         )
         self.cfg = _config(hf_model, self.anatomy)
         self._lay_taps(self.anatomy)
-        hf_model.register_forward_pre_hook(self._on_forward, with_kwargs=True)
-        self.anatomy.decoder.register_forward_pre_hook(self._on_decoder, with_kwargs=True)
+        tapped = [tap.module for tap in self._taps] + [module for module, _ in self._tapped_attention]
+        self._tapped = _places(hf_model, [*tapped, self.anatomy.decoder])
+        self._checkpointing = internals.may_recompute(hf_model)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Any, **hf_options: Any) -> HookedVLM:
@@ -231,6 +244,28 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
     @training.setter
     def training(self, mode: bool) -> None:
         """nn.Module sets it on itself and on every child: the Hugging Face model's is the one that counts."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedVLM:
+        """A copy of the Hugging Face model, wrapped anew: hooks of the copy act on the copy alone.
+
+        Raises StateError while hooks are set: it is not plain whether the copy should have them.
+        """
+        if self.watch:
+            raise StateError(
+                "hooks are set on this model: copy it once they are gone (after the `with` block, or "
+                "model.reset_hooks()), and set them on the copy"
+            )
+        twin = type(self)(copy.deepcopy(self.hf_model, memo), copy.deepcopy(self.processor, memo))
+        memo[id(self)] = twin
+        twin.cfg = copy.deepcopy(self.cfg, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvalidTypeError(
+            "a HookedVLM cannot be pickled or saved: its hooks are tied to the modules of this process. Save the "
+            "Hugging Face model (model.hf_model.save_pretrained(folder), or torch.save(model.hf_model, file)) and wrap "
+            "it again; of a cache save cache.cache_dict; copy a model by copy.deepcopy(model)"
+        )
 
     # ------------------------------------------------------------------ inputs
 
@@ -390,6 +425,9 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         keep = None
         if "logits_to_keep" not in keywords.forward_keywords(self.hf_model):
             keep = keyword_inputs.pop("logits_to_keep", None)
+        if not self.watch:
+            self._check_use()
+            self._n_forwards += 1
         with self._at_work_on(inputs):
             logits = self.hf_model(**keyword_inputs).logits
         if keep is not None:
@@ -429,6 +467,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         keyword_inputs = self._keyword_inputs(inputs, keywords.check_generate(self.hf_model, options))
         if keyword_inputs.get("attention_mask") is not None:
             check_left_padding(keyword_inputs["attention_mask"])
+        if not self.watch:
+            self._check_use()
         # Some families generate with their language model alone, past their own forward.
         with self._at_work_on(inputs):
             self._on_forward(self.hf_model, (), keyword_inputs)
@@ -471,8 +511,10 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             )
         if queries.dtype != torch.bool:
             raise InvalidTypeError(f"queries is a boolean tensor [batch, pos], not {queries.dtype}")
-        rows = QueryRows.of(queries.bool().to(self.device))
-        try:
+        rows, held = QueryRows.of(queries.to(self.device)), object()
+
+        def run() -> None:
+            self.watch.add(held)
             for layer, tap in self._attention_taps.items():
                 tap.rows = rows
                 tap.consume_rows = lambda pattern, layer=layer: consume(
@@ -480,9 +522,13 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
                 )
             with self._at_work_on(inputs):
                 self.hf_model(**keyword_inputs, logits_to_keep=1, use_cache=False)
-        finally:
+
+        def undo() -> None:
             for tap in self._attention_taps.values():
                 tap.rows = tap.consume_rows = None
+            self.watch.discard(held)
+
+        undone(run, undo)
 
     # ------------------------------------------------------------------ hooks
 
@@ -509,50 +555,28 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         for known in self.hook_names(name):
             super().add_hook(known, *args, **kwargs)
 
-    @contextmanager
     def hooks(
         self,
         fwd_hooks: Sequence[Hook] = (),
         bwd_hooks: Sequence[Hook] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-    ) -> Iterator[HookedVLM]:
+    ) -> HookBlock:
         """Hooks that live as long as the block, as in TransformerLens.
 
+        A hook function gives None, or the whole activation in its shape, dtype and device, without new NaN.
+
         Raises UnknownHookError before anything runs where a name means nothing, and HookNeverFiredError at
-        the end where the model ran inside the block and a forward hook never fired. Warns (NoChangeWarning)
-        where hooks are an intervention's edits, fired, and none of them changed anything.
+        the end where the model ran inside the block and a forward hook never fired; StateError where another thread
+        or another HookedVLM of the same Hugging Face model has hooks set. Warns (NoChangeWarning) where hooks are an
+        intervention's edits, fired, and none of them changed anything.
         """
         fwd_hooks, bwd_hooks = hooks_in("fwd_hooks", fwd_hooks), hooks_in("bwd_hooks", bwd_hooks)
-        silent: dict[int, str] = {}
+        return HookBlock(self, fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
 
-        def watched(hook: Callable[..., Any], key: int) -> Callable[..., Any]:
-            def fire(tensor: Tensor, *, hook_: Callable[..., Any] = hook, **kwargs: Any) -> Any:
-                silent.pop(key, None)
-                return hook_(tensor, **kwargs)
-
-            stated: Any = fire
-            stated.first_position = getattr(hook, "first_position", 0)
-            return fire
-
-        forward = [(self.hook_names(name), hook) for name, hook in fwd_hooks]
-        backward = [(self.hook_names(name), hook) for name, hook in bwd_hooks]
-        silent |= {key: names[0] for key, (names, _) in enumerate(forward)}
-        flat_forward = [(n, watched(hook, key)) for key, (names, hook) in enumerate(forward) for n in names]
-        flat_backward = [(n, hook) for names, hook in backward for n in names]
-        n_forwards = self._n_forwards
-        with super().hooks(flat_forward, flat_backward, reset_hooks_end, clear_contexts):
-            yield self
-        if silent and self._n_forwards > n_forwards:
-            raise HookNeverFiredError(
-                f"the model ran, but {len(silent)} of {len(forward)} hooks never fired: "
-                f"{', '.join(sorted(set(silent.values()))[:5])}. Hooks on image.*, vision.* and projector.* "
-                "fire only where the prompt has an image"
-            )
-        # Edits count their calls and keep the size of what they changed; other functions are not known to edit.
-        edits = [hook for _, hook in fwd_hooks if getattr(hook, "fired", 0) and hasattr(hook, "size")]
-        if edits and not any(hook.size for hook in edits):
-            warnings.warn(f"the intervention changed nothing: {edits[:3]}", NoChangeWarning, stacklevel=3)
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """Remove all hooks, as in TransformerLens."""
+        undone(lambda: None, lambda: super(HookedVLM, self).reset_hooks(*args, **kwargs))
 
     def run_with_hooks(
         self,
@@ -563,11 +587,13 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         clear_contexts: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        """Logits with the hooks live, as in TransformerLens."""
+        """Logits with the hooks live, as in TransformerLens. Raises and warns as `hooks`."""
         if bwd_hooks and reset_hooks_end:
             logging.warning("bwd_hooks are removed at the end of run_with_hooks; use `with model.hooks(...)`")
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            return self(*model_args, **model_kwargs)
+        block = self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
+        output = block.around(lambda: self(*model_args, **model_kwargs))
+        block.check()
+        return output
 
     def run_with_cache(
         self,
@@ -575,7 +601,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         names_filter: HookName | Sequence[str] | None = None,
         device: torch.device | str | None = None,
         remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
+        incl_bwd: bool | Callable[[Any], Tensor] = False,
         **model_kwargs: Any,
     ) -> tuple[Any, VLMActivationCache]:
         """Logits and a TransformerLens ActivationCache of the chosen hook points.
@@ -587,41 +613,47 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         and padded with zeros, scores with -inf. With layers on several devices each activation is on its own, unless
         `device` names one for all, as tools that stack them need.
 
+        `incl_bwd` also caches gradients, as "<name>_grad": of the output where it is one number
+        (return_type="loss"), or of what a function makes of the output, incl_bwd=lambda logits: logits[0, -1, 7].
+        As in TransformerLens the parameters gather gradients too.
+
         Raises HookNeverFiredError where a hook point asked for by name never fires, or nothing that a filter
-        function matches does, and ValueError where remove_batch_dim meets a batch of several prompts.
+        function matches does, and ValueError where remove_batch_dim meets a batch of several prompts, or incl_bwd
+        something that is not one number.
         """
         names = self._cached_names(names_filter)
+        by_name = names_filter is not None and not callable(names_filter)
         given = self._keyword_inputs(
             model_args[0] if model_args else model_kwargs.get("inputs"), model_kwargs
         )
-        if self.anatomy.other_media.held(given) and (names_filter is None or callable(names_filter)):
+        if not by_name and (self.anatomy.other_media.held(given) or not self._tells_images(given)):
             # They read which positions are images; asked for by name they are refused.
             names = [name for name in names if not is_packed(name)]
         cache: dict[str, Tensor] = {}
         # Another hook may edit in place what was cached; a copy then keeps the cache true.
-        copy = any(point.is_live for point in self.hook_dict.values())
-        save = partial(_save, cache=cache, device=device, copy=copy, suffix="")
-        save_grad = partial(_save, cache=cache, device=device, copy=copy, suffix="_grad")
-        self.context_level += 1
-        level = self.context_level
-        try:
-            for name in names:
-                point = self.hook_dict[name]
-                point.add_hook(save, "fwd", level=level)
-                if incl_bwd:
-                    point.add_hook(save_grad, "bwd", level=level)
+        copied = bool(self.watch)
+        save, save_grad = (
+            partial(_save, cache=cache, device=device, copy=copied, suffix=suffix) for suffix in ("", "_grad")
+        )
+        if not incl_bwd:
+            save.reads_only = True  # type: ignore[attr-defined]
+        block = self.hooks(
+            [(name, save) for name in names], [(name, save_grad) for name in names if incl_bwd]
+        )
+
+        def run() -> Any:
             output = self(*model_args, **model_kwargs)
             if incl_bwd:
-                output.backward()
-        finally:
-            for name in names:
-                self.hook_dict[name].remove_hooks("both", level=level)
-            self.context_level -= 1
-        missing = [name for name in names if name not in cache]
+                _loss(output, incl_bwd).backward()
+            return output
+
+        output = block.around(run)
+        wanted = [*names, *(f"{name}_grad" for name in names if incl_bwd and by_name)]
+        missing = [name for name in wanted if name not in cache]
         # A filter asks for what there is, a name for itself.
-        if missing and names_filter is not None and not (callable(names_filter) and cache):
+        if missing and (by_name or (names_filter is not None and not cache)):
             raise HookNeverFiredError(f"asked to cache {missing[:5]}, which never fired in this run")
-        known = "input_ids" in self._inputs and self._unmapped is None
+        known = self._tells_images(self._inputs) and self._unmapped is None
         image_mask = self.image_mask(self._inputs) if known else None
         activations = VLMActivationCache(cache, self, image_mask=image_mask, unmapped=self._unmapped)
         return output, activations.remove_batch_dim() if remove_batch_dim else activations
@@ -681,9 +713,38 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         real = torch.ones_like(ids) if pad is None else ((ids != pad).cumsum(1) > 0).long()
         return {"input_ids": ids, "attention_mask": real}
 
+    def _check_use(self) -> None:
+        """Raise StateError where another wrapper's hooks would act on the run, or a module we hook is gone."""
+        self.watch.check_others()
+        for siblings, path, name, module in self._tapped:
+            now = siblings.get(name)
+            # A partial run puts something in a layer's place for its own time.
+            if now is not module and getattr(now, "stands_for", None) is not module:
+                raise StateError(
+                    f"{path} ({type(module).__name__}) of the Hugging Face model was replaced by a "
+                    f"{type(now).__name__} since it was wrapped (an adapter was added, or weights were quantized), so "
+                    "hooks on it act on nothing: wrap it again, HookedVLM(hf_model, processor)"
+                )
+
+    def attach(self) -> None:
+        """For `watch`: take part in the Hugging Face model's runs."""
+        self._run_hooks.attach(self.hf_model, self.anatomy.decoder)
+        for module, tap in self._tapped_attention:
+            tap_attention(module, tap)
+
+    def detach(self) -> None:
+        self._run_hooks.detach(self.hf_model, self.anatomy.decoder)
+        for module, tap in self._tapped_attention:
+            untap_attention(module, tap)
+
     def _on_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.watch:
+            self.watch.check_thread()
+            self._check_use()
+            hooks = {point.name: point.functions for point in self.watch.points}
+            check_checkpointing(self._checkpointing, hooks)
         self._n_forwards += 1
         self._running = None
         # Until the decoder begins, nothing is known of its positions: not those of the run before.
@@ -701,7 +762,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             if isinstance(value, Tensor) and value.is_floating_point() and name != "inputs_embeds"
         }
         keep = kwargs.get("logits_to_keep")
-        if not (isinstance(keep, int) and keep and self._shares_keys and self._is_watched()):
+        if not (isinstance(keep, int) and keep and self._shares_keys and self.watch):
             return None
         # As a number it would also drop all other positions from the layers that attend with earlier layers' keys.
         ids = given.get("input_ids")
@@ -803,12 +864,6 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         """The attention of a language layer, for whoever stands around its calls."""
         return self._attention_taps[layer]
 
-    def _is_watched(self) -> bool:
-        """Whether a hook is set, rows of attention are asked for, or a clean run is recorded."""
-        return any(point.is_live for point in self.hook_dict.values()) or any(
-            tap.rows is not None or tap.around is not None for tap in self._attention_taps.values()
-        )
-
     def image_mask(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:
         """Which positions of the inputs are visual; None where the family's text has no visual positions.
 
@@ -828,10 +883,14 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         if held is not None:
             raise UnsupportedError(unmapped_message(held, purpose))
 
+    def _tells_images(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the inputs of a run say which positions are visual; embeddings alone do not."""
+        return inputs.get(self.family.image_positions or "input_ids") is not None
+
     def _image_mask(self, x: Tensor) -> Tensor | None:
         if self._unmapped is not None:
             raise UnsupportedError(unmapped_message(self._unmapped, "image.* hooks and hook_deepstack"))
-        if "input_ids" not in self._inputs:
+        if not self._tells_images(self._inputs):
             raise InvalidValueError("image.* hooks need input_ids: the model was run on inputs_embeds alone")
         mask = self.image_mask(self._inputs)
         if mask is None or not bool(mask.any()):
@@ -844,26 +903,32 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         return None if ids is None else len(ids)
 
     def _point(self, name: str) -> LazyHookPoint:
-        point = LazyHookPoint()
+        point = LazyHookPoint(self.watch)
         point.name = name
         self.hook_dict[name] = self.mod_dict[name] = point
         return point
 
+    def _tap(
+        self, module: nn.Module, side: Literal["input", "output"], steps: list[Step], packs: bool = False
+    ) -> None:
+        """`packs`: the module may be given one flat axis of positions."""
+        self._taps.append(ModuleTap(module, side, steps, weakly(self._n_rows) if packs else lambda: None))
+
     def _lay_taps(self, anatomy: Anatomy) -> None:
         embed = [whole(self._point("hook_embed"))]
         if self._marks_images and self._batch_first:
-            embed.append(image_rows(self._point("image.hook_embed"), self._image_mask))
+            embed.append(image_rows(self._point("image.hook_embed"), weakly(self._image_mask)))
         first: dict[int, list[Step]] = {0: embed}
         last: dict[int, list[Step]] = {}
         for layer in anatomy.deep_after:
             at_output, at_input = between_layers(
-                self._point(f"blocks.{layer}.hook_deepstack"), self._image_mask
+                self._point(f"blocks.{layer}.hook_deepstack"), weakly(self._image_mask)
             )
             last[layer] = [at_output]
             if layer + 1 < len(anatomy.language):
                 first[layer + 1] = [at_input]
             elif anatomy.final_norm is not None:
-                ModuleTap(anatomy.final_norm, "input", [at_input])
+                self._tap(anatomy.final_norm, "input", [at_input])
         for index, parts in enumerate(anatomy.language):
             self._lay_block(
                 f"blocks.{index}.", parts, first.get(index, []), last.get(index, []), language=True
@@ -876,10 +941,10 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         pools = self.family.vision is not None and self.family.vision.norm_pools
         self._lay_norm("vision.ln_post", anatomy.vision_norm, fires=lambda x: not pools or x.ndim > 2)
         if anatomy.projector is not None:
-            ModuleTap(anatomy.projector, "input", [of_features(self._point("projector.hook_in"))])
-            ModuleTap(anatomy.projector, "output", [of_features(self._point("projector.hook_out"))])
+            self._tap(anatomy.projector, "input", [of_features(self._point("projector.hook_in"))])
+            self._tap(anatomy.projector, "output", [of_features(self._point("projector.hook_out"))])
         for index, merger in enumerate(anatomy.mergers):
-            ModuleTap(merger, "output", [whole(self._point(f"vision.deepstack.{index}.hook_out"))])
+            self._tap(merger, "output", [whole(self._point(f"vision.deepstack.{index}.hook_out"))])
 
     def _lay_norm(
         self, name: str, norm: nn.Module | None, fires: Callable[[Tensor], bool] = lambda x: True
@@ -887,7 +952,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         if norm is not None and is_norm(norm):
             step = normalization(self._point(f"{name}.hook_scale"), self._point(f"{name}.hook_normalized"))
             steps = [Step(step.hook_points, lambda x, *args: step.apply(x, *args) if fires(x) else x)]
-            ModuleTap(norm, "output", steps, self._n_rows if name.startswith("blocks.") else lambda: None)
+            self._tap(norm, "output", steps, packs=name.startswith("blocks."))
 
     def _lay_block(
         self, prefix: str, parts: LayerParts, first: list[Step], last: list[Step], *, language: bool
@@ -898,11 +963,13 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             steps = [heads(point, d_head) if d_head else whole(point)]
             packs = language and self._marks_images and ("resid" not in name or self._batch_first)
             if packs:
-                steps.append(image_rows(self._point(f"{prefix}image.{name}"), self._image_mask, d_head))
+                steps.append(
+                    image_rows(self._point(f"{prefix}image.{name}"), weakly(self._image_mask), d_head)
+                )
             return steps
 
         def tap(module: nn.Module, side: Literal["input", "output"], steps: list[Step]) -> None:
-            ModuleTap(module, side, steps, self._n_rows if language else lambda: None)
+            self._tap(module, side, steps, packs=language)
 
         def added(name: str, scale: str | None) -> list[Step]:
             """What a branch adds to the stream: its last module's output, times the layer's factor."""
@@ -925,7 +992,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
                 {role: at_projection for role, (_, at_projection) in forks.items()},
             )
             if language:
-                attention_tap.runs = self
+                attention_tap.runs = proxy(self)
                 self._attention_taps[int(prefix.split(".")[1])] = attention_tap
         self._lay_norm(f"{prefix}ln1_post", parts.post_norm1)
         if parts.attention_output is not None:
@@ -968,14 +1035,14 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
     ) -> AttentionTap:
         for name, projection in parts.projections.items():
             step = projected_heads(self._point(f"{prefix}hook_{name}"), projection)
-            ModuleTap(projection.module, "output", [forks[name], step] if name in forks else [step])
+            self._tap(projection.module, "output", [forks[name], step] if name in forks else [step])
         inside = ("hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern")
         tap = AttentionTap({name: self._point(prefix + name) for name in inside})
-        tap_attention(parts.module, tap)
-        ModuleTap(parts.out, "input", z)
+        self._tapped_attention.append((parts.module, tap))
+        self._tap(parts.out, "input", z)
         if is_linear(parts.out):
             step = head_results(self._point(f"{prefix}hook_result"), parts.d_value, scale)
-            ModuleTap(parts.out, "output", [step])
+            self._tap(parts.out, "output", [step])
         return tap
 
 
@@ -983,6 +1050,102 @@ def _holds_pixels(value: Any) -> bool:
     """Whether an input is an image's content: grids, sizes, masks and positions of patches are whole numbers."""
     of_tensors = value if isinstance(value, (list, tuple)) else [value]
     return any(isinstance(each, Tensor) and each.is_floating_point() for each in of_tensors)
+
+
+class HookBlock(OpenBlock[HookedVLM]):
+    """Hooks that live as long as a `with` block; see `HookedVLM.hooks`."""
+
+    def __init__(
+        self,
+        model: HookedVLM,
+        fwd_hooks: Sequence[Hook],
+        bwd_hooks: Sequence[Hook],
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> None:
+        self.model = model
+        self._forward = [(model.hook_names(name), CheckedHook(hook)) for name, hook in fwd_hooks]
+        self._backward = [(model.hook_names(name), CheckedHook(hook)) for name, hook in bwd_hooks]
+        self._resets, self._clears_contexts = reset_hooks_end, clear_contexts
+        self._level = self._n_forwards = 0
+        self._held = object()
+
+    def begin(self) -> HookedVLM:
+        model = self.model
+        self._n_forwards = model._n_forwards
+        self._level = model.context_level = model.context_level + 1
+        model.watch.add(self._held)
+        for direction, hooks in (("fwd", self._forward), ("bwd", self._backward)):
+            for names, hook in hooks:
+                for name in names:
+                    model.hook_dict[name].add_hook(hook, direction, level=self._level)
+        return model
+
+    def end(self) -> None:
+        model = self.model
+        hooks = [*self._forward, *self._backward]
+        if self._resets:
+            own = {hook for _, hook in hooks}
+            for name in dict.fromkeys(name for names, _ in hooks for name in names):
+                model.hook_dict[name].drop(own)
+            if self._clears_contexts:
+                model.clear_contexts()
+        model.watch.discard(self._held)
+        model.context_level = max(self._level - 1, 0)
+
+    def check(self) -> None:
+        """Raise HookNeverFiredError where the model ran and a forward hook never fired; warn where no edit changed
+        anything."""
+        silent = sorted({names[0] for names, hook in self._forward if not hook.calls})
+        if silent and self.model._n_forwards > self._n_forwards:
+            n_silent = sum(not hook.calls for _, hook in self._forward)
+            raise HookNeverFiredError(
+                f"the model ran, but {n_silent} of {len(self._forward)} hooks never fired: {', '.join(silent[:5])}. "
+                "Hooks on image.*, vision.* and projector.* fire only where the prompt has an image"
+            )
+        # Edits count their calls and keep the size of what they changed; other functions are not known to edit.
+        functions: list[Any] = [hook.function for _, hook in self._forward]
+        edits = [hook for hook in functions if getattr(hook, "fired", 0) and hasattr(hook, "size")]
+        if edits and not any(hook.size for hook in edits):
+            warnings.warn(f"the intervention changed nothing: {edits[:3]}", NoChangeWarning, stacklevel=3)
+
+
+def _places(
+    hf_model: nn.Module, modules: Sequence[nn.Module]
+) -> list[tuple[dict[str, Any], str, str, nn.Module]]:
+    """Where each of the modules, and all that hold it, stand: (the holder's children, path, name, module)."""
+    paths = {module: path for path, module in hf_model.named_modules()}
+    holders: dict[str, None] = {}
+    for module in modules:
+        names = paths[module].split(".") if paths.get(module) else []
+        holders |= dict.fromkeys(".".join(names[:n]) for n in range(1, len(names) + 1))
+    places = []
+    for path in holders:
+        parent, _, name = path.rpartition(".")
+        siblings: dict[str, Any] = hf_model.get_submodule(parent)._modules
+        places.append((siblings, path, name, siblings[name]))
+    return places
+
+
+def _loss(output: Any, function: bool | Callable[[Any], Tensor]) -> Tensor:
+    """The one number whose gradient is asked for."""
+    loss = function(output) if callable(function) else output
+    if isinstance(loss, tuple) and not callable(function):
+        # return_type="both"
+        loss = loss[-1]
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise InvalidValueError(
+            f"incl_bwd takes the gradient of one number, and {'its function' if callable(function) else 'the run'} "
+            f"gave {given}: pass return_type='loss', or a function of the logits, "
+            "incl_bwd=lambda logits: logits[0, -1, 7]"
+        )
+    if not loss.requires_grad:
+        raise StateError(
+            "incl_bwd needs gradients, and this run has none: leave torch.no_grad(), and let the parameters have them "
+            "(hf_model.requires_grad_(True))"
+        )
+    return loss
 
 
 def _config(model: PreTrainedModel, anatomy: Anatomy) -> TransformerLensConfig:

@@ -12,16 +12,34 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
 from transformer_lens.hook_points import HookPoint
 from transformers import ProcessorMixin
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import is_torchvision_available
+
+from mmlens.interrupts import Temporary
+
+# ---------------------------------------------------------------------- Python: functions
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """A function's name and where it is written, as in "zero (notebook.py:12)"; nothing for what Python did not write.
+
+    >>> place_of(place_of)
+    'place_of (internals.py:...)'
+    """
+    own: Any = inspect.unwrap(function)
+    code = getattr(own, "__code__", None)
+    return f"{own.__qualname__} ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else ""
+
 
 # ---------------------------------------------------------------------- transformers: the key-value cache
 
@@ -137,30 +155,82 @@ class _StandIn(nn.Module):
         return self.__dict__["call"](args, kwargs)
 
 
-@contextmanager
-def layers_replaced(layers: nn.ModuleList, call_of: Callable[[int, nn.Module], LayerCall]) -> Iterator[None]:
+def layers_replaced(layers: nn.ModuleList, call_of: Callable[[int, nn.Module], LayerCall]) -> Temporary[None]:
     """Inside the block the model calls `call_of(index, layer)` in the place of each decoder layer."""
     real = list(layers)
-    try:
+
+    def begin() -> None:
         for index, layer in enumerate(real):
             layers[index] = _StandIn(layer, call_of(index, layer))
-        yield
-    finally:
+
+    def end() -> None:
         for index, layer in enumerate(real):
             layers[index] = layer
 
+    return Temporary(begin, end)
 
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Temporary[None]:
     """Inside the block the module's forward is another function."""
     attributes = vars(module)
     own = {name: attributes[name] for name in ("forward",) if name in attributes}
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
+
+    def begin() -> None:
+        module.forward = forward
+
+    def end() -> None:
+        attributes.pop("forward", None)
         attributes.update(own)
+
+    return Temporary(begin, end)
+
+
+def may_recompute(model: nn.Module) -> list[nn.Module]:
+    """The modules that can leave activations to be computed again in the backward pass (gradient checkpointing)."""
+    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+
+
+def recomputes(module: Any) -> bool:
+    """Whether one of `may_recompute` will do so in a run with gradients."""
+    return bool(module.gradient_checkpointing and module.training)
+
+
+# ---------------------------------------------------------------------- torch: hooks on modules
+
+Side = Literal["input", "output"]
+_HOOKS: dict[Side, tuple[str, ...]] = {
+    "input": ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    "output": ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
+
+
+def attach(module: nn.Module, side: Side, hook: Callable[..., Any], *, prepend: bool = False) -> None:
+    """Register `hook` on the module's input or output, unless it is there. The module alone keeps the account, so an
+    interrupt cannot leave a hook that nothing knows of."""
+    main, marks = (getattr(module, name) for name in _HOOKS[side][:2])
+    if any(known == hook and key in marks for key, known in main.items()):
+        return
+    detach(module, side, hook)
+    register: Any = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+    register(hook, with_kwargs=True, prepend=prepend)
+
+
+def detach(module: nn.Module, side: Side, hook: Callable[..., Any]) -> None:
+    """Take `hook` from the module; harmless where it is not there."""
+    main, *marks = (getattr(module, name) for name in _HOOKS[side])
+    for key in [key for key, known in list(main.items()) if known == hook]:
+        main.pop(key, None)
+        for mark in marks:
+            mark.pop(key, None)
+
+
+# ---------------------------------------------------------------------- torch: function modes
+
+
+def leave_function_mode(mode: TorchFunctionMode) -> None:
+    """Take a mode off the stack, where an interrupt while torch left it has left it there."""
+    while mode in _get_current_function_mode_stack():
+        _pop_mode()
 
 
 # ---------------------------------------------------------------------- accelerate
@@ -178,6 +248,22 @@ def moves_weights(module: nn.Module) -> bool:
 
 
 # ---------------------------------------------------------------------- TransformerLens' hook points
+
+_OF_TRANSFORMER_LENS = HookPoint.add_hook.__qualname__
+
+
+def has_functions(point: HookPoint) -> bool:
+    """Whether torch has functions to call at a hook point."""
+    return bool(point._forward_hooks or point._backward_hooks)
+
+
+def drop_unlisted(point: HookPoint) -> None:
+    """Of an add_hook that was interrupted, torch may have a function that stands in no list of the hook point's."""
+    listed = {handle.hook.id for handle in (*point.fwd_hooks, *point.bwd_hooks)}
+    for registered in (point._forward_hooks, point._backward_hooks):
+        for key, function in list(registered.items()):
+            if key not in listed and getattr(function, "__qualname__", "").startswith(_OF_TRANSFORMER_LENS):
+                registered.pop(key, None)
 
 
 @contextmanager

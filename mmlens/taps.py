@@ -7,54 +7,101 @@ tensor, its heads, its rows at image positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+from weakref import WeakMethod, WeakSet
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers.utils import ModelOutput
 
+from mmlens.checked_hooks import CheckedHook
 from mmlens.errors import InvalidValueError, UnsupportedError
 from mmlens.families.anatomy import Projection
+from mmlens.internals import Side, attach, detach, drop_unlisted, has_functions
+from mmlens.interrupts import undone
 from mmlens.linear import unadapted, weight_of
-
-
-@runtime_checkable
-class Tap(Protocol):
-    """Where hook points fire; it attaches itself to the model while one of them is live."""
-
-    def refresh(self) -> None: ...
+from mmlens.watch import Watch, refuse_saving
 
 
 class LazyHookPoint(HookPoint):
-    """A TransformerLens HookPoint that tells its tap when it gets a first hook or loses its last."""
+    """A TransformerLens HookPoint that tells its taps, and the model's watch, when it gets a first hook or loses its
+    last. What a hook function gives is checked (`CheckedHook`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch) -> None:
         super().__init__()
-        self.taps: list[Tap] = []
+        self.watch = watch
+        # Weakly: a tap holds its points, and a ring of both would keep the model's memory.
+        self.taps: WeakSet[ModuleTap] = WeakSet()
 
     @property
     def is_live(self) -> bool:
         return bool(self.fwd_hooks or self.bwd_hooks)
 
     @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """The hook functions that are set, as they were given."""
+        return [_function(handle) for handle in (*self.fwd_hooks, *self.bwd_hooks)]
+
+    @property
     def first_position(self) -> int:
         """The first position of the prompt that a hook may touch, as the hooks state; 0 where one states none."""
         if self.bwd_hooks:
             return 0
-        return min((getattr(handle.user_hook, "first_position", 0) for handle in self.fwd_hooks), default=0)
+        return min((getattr(_function(handle), "first_position", 0) for handle in self.fwd_hooks), default=0)
 
-    def add_hook(self, *args: Any, **kwargs: Any) -> LensHandle:
-        handle = super().add_hook(*args, **kwargs)
-        for tap in self.taps:
-            tap.refresh()
-        return handle
+    def add_hook(self, hook: Any, *args: Any, **kwargs: Any) -> LensHandle:
+        """As in TransformerLens. Raises StateError where another thread, or another HookedVLM of the same Hugging
+        Face model, has hooks set."""
+        checked = hook if isinstance(hook, CheckedHook) else CheckedHook(hook)
+        handles: list[LensHandle] = []
+
+        def add() -> None:
+            self.watch.add(self)
+            handle: Any = super(LazyHookPoint, self).add_hook(checked, *args, **kwargs)
+            handle.checked = checked
+            handle.user_hook = checked.function
+            self._settle()
+            handles.append(handle)
+
+        # An interrupt, or a refusal, leaves no half of a hook.
+        undone(add, lambda: None if handles else self.drop([checked]))
+        return handles[0]
+
+    def clear_context(self) -> None:
+        # TransformerLens deletes it first, and an interrupt would leave none.
+        self.ctx = {}
 
     def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
-        super().remove_hooks(*args, **kwargs)
+        # Of an add_hook that was interrupted, torch may hold a hook that stands in no list.
+        if not (self.is_live or has_functions(self) or self in self.watch):
+            return
+        undone(lambda: super(LazyHookPoint, self).remove_hooks(*args, **kwargs), self._settle)
+
+    def drop(self, hooks: Container[CheckedHook]) -> None:
+        """Remove these hooks; harmless where they are gone already."""
+        for name in ("fwd_hooks", "bwd_hooks"):
+            kept = [handle for handle in getattr(self, name) if _checked(handle) not in hooks]
+            setattr(self, name, kept)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Bring what depends on the lists of hooks to their state."""
+        drop_unlisted(self)
         for tap in self.taps:
             tap.refresh()
+        if not self.is_live:
+            self.watch.discard(self)
+
+
+def _checked(handle: LensHandle) -> Any:
+    return getattr(handle, "checked", handle.user_hook)
+
+
+def _function(handle: LensHandle) -> Any:
+    hook = handle.user_hook
+    return hook.function if isinstance(hook, CheckedHook) else hook
 
 
 class Step:
@@ -83,28 +130,29 @@ class ModuleTap:
     def __init__(
         self,
         module: nn.Module,
-        side: Literal["input", "output"],
+        side: Side,
         steps: Sequence[Step],
         n_rows: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.module, self.side, self.steps, self.n_rows = module, side, tuple(steps), n_rows
-        self._handle: Any = None
         for step in self.steps:
             for point in step.hook_points:
-                point.taps.append(self)
+                point.taps.add(self)
 
     def refresh(self) -> None:
-        live = any(step.is_live for step in self.steps)
-        if live and self._handle is None:
+        hook = self._on_input if self.side == "input" else self._on_output
+        if any(step.is_live for step in self.steps):
             # Prepended: transformers records hidden states by forward hooks of its own, and must record the edit.
-            self._handle = (
-                self.module.register_forward_pre_hook(self._on_input, with_kwargs=True, prepend=True)
-                if self.side == "input"
-                else self.module.register_forward_hook(self._on_output, with_kwargs=True, prepend=True)
-            )
-        elif not live and self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+            attach(self.module, self.side, hook, prepend=True)
+        else:
+            detach(self.module, self.side, hook)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleTap:
+        # A copy of the Hugging Face model is a plain one, even while hooks are set on the original.
+        return ModuleTap(nn.Identity(), self.side, ())
+
+    def __reduce__(self) -> Any:
+        refuse_saving()
 
     def _run(self, tensor: Tensor, inputs: tuple[Any, ...]) -> Tensor:
         n_rows = self.n_rows() if tensor.ndim == 2 else None
@@ -133,6 +181,18 @@ class ModuleTap:
         if isinstance(output, tuple):
             return (self._run(output[0], inputs), *output[1:])
         return self._run(output, inputs)
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method that does not keep its object alive."""
+    held = WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        bound = held()
+        assert bound is not None, "the hooks of a model that is gone cannot fire"
+        return bound(*args)
+
+    return call
 
 
 ImageMask = Callable[[Tensor], Tensor | None]

@@ -216,8 +216,9 @@ def test_accelerate_leaves_its_mark_on_modules() -> None:
 
 
 def test_suspended_hooks_come_back_in_their_order() -> None:
-    point, fired = LazyHookPoint(), []
-    point.name = "here"
+    model = hooked("llava")
+    point: LazyHookPoint = model.hook_dict["hook_embed"]
+    fired: list[str] = []
 
     def fires(name: str) -> Any:
         return lambda x, hook: fired.append(name)

@@ -205,6 +205,9 @@ class Edit:
     positions; the edit then acts on those of its positions that are there.
     """
 
+    edits_in_place = False
+    """It gives a new tensor, and leaves the one it is handed."""
+
     def __init__(
         self,
         model: HookedVLM,

@@ -14,8 +14,6 @@ depends on the call:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -23,15 +21,15 @@ from mmlens.errors import InvalidValueError, StateError, UnsupportedError
 from mmlens.heads import Heads, HeadSet, as_head_set
 from mmlens.hooked_vlm import HookedVLM, NoChangeWarning, model_of
 from mmlens.internals import attention_implementation
+from mmlens.interrupts import Temporary
 from mmlens.metrics.attention_rows import refuse_cross_attention
 from mmlens.sparse.layer import PATHS, StreamingLayer, Tally
 from mmlens.sparse.rule import StreamingRule
 
 
-@contextmanager
 def hybrid_attention(
     model: HookedVLM, dense: Heads, *, sink: int = 512, window: int = 4096, path: str = "auto"
-) -> Iterator[HeadSet]:
+) -> Temporary[HeadSet]:
     """While it is open, only the `dense` heads attend to the whole prompt; the others see sinks and a window.
 
     A streaming head's query at i sees j <= i with j < `sink` or i - j < `window`, counted from the row's first real
@@ -74,22 +72,31 @@ def hybrid_attention(
     taps = {layer: model.attention_tap(layer) for layer in layers}
     if any(tap.streaming is not None for tap in taps.values()):
         raise StateError("hybrid attention is open on this model already: close it first")
-    by_layer, tally = heads.by_layer(), Tally()
-    try:
+    by_layer, tally, held = heads.by_layer(), Tally(), object()
+
+    def begin() -> HeadSet:
+        model.watch.add(held)
         for layer, tap in taps.items():
             is_dense = torch.zeros(model.heads_per_layer[layer], dtype=torch.bool)
             is_dense[by_layer.get(layer, [])] = True
             tap.streaming = StreamingLayer(
                 f"layer {layer} of {model.family.model_type}", is_dense, rule, path, tally
             )
-        yield heads
-    finally:
+        return heads
+
+    def end() -> None:
         for tap in taps.values():
             tap.streaming = None
-    if tally.longest and not tally.streamed:
+        model.watch.discard(held)
+
+    def check() -> None:
+        if not tally.longest or tally.streamed:
+            return
         why = (
             "all heads are dense"
             if len(heads) == len(model.heads)
             else f"no prompt was longer than {sink} sinks and a window of {window} (the longest has {tally.longest})"
         )
-        warnings.warn(f"hybrid attention changed nothing: {why}", NoChangeWarning, stacklevel=3)
+        warnings.warn(f"hybrid attention changed nothing: {why}", NoChangeWarning, stacklevel=4)
+
+    return Temporary(begin, end, check)

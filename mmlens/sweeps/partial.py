@@ -13,10 +13,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -24,13 +24,18 @@ from torch import Tensor, nn
 
 from mmlens import internals
 from mmlens.attention import Around, Attend, AttentionCall, AttentionTap, is_causal
+from mmlens.checked_hooks import CheckedHook
 from mmlens.errors import InvalidValueError, StateError
 from mmlens.evaluation import check_same_twice
 from mmlens.hook_names import block
 from mmlens.hooked_vlm import Hook, HookedVLM, Span
+from mmlens.internals import Side, attach, detach
+from mmlens.interrupts import Temporary, undone
 from mmlens.interventions.edits import Edit, if_any
 from mmlens.prompt import Prompt
 from mmlens.sweeps.shared_keys import shared_key_attention
+
+T = TypeVar("T")
 
 _MOST_SCORES = 2**26
 """More scores than this at once are left to the model's own attention function, which needs no room for them."""
@@ -78,8 +83,7 @@ class CleanRun:
         """Run the prompt with no hook and keep the pieces. Raises ValueError where a layer does not run once."""
         check_same_twice(model.hf_model)
         recorder = _Recorder(model)
-        with recorder.recording():
-            logits = model(prompt, logits_to_keep=logits_to_keep, use_cache=False)
+        logits = recorder.recording(lambda: model(prompt, logits_to_keep=logits_to_keep, use_cache=False))
         recorder.finish()
         return cls(
             model=model,
@@ -215,7 +219,7 @@ class AttentionEnd:
     z: Tensor
     rest: tuple[Any, ...] | None
 
-    def alone(self, z: Tensor) -> AbstractContextManager[None]:
+    def alone(self, z: Tensor) -> Temporary[None]:
         """Inside the block the module does this step alone, on another z."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -243,28 +247,32 @@ class _Recorder:
         self._ended: tuple[Tensor, Tensor] | None = None
         """What the latest W_O read and gave."""
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, run: Callable[[], T]) -> T:
+        """What `run()` gives, its pieces recorded."""
         anatomy = self.model.anatomy
-        handles = []
-        try:
-            for layer in anatomy.layers:
-                handles.append(layer.register_forward_pre_hook(self._on_input, with_kwargs=True))
-                handles.append(layer.register_forward_hook(self._on_output))
-            for index, parts in enumerate(anatomy.language):
-                if parts.attention is not None:
-                    module, out = parts.attention.module, parts.attention.out
-                    handles.append(out.register_forward_hook(self._on_attention_out))
-                    handles.append(
-                        module.register_forward_hook(functools.partial(self._on_attention, index, out))
-                    )
-            with _around_attention(
-                self.model, {layer: self._attention(layer) for layer in self.model.attention_layers}
-            ):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        # What is hooked where: known before the first is set, so that all are found again.
+        hooks: list[tuple[nn.Module, Side, Callable[..., Any]]] = []
+        for layer in anatomy.layers:
+            hooks += [(layer, "input", self._on_input), (layer, "output", self._on_output)]
+        for index, parts in enumerate(anatomy.language):
+            if parts.attention is not None:
+                module, out = parts.attention.module, parts.attention.out
+                hooks.append((out, "output", self._on_attention_out))
+                hooks.append((module, "output", functools.partial(self._on_attention, index, out)))
+
+        def recorded() -> T:
+            self.model.watch.add(self)
+            for module, side, hook in hooks:
+                attach(module, side, hook)
+            arounds = {layer: self._attention(layer) for layer in self.model.attention_layers}
+            return _around_attention(self.model, arounds).around(run)
+
+        def undo() -> None:
+            for module, side, hook in hooks:
+                detach(module, side, hook)
+            self.model.watch.discard(self)
+
+        return undone(recorded, undo)
 
     def finish(self) -> None:
         """Raise ValueError where a layer did not run once."""
@@ -274,6 +282,7 @@ class _Recorder:
         self.streams.append(self._left)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model.watch.check_thread()
         # A model may write into the stream behind a layer, so it is copied.
         stream = internals.stream_in(args, kwargs).clone()
         if self._left is not None:
@@ -282,15 +291,25 @@ class _Recorder:
                 self.gains[len(self.streams) - 1] = gained
         self.streams.append(stream)
 
-    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _on_output(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         self._left = internals.stream_out(output).clone()
         self.outputs.append(internals.rest_of(output))
 
-    def _on_attention_out(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _on_attention_out(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         self._ended = (args[0], output) if args and isinstance(output, Tensor) else None
 
     def _on_attention(
-        self, layer: int, out: nn.Module, module: nn.Module, args: tuple[Any, ...], output: Any
+        self,
+        layer: int,
+        out: nn.Module,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
         ended, self._ended = self._ended, None
         # A second call has its own keys, and no single end.
@@ -362,11 +381,20 @@ class _Replay:
 
     @torch.no_grad()
     def run(self) -> Float[Tensor, "intervention batch kept vocab"]:
-        hooks = _stacked_hook(self.model, self.hooks)
-        keep = self.clean.logits_to_keep
-        layers = self.model.anatomy.layers
-        with internals.layers_replaced(layers, self._call), self.model.hooks(fwd_hooks=hooks):
-            logits = self.model(self.clean.prompt, logits_to_keep=keep, use_cache=False)
+        model, keep = self.model, self.clean.logits_to_keep
+        hooks = _stacked_hook(model, self.hooks)
+        replaced = internals.layers_replaced(model.anatomy.layers, self._call)
+
+        def run() -> Tensor:
+            model.watch.add(self)
+            given: Tensor = replaced.around(
+                lambda: model.run_with_hooks(
+                    self.clean.prompt, fwd_hooks=hooks, logits_to_keep=keep, use_cache=False
+                )
+            )
+            return given
+
+        logits = undone(run, lambda: model.watch.discard(self))
         # Some families give the logits of all positions, whatever is asked for.
         return logits[:, -keep:].unflatten(0, (self.n, self.clean.shape[0]))
 
@@ -374,6 +402,7 @@ class _Replay:
         clean, is_last = self.clean, index == self.clean.n_layers - 1
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.model.watch.check_thread()
             given = internals.stream_in(args, kwargs)
             if index >= self.layer:
                 if self.state is None:
@@ -406,10 +435,16 @@ class _Replay:
         if known is not None and first and end is None:
             around = self._attention(self.model.attention_tap(index), known, own, first)
         self._place(first)
-        with _around_attention(self.model, {} if around is None else {index: around}):
-            given_args, given_kwargs = self._given(args, kwargs, first)
-            with nullcontext() if end is None else end.alone(self._stacked(end.z[:, first:])):
-                self.state = internals.stream_out(layer(*given_args, **given_kwargs))
+        given_args, given_kwargs = self._given(args, kwargs, first)
+
+        def run() -> Any:
+            return layer(*given_args, **given_kwargs)
+
+        def ended() -> Any:
+            return run() if end is None else end.alone(self._stacked(end.z[:, first:])).around(run)
+
+        arounds = {} if around is None else {index: around}
+        self.state = internals.stream_out(_around_attention(self.model, arounds).around(ended))
 
     def _keys_and_values(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stop: int
@@ -423,8 +458,8 @@ class _Replay:
 
         self._place(self.first)
         given_args, given_kwargs = self._given(args, kwargs, self.first)
-        with _around_attention(self.model, {index: around}), suppress(_StopAtAttentionError):
-            layer(*given_args, **given_kwargs)
+        with suppress(_StopAtAttentionError):
+            _around_attention(self.model, {index: around}).around(lambda: layer(*given_args, **given_kwargs))
         key, value = (x[:, :, : stop - self.first] for x in found)
         return key, value
 
@@ -509,27 +544,28 @@ def _stacked_hook(model: HookedVLM, hooks: Sequence[Sequence[Hook]]) -> list[Hoo
 
     One, because of the points that a filter means not all need fire.
     """
-    at: dict[str, list[tuple[int, Callable[..., Any]]]] = {}
+    at: dict[str, list[tuple[int, CheckedHook]]] = {}
     for row, own in enumerate(hooks):
         for match, function in own:
             for name in model.hook_names(match):
-                at.setdefault(name, []).append((row, function))
+                at.setdefault(name, []).append((row, CheckedHook(function)))
     if not at:
         return []
 
     def stacked(x: Tensor, hook: Any) -> Tensor:
         out = x.clone()
         rows = out.unflatten(0, (len(hooks), -1))
-        for row, function in at[hook.name]:
-            edited = function(rows[row], hook=hook)
+        for row, checked in at[hook.name]:
+            edited = checked(rows[row], hook=hook)
             if edited is not None:
                 rows[row] = edited
         return out
 
     stated: Any = stacked
     stated.first_position = min(
-        getattr(function, "first_position", 0) for entries in at.values() for _, function in entries
+        getattr(checked.function, "first_position", 0) for entries in at.values() for _, checked in entries
     )
+    stated.is_checked = True
     return [(at.__contains__, stacked)]
 
 
@@ -543,13 +579,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-@contextmanager
-def _around_attention(model: HookedVLM, arounds: Mapping[int, Around]) -> Iterator[None]:
+def _around_attention(model: HookedVLM, arounds: Mapping[int, Around]) -> Temporary[None]:
+    """While it is open, `arounds` stand between attention layers and their function."""
     taps = {layer: model.attention_tap(layer) for layer in arounds}
-    try:
+
+    def begin() -> None:
         for layer, tap in taps.items():
             tap.around = arounds[layer]
-        yield
-    finally:
+
+    def end() -> None:
         for tap in taps.values():
             tap.around = None
+
+    return Temporary(begin, end)

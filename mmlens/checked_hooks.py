@@ -1,0 +1,114 @@
+"""What a hook function may give: nothing, or a tensor like the one it was handed, without new NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.internals import place_of
+
+
+class CheckedHook:
+    """A user's hook function, held to what a hook may give. `calls` counts how often it fired.
+
+    None leaves the activation as it is (or as the function changed it in place). A function may say of itself
+    `reads_only` or `is_checked` (it calls checked ones alone): it is then not held to anything; and
+    `edits_in_place = False`, which spares a look at what it is handed.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.calls = 0
+        self._is_trusted = getattr(function, "reads_only", False) or getattr(function, "is_checked", False)
+        # Not known of a user's function before its first call.
+        self._edits_in_place: bool = getattr(function, "edits_in_place", True)
+
+    def __repr__(self) -> str:
+        return described(self.function)
+
+    def __call__(self, x: Tensor, *, hook: Any) -> Any:
+        self.calls += 1
+        if self._is_trusted or not isinstance(x, Tensor):
+            return self.function(x, hook=hook)
+        like = _kind(x)
+        had_nan = self._edits_in_place and has_nan(x)
+        version = None if x.is_inference() else x._version
+        given = self.function(x, hook=hook)
+        # A tensor of inference mode does not count its changes.
+        is_changed = version is None or x._version != version
+        # A backward hook may give its gradient in a tuple of one.
+        result = given[0] if isinstance(given, tuple) and len(given) == 1 else given
+        if result is None or result is x:
+            if not is_changed:
+                self._edits_in_place = False
+                return given
+            result = x
+        self._edits_in_place = is_changed and self._edits_in_place
+        self._check_kind(result, like, hook.name)
+        if has_nan(result) and not had_nan and (is_changed or bool((result.isnan() & ~x.isnan()).any())):
+            raise InvalidValueError(
+                f"the hook {self} made NaN at {hook.name}, where there was none: every number after it would be NaN"
+            )
+        if hook.name.endswith("hook_attn_scores"):
+            self._check_rows(result, None if is_changed else x, hook.name)
+        return given
+
+    def _check_kind(self, result: Any, like: tuple[Any, ...], name: str) -> None:
+        if not isinstance(result, Tensor):
+            raise InvalidTypeError(
+                f"the hook {self} gave {type(result).__name__} at {name}; expected a tensor of shape {list(like[0])}, "
+                "or None where nothing is to change"
+            )
+        given = _kind(result)
+        if given == like:
+            return
+        words = ("shape", "dtype", "device")
+        which = next(index for index in range(3) if given[index] != like[index])
+        old, new = like[which], given[which]
+        old, new = (list(old), list(new)) if which == 0 else (old, new)
+        way_out = (
+            "change the part that is meant and return the whole (x[:, -1] = 0; return x)"
+            if which == 0
+            else f"return result.to({'dtype' if which == 1 else 'device'}=x.{words[which]})"
+        )
+        raise InvalidValueError(
+            f"the hook {self} gave a tensor of {words[which]} {new} at {name}; what it was handed has {words[which]} "
+            f"{old}, and the same must come back: {way_out}"
+        )
+
+    def _check_rows(self, scores: Tensor, before: Tensor | None, name: str) -> None:
+        """The softmax of a row without a finite score, or with an infinite one, is NaN."""
+        if not scores.numel():
+            return
+        infinite = scores.detach().amax(-1).isinf()
+        if bool(infinite.any()) and before is not None:
+            infinite &= ~before.detach().amax(-1).isinf()
+        if bool(infinite.any()):
+            raise InvalidValueError(
+                f"the hook {self} left {int(infinite.sum())} queries at {name} without a finite largest score, and "
+                "the softmax of such a row is NaN: block keys with -inf, but not all of a query's"
+            )
+
+
+def described(function: Callable[..., Any]) -> str:
+    """A hook function as an error message names it."""
+    inner = getattr(function, "func", None)
+    # The repr of a partial would hold its arguments, which may be large.
+    return place_of(function) or (f"partial({described(inner)}, ...)" if callable(inner) else repr(function))
+
+
+def has_nan(x: Tensor) -> bool:
+    """Whether a tensor holds NaN. Its sum alone is asked where it holds none."""
+    if not x.is_floating_point() or x.is_meta:
+        return False
+    x = x.detach()
+    return math.isnan(x.sum().item()) and bool(torch.isnan(x).any())
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return tuple(x.shape), x.dtype, x.device
