@@ -1,0 +1,143 @@
+"""What a hook function may give back: the whole activation, in its shape, dtype and device, without new NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from interrupting import left_behind
+from torch import Tensor
+
+import mmlens
+from conftest import hooked, two_image_prompt
+from mmlens.errors import InvalidTypeError, InvalidValueError
+
+STREAM, Z, SCORES = "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.attn.hook_attn_scores"
+IMAGE = "blocks.1.image.hook_resid_pre"
+nan = float("nan")
+
+
+def in_place(x: Tensor, hook: Any) -> None:
+    x[:, -1] = nan
+
+
+BAD: dict[str, tuple[str, Callable[..., Any], type[Exception], str]] = {
+    "one position": (STREAM, lambda x, hook: x[:, -1:], InvalidValueError, "shape"),
+    "one head": (Z, lambda x, hook: x[:, :, :1], InvalidValueError, "shape"),
+    "one image row": (IMAGE, lambda x, hook: x[:1], InvalidValueError, "shape"),
+    "heads transposed": (Z, lambda x, hook: x.transpose(1, 2), InvalidValueError, "shape"),
+    "no batch axis": (STREAM, lambda x, hook: x[0], InvalidValueError, "shape"),
+    "another type": (
+        STREAM,
+        lambda x, hook: x.double(),
+        InvalidValueError,
+        r"dtype.*result.to\(dtype=x.dtype\)",
+    ),
+    "another device": (STREAM, lambda x, hook: x.to("meta"), InvalidValueError, "device"),
+    "a number": (STREAM, lambda x, hook: 0.0, InvalidTypeError, "float"),
+    "two tensors": (STREAM, lambda x, hook: (x, x), InvalidTypeError, "tuple"),
+    "NaN": (STREAM, lambda x, hook: x * nan, InvalidValueError, "NaN"),
+    "NaN in place": (STREAM, in_place, InvalidValueError, "NaN"),
+    "no key left": (SCORES, lambda x, hook: x * 0 - torch.inf, InvalidValueError, "finite"),
+    "infinite scores": (SCORES, lambda x, hook: x + torch.inf, InvalidValueError, "finite"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", list(BAD))
+def test_what_a_hook_may_not_give_is_an_error_that_names_it(what: str) -> None:
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+    name, function, error, words = BAD[what]
+    with pytest.raises(
+        error, match=rf"(test_checked_hooks.py:(.|\n)*{name}(.|\n)*{words}|{words}(.|\n)*{name})"
+    ):
+        model.run_with_hooks(prompt, fwd_hooks=[(name, function)])
+    assert not left_behind(model)
+
+
+@torch.no_grad()
+def test_what_a_hook_may_give() -> None:
+    """Nothing; an edit in place; the tensor itself, a view or a copy of it; -inf where keys are left."""
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+    clean = model(prompt)
+
+    def zero_last(x: Tensor, hook: Any) -> None:
+        x[:, -1] = 0
+
+    def zeroed(x: Tensor, hook: Any) -> Tensor:
+        x = x.clone()
+        x[:, -1] = 0
+        return x
+
+    def read(x: Tensor, hook: Any) -> None:
+        x.sum()
+
+    same: tuple[Callable[..., Any], ...] = (
+        read,
+        lambda x, hook: x,
+        lambda x, hook: x[:],
+        lambda x, hook: x.clone(),
+    )
+    for function in same:
+        assert torch.equal(model.run_with_hooks(prompt, fwd_hooks=[(STREAM, function)]), clean)
+    under = [model.run_with_hooks(prompt, fwd_hooks=[(STREAM, f)]) for f in (zero_last, zeroed)]
+    assert torch.equal(*under) and not torch.equal(under[0], clean)
+
+    def blocked(x: Tensor, hook: Any) -> Tensor:
+        x = x.clone()
+        x[..., 1:, 0] = -torch.inf
+        return x
+
+    assert model.run_with_hooks(prompt, fwd_hooks=[(SCORES, blocked)]).isfinite().all()
+    with torch.inference_mode():
+        torch.testing.assert_close(model.run_with_hooks(prompt, fwd_hooks=[(STREAM, zero_last)]), under[0])
+
+
+@torch.no_grad()
+def test_nan_that_was_there_before_is_no_hooks_fault() -> None:
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+    embeddings = model.hf_model.get_input_embeddings()(prompt.inputs["input_ids"])
+    embeddings[:, 0] = nan
+    given = {"inputs_embeds": embeddings, "attention_mask": prompt.inputs["attention_mask"]}
+
+    def in_place(x: Tensor, hook: Any) -> None:
+        x[:, -1] = 0
+
+    for function in (lambda x, hook: 2 * x, in_place):
+        model.run_with_hooks(**given, fwd_hooks=[("blocks.0.hook_resid_pre", function)])
+
+
+@torch.no_grad()
+def test_nan_of_a_patch_names_its_edit(micro: mmlens.HookedVLM) -> None:
+    """In a run of its own, and stacked with others in a sweep."""
+    examples = mmlens.scene_examples("documents", 2, seed=0)
+    prompt = micro.prompt_examples(examples)
+    _, cache = micro.run_with_cache(prompt, names_filter="blocks.6.hook_resid_post")
+    values = {"blocks.6.hook_resid_post": cache["resid_post", 6] * nan}
+    patch = mmlens.patch("blocks.6.hook_resid_post", values)
+    with pytest.raises(ValueError, match=r"(Edit\(blocks.6.hook_resid_post|)[^|]*NaN"):
+        micro.run_with_hooks(prompt, fwd_hooks=patch(micro, prompt))
+    assert not left_behind(micro)
+
+
+def test_backward_hooks_are_held_to_it_too() -> None:
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+    seen: list[Tensor] = []
+
+    def doubled(gradient: Tensor, hook: Any) -> tuple[Tensor]:
+        seen.append(gradient)
+        return (2 * gradient,)
+
+    with model.hooks(bwd_hooks=[(STREAM, doubled)]):
+        model(prompt)[0, -1, 0].backward()
+    assert len(seen) == 1
+    with model.hooks(bwd_hooks=[(STREAM, lambda gradient, hook: gradient[:, -1:])]):
+        loss = model(prompt)[0, -1, 0]
+        with pytest.raises(InvalidValueError, match="shape"):
+            loss.backward()
