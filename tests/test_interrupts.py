@@ -117,4 +117,5 @@ def test_what_is_undone_is_undone_at_every_line() -> None:
         Temporary(lambda: state.append(1), state.clear).around(lambda: None)
 
     for at in range(1, n_lines(run) + 1):
-        assert interrupted(run, at) is not None and not state
+        interrupted(run, at)
+        assert not state
