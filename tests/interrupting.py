@@ -20,9 +20,6 @@ class _Tracer:
         self.at, self.n_lines = at, 0
 
     def call(self, frame: FrameType, event: str, argument: Any) -> Any:
-        # Python drops what is raised in a __del__.
-        if "__del__" in (frame.f_code.co_name, frame.f_back and frame.f_back.f_code.co_name):
-            return None
         return self.line if any(place in frame.f_code.co_filename for place in _PLACES) else None
 
     def line(self, frame: FrameType, event: str, argument: Any) -> Any:

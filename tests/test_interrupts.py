@@ -18,6 +18,9 @@ def zero(x: torch.Tensor, hook: object) -> torch.Tensor:
     return x * 0
 
 
+# Python itself drops what is raised in a __del__, and reports it.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 HOOKS = [("blocks.0.attn.hook_z", zero), ("blocks.1.attn.hook_pattern", zero)]
 
 
