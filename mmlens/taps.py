@@ -71,7 +71,7 @@ class LazyHookPoint(HookPoint):
 
     def clear_context(self) -> None:
         # TransformerLens deletes it first, and an interrupt would leave none.
-        self.ctx = {}
+        self.ctx: dict[Any, Any] = {}
 
     def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
         # Of an add_hook that was interrupted, torch may hold a hook that stands in no list.
