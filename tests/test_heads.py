@@ -532,7 +532,7 @@ def test_a_set_made_for_the_full_grid_is_checked_against_the_model() -> None:
     taken = as_head_set(HeadSet([(1, 1)], n_layers=3, n_heads=4), 3, 4, (0, 4, 2))
     assert len(taken.complement()) == 5
     assert as_head_set(taken, 3, 4) == taken != HeadSet([(1, 1)], n_layers=3, n_heads=4)
-    with pytest.raises(ValueError, match="3 x 4 heads and 6 heads in 2 of 3 layers"):
+    with pytest.raises(ValueError, match="6 heads in 2 of 3 layers and 3 x 4 heads"):
         taken | full
     for per_layer in ((0, 4), (0, 5, 2), (0, -1, 2), (0, 0, 0)):
         with pytest.raises(ValueError, match="heads_per_layer is a number from 0 to 4 for each of 3 layers"):

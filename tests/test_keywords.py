@@ -245,7 +245,7 @@ def test_the_loss_is_hugging_faces_own_of_the_same_labels(family: str) -> None:
 def test_the_loss_of_text_is_transformer_lens(micro: mmlens.HookedVLM) -> None:
     from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
 
-    prompt = micro.prompt(["What colour is the letter K?", "Where?"])
+    prompt = micro.prompt(["What colour is the letter K?", "What colour is K?"])
     ids, mask = prompt.inputs["input_ids"], prompt.inputs["attention_mask"].bool()
     assert not mask.all()
     for per_token in (False, True):

@@ -296,6 +296,9 @@ def attention_parts(module: nn.Module, names: Names, out: nn.Module | None = Non
     out = part("out") if out is None else out
     if out is None:
         raise AnatomyError(f"{type(module).__name__} has no output projection among {ATTENTION_ROLES['out']}")
+    if hasattr(out, "gate_proj"):
+        # It gates z first: what W_O reads, and so hook_z, comes after the gate.
+        out = out.linear
     n_heads = _n_heads(module)
     d_value = getattr(module, "v_head_dim", None) or _width(out, "in_features") // n_heads
     projections: dict[str, Projection] = {}

@@ -429,6 +429,7 @@ FAMILIES: dict[str, Family] = {
                 **_HYPER_CONNECTIONS,
                 "blocks.{l}.hook_attn_in": _MIXED,
                 "blocks.{l}.ln1.*": "queries, keys and values each have a norm in its full layers",
+                "other attention": "the mixture attends over blocks of layers, position by position",
             },
         ),
         Family(

@@ -167,7 +167,6 @@ def ablate(
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
-        check_call(model, prompt)
         targets = _targets(components_of(model, components), mode)
         targets = _with_rows(model, prompt, targets, positions)
         changes = _CHANGES[mode](model, prompt, targets, reference, seed)

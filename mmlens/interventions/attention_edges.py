@@ -92,7 +92,6 @@ def knockout(
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
-        check_call(model, prompt)
         chosen = _edge_heads(model, of_layers, of_heads)
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
 
@@ -178,7 +177,6 @@ def steer(
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
-        check_call(model, prompt)
         chosen = _head_set(model, heads, over_the_prompt=True)
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
 
@@ -211,7 +209,6 @@ def scale_heads(
     factors = _per_head("scale_heads", "factor", factor, len(heads), "to take a head away the factor is 0")
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
-        check_call(model, prompt)
         check_call(model, prompt)
         chosen = _head_set(model, heads)
 

@@ -53,7 +53,6 @@ def compose(*interventions: Intervention, built: str = "clean") -> Intervention:
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
-        check_call(model, prompt)
         hooks: list[Hook] = []
         for index, part in enumerate(interventions):
             if built == "in_turn" and index:
@@ -176,7 +175,6 @@ def during(intervention: Intervention, when: str) -> Intervention:
 
     def restricted(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
-        check_call(model, prompt)
         hooks: list[Hook] = []
         for match, function in intervention(model, prompt):
             for name in model.hook_names(match):
@@ -273,7 +271,6 @@ def by_layer(schedule: Schedule) -> Intervention:
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
-        check_call(model, prompt)
         hooks: list[Hook] = []
         scheduled = False
         entries = (
@@ -344,7 +341,6 @@ def relay(
     called("function", function, "a function (x, source) -> x", n_arguments=2)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
-        check_call(model, prompt)
         check_call(model, prompt)
         for name in (read, write):
             model.hook_names(name)

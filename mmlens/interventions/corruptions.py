@@ -350,7 +350,6 @@ def other_image(
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
         check_call(model, prompt)
-        check_call(model, prompt)
         made = [exchanged(prompt, example) for example in range(len(prompt))]
         return corrupted_prompt(model, prompt, images=made, equal_layout=equal_layout)
 
@@ -410,7 +409,6 @@ def other_question(
         )
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
-        check_call(model, prompt)
         check_call(model, prompt)
         made = [exchanged(model, prompt, example) for example in range(len(prompt))]
         return corrupted_prompt(model, prompt, questions=made, equal_layout=equal_layout)
@@ -485,7 +483,6 @@ def noise_images(
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
-        check_call(model, prompt)
         is_image = model.image_mask(prompt)
         if is_image is None:
             raise CorruptionError(
@@ -493,7 +490,7 @@ def noise_images(
                 "cross-attention, so no image embedding enters the stream"
             )
         is_image = is_image.cpu()
-        chosen = positions_mask(prompt, "image" if positions is None else positions)
+        chosen = positions_mask(prompt, if_any("image") if positions is None else positions)
         assert chosen is not None
         where = chosen.cpu() & is_image
         clean = (~where.any(1)).nonzero().flatten().tolist()
@@ -596,7 +593,6 @@ def _of_regions(
     `where`, its name for errors, prompt, example)`."""
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
-        check_call(model, prompt)
         check_call(model, prompt)
         made = []
         for example, own in enumerate(prompt.images):

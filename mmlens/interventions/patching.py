@@ -138,7 +138,6 @@ def patch(
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
-        check_call(model, prompt)
         model.hook_names(hook)
         origin = shared.origins(model, prompt, [hook])[hook]
         if not runs_over_positions(hook):

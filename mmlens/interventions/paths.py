@@ -129,7 +129,6 @@ def path_patch(
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
-        check_call(model, prompt)
         _check_family(model, mlps)
         sending = _senders(model, senders)
         reading = _readers(model, receivers)

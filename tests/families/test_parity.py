@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from mmlens import hook_names, internals
-from mmlens.attention import _TAPS
 from mmlens.families.catalog import FAMILIES
 from mmlens.families.support import missing_hooks
 from mmlens.hooked_vlm import HookedVLM
@@ -149,7 +148,7 @@ def test_every_attention_call_is_reached(family: str, model: HookedVLM) -> None:
             module.register_forward_pre_hook(lambda module, args: asking.add(module))
     for n_images in (TWO_IMAGES, PADDED):
         model(_inputs(family, n_images))
-    tapped = {module for module in model.hf_model.modules() if module in _TAPS}
+    tapped = {module for module, _ in model._tapped_attention}
     for layer in model.anatomy.unread:
         tapped |= set(layer.modules())
     stated = model.family.missing

@@ -317,5 +317,5 @@ def test_what_a_metric_of_answers_needs() -> None:
             evaluate(metric, "m", plain, answers=["red"])
     with pytest.raises(ValueError, match="accuracy reads logits, so nothing is generated"):
         generating(accuracy, max_new_tokens=3)
-    with pytest.raises(ValueError, match="at least 1, not 0"):
+    with pytest.raises(ValueError, match="max_new_tokens is 0; expected a whole number of at least 1"):
         generating(exact_match, max_new_tokens=0)
