@@ -18,7 +18,7 @@ from conftest import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
 from mmlens.interventions.attention_edges import knockout, scale_heads, steer
 from mmlens.interventions.compose import during
-from mmlens.interventions.edits import Edit, Here
+from mmlens.interventions.edits import Edit, Here, if_any
 from mmlens.prompt import Prompt
 from mmlens.token_map import TokenMap
 
@@ -190,13 +190,13 @@ def test_a_query_that_would_keep_no_key_is_an_error_that_names_it(padded: bool) 
     only[row, first : first + 3] = True
     shown = f"in batch row {row}, query position\\(s\\) {first}, {first + 1}, {first + 2} would"
     with pytest.raises(ValueError, match=shown):
-        model.run_with_hooks(prompt, fwd_hooks=knockout(only, only)(model, prompt))
+        model.run_with_hooks(prompt, fwd_hooks=knockout(if_any(only), if_any(only))(model, prompt))
     # One key is enough: position `first` may still see itself, and the row's whole mass goes there.
     keys = only.clone()
     keys[row, first] = False
     queries = torch.zeros_like(only)
     queries[row, first + 2] = True
-    hooks = knockout(queries, keys, layers=0)(model, prompt)
+    hooks = knockout(if_any(queries), if_any(keys), layers=0)(model, prompt)
     with model.hooks(fwd_hooks=hooks):
         _, cache = model.run_with_cache(prompt, names_filter="blocks.0.attn.hook_pattern")
     assert bool((cache["pattern", 0][row, :, first + 2, first] == 1).all())

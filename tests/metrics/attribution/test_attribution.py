@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -524,8 +525,7 @@ def test_bfloat16_gives_the_same_ranking() -> None:
     model, prompt, source = setting("gemma3")
     halved = hooked("gemma3", dtype=torch.bfloat16)
     casts = [
-        Prompt(**{**one.__dict__, "inputs": tiny.cast(one.inputs, torch.bfloat16)})
-        for one in (prompt, source)
+        dataclasses.replace(one, inputs=tiny.cast(one.inputs, torch.bfloat16)) for one in (prompt, source)
     ]
     for nodes, method in ((("head", "mlp"), "gradient"), ("q", "qk_fix")):
         full = attribute(model, prompt, source, contrast, nodes=nodes, method=method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -94,9 +95,7 @@ def test_copy_score_counts_steps_by_hand(micro: HookedVLM, monkeypatch: pytest.M
     monkeypatch.setattr("mmlens.metrics.relatives.decoding._question_positions", lambda *args: [5, 6])
     monkeypatch.setattr(
         "mmlens.metrics.relatives.decoding.prompts_of",
-        lambda *args: [
-            ([0], prompt.__class__(**{**prompt.__dict__, "inputs": {**prompt.inputs, "input_ids": ids}}))
-        ],
+        lambda *args: [([0], dataclasses.replace(prompt, inputs={**prompt.inputs, "input_ids": ids}))],
     )
     scores = copy_score(micro, [example], progress=False)
     expected = [1.0, 0.5, 0.5, 0.0, 0.5, 0.5, 0.5, 0.0]
