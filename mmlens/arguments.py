@@ -232,10 +232,6 @@ def listed(name: str, value: object, expected: str, *, least: int = 0, sets: boo
         value = sorted(
             value, key=lambda item: (str(type(item)), item) if isinstance(item, tuple) else (repr(item),)
         )
-    if sets and isinstance(value, (set, frozenset)):
-        value = sorted(
-            value, key=lambda item: (str(type(item)), item) if isinstance(item, tuple) else (repr(item),)
-        )
     unordered = (str, bytes, Mapping, set, frozenset)
     if isinstance(value, unordered) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
         raise InvalidTypeError(f"{name} is {shown(value)}; expected {expected}")

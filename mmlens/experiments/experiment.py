@@ -81,17 +81,17 @@ _SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(
         ("scores", "rankings"), lambda name, value: texts(name, value, "a list of names", least=1)
     ),
-    **dict.fromkeys(("tags", "fallback_tags"), lambda name, value: tuple(_tags(name, value))),
+    **dict.fromkeys(("tags", "fallback_tags"), lambda name, value: _tags(name, value)),
     "q": lambda name, value: number(name, value, above=0, below=1),
     "sink": lambda name, value: whole_number(name, value, least=0),
     "windows": lambda name, value: whole_numbers(name, value, least=1),
     "counts": lambda name, value: None if value is None else whole_numbers(name, value),
     "mapping": lambda name, value: mapping_of(value),
     "mode": lambda name, value: one_of("ablation mode", value, MODES),
-    "modes": lambda name, value: tuple(names_of("ablation modes", value, MODES)),
-    "null_questions": lambda name, value: tuple(
+    "modes": lambda name, value: names_of("ablation modes", value, MODES),
+    "null_questions": lambda name, value: [
         text(name, one) for one in texts(name, value, "a list of questions")
-    ),
+    ],
     "checkpoints": lambda name, value: str(path_of(name, value)),
 }
 """What is checked of a setting, by its name: the same in all experiments."""
@@ -107,7 +107,10 @@ def _tags(name: str, value: object) -> list[str]:
 
 
 def checked_settings(run: Callable[..., Findings]) -> Callable[..., Findings]:
-    """Decorator of an experiment's `run`: its setup and its settings are checked before anything is run."""
+    """Decorator of an experiment's `run`: its setup and its settings are checked before anything is run.
+
+    Lists reach `run` as tuples, whoever gave them: Python, JSON or the command line.
+    """
 
     @functools.wraps(run)
     def checked(setup: Setup, **settings: Any) -> Findings:
@@ -118,7 +121,10 @@ def checked_settings(run: Callable[..., Findings]) -> Callable[..., Findings]:
             name: _SETTINGS[name](name, value) if name in _SETTINGS else value
             for name, value in settings.items()
         }
-        return run(setup, **given)
+        return run(
+            setup,
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()},
+        )
 
     return checked
 

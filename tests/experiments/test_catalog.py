@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import re
+import typing
+from typing import Any
 
 import pytest
+from beartype.door import is_bearable
 
+import mmlens
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.core_heads import CORE_HEADS
+from mmlens.experiments.experiment import Findings, Setup, checked_settings
 from mmlens.runs.methods import bibliography, bibtex_entries, filled_method
+from mmlens.runs.run import Request, full_settings, request_of, request_record
 
 ALL = {**EXPERIMENTS, CORE_HEADS.name: CORE_HEADS}
 
@@ -27,6 +35,35 @@ def test_an_experiment_can_be_described(name: str) -> None:
     assert "{" not in filled_method(experiment, experiment.settings)
     assert json.loads(json.dumps(experiment.settings)).keys() == experiment.settings.keys()
     assert bibliography(experiment.cites).count("\n@") == len(experiment.cites) + 2
+
+
+def given_to(run: Any, setup: Setup, **settings: Any) -> dict[str, Any]:
+    """What reaches an experiment's own function of the settings that its `run` is called with."""
+    plain, seen = inspect.unwrap(run), {}
+
+    @functools.wraps(plain)
+    def function(setup: Setup, **given: Any) -> Findings:
+        seen.update(given)
+        return Findings("", {})
+
+    checked_settings(function)(setup, **settings)
+    return seen
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_settings_are_of_their_kind_after_a_record(micro: mmlens.HookedVLM, name: str) -> None:
+    """As given in Python, and as read back from a record: JSON has lists only, the functions say tuples."""
+    experiment, setup = ALL[name], Setup(micro, [], [])
+    hints = typing.get_type_hints(inspect.unwrap(experiment.run))
+    lists = {name: list(v) if isinstance(v, tuple) else v for name, v in experiment.settings.items()}
+    if "counts" in lists:
+        lists["counts"] = [1, 2]
+    record = json.loads(json.dumps(request_record(Request(name, "micro", settings=lists), experiment)))
+    read = full_settings(experiment, request_of({"request": record}).settings)
+    for given in (given_to(experiment.run, setup, **lists), given_to(experiment.run, setup, **read)):
+        assert given == experiment.settings | ({"counts": (1, 2)} if "counts" in lists else {})
+        for setting, value in given.items():
+            assert is_bearable(value, hints[setting]), (setting, value)
 
 
 def test_references_are_whole() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from plain_attention import Seen, seen_by_plain_model
 from plain_runs import small_setup
 
 import mmlens
+from mmlens.cli import main
 from mmlens.experiments.common import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.key_tokens import COVERAGE_SHARES, EXPERIMENT, across
 from mmlens.metrics.attention import ram
+from mmlens.runs.rerun import rerun
+from mmlens.runs.run import read_record
 from mmlens.statistics import proportion_interval
 
 
@@ -76,3 +80,14 @@ def test_across_has_top_and_bottom_of_every_model(found: Findings) -> None:
     both = across({"one": found, "two": found})
     assert both.tables["ratio"][1]["arm"].tolist() == ["top", "bottom"] * 2
     assert set(both.tables["ratio"][1]["heads"]) == {1}
+
+
+@pytest.mark.slow
+def test_the_command_s_lists_are_kept_and_repeated(tmp_path: Path) -> None:
+    given = ["run", "key-tokens", "--out", str(tmp_path), "--n-selection", "2", "--n-evaluation", "2"]
+    assert main([*given, "--set", "ratio_shares=.05,.1", "coverage_shares=.05", "n_draws=1"]) == 0
+    assert read_record(tmp_path / "micro")["request"]["settings"] == {
+        "ratio_shares": [0.05, 0.1], "coverage_shares": [0.05], "n_draws": 1
+    }  # fmt: skip
+    found = rerun(tmp_path / "micro", progress=False)
+    assert found.same and found.largest == 0
