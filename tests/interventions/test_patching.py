@@ -431,7 +431,7 @@ def test_live_hooks_do_not_leak_into_other_patches() -> None:
     with model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", zero)]):
         (under,) = read(model, source, name)
         hooks = first(model, prompt)
-    model(prompt)  # the edit asks which prompt runs
+    read(model, prompt, name)  # An edit asks which prompt ran last under hooks.
     assert torch.equal(hooks[0][1](under * 0, None), under)
     (clean,) = read(model, source, name)
     assert torch.equal(patched(first), patched(patch(name, {name: clean})))
