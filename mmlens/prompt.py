@@ -48,6 +48,10 @@ class PromptError(InvalidValueError):
     """A question, image or template from which no prompt can be made."""
 
 
+class UnknownWordWarning(MmlensWarning):
+    """A question holds a word that the tokenizer does not know."""
+
+
 @runtime_checkable
 class HasAnswer(Protocol):
     """What `Example` is, as far as `with_answers` reads it."""
@@ -928,7 +932,7 @@ def _warn_of_unknown_words(
         warnings.warn(
             f"example {example}: the tokenizer does not know {', '.join(map(repr, words))} in the question "
             f"{question!r}; the model reads {tokenizer.unk_token!r} there, as for every word that it does not know",
-            MmlensWarning,
+            UnknownWordWarning,
             stacklevel=4,
         )
 

@@ -167,7 +167,7 @@ def test_settings_and_sources() -> None:
 
 
 def test_bad_settings_are_refused(setup: Setup) -> None:
-    with pytest.raises(ValueError, match="no null_questions given"):
+    with pytest.raises(ValueError, match="null_questions holds no question"):
         run(setup, null_questions=())
     with pytest.raises(ValueError, match="n_draws is 0; expected"):
         run(setup, n_draws=0)

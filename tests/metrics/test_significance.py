@@ -149,5 +149,5 @@ def test_bad_requests_are_refused() -> None:
         ram_significance(case.model, [Example("What?", "x")])
     with pytest.raises(ValueError, match="above 0 and below 1"):
         ram_significance(case.model, examples, progress=False).significant(5)
-    with pytest.raises(ValueError, match="no examples"):
+    with pytest.raises(ValueError, match="no masses given"):
         region_permutation_test([])

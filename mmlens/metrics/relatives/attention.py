@@ -19,6 +19,7 @@ Where a source's code was read, "stated" is what paper or code says and "our rea
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, get_args
@@ -43,7 +44,7 @@ from mmlens.metrics.attention_rows import (
     real_positions,
     scored_examples,
 )
-from mmlens.prompt import Prompt
+from mmlens.prompt import Prompt, UnknownWordWarning
 from mmlens.token_map import Mapping as BoxMapping
 from mmlens.token_map import TokenMap
 
@@ -365,11 +366,12 @@ def _with_null_prompts(
     """Batches of examples, each with its prompt and the prompt of the null question about the same images."""
     unasked = [replace(example, question=null_question) for example in examples]
     # Batches are by image size, so both have the same.
-    for (chosen, prompt), (_, null) in zip(
-        prompts_of(model, examples, batch_size, progress, label),
-        prompts_of(model, unasked, batch_size, False, label),
-        strict=True,
-    ):
+    nulls = prompts_of(model, unasked, batch_size, False, label)
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, label):
+        with warnings.catch_warnings():
+            # A null question asks for nothing, so its words need not be known.
+            warnings.simplefilter("ignore", UnknownWordWarning)
+            _, null = next(nulls)
         yield chosen, prompt, null
 
 
