@@ -18,7 +18,7 @@ from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import ablated, references
 from mmlens.experiments.experiment import Findings, Setup
-from mmlens.heads import HeadScores, HeadSet, head_name
+from mmlens.heads import HeadScores, HeadSet, head_name, share_of
 from mmlens.metrics.outcomes import Metric, accuracy, invalid
 from mmlens.statistics import difference_interval_of, interval_of, ratio_interval
 
@@ -45,6 +45,24 @@ def by_kind(scores: HeadScores) -> dict[str, HeadScores]:
     """The scores of all examples under "pooled", then those of every kind, where there is more than one."""
     kinds = kinds_of(scores)
     return {POOLED: scores} | ({kind: scores.select(kind) for kind in kinds} if len(kinds) > 1 else {})
+
+
+def all_equal(scores: HeadScores) -> bool:
+    """Whether the score is the same for every head, so that it ranks none and `top` refuses it."""
+    return bool(np.ptp(scores.values[scores.exists].numpy()) == 0)
+
+
+def top_unless_tied(scores: HeadScores, fraction: float) -> HeadSet | None:
+    """`scores.top(fraction)`, or None where a head outside has the score of one inside: their order would decide.
+
+    >>> import torch
+    >>> scores = HeadScores(torch.tensor([[[0.9, 0.0], [0.0, 0.0]]]))
+    >>> top_unless_tied(scores, 0.25), top_unless_tied(scores, 0.5)
+    (HeadSet(1 of 2 x 2: L0H0), None)
+    """
+    ordered = scores.values[scores.exists].sort(descending=True).values
+    count = share_of(fraction, len(ordered))
+    return None if count < len(ordered) and ordered[count - 1] == ordered[count] else scores.top(fraction)
 
 
 def head_names(heads: HeadSet, most: int = 12) -> str:

@@ -18,6 +18,7 @@ from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
     PAPER,
     across_table,
+    all_equal,
     matched_controls,
     plain,
     ranged,
@@ -153,7 +154,8 @@ def _scores(setup: Setup) -> tuple[HeadScores, dict[str, HeadScores], list[str]]
         others[LOGIT] = logit_contribution(setup.model, examples, **options)
     except ValueError as error:
         notes.append(f"no arm of {LOGIT}: {error}")
-    return seen.ram, others, notes
+    notes += [f"no arm of {name}: it is the same for all heads" for name in others if all_equal(others[name])]
+    return seen.ram, {name: own for name, own in others.items() if not all_equal(own)}, notes
 
 
 def _arms(

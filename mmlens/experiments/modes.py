@@ -31,10 +31,11 @@ from mmlens.experiments.common import (
     plain,
     ranged,
     resampled_means,
+    top_unless_tied,
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores, HeadSet, head_name
+from mmlens.heads import HeadScores, HeadSet, head_name, share_of
 from mmlens.interventions.ablation import MODES
 from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
@@ -183,10 +184,12 @@ def _agreement(
             else (np.nan, np.nan)
         )
         square.loc[one, other] = square.loc[other, one] = rho
-        first, second = cost[one].top(FIVE_PERCENT), cost[other].top(FIVE_PERCENT)
+        # Costs that are equal at the cut name no top 5%.
+        first, second = (top_unless_tied(cost[mode], FIVE_PERCENT) for mode in (one, other))
         rows.append(
-            {"one": one, "other": other, "rho": rho, "low": low, "high": high, "n_top": len(first)}
-            | {"in_both": len(first & second)}
+            {"one": one, "other": other, "rho": rho, "low": low, "high": high}
+            | {"n_top": share_of(FIVE_PERCENT, len(means[one]))}
+            | {"in_both": None if first is None or second is None else len(first & second)}
         )
     return square, pd.DataFrame(rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,9 +34,10 @@ from mmlens.experiments.common import (
     plain,
     ranged,
     resampled_means,
+    top_unless_tied,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores, HeadSet, head_name
+from mmlens.heads import HeadScores, HeadSet, head_name, share_of
 from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import mean_activations
 from mmlens.metrics.attention import evidence_attention, ram
@@ -148,7 +150,7 @@ def run(
         per_metric[metric] = {
             "n_detected": int(detected.sum()),
             "reliability": split_half_reliability(effect, seed=setup.seed),
-            "costliest": [[*head] for head in cost.top(FIVE_PERCENT)],
+            "costliest": top_unless_tied(cost, FIVE_PERCENT),
         }
         for name in names:
             rows.append(
@@ -239,9 +241,10 @@ def _model(heads: HeadSet) -> dict[str, Any]:
 
 def _groups(scores: HeadScores, heads: HeadSet, n_groups: int) -> list[HeadSet]:
     """The ranking, best first, cut into groups whose sizes differ by at most one head."""
-    ranked = scores.top(len(heads)).heads
-    cuts = np.array_split(np.arange(len(ranked)), n_groups)
-    return [HeadSet([ranked[at] for at in cut], **_model(heads)) for cut in cuts]
+    sizes = [len(cut) for cut in np.array_split(np.arange(len(heads)), n_groups)]
+    # `top` refuses scores that rank nothing, and warns where a cut goes through a tie.
+    tops = [heads - heads, *(scores.top(int(count)) for count in np.cumsum(sizes))]
+    return [after - before for before, after in itertools.pairwise(tops)]
 
 
 def _detected(effect: np.ndarray, q: float, seed: int) -> np.ndarray:
@@ -267,12 +270,10 @@ def _correlations(
     rho = float(rank_correlation(x, y))
     low, high = recentred_interval(rho, rank_correlation(*draws)) if np.isfinite(rho) else (np.nan, np.nan)
     among = float(rank_correlation(x[detected], y[detected])) if detected.sum() >= FEWEST else np.nan
-    count = len(cost.top(FIVE_PERCENT))
-    # Costs that are equal at the cut name no top 5%: the order of the heads would decide.
-    cut = np.sort(y)[::-1][count - 1 : count + 1]
-    hits = (
-        len(cost.top(FIVE_PERCENT) & scores.top(FIVE_PERCENT)) if len(cut) == 2 and cut[0] > cut[1] else None
-    )
+    count = share_of(FIVE_PERCENT, len(y))
+    # Costs or scores that are equal at the cut name no top 5%: the order of the heads would decide.
+    tops = [top_unless_tied(each, FIVE_PERCENT) for each in (cost, scores)]
+    hits = None if tops[0] is None or tops[1] is None else len(tops[0] & tops[1])
     return {
         "rho": rho,
         "rho_low": low,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ import scipy.stats
 
 from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.examples import Example
-from mmlens.errors import InvalidValueError
+from mmlens.errors import InvalidValueError, MmlensWarning
 from mmlens.experiments.ablations import (
     ablated,
     cost_interval,
@@ -26,6 +28,7 @@ from mmlens.experiments.ablations import (
     references,
 )
 from mmlens.experiments.common import (
+    all_equal,
     flat_per_example,
     head_names,
     matched_controls,
@@ -35,7 +38,7 @@ from mmlens.experiments.common import (
     resampled_means,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.metrics.attention import evidence_attention
 from mmlens.metrics.effects import effect
 from mmlens.metrics.outcomes import accuracy
@@ -107,8 +110,13 @@ def run(
     if n_draws < 1:
         raise InvalidValueError(f"n_draws is at least 1, not {n_draws}")
     found = _scores(setup, fraction, null_questions, n_per_kind)
-    agreement, spearman, overlap = _agreement(found.scores, fraction, n_resamples, setup.seed)
+    if len(found.scores) < 2:
+        raise InvalidValueError(
+            f"scores are compared: at least two that rank heads, not {list(found.scores)} "
+            f"({'; '.join(found.notes)})"
+        )
     tops = {name: scores.top(fraction) for name, scores in found.scores.items()}
+    agreement, spearman, overlap = _agreement(found.scores, tops, n_resamples, setup.seed)
     evaluation = first_with_evidence(setup.evaluation, n_per_kind)
     texts = first_of_kinds([example for example in setup.evaluation if not example.evidence], n_per_kind)
     graded, graded_function = graded_metric([*evaluation, *texts])
@@ -208,7 +216,7 @@ class _Scored:
     notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, scores: HeadScores) -> None:
-        if np.ptp(scores.values[scores.exists].numpy()) == 0:
+        if all_equal(scores):
             self.notes.append(f"{name} is the same for all heads and was left out")
             return
         self.scores[name] = scores
@@ -231,13 +239,14 @@ def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_
         found.add("RAM lift", ram_lift(model, examples, shape="any", **options))
     for question in null_questions:
         name = f"null-calibrated ({question})"
-        found.add(name, null_calibrated_ram(model, examples, null_question=question, **options))
+        with _told_in_the_notes(question):
+            found.add(name, null_calibrated_ram(model, examples, null_question=question, **options))
         found.notes += _read_null(setup, question)
-    found.add(
-        "query-focused", query_focused_score(model, examples, null_question=null_questions[0], **options)
-    )
+    with _told_in_the_notes(null_questions[0]):
+        focused = query_focused_score(model, examples, null_question=null_questions[0], **options)
+    found.add("query-focused", focused)
     found.add("gaze", gaze_score(model, examples, **options))
-    n_lowest = len(attention.ram.top(fraction))
+    n_lowest = share_of(fraction, int(attention.ram.exists.sum()))
     found.add("localization", localization_score(model, examples, n_lowest=n_lowest, **options))
     right = _answered_right(setup, examples)
     if right:
@@ -269,6 +278,14 @@ def _answered_right(setup: Setup, examples: Sequence[Example]) -> list[Example]:
 
 def _holds_its_answer(example: Example) -> bool:
     return len(re.findall(rf"(?<!\w){re.escape(example.answer)}(?!\w)", example.question)) == 1
+
+
+@contextmanager
+def _told_in_the_notes(question: str) -> Iterator[None]:
+    """No warning for every example of words in the null question that the tokenizer does not know: `_read_null`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".* in the question {re.escape(repr(question))}", MmlensWarning)
+        yield
 
 
 def _read_null(setup: Setup, question: str) -> list[str]:
@@ -303,13 +320,12 @@ def _per_example(name: str, scores: HeadScores) -> pd.DataFrame:
 
 
 def _agreement(
-    scores: Mapping[str, HeadScores], fraction: float, n_resamples: int, seed: int
+    scores: Mapping[str, HeadScores], tops: Mapping[str, HeadSet], n_resamples: int, seed: int
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """One row per pair, and Spearman and overlap as matrices. Examples are resampled together where both have them."""
     names = list(scores)
     means = {name: flat_per_example(own).mean(0) for name, own in scores.items()}
     draws = {name: resampled_means(own, n_resamples, seed) for name, own in scores.items()}
-    tops = {name: own.top(fraction) for name, own in scores.items()}
     total = len(next(iter(means.values())))
     spearman, overlap = np.eye(len(names)), np.zeros((len(names), len(names)))
     np.fill_diagonal(overlap, [len(tops[name]) for name in names])

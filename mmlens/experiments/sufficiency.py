@@ -21,7 +21,7 @@ from mmlens.experiments.ablations import (
 )
 from mmlens.experiments.common import plain, with_evidence
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import Head, HeadScores, HeadSet, head_name, share_of
+from mmlens.heads import HeadScores, HeadSet, head_name, share_of
 from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.statistics import interval_of
@@ -62,17 +62,14 @@ def run(
     # None and all are the same for every way to choose: the first is run once, the second is the clean run.
     counts = sorted({share_of(share, len(heads)) for share in shares} - {len(heads)})
     found = {ranking: _ranking(setup, ranking, heads) for ranking in rankings}
-    orders: dict[str, list[list[Head]]] = {
-        name: [list(scores.top(len(heads)))] for name, scores in found.items()
-    }
     rngs = [np.random.default_rng([setup.seed, draw]) for draw in range(n_draws)]
-    orders["random"] = [[heads.heads[at] for at in rng.permutation(len(heads))] for rng in rngs]
+    # `top` refuses scores that rank nothing, and warns where a cut goes through a tie.
     kept: dict[tuple[str, int, int], HeadSet] = {
-        (arm, count, draw): _set(order[:count], heads)
-        for arm, drawn in orders.items()
-        for draw, order in enumerate(drawn)
-        for count in counts
+        (name, count, 0): scores.top(count) for name, scores in found.items() for count in counts
     }
+    for draw, rng in enumerate(rngs):
+        order = [heads.heads[at] for at in rng.permutation(len(heads))]
+        kept |= {("random", count, draw): _set(order[:count], heads) for count in counts}
     for count in counts:
         for draw, rng in enumerate(rngs):
             kept["layer_matched", count, draw] = same_layers(kept[rankings[0], count, 0], rng)
@@ -118,7 +115,7 @@ def run(
                 "keep": keep,
                 "smallest": smallest.to_dict("records"),
                 "curves": curves.to_dict("records"),
-                "order": {name: [[*head] for head in orders[name][0]] for name in rankings},
+                "order": {name: found[name].top(len(heads)) for name in rankings},
             }
         ),
         tables={

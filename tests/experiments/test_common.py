@@ -11,12 +11,14 @@ import mmlens
 from mmlens.experiments.common import (
     ablation_outcomes,
     ablation_table,
+    all_equal,
     arm_difference,
     matched_controls,
     plain,
     resampled_means,
     selectivity,
     token_counts,
+    top_unless_tied,
     with_evidence,
 )
 from mmlens.experiments.experiment import Setup
@@ -117,3 +119,18 @@ def test_small_things() -> None:
     assert plain({"heads": HeadSet([(1, 0)], n_layers=2, n_heads=1)}) == {"heads": [[1, 0]]}
     with pytest.raises(ValueError, match="none of the 2 examples has evidence"):
         with_evidence(scenes(2, 0, ["text_recall"]))
+
+
+def test_tops_are_none_where_equal_scores_would_choose_by_place() -> None:
+    values = torch.tensor([[0.1, 0.9, 0.5], [0.5, 0.5, 0.2]])
+    scores = HeadScores(values[None])
+    assert list(top_unless_tied(scores, 1 / 6) or ()) == [(0, 1)]
+    assert top_unless_tied(scores, 2 / 6) is None and top_unless_tied(scores, 3 / 6) is None
+    # All three equal heads are inside.
+    assert set(top_unless_tied(scores, 4 / 6) or ()) == {(0, 1), (0, 2), (1, 0), (1, 1)}
+    assert len(top_unless_tied(scores, 1.0) or ()) == 6
+    same = HeadScores(torch.full((2, 2, 3), 0.25))
+    assert all_equal(same) and not all_equal(scores) and top_unless_tied(same, 0.5) is None
+    # A head that the model lacks is no head that differs.
+    ragged = HeadScores(torch.tensor([[[1.0, 1.0], [1.0, torch.nan]]]), heads_per_layer=(2, 1))
+    assert all_equal(ragged)

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from plain_runs import scenes, small_setup, without_heads
 
 import mmlens
+from mmlens.experiments import relatives
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.relatives import EXPERIMENT, run
 from mmlens.metrics.relatives.attention import gaze_score, half_mass_share, null_calibrated_ram
@@ -22,6 +24,12 @@ from mmlens.runs.methods import bibtex_entries
 from mmlens.runs.run import read_findings, write_findings
 
 N_HEADS = 64
+
+# Micro's tokenizer does not know the null question, and copy and visual head score most heads 0.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not know:mmlens.errors.MmlensWarning"),
+    pytest.mark.filterwarnings("ignore:.*cut through a tie:mmlens.errors.MmlensWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +155,35 @@ def test_what_cannot_be_scored_is_left_out_and_said(micro: mmlens.HookedVLM) -> 
     assert "the copy score was left out: 0 text-only" in notes
     assert set(found.tables["effects"][1]["group"]) == {"evidence"}
     assert "text_accuracy_cost" not in found.tables["scores"][1].columns
+
+
+def test_scores_that_rank_no_heads_are_left_out_and_ties_are_told(
+    micro: mmlens.HookedVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One planted score is 0 for every head; another tells one head from 63 that are equal."""
+
+    def planted(name: str, *above: tuple[int, int]):
+        def score(model, examples, **_):
+            values = torch.zeros(len(examples), 8, 8)
+            for head in above:
+                values[:, head[0], head[1]] = 1.0
+            return mmlens.HeadScores(values, name, tuple(e.kind for e in examples), model.heads_per_layer)
+
+        return score
+
+    monkeypatch.setattr(relatives, "visual_head_score", planted("visual head"))
+    monkeypatch.setattr(relatives, "gaze_score", planted("gaze", (5, 2)))
+    setup = Setup(micro, scenes(3, 1, ["objects"]), scenes(3, 2, ["objects"]), batch_size=10, progress=False)
+    with pytest.warns(mmlens.errors.MmlensWarning, match="gaze: the 3 highest of 64 heads cut through a tie"):
+        found = run(setup, null_questions=("?",), mode="zero", n_draws=1, n_resamples=20)
+    assert "visual head" not in found.numbers["top"]
+    assert "Visual head is the same for all heads and was left out." in found.statement
+    pairs = found.tables["agreement"][1]
+    assert "visual head" not in {*pairs["score"], *pairs["other"]} and "gaze" in {*pairs["score"]}
+    scores = found.tables["scores"][1].set_index("score")["tied_at_cut"]
+    assert scores["gaze"] and not scores["RAM"]
+    assert found.numbers["top"]["gaze"][0] == [5, 2]
+    assert "part of the top is arbitrary: gaze." in found.statement
 
 
 def test_across_models(found: Findings) -> None:
