@@ -16,8 +16,7 @@ and a registered name of our own would silently drop theirs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
@@ -174,12 +173,22 @@ class AttentionTap:
         mask = _additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"), first)
         attending = _attending(attention_mask, kwargs, first)
         watch = _SoftmaxWatch(self.scores, self.pattern, attending, key.shape[2])
+        runs = self.runs if first else None
+        span = None if runs is None else runs.span
 
         def watched() -> tuple[Tensor, Tensor | None]:
-            with self._running_from(first), watch:
-                return eager(module, query[:, :, first:], key, value, mask, **kwargs)
+            if runs is not None and span is not None:
+                # Hooks see the queries from `first` on.
+                runs.span = span._replace(first=span.first + first, length=span.length - first)
+            watch.open()
+            return eager(module, query[:, :, first:], key, value, mask, **kwargs)
 
-        output, weights = undone(watched, watch.close)
+        def undo() -> None:
+            watch.close()
+            if runs is not None:
+                runs.span = span
+
+        output, weights = undone(watched, undo)
         if not first:
             return output, weights
         before, _ = fast(module, query, key, value, attention_mask, **kwargs)
@@ -197,19 +206,6 @@ class AttentionTap:
             return 0
         first = min(point.first_position for point in (self.scores, self.pattern) if point.is_live)
         return min(max(first - start, 0), length - 1)
-
-    @contextmanager
-    def _running_from(self, first: int) -> Iterator[None]:
-        """Hooks see the queries from `first` on."""
-        if self.runs is None or not first:
-            yield
-            return
-        span = self.runs.span
-        self.runs.span = span._replace(first=span.first + first, length=span.length - first)
-        try:
-            yield
-        finally:
-            self.runs.span = span
 
 
 def _is_softmax_alone(kwargs: Mapping[str, Any]) -> bool:
@@ -261,6 +257,10 @@ class _SoftmaxWatch(TorchFunctionMode):
         super().__init__()
         self._scores, self._pattern, self._attending, self._n_keys = scores, pattern, attending, n_keys
         self._is_over = False
+
+    def open(self) -> None:
+        # No `with`: its end takes the topmost mode, and an interrupt may have left another there, or none.
+        self.__enter__()
 
     def close(self) -> None:
         self._is_over = True

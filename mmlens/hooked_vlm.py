@@ -13,8 +13,7 @@ import logging
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -57,7 +56,7 @@ from mmlens.families.catalog import family_of
 from mmlens.families.media import unmapped_message
 from mmlens.families.record import Family
 from mmlens.fingerprints import processor_fingerprint
-from mmlens.interrupts import OpenBlock, undone
+from mmlens.interrupts import OpenBlock, Temporary, undone
 from mmlens.linear import is_linear, n_embeddings
 from mmlens.loss import next_token_loss, text_labels
 from mmlens.prompt import Prompt, check_left_padding, make_prompt, prompt_of, with_answers
@@ -332,8 +331,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         given = None if prompt.image_features is not None else self._tower_inputs(inputs)
         if given is None:
             return prompt
-        with self._at_work_on(prompt, inputs):
-            features = self.hf_model.get_image_features(**given, return_dict=True)
+        encode = partial(self.hf_model.get_image_features, **given, return_dict=True)
+        features = self._at_work_on(prompt, inputs).around(encode)
         # The pixels alone have gone into the features; grids and sizes are read once more beside them.
         kept = {
             name: value for name, value in inputs.items() if name not in given or not _holds_pixels(value)
@@ -428,8 +427,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         if not self.watch:
             self._check_use()
             self._n_forwards += 1
-        with self._at_work_on(inputs):
-            logits = self.hf_model(**keyword_inputs).logits
+        logits = self._at_work_on(inputs).around(lambda: self.hf_model(**keyword_inputs)).logits
         if keep is not None:
             logits = logits[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]
         if return_type is None or labels is None:
@@ -469,13 +467,16 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             check_left_padding(keyword_inputs["attention_mask"])
         if not self.watch:
             self._check_use()
-        # Some families generate with their language model alone, past their own forward.
-        with self._at_work_on(inputs):
+
+        def run() -> Any:
+            # Some families generate with their language model alone, past their own forward.
             self._on_forward(self.hf_model, (), keyword_inputs)
             try:
                 return self.hf_model.generate(**keyword_inputs)
             except ValueError as error:
                 raise keywords.explained(self.hf_model, keyword_inputs, error) from error
+
+        return self._at_work_on(inputs).around(run)
 
     def answer(self, inputs: Inputs, max_new_tokens: int = 16, **options: Any) -> list[str]:
         """The generated text after each prompt of the batch; `options` are `generate`'s."""
@@ -520,8 +521,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
                 tap.consume_rows = lambda pattern, layer=layer: consume(
                     layer, pattern, rows.real.to(pattern.device)
                 )
-            with self._at_work_on(inputs):
-                self.hf_model(**keyword_inputs, logits_to_keep=1, use_cache=False)
+            run_model = partial(self.hf_model, **keyword_inputs, logits_to_keep=1, use_cache=False)
+            self._at_work_on(inputs).around(run_model)
 
         def undo() -> None:
             for tap in self._attention_taps.values():
@@ -788,20 +789,23 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         n_running, n_rows = len(self._whole_inputs.get("input_ids", ())), prompt.shape[0]
         return n_running // n_rows if n_running and n_running % n_rows == 0 else 1
 
-    @contextmanager
-    def _at_work_on(self, inputs: Any, encoding: Mapping[str, Any] | None = None) -> Iterator[None]:
+    def _at_work_on(self, inputs: Any, encoding: Mapping[str, Any] | None = None) -> Temporary[None]:
         """Hooks that fire inside the block can ask whether the prompt is the one they were built for.
 
         `encoding`: the inputs, where the tower alone is run, which `_on_forward` does not see.
         """
-        before, self._given = self._given, inputs if isinstance(inputs, Prompt) else None
-        self._running = None
-        if encoding is not None:
-            self._whole_inputs = self._inputs = {"input_ids": encoding["input_ids"]}
-        try:
-            yield
-        finally:
+        before = self._given
+
+        def begin() -> None:
+            self._given = inputs if isinstance(inputs, Prompt) else None
+            self._running = None
+            if encoding is not None:
+                self._whole_inputs = self._inputs = {"input_ids": encoding["input_ids"]}
+
+        def end() -> None:
             self._given = before
+
+        return Temporary(begin, end)
 
     def _check_processor(self, prompt: Prompt) -> None:
         if (
@@ -1062,11 +1066,14 @@ class HookBlock(OpenBlock[HookedVLM]):
         bwd_hooks: Sequence[Hook],
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
+        prepend: bool = False,
     ) -> None:
         self.model = model
         self._forward = [(model.hook_names(name), CheckedHook(hook)) for name, hook in fwd_hooks]
         self._backward = [(model.hook_names(name), CheckedHook(hook)) for name, hook in bwd_hooks]
         self._resets, self._clears_contexts = reset_hooks_end, clear_contexts
+        self._prepends = prepend
+        """The hooks act before those already set."""
         self._level = self._n_forwards = 0
         self._held = object()
 
@@ -1076,9 +1083,10 @@ class HookBlock(OpenBlock[HookedVLM]):
         self._level = model.context_level = model.context_level + 1
         model.watch.add(self._held)
         for direction, hooks in (("fwd", self._forward), ("bwd", self._backward)):
-            for names, hook in hooks:
+            for names, hook in reversed(hooks) if self._prepends else hooks:
                 for name in names:
-                    model.hook_dict[name].add_hook(hook, direction, level=self._level)
+                    point = model.hook_dict[name]
+                    point.add_hook(hook, direction, level=self._level, prepend=self._prepends)
         return model
 
     def end(self) -> None:
@@ -1093,10 +1101,15 @@ class HookBlock(OpenBlock[HookedVLM]):
         model.watch.discard(self._held)
         model.context_level = max(self._level - 1, 0)
 
+    @property
+    def silent(self) -> list[str]:
+        """Where a forward hook has not fired."""
+        return sorted({names[0] for names, hook in self._forward if not hook.calls})
+
     def check(self) -> None:
         """Raise HookNeverFiredError where the model ran and a forward hook never fired; warn where no edit changed
         anything."""
-        silent = sorted({names[0] for names, hook in self._forward if not hook.calls})
+        silent = self.silent
         if silent and self.model._n_forwards > self._n_forwards:
             n_silent = sum(not hook.calls for _, hook in self._forward)
             raise HookNeverFiredError(

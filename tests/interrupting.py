@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import mmlens
+from mmlens import internals
 
 _PLACES = ("/mmlens/", "/contextlib.py", "/hook_points.py", "/nn/modules/module.py", "/torch/overrides.py")
 
@@ -72,6 +73,10 @@ def left_behind(model: mmlens.HookedVLM) -> list[str]:
             left.append(f"attention of layer {layer}")
     if model.watch:
         left.append("the watch")
+    if model._given is not None or model.context_level or {"forward", "generate"} & vars(model).keys():
+        left.append("a run of the wrapper's own")
+    if internals._get_current_function_mode_stack():
+        left.append("a function mode")
     return left
 
 

@@ -21,6 +21,8 @@ def zero(x: torch.Tensor, hook: object) -> torch.Tensor:
 # Python itself drops what is raised in a __del__, and reports it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
+NOISE = mmlens.Source(under=mmlens.noise_images(0.5, seed=0))
+
 HOOKS = [("blocks.0.attn.hook_z", zero), ("blocks.1.attn.hook_pattern", zero)]
 
 
@@ -45,6 +47,21 @@ def swept(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
     mmlens.sweep(model, examples, interventions, mmlens.accuracy, progress=False)
 
 
+def path_patched(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
+    patch = mmlens.path_patch([(0, 1)], [(1, 2, "q")], NOISE)
+    model.run_with_hooks(prompt, fwd_hooks=patch(model, prompt))
+
+
+def built_in_turn(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
+    patch = mmlens.patch("blocks.1.attn.hook_z", mmlens.Source())
+    both = mmlens.compose(mmlens.ablate([(0, 1)]), patch, built="in_turn")
+    model.run_with_hooks(prompt, fwd_hooks=both(model, prompt))
+
+
+def attributed(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
+    mmlens.attribute(model, prompt, NOISE, mmlens.logit_difference, nodes="head")
+
+
 RUNS: dict[str, Callable[[mmlens.HookedVLM, mmlens.Prompt], object]] = {
     "run_with_hooks": lambda model, prompt: model.run_with_hooks(prompt, fwd_hooks=HOOKS),
     "hooks": in_block,
@@ -58,6 +75,12 @@ RUNS: dict[str, Callable[[mmlens.HookedVLM, mmlens.Prompt], object]] = {
         model, prompt, mmlens.ablate([(0, 1)]), mmlens.accuracy, progress=False
     ),
     "sweep": swept,
+    "path_patch": path_patched,
+    "mean_activations": lambda model, prompt: mmlens.mean_activations(
+        model, mmlens.scene_examples("documents", 2, seed=0), batch_size=1
+    ),
+    "compose in turn": built_in_turn,
+    "attribute": attributed,
 }
 
 
@@ -65,6 +88,8 @@ def try_moments(
     model: mmlens.HookedVLM, prompt: mmlens.Prompt, run: Callable[[], object], moments: int
 ) -> None:
     clean = plain(model.hf_model, prompt.inputs)
+    weights = list(model.hf_model.parameters())
+    gradients = torch.is_grad_enabled(), [weight.requires_grad for weight in weights]
     run()
     last = n_lines(run)
     drawn = random.Random(0).sample(range(1, last + 1), min(moments, last))
@@ -74,6 +99,7 @@ def try_moments(
         error = interrupted(run, at)
         n_interrupted += error is not None
         assert not left_behind(model), error
+        assert (torch.is_grad_enabled(), [weight.requires_grad for weight in weights]) == gradients, error
     assert n_interrupted > len(drawn) // 2
     assert torch.equal(plain(model.hf_model, prompt.inputs), clean)
 

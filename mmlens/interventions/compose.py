@@ -7,8 +7,8 @@ functions act in the order in which the interventions are given, each on what th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -19,8 +19,9 @@ from mmlens.arguments import called, instance_of, one_of, whole_number
 from mmlens.cache import is_batched, is_packed
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError, StateError
 from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions
-from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, Span, hooks_in
+from mmlens.hooked_vlm import Hook, HookBlock, HookedVLM, HookNeverFiredError, Intervention, Span, hooks_in
 from mmlens.internals import hooks_suspended
+from mmlens.interrupts import Temporary, undone
 from mmlens.interventions.edits import Edit, Here, Positions, check_call, intervention_of
 from mmlens.prompt import Prompt
 
@@ -56,8 +57,8 @@ def compose(*interventions: Intervention, built: str = "clean") -> Intervention:
         hooks: list[Hook] = []
         for index, part in enumerate(interventions):
             if built == "in_turn" and index:
-                with _running_under(model, compose(*interventions[:index], built="in_turn")):
-                    hooks += part(model, prompt)
+                under = _running_under(model, compose(*interventions[:index], built="in_turn"))
+                hooks += under.around(partial(part, model, prompt))
             else:
                 hooks += part(model, prompt)
         return hooks
@@ -69,16 +70,10 @@ _RUNS = ("forward", "generate", "attention_rows")
 """The methods of HookedVLM that run the Hugging Face model on a prompt."""
 
 
-@contextmanager
-def _running_under(model: HookedVLM, intervention: Intervention) -> Iterator[None]:
+def _running_under(model: HookedVLM, intervention: Intervention) -> Temporary[None]:
     """Every prompt that the model runs inside the block runs under `intervention`, built for that prompt."""
-    before = {name: model.__dict__.get(name) for name in _RUNS}
+    before = _methods(model)
     level = model.context_level
-
-    def restore() -> dict[str, Any]:
-        current = {name: model.__dict__.get(name) for name in _RUNS}
-        _set_methods(model, before)
-        return current
 
     def under(run: Callable[..., Any]) -> Callable[..., Any]:
         def edited(inputs: Any = None, *args: Any, **options: Any) -> Any:
@@ -87,23 +82,25 @@ def _running_under(model: HookedVLM, intervention: Intervention) -> Iterator[Non
                     "compose(..., built='in_turn'): the interventions before are built for each prompt that is run, "
                     f"and this run is given {type(inputs).__name__}, not a Prompt"
                 )
+            current = _methods(model)
+
+            def build() -> list[Hook]:
+                _set_methods(model, before)
+                suspended = hooks_suspended(model.hook_dict.values(), level)
+                return suspended.around(lambda: list(intervention(model, inputs)))
+
             # Building must not run under what is being built, nor be seen by the hooks of the run that asks for it.
-            current = restore()
-            try:
-                with hooks_suspended(model.hook_dict.values(), level):
-                    hooks = list(intervention(model, inputs))
-            finally:
-                _set_methods(model, current)
-            with _before_all_hooks(model, hooks):
-                return run(inputs, *args, **options)
+            hooks = undone(build, lambda: _set_methods(model, current))
+            return _run_ahead(model, hooks, lambda: run(inputs, *args, **options))
 
         return edited
 
-    _set_methods(model, {name: under(getattr(model, name)) for name in _RUNS})
-    try:
-        yield
-    finally:
-        restore()
+    edited = {name: under(getattr(model, name)) for name in _RUNS}
+    return Temporary(lambda: _set_methods(model, edited), lambda: _set_methods(model, before))
+
+
+def _methods(model: HookedVLM) -> dict[str, Any]:
+    return {name: model.__dict__.get(name) for name in _RUNS}
 
 
 def _set_methods(model: HookedVLM, methods: Mapping[str, Any]) -> None:
@@ -114,34 +111,17 @@ def _set_methods(model: HookedVLM, methods: Mapping[str, Any]) -> None:
             model.__dict__[name] = method
 
 
-@contextmanager
-def _before_all_hooks(model: HookedVLM, hooks: Sequence[Hook]) -> Iterator[None]:
-    """The hooks live ahead of those already set: a cache that reads the same hook point must hold the edit."""
+def _run_ahead(model: HookedVLM, hooks: Sequence[Hook], run: Callable[[], Any]) -> Any:
+    """`run()` with the hooks ahead of those already set: a cache that reads the same hook point must hold the edit."""
     flat = [(name, function) for match, function in hooks for name in model.hook_names(match)]
-    silent = {name for name, _ in flat}
-
-    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def fire(x: Tensor, hook: Any) -> Any:
-            silent.discard(name)
-            return function(x, hook=hook)
-
-        return fire
-
-    model.context_level += 1
-    level = model.context_level
-    try:
-        for name, function in reversed(flat):
-            model.hook_dict[name].add_hook(watched(name, function), level=level, prepend=True)
-        yield
-    finally:
-        for name, _ in flat:
-            model.hook_dict[name].remove_hooks("fwd", level=level)
-        model.context_level -= 1
-    if silent:
+    block = HookBlock(model, flat, (), prepend=True)
+    output = block.around(run)
+    if block.silent:
         raise HookNeverFiredError(
             f"compose(..., built='in_turn'): in a run that builds a later intervention, hooks of an earlier one never "
-            f"fired: {', '.join(sorted(silent)[:5])}"
+            f"fired: {', '.join(block.silent[:5])}"
         )
+    return output
 
 
 # ---------------------------------------------------------------------- while generating

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mmlens.arguments import instance_of, seed_of, whole_number
 from mmlens.errors import InvalidValueError
+from mmlens.fingerprints import same_weights, weights_fingerprints
 from mmlens.hook_names import runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, NoChangeWarning, model_of
 from mmlens.interventions.edits import Edit, if_any
@@ -104,8 +105,8 @@ def compare_with_patching(
     A few large effects decide Pearson's correlation, Spearman's knows ranks alone: where they differ, look at the
     table.
 
-    Raises ValueError for another number of examples than the attribution's, n below 1, and as `attribute`, `patch` and
-    `path_patch`.
+    Raises ValueError for other examples or another model than the attribution's, n below 1, and as `attribute`,
+    `patch` and `path_patch`.
 
     >>> import mmlens
     >>> model = mmlens.HookedVLM.from_pretrained("micro")
@@ -126,6 +127,14 @@ def compare_with_patching(
         raise InvalidValueError(
             f"the attribution is of {attribution.n_examples} example(s), the prompt has {len(prompt)}: pass the same"
         )
+    other = [row for row, each in enumerate(attribution.examples) if each != prompt.examples[row]]
+    if other:
+        raise InvalidValueError(
+            f"the attribution is of another prompt: example {other[0]} has another text, image or answer there. Pass "
+            "the prompt that was attributed"
+        )
+    if attribution.weights and not same_weights(attribution.weights, weights_fingerprints(model.hf_model)):
+        raise InvalidValueError("the attribution is of another model: its weights are not this one's")
     places = _nodes(attribution) if isinstance(attribution, Attribution) else _edges(attribution)
     if n is not None and n < len(places):
         chosen = np.random.default_rng(seed).choice(len(places), n, replace=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
@@ -22,6 +22,7 @@ from mmlens.arguments import listed, one_of
 from mmlens.cache import is_packed
 from mmlens.errors import InvalidValueError
 from mmlens.families.anatomy import Projection, scale_of
+from mmlens.fingerprints import weights_fingerprints
 from mmlens.hook_names import block, layer_of
 from mmlens.hooked_vlm import HookedVLM, model_of
 from mmlens.interventions.patching import PatchSource
@@ -93,6 +94,10 @@ class EdgeAttribution:
     senders: tuple[Site, ...]
     receivers: tuple[Site, ...]
     method: str
+    examples: tuple[str, ...] = ()
+    """A fingerprint of each example (`Prompt.examples`); none where that is not known."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the model's weights."""
 
     @property
     def is_signed(self) -> bool:
@@ -194,7 +199,8 @@ def attribute_edges(
     means = mean_of({"edges": _edge_scores(model, sending, reading, changes, graph)} for graph in graphs)
     is_edge = torch.tensor([[sender.time < receiver.time for receiver in reading] for sender in sending])
     scores = finite("edges", means["edges"]).masked_fill(~is_edge, torch.nan)
-    return EdgeAttribution(scores, tuple(sending), tuple(reading), method)
+    weights = weights_fingerprints(model.hf_model)
+    return EdgeAttribution(scores, tuple(sending), tuple(reading), method, prompt.examples, weights)
 
 
 # ---------------------------------------------------------------------- senders and receivers

@@ -27,7 +27,7 @@ what is dropped is attention and MLP of a layer together. The library's own: nod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -38,6 +38,7 @@ from torch import Tensor
 from mmlens.arguments import flag, listed, one_of, unknown_name_message
 from mmlens.cache import is_batched, is_packed
 from mmlens.errors import InvalidValueError
+from mmlens.fingerprints import weights_fingerprints
 from mmlens.heads import HeadScores
 from mmlens.hook_names import axes_of, block, layer_of, runs_over_positions
 from mmlens.hooked_vlm import HookedVLM
@@ -95,6 +96,10 @@ class Attribution:
     method: str
     by_position: bool
     heads_per_layer: tuple[int, ...]
+    examples: tuple[str, ...] = ()
+    """A fingerprint of each example (`Prompt.examples`); none where that is not known."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the model's weights."""
 
     @property
     def is_signed(self) -> bool:
@@ -236,7 +241,9 @@ def attribute(
                 graphs = (run.forward([name], [(name, edit)]) for edit in midpoints)
                 only = {name: clean[name]}
                 scores |= mean_of(scored(only, graph.gradients()) for graph in graphs)
-    return Attribution({name: scores[name] for name in names}, method, by_position, model.heads_per_layer)
+    weights = weights_fingerprints(model.hf_model)
+    ordered = {name: scores[name] for name in names}
+    return Attribution(ordered, method, by_position, model.heads_per_layer, prompt.examples, weights)
 
 
 # ---------------------------------------------------------------------- nodes

@@ -6,7 +6,6 @@ Gradients begin at the first hook point that is recorded, and no weight gets one
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from mmlens.evaluation import check_same_twice
 from mmlens.families.anatomy import AttentionParts
 from mmlens.hook_names import block, runs_over_positions
 from mmlens.hooked_vlm import Hook, HookedVLM, model_of
+from mmlens.interrupts import Temporary
 from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.patching import PatchSource, Source, shared_source
 from mmlens.metrics.outcomes import Metric, evaluate, metric_name, metric_of, what_reads
@@ -117,11 +117,14 @@ class GradientRuns:
 
         hooks = [*edits, *((name, record) for name in names)]
         hooks += [(name, partial(drop, layer=layer)) for name, layer in (drops or {}).items()]
-        with _frozen_weights(self.model):
+
+        def measure() -> Tensor:
             logits = self.model.run_with_hooks(self._run, fwd_hooks=hooks, logits_to_keep=self.logits_to_keep)
             # A metric may work in place, and the clean logits serve every graph.
             clean = None if self.clean_logits is None else self.clean_logits.clone()
-            measured = evaluate(self.metric, self.metric_name, self.prompt, logits=logits, clean_logits=clean)
+            return evaluate(self.metric, self.metric_name, self.prompt, logits=logits, clean_logits=clean)
+
+        measured = _frozen_weights(self.model).around(measure)
         if not measured.requires_grad:
             raise InvalidValueError(
                 "the metric has no gradient at these nodes: it is not differentiable (an argmax, a detached tensor), "
@@ -170,18 +173,22 @@ class GradientRuns:
             )
 
 
-@contextmanager
-def _frozen_weights(model: HookedVLM) -> Iterator[None]:
-    """Gradients on, but of no weight; every weight's own setting is restored."""
+def _frozen_weights(model: HookedVLM) -> Temporary[None]:
+    """Gradients on, but of no weight; every weight's own setting is restored, and so is whether gradients are on."""
     trained = [weight for weight in model.hf_model.parameters() if weight.requires_grad]
-    try:
+    had_gradients = torch.is_grad_enabled()
+
+    def begin() -> None:
+        torch.set_grad_enabled(True)
         for weight in trained:
             weight.requires_grad_(False)
-        with torch.enable_grad():
-            yield
-    finally:
+
+    def end() -> None:
         for weight in trained:
             weight.requires_grad_(True)
+        torch.set_grad_enabled(had_gradients)
+
+    return Temporary(begin, end)
 
 
 def source_values(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -838,3 +839,23 @@ def test_images_are_asked_of_a_prompt_without_any() -> None:
     prompt = model.prompt("What colour is the letter K?")
     with pytest.raises(HookNeverFiredError):
         attribute(model, prompt, prompt, contrast, nodes="image")
+
+
+def test_a_comparison_is_of_the_prompt_and_the_model_that_were_attributed(micro: mmlens.HookedVLM) -> None:
+    examples = mmlens.scene_examples("objects", 3, seed=0)
+    prompt, other, source = (micro.prompt_examples([example]) for example in examples)
+    metric = mmlens.logit_difference
+    for attribution in (
+        attribute(micro, prompt, source, metric, nodes="mlp"),
+        attribute_edges(micro, prompt, source, metric, senders="mlp", receivers="mlp"),
+    ):
+        with pytest.raises(ValueError, match="of another prompt: example 0"):
+            compare_with_patching(micro, other, source, metric, attribution, n=1)
+        # Made anew of the same example, or with its images encoded, it is the same prompt.
+        again = micro.encode_images(micro.prompt_examples(examples[:1]))
+        assert compare_with_patching(micro, again, source, metric, attribution, n=1).n == 1
+        tuned = mmlens.HookedVLM(copy.deepcopy(micro.hf_model), micro.processor)
+        with torch.no_grad():
+            tuned.hf_model.lm_head.weight.mul_(1.1)
+        with pytest.raises(ValueError, match="of another model"):
+            compare_with_patching(tuned, prompt, source, metric, attribution, n=1)
