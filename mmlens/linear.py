@@ -85,7 +85,9 @@ def _is_plain(module: nn.Module) -> bool:
     weight: Any = getattr(module, "weight", None)
     return (
         unadapted(module) is module
-        and type(weight) in (Tensor, nn.Parameter)
+        and isinstance(weight, Tensor)
+        # A tensor made of others, as torchao's are, holds its numbers in a form of its own.
+        and not hasattr(type(weight), "__tensor_flatten__")
         and weight.is_floating_point()
         and weight.dtype.itemsize > 1
         and (not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward)

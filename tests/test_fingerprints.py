@@ -88,7 +88,7 @@ def test_the_regions_of_a_permutation_test_do_not_depend_on_padding(micro: Hooke
     """A shorter prompt beside longer ones is padded; the places drawn for it stay the same."""
     short = mmlens.scene_examples("objects", 3, seed=0)
     longer = [
-        Example(f"In the image here, {e.question}", e.answer, e.images, e.evidence, e.kind)
+        Example(f"{e.question} {e.question}", e.answer, e.images, e.evidence, e.kind)
         for e in mmlens.scene_examples("objects", 3, seed=1)
     ]
     found = [

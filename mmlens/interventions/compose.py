@@ -145,7 +145,7 @@ def during(intervention: Intervention, when: str) -> Intervention:
 
     >>> from mmlens.interventions.ablation import ablate
     >>> model = HookedVLM.from_pretrained("micro")
-    >>> prompt = model.prompt("Hi?")
+    >>> prompt = model.prompt("What colour is the K?")
     >>> [(edit.mask, edit.generated) for _, edit in during(ablate([(0, 1)]), "prompt")(model, prompt)]
     [(None, False)]
     """
@@ -229,7 +229,7 @@ def by_layer(schedule: Schedule) -> Intervention:
 
     >>> from mmlens.interventions.ablation import ablate
     >>> model = HookedVLM.from_pretrained("micro")
-    >>> prompt = model.prompt("Hi?")
+    >>> prompt = model.prompt("What colour is the K?")
     >>> hooks = by_layer(lambda layer: ablate([(layer, 0)]) if layer > 1 else None)(model, prompt)
     >>> [name for name, _ in hooks] == [f"blocks.{layer}.attn.hook_z" for layer in range(2, model.cfg.n_layers)]
     True
@@ -422,7 +422,7 @@ def edit_report(hooks: Sequence[Hook]) -> pd.DataFrame:
 
     >>> from mmlens.interventions.ablation import ablate
     >>> model = HookedVLM.from_pretrained("micro")
-    >>> prompt = model.prompt("Hi?")
+    >>> prompt = model.prompt("What colour is the K?")
     >>> hooks = ablate([(0, 1), (1, 2)], positions="last")(model, prompt)
     >>> with model.hooks(fwd_hooks=hooks):
     ...     logits = model(prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -118,16 +119,10 @@ def test_a_run_that_does_not_fit_is_refused(
 def test_bad_input_is_one_line(
     scores: Path, tmp_path: Path, changed: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [
-        "accelerate",
-        "--heads",
-        str(scores),
-        "--lengths",
-        "64",
-        "--out",
-        str(tmp_path / "out"),
-        *changed,
-    ]
+    options = {"--heads": str(scores), "--lengths": "64"} | dict(
+        zip(changed[::2], changed[1::2], strict=True)
+    )
+    given = ["accelerate", "--out", str(tmp_path / "out"), *itertools.chain(*options.items())]
     assert main(given) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
