@@ -91,7 +91,8 @@ class Watch:
             name = "another thread" if self._thread is None else f"thread {self._thread.name!r}"
             raise StateError(
                 f"{name} has hooks set on this model, and thread {threading.current_thread().name!r} would run "
-                "under them. Set hooks in the thread that runs the model, wait until they are gone "
+                "under them. Open the hooks in the thread that runs the model (of generate with a streamer: inside "
+                "the function that the thread runs), wait until they are gone "
                 "(model.reset_hooks()), or give each thread a model of its own"
             )
 
