@@ -57,7 +57,7 @@ from mmlens.families.media import unmapped_message
 from mmlens.families.record import Family
 from mmlens.fingerprints import processor_fingerprint
 from mmlens.interrupts import OpenBlock, Temporary, undone
-from mmlens.linear import is_linear, n_embeddings
+from mmlens.linear import gradients_pass, is_linear, n_embeddings
 from mmlens.loss import next_token_loss, text_labels
 from mmlens.prompt import Prompt, check_left_padding, make_prompt, prompt_of, with_answers
 from mmlens.taps import (
@@ -643,9 +643,11 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         )
 
         def run() -> Any:
-            output = self(*model_args, **model_kwargs)
-            if incl_bwd:
-                _loss(output, incl_bwd).backward()
+            if not incl_bwd:
+                return self(*model_args, **model_kwargs)
+            with gradients_pass(self.hf_model):
+                output = self(*model_args, **model_kwargs)
+            _loss(output, incl_bwd).backward()
             return output
 
         output = block.around(run)

@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,6 +82,49 @@ def bias_of(module: nn.Module, name: str = "a bias") -> Tensor:
     _check_still(module, name)
     with torch.no_grad():
         return _applied(module, _zeros(module, name))[0]
+
+
+@contextmanager
+def gradients_pass(model: nn.Module) -> Iterator[None]:
+    """UnsupportedError where a linear module of `model` is run and passes no gradient on to its input.
+
+    Some quantised ones do not (torch's own 8-bit modules): gradients would take what goes through them for constant,
+    and be wrong without a word.
+    """
+
+    def check(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        read = next((x for x in inputs if isinstance(x, Tensor)), None)
+        if read is None or not (read.requires_grad and torch.is_grad_enabled()) or module in passed:
+            return
+        passed.add(module)
+        if not _passes_gradient(module, read):
+            name = next(name for name, part in model.named_modules() if part is module)
+            raise UnsupportedError(
+                f"{name} is a {type(module).__module__}.{type(module).__name__}, which has no derivative: gradients "
+                "through it would be wrong. Load the model unquantised, or with weights that are quantised in another "
+                "way (bitsandbytes, torchao's weight-only kinds)"
+            )
+
+    passed: set[nn.Module] = set()
+    handles = [
+        part.register_forward_hook(check)
+        for part in model.modules()
+        if is_linear(part) and not _is_plain(part)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _passes_gradient(module: nn.Module, read: Tensor) -> bool:
+    """Tried on one row of what the module reads: torch lets an operation without derivative look as if it had one."""
+    row = read.detach().reshape(-1, read.shape[-1])[:1].clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        made = _applied(module, row)
+        return made.requires_grad and torch.autograd.grad(made.sum(), row, allow_unused=True)[0] is not None
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from mmlens.hooked_vlm import Hook, HookedVLM, model_of
 from mmlens.interrupts import Temporary
 from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.patching import PatchSource, Source, shared_source
+from mmlens.linear import gradients_pass
 from mmlens.metrics.outcomes import Metric, evaluate, metric_name, metric_of, what_reads
 from mmlens.prompt import Prompt, prompt_of
 
@@ -119,7 +120,10 @@ class GradientRuns:
         hooks += [(name, partial(drop, layer=layer)) for name, layer in (drops or {}).items()]
 
         def measure() -> Tensor:
-            logits = self.model.run_with_hooks(self._run, fwd_hooks=hooks, logits_to_keep=self.logits_to_keep)
+            with gradients_pass(self.model.hf_model):
+                logits = self.model.run_with_hooks(
+                    self._run, fwd_hooks=hooks, logits_to_keep=self.logits_to_keep
+                )
             # A metric may work in place, and the clean logits serve every graph.
             clean = None if self.clean_logits is None else self.clean_logits.clone()
             return evaluate(self.metric, self.metric_name, self.prompt, logits=logits, clean_logits=clean)
