@@ -21,7 +21,7 @@ from mmlens.experiments.ablations import (
 )
 from mmlens.experiments.common import plain, with_evidence
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores, HeadSet, head_name, share_of
+from mmlens.heads import Head, HeadScores, HeadSet, head_name, share_of
 from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.statistics import interval_of

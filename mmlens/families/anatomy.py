@@ -298,7 +298,7 @@ def attention_parts(module: nn.Module, names: Names, out: nn.Module | None = Non
         raise AnatomyError(f"{type(module).__name__} has no output projection among {ATTENTION_ROLES['out']}")
     if hasattr(out, "gate_proj"):
         # It gates z first: what W_O reads, and so hook_z, comes after the gate.
-        out = out.linear
+        out = out.get_submodule("linear")
     n_heads = _n_heads(module)
     d_value = getattr(module, "v_head_dim", None) or _width(out, "in_features") // n_heads
     projections: dict[str, Projection] = {}
