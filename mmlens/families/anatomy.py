@@ -80,7 +80,7 @@ ATTENTION_ROLES: dict[str, tuple[str, ...]] = {
 """Parts of an attention module."""
 
 Roles = Mapping[str, tuple[str, ...]]
-Names = Mapping[str, str | None]
+Names = Mapping[str, str | tuple[str, ...] | None]
 
 _TANH = "tanh "
 _LAYER_NORMS_AROUND_MLP = "post_feedforward_layernorm"
@@ -296,9 +296,6 @@ def attention_parts(module: nn.Module, names: Names, out: nn.Module | None = Non
     out = part("out") if out is None else out
     if out is None:
         raise AnatomyError(f"{type(module).__name__} has no output projection among {ATTENTION_ROLES['out']}")
-    if hasattr(out, "gate_proj"):
-        # It gates z first: what W_O reads, and so hook_z, comes after the gate.
-        out = out.get_submodule("linear")
     n_heads = _n_heads(module)
     d_value = getattr(module, "v_head_dim", None) or _width(out, "in_features") // n_heads
     projections: dict[str, Projection] = {}
@@ -357,16 +354,18 @@ def _all_at(root: nn.Module, path: str) -> list[nn.Module]:
     return list(found) if isinstance(found, nn.ModuleList) else [found]
 
 
-def _attribute(root: Any, path: str | None) -> Any:
+def _attribute(root: Any, path: str | tuple[str, ...] | None) -> Any:
+    assert not isinstance(path, tuple), "names of several versions are for parts of layers and attention"
     for name in path.removeprefix(_TANH).split(".") if path else ():
         root = getattr(root, name, None)
     return root if path else None
 
 
 def _name(root: nn.Module, role: str, roles: Roles, names: Names) -> str | None:
-    if role in names:
-        return names[role]
-    return next((name for name in roles[role] if _attribute(root, name) is not None), None)
+    candidates = names[role] if role in names else roles[role]
+    if candidates is None or isinstance(candidates, str):
+        return candidates
+    return next((name for name in candidates if _attribute(root, name) is not None), None)
 
 
 def _part(root: nn.Module, role: str, roles: Roles, names: Names) -> Any:

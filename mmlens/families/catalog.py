@@ -418,6 +418,9 @@ FAMILIES: dict[str, Family] = {
                     "resid_mid": None,
                     "attention_output": "post_attention_convolution",
                     "mlp_output": "post_mlp_convolution",
+                    # From transformers 5.24 on these modules also normalize, or gate what W_O reads.
+                    **{role: (f"{role}_proj.linear", f"{role}_proj") for role in ("q", "k", "v")},
+                    "out": ("o_proj.linear", "o_proj"),
                 }
             ),
             projector="model.vision_tower.merger",

@@ -19,9 +19,10 @@ class Stack:
 
     layers: str | None = None
     """Path of its list of layers from the model; None: discovered."""
-    names: Mapping[str, str | None] = field(default_factory=dict)
+    names: Mapping[str, str | tuple[str, ...] | None] = field(default_factory=dict)
     """Role (see anatomy.ROLES) -> the attribute's path from the layer, or from the attention module for its
-    projections, where it has an uncommon name; None where the layer has no such part."""
+    projections, where it has an uncommon name; of several the first that is there (versions of transformers differ);
+    None where the layer has no such part."""
     norm: str | None = None
     """Path from the model of the vision stack's last norm, where the features pass through it."""
     norm_pools: bool = False

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
+from conftest import largest_logit
 from mmlens import hook_names, internals
 from mmlens.families.catalog import FAMILIES
 from mmlens.families.support import missing_hooks
@@ -164,7 +165,9 @@ def test_every_hook_point_fires_with_its_documented_shape_and_reads_exactly(
     inputs = _inputs(family, PADDED)
     clean = model(inputs)
     logits, cache = model.run_with_cache(inputs, names_filter=lambda name: True)
-    torch.testing.assert_close(logits, clean, atol=5e-5, rtol=5e-5)
+    # Layers whose softmax is read run the family's eager attention.
+    close = 2e-5 * max(2.5, largest_logit(clean))
+    torch.testing.assert_close(logits, clean, atol=close, rtol=close)
     fast = [name for name in model.hook_dict if not name.endswith(INSIDE_SOFTMAX)]
     identity = [(name, lambda x, hook: x) for name in fast]
     assert torch.equal(model.run_with_hooks(inputs, fwd_hooks=identity), clean)
