@@ -62,7 +62,7 @@ def example_fingerprint(prompt: Prompt, example: int) -> str:
 def vision_fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
     """A fingerprint of every input but the tokens and their mask: what the model is given of the images."""
     return {
-        name: _short(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
+        name: _short(tensor_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
         for name, value in inputs.items()
         if name not in TEXT_INPUTS
     }
@@ -149,7 +149,7 @@ def _sampled(model: nn.Module, dtype: torch.dtype) -> Iterator[bytes]:
         if tensor.device.type != "meta":
             flat = tensor.detach().reshape(-1)
             sample = flat[:: -(-max(len(flat), 1) // _SAMPLED_WEIGHTS)]
-            yield _bytes(sample.to(dtype) if sample.is_floating_point() else sample)
+            yield tensor_bytes(sample.to(dtype) if sample.is_floating_point() else sample)
 
 
 def _version(tensor: Tensor) -> int:
@@ -157,7 +157,8 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor's numbers as they lie in memory, in the order of its axes."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mmlens.data.examples import Example
+from mmlens.fingerprints import tensor_bytes
 from mmlens.hooked_vlm import HookedVLM
 
 PACKAGES = ("mmlens", "torch", "transformers", "transformer-lens", "numpy", "scipy")
@@ -79,12 +79,8 @@ def fingerprint(model: HookedVLM) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.hf_model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:_DIGITS]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def data_fingerprint(examples: Sequence[Example]) -> str:
