@@ -9,8 +9,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +16,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from mmlens.errors import InvalidValueError, StateError, UnsupportedError
+from mmlens.internals import attach, detach
+from mmlens.interrupts import Temporary
 
 _AROUND = ("base_layer", "original_module")
 """Where PEFT's layers and wrappers keep the module that they stand around."""
@@ -84,15 +84,14 @@ def bias_of(module: nn.Module, name: str = "a bias") -> Tensor:
         return _applied(module, _zeros(module, name))[0]
 
 
-@contextmanager
-def gradients_pass(model: nn.Module) -> Iterator[None]:
+def gradients_pass(model: nn.Module) -> Temporary[None]:
     """UnsupportedError where a linear module of `model` is run and passes no gradient on to its input.
 
     Some quantised ones do not (torch's own 8-bit modules): gradients would take what goes through them for constant,
     and be wrong without a word.
     """
 
-    def check(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def check(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         read = next((x for x in inputs if isinstance(x, Tensor)), None)
         if read is None or not (read.requires_grad and torch.is_grad_enabled()) or module in passed:
             return
@@ -106,16 +105,17 @@ def gradients_pass(model: nn.Module) -> Iterator[None]:
             )
 
     passed: set[nn.Module] = set()
-    handles = [
-        part.register_forward_hook(check)
-        for part in model.modules()
-        if is_linear(part) and not _is_plain(part)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = [part for part in model.modules() if is_linear(part) and not _is_plain(part)]
+
+    def begin() -> None:
+        for part in modules:
+            attach(part, "output", check)
+
+    def end() -> None:
+        for part in modules:
+            detach(part, "output", check)
+
+    return Temporary(begin, end)
 
 
 def _passes_gradient(module: nn.Module, read: Tensor) -> bool:
