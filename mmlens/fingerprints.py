@@ -146,8 +146,12 @@ def same_weights(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
 def _sampled(model: nn.Module, dtype: torch.dtype) -> Iterator[bytes]:
     for name, tensor in sorted(model.named_parameters()):
         yield f"{name} {tuple(tensor.shape)}".encode()
-        if tensor.device.type != "meta":
-            flat = tensor.detach().reshape(-1)
+        # A tensor made of others, as torchao's are, is read by them.
+        inner = tensor.__tensor_flatten__()[0] if hasattr(type(tensor), "__tensor_flatten__") else None
+        for part in [tensor] if inner is None else [getattr(tensor, each) for each in inner]:
+            if part.device.type == "meta":
+                continue
+            flat = part.detach().reshape(-1)
             sample = flat[:: -(-max(len(flat), 1) // _SAMPLED_WEIGHTS)]
             yield tensor_bytes(sample.to(dtype) if sample.is_floating_point() else sample)
 
