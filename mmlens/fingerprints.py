@@ -147,8 +147,8 @@ def _sampled(model: nn.Module, dtype: torch.dtype) -> Iterator[bytes]:
     for name, tensor in sorted(model.named_parameters()):
         yield f"{name} {tuple(tensor.shape)}".encode()
         # A tensor made of others, as torchao's are, is read by them.
-        inner = tensor.__tensor_flatten__()[0] if hasattr(type(tensor), "__tensor_flatten__") else None
-        for part in [tensor] if inner is None else [getattr(tensor, each) for each in inner]:
+        flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+        for part in [tensor] if flatten is None else [getattr(tensor, each) for each in flatten()[0]]:
             if part.device.type == "meta":
                 continue
             flat = part.detach().reshape(-1)
