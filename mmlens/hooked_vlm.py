@@ -828,14 +828,20 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         goes_on = (
             ids is not None and self.span.first > 0 and ids.shape[1] < self.span.first + self.span.length
         )
-        if ids is not None and own is not None and not goes_on:
-            rows = own.repeat_interleave(self.copies(prompt), 0).to(ids)
-            # Without a cache, generated tokens follow the prompt.
-            if not torch.equal(ids[:, : own.shape[1]], rows):
+        # A run that goes on from a cache is given the rest of the prompt, or what was generated after it. The span may
+        # be of its last queries alone.
+        first = self.span.first + self.span.length - ids.shape[1] if ids is not None and goes_on else 0
+        if ids is not None and own is not None and first < own.shape[1]:
+            rows = own[:, first:].repeat_interleave(self.copies(prompt), 0).to(ids)
+            # Without a cache, generated tokens follow the prompt. From a cache, a part of the rest may be run.
+            known = ids[:, : rows.shape[1]]
+            if not torch.equal(known, rows[:, : known.shape[1]] if goes_on else rows):
                 raise InvalidValueError(
                     f"an intervention built for a prompt of [batch, pos] = {list(own.shape)} is run on another one of "
-                    f"{list(ids.shape)}: interventions are built for each prompt, intervention(model, prompt)"
+                    f"{list(ids.shape)}{f', after {first} positions in a cache' if first else ''}: interventions are "
+                    "built for each prompt, intervention(model, prompt)"
                 )
+        if ids is not None and own is not None and not goes_on:
             other = self._other_images(prompt)
             if other:
                 raise InvalidValueError(

@@ -120,9 +120,18 @@ def test_nan_of_a_patch_names_its_edit(micro: mmlens.HookedVLM) -> None:
     _, cache = micro.run_with_cache(prompt, names_filter="blocks.6.hook_resid_post")
     values = {"blocks.6.hook_resid_post": cache["resid_post", 6] * nan}
     patch = mmlens.patch("blocks.6.hook_resid_post", values)
-    with pytest.raises(ValueError, match=r"(Edit\(blocks.6.hook_resid_post|)[^|]*NaN"):
+    named = r"Edit\(blocks\.6\.hook_resid_post.*made NaN at blocks\.6\.hook_resid_post"
+    with pytest.raises(InvalidValueError, match=named):
         micro.run_with_hooks(prompt, fwd_hooks=patch(micro, prompt))
+    both = {"ablated": mmlens.ablate([(6, 0)]), "patched": patch}
+    with pytest.raises(InvalidValueError, match=r"NaN at blocks\.6\.hook_resid_post"):
+        mmlens.sweep(micro, prompt, both, mmlens.accuracy, progress=False)
     assert not left_behind(micro)
+    # The same values without NaN patch the prompt with itself.
+    own = mmlens.patch(
+        "blocks.6.hook_resid_post", {name: value.nan_to_num() for name, value in values.items()}
+    )
+    micro.run_with_hooks(prompt, fwd_hooks=own(micro, prompt))
 
 
 def test_backward_hooks_are_held_to_it_too() -> None:

@@ -93,7 +93,7 @@ def mean_activations(
     images where no example has any; UnknownHookError for a name that there is not.
 
     >>> model = HookedVLM.from_pretrained("micro")
-    >>> means = mean_activations(model, [Example("What?", "x")], hooks=["blocks.0.hook_mlp_out"])
+    >>> means = mean_activations(model, [Example("What colour is the K?", "red")], hooks=["blocks.0.hook_mlp_out"])
     >>> means["blocks.0.hook_mlp_out"].shape == (2, model.cfg.d_model)
     True
     """

@@ -1,0 +1,46 @@
+"""Interventions on a run that goes on from a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import mmlens
+from conftest import hooked, two_image_prompt
+from mmlens.errors import InvalidValueError
+from mmlens.hooked_vlm import HookNeverFiredError
+from mmlens.internals import CACHE_KEYWORDS
+from mmlens.keywords import forward_keywords
+
+
+@torch.no_grad()
+def test_a_run_that_goes_on_from_a_cache_is_edited_at_the_prompts_positions() -> None:
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+    ids, mask = prompt.inputs["input_ids"], prompt.inputs["attention_mask"]
+    key = next(name for name in CACHE_KEYWORDS if name in forward_keywords(model.hf_model))
+    cut = ids.shape[1] - 3
+
+    def goes_on(ids: Tensor, hooks: list[Any]) -> Tensor:
+        cache = DynamicCache()
+        before = {**prompt.inputs, "input_ids": ids[:, :cut], "attention_mask": mask[:, :cut]}
+        model(before, **{key: cache}, use_cache=True)
+        rest = {"input_ids": ids[:, cut:], "attention_mask": mask, key: cache}
+        return model.run_with_hooks(rest, fwd_hooks=hooks)
+
+    torch.testing.assert_close(goes_on(ids, []), model(prompt)[:, cut:], atol=1e-5, rtol=0)
+    for intervention in (mmlens.knockout("last", "image"), mmlens.ablate([(0, 1)], positions="last")):
+        hooks = intervention(model, prompt)
+        whole = model.run_with_hooks(prompt, fwd_hooks=intervention(model, prompt))[:, cut:]
+        assert not torch.allclose(whole, model(prompt)[:, cut:], atol=1e-3)
+        torch.testing.assert_close(goes_on(ids, list(hooks)), whole, atol=1e-5, rtol=0)
+        other = ids.clone()
+        other[:, -1] = 7
+        with pytest.raises(InvalidValueError, match=f"after {cut} positions in a cache"):
+            goes_on(other, list(intervention(model, prompt)))
+    with pytest.raises(HookNeverFiredError, match=r"image\.hook_embed"):
+        goes_on(ids, [("image.hook_embed", lambda x, hook: 0 * x)])
