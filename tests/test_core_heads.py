@@ -30,6 +30,29 @@ def result(micro: mmlens.HookedVLM) -> CoreHeads:
     return core_heads(micro, scenes(4, 1), scenes(5, 2), **SETTINGS)
 
 
+def test_modes_and_examples_are_checked_before_anything_runs(micro: mmlens.HookedVLM) -> None:
+    selection, evaluation = scenes(4, 1), scenes(5, 2)
+    for modes, said in (
+        ([], "modes.*at least 1"),
+        ("zero", "modes.*list"),
+        (["zero", "zero"], r"more than once: \['zero'\]"),
+        (["zero", "uniforme"], "uniforme.*uniform"),
+    ):
+        with pytest.raises((ValueError, KeyError, TypeError), match=said):
+            core_heads(micro, selection, evaluation, **{**SETTINGS, "modes": modes})
+    for splits, which in (
+        (([*selection, selection[0]], evaluation), "selection"),
+        ((selection, [*evaluation, evaluation[0]]), "evaluation"),
+    ):
+        with pytest.raises(ValueError, match=f"{which} split holds 1 example.*more than once"):
+            core_heads(micro, *splits, **SETTINGS)
+    # Without ids, what two examples show tells them apart.
+    nameless = [[dataclasses.replace(e, id="") for e in split] for split in (selection, evaluation)]
+    with pytest.raises(ValueError, match="share 1 example"):
+        core_heads(micro, nameless[0], [*nameless[1], nameless[0][0]], **SETTINGS)
+    assert len(core_heads(micro, *nameless, **{**SETTINGS, "modes": ["zero"]}).scores.top(1)) == 1
+
+
 @torch.no_grad()
 def test_zero_ablated_accuracy_is_that_of_the_plain_model_without_those_heads(
     micro: mmlens.HookedVLM, result: CoreHeads

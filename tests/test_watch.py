@@ -279,7 +279,9 @@ def test_a_second_thread_is_refused_while_hooks_are_live() -> None:
     with model.hooks(fwd_hooks=[(Z, zero), ("vision.blocks.0.hook_resid_pre", lambda x, hook: None)]):
         for label, run in runs.items():
             refused = in_thread(run)
-            assert isinstance(refused, StateError) and "hooks" in str(refused), label
+            assert isinstance(refused, StateError), label
+            for said in ("thread 'MainThread' has hooks set", "would run under them", "reset_hooks()"):
+                assert said in str(refused), label
         assert not torch.equal(model(prompt), clean)
     with mmlens.hybrid_attention(model, [(0, 0)], sink=1, window=2):
         assert isinstance(in_thread(runs["the bare model"]), StateError)
@@ -406,6 +408,39 @@ def test_gradients_in_a_cache() -> None:
     with torch.no_grad(), pytest.raises(StateError, match="no_grad"):
         model.run_with_cache(prompt, names_filter=Z, incl_bwd=loss)
     assert not left_behind(model)
+
+
+def test_gradients_of_the_loss_are_those_of_the_plain_model() -> None:
+    """Text alone, so that transformers' own loss of `labels` is the same: autograd without mmlens."""
+    model = hooked("llava")
+    prompt = model.prompt("What colour is the letter K?")
+    loss, cache = model.run_with_cache(prompt, names_filter=[Z, STREAM], incl_bwd=True, return_type="loss")
+    gathered = {
+        name: value.grad.clone()
+        for name, value in model.hf_model.named_parameters()
+        if value.grad is not None
+    }
+    model.hf_model.zero_grad()
+    plain = tiny.tiny_model("llava")
+    layer, kept = plain.model.language_model.layers[1], {}
+
+    def keep(name: str, value: Tensor) -> None:
+        value.retain_grad()
+        kept[name] = value
+
+    layer.register_forward_pre_hook(lambda module, args: keep(STREAM, args[0]))
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: keep(Z, args[0]))
+    expected = plain(**prompt.inputs, labels=prompt.inputs["input_ids"]).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for name, value in kept.items():
+        gradient = cache[f"{name}_grad"]
+        torch.testing.assert_close(gradient.reshape(value.shape), value.grad, atol=1e-7, rtol=1e-4)
+        assert gradient.abs().sum() > 0
+    of_plain = {name: value.grad for name, value in plain.named_parameters() if value.grad is not None}
+    assert gathered.keys() == of_plain.keys()
+    for name, gradient in of_plain.items():
+        torch.testing.assert_close(gathered[name], gradient, atol=1e-7, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -486,6 +486,20 @@ def test_a_layer_is_both_its_outputs() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("mode", "read"), [("mean", "z"), ("mean_query", "q")])
+def test_means_without_the_axis_of_text_and_image_are_refused(mode: str, read: str) -> None:
+    """Of a model with two heads, or two layers, they would be taken for text's and image's."""
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+    means = mean_activations(model, examples(2))
+    name = f"blocks.1.attn.hook_{read}"
+    for wrong in (means[name][0], means[name][:1], means[name][0][None, None], means[name].mean(0)):
+        with pytest.raises(ValueError, match=rf"means of {name} have shape .*2 kinds \(text, then image\)"):
+            mmlens.ablate([(1, 0)], mode, reference={**means, name: wrong})(model, prompt)
+    assert mmlens.ablate([(1, 0)], mode, reference=means)(model, prompt)
+
+
+@torch.no_grad()
 def test_means_count_only_what_an_image_gives() -> None:
     """Examples without images, in a batch of their own, do not count for image hook points."""
     model = hooked("llava")

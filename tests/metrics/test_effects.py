@@ -10,6 +10,7 @@ from typing import Any
 
 import jaxtyping
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.special
 import scipy.stats
@@ -33,6 +34,7 @@ from mmlens.metrics.outcomes import (
 )
 from mmlens.prompt import Prompt
 from mmlens.statistics import mean_interval, paired_difference_interval, ratio_interval
+from mmlens.sweeps.table import sweep
 
 CANDIDATES = ("red", "blue", "green", "white")
 
@@ -338,6 +340,36 @@ def test_on_the_micro_model_answers_are_right_clean_and_wrong_without_attention(
 
 
 # ---------------------------------------------------------------------- what hooks did
+
+
+@torch.no_grad()
+def test_a_metric_that_edits_its_logits_leaves_the_others_alone() -> None:
+    """In an effect, in a sweep, and of the clean logits."""
+
+    def spoils(logits: Tensor, prompt: Prompt) -> Tensor:
+        return logits[:, -1].zero_().sum(-1)
+
+    @reads("clean logits")
+    def spoils_both(logits: Tensor, prompt: Prompt, clean_logits: Tensor) -> Tensor:
+        clean_logits.fill_(7.0)
+        return logits[:, -1].fill_(3.0).mean(-1)
+
+    own = {"difference": logit_difference, "divergence": kl_to_clean}
+    alone = effect(model(), examples()[:3], zero_layer, own, batch_size=2)
+    among = {"spoils": spoils, "spoils both": spoils_both, **own, "spoils again": spoils}
+    found = effect(model(), examples()[:3], zero_layer, among, batch_size=2)
+    for name in own:
+        assert torch.equal(found[name].values, alone[name].values)
+        assert torch.equal(found[name].clean, alone[name].clean)
+    assert float(found["divergence"].values.min()) > 0
+    prompt = model().prompt_examples(examples()[:3])
+    heads = {"one": ablate([(1, 0)]), "two": ablate([(2, 1)])}
+    tables = [sweep(model(), prompt, heads, metrics, progress=False) for metrics in (own, among)]
+    key = ["intervention", "example", "metric"]
+    of_own, of_all = (
+        table[table["metric"].isin(own)].sort_values(key, ignore_index=True) for table in tables
+    )
+    pd.testing.assert_frame_equal(of_all[of_own.columns], of_own)
 
 
 def test_watched_hooks_measure_what_functions_return_or_edit_in_place() -> None:

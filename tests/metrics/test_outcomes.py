@@ -133,6 +133,20 @@ def test_padding_at_the_end_is_refused() -> None:
             metric(logits_with({}, {}), replace(prompt(), inputs=flipped))
 
 
+def test_nan_logits_are_refused_and_infinite_ones_are_not() -> None:
+    """A NaN wins or loses every comparison by accident; -inf is a token that is forbidden."""
+    spoilt = logits_with({}, {"white": 2})
+    spoilt[1, -1, 3] = torch.nan
+    for metric in METRICS:
+        with pytest.raises(ValueError, match=r"logits of example\(s\) \[1\] of the batch are NaN"):
+            metric(spoilt, prompt())
+    spoilt[1, -1, 3] = -torch.inf
+    # What stands at other positions ranks nothing.
+    spoilt[1, 0, 3] = torch.nan
+    for metric in METRICS:
+        assert bool(metric(spoilt, prompt()).isfinite().all())
+
+
 def test_rank_of_the_answer() -> None:
     logits = logits_with({"red": 5, "blue": 7, "green": 6}, {"white": 9, "blue": 1})
     assert answer_rank(logits, prompt()).tolist() == [3, 1]

@@ -759,6 +759,21 @@ def test_a_metric_that_reads_the_clean_run() -> None:
 # ---------------------------------------------------------------------- errors
 
 
+def test_a_metric_that_edits_its_logits_changes_no_score() -> None:
+    """Neither its own slopes, nor the clean logits that the comparison's other runs read."""
+    model, prompt, source = setting("qwen3_vl")
+
+    def in_place(logits: Tensor, prompt: Prompt) -> Tensor:
+        value = contrast(logits.clone(), prompt)
+        logits.mul_(0)
+        return value
+
+    plain = attribute(model, prompt, source, contrast, nodes="head")
+    edited = attribute(model, prompt, source, in_place, nodes="head")
+    for name in plain.scores:
+        assert torch.equal(plain.scores[name], edited.scores[name])
+
+
 def test_bad_arguments_are_errors() -> None:
     model, prompt, source = setting("llava")
     with pytest.raises(ValueError, match=r"'gradients'; the nearest: 'gradient'"):
