@@ -348,8 +348,12 @@ def device_of(value: object, name: str = "device") -> torch.device:
         raise InvalidValueError(f"{name} is {value!r}; expected {expected}") from None
 
 
-def called(name: str, value: object, expected: str, *, n_arguments: int | None = None) -> Callable[..., Any]:
-    """A function, or anything else that can be called; a class is none. `n_arguments`: it takes so many by place.
+def called(
+    name: str, value: object, expected: str, *, n_arguments: int | None = None, keywords: Iterable[str] = ()
+) -> Callable[..., Any]:
+    """A function, or anything else that can be called; a class is none.
+
+    `n_arguments`: it takes so many by place, and these `keywords` by name.
 
     >>> called("metric", lambda logits: logits, "a function (logits, prompt)", n_arguments=2)
     Traceback (most recent call last):
@@ -364,7 +368,7 @@ def called(name: str, value: object, expected: str, *, n_arguments: int | None =
         except (ValueError, TypeError):
             return value
         try:
-            signature.bind(*[None] * n_arguments)
+            signature.bind(*[None] * n_arguments, **dict.fromkeys(keywords))
         except TypeError:
             raise InvalidTypeError(
                 f"{name} is {shown(value)}; expected {expected}: it takes {signature}"

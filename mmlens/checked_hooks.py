@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmlens.arguments import called
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.internals import place_of
 
@@ -21,8 +22,8 @@ class CheckedHook:
     `edits_in_place = False`, which spares a look at what it is handed.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], is_backward: bool = False) -> None:
+        self.function, self.is_backward = function, is_backward
         self.calls = 0
         self._is_trusted = getattr(function, "reads_only", False) or getattr(function, "is_checked", False)
         # Not known of a user's function before its first call.
@@ -42,7 +43,8 @@ class CheckedHook:
         # A tensor of inference mode does not count its changes.
         is_changed = version is None or x._version != version
         # A backward hook may give its gradient in a tuple of one.
-        result = given[0] if isinstance(given, tuple) and len(given) == 1 else given
+        in_tuple = self.is_backward and isinstance(given, tuple) and len(given) == 1
+        result = given[0] if in_tuple else given
         if result is None or result is x:
             if not is_changed:
                 self._edits_in_place = False
@@ -93,6 +95,17 @@ class CheckedHook:
                 f"the hook {self} left {int(infinite.sum())} queries at {name} without a finite largest score, and "
                 "the softmax of such a row is NaN: block keys with -inf, but not all of a query's"
             )
+
+
+def hook_function(name: str, value: object) -> Callable[..., Any]:
+    """A function that a hook point can call; InvalidTypeError for anything else.
+
+    >>> hook_function("hook", lambda z: 0 * z)
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidTypeError: hook is <function ...; expected a function (activation, hook): it takes (z)
+    """
+    return called(name, value, "a function (activation, hook)", n_arguments=1, keywords=["hook"])
 
 
 def described(function: Callable[..., Any]) -> str:

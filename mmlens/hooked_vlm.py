@@ -40,7 +40,7 @@ from mmlens.arguments import (
 )
 from mmlens.attention import AttentionTap, QueryRows, tap_attention, untap_attention
 from mmlens.cache import VLMActivationCache, is_packed
-from mmlens.checked_hooks import CheckedHook
+from mmlens.checked_hooks import CheckedHook, hook_function
 from mmlens.data.examples import Example, examples_of
 from mmlens.errors import (
     InvalidTypeError,
@@ -126,6 +126,7 @@ def hooks_in(name: str, value: object) -> list[Hook]:
         is_pair = isinstance(hook, (tuple, list)) and len(hook) == 2
         if not is_pair or not (isinstance(hook[0], str) or callable(hook[0])) or not callable(hook[1]):
             raise InvalidTypeError(f"{name} holds {shown(hook)}; expected {expected}")
+        hook_function(f"the function of {name} at {shown(hook[0])}", hook[1])
     return hooks
 
 
@@ -551,8 +552,6 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
 
     def add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens; raises UnknownHookError where `name` means no hook point."""
-        for hook in args[:1]:
-            called("hook", hook, "a function (tensor, hook)")
         for known in self.hook_names(name):
             super().add_hook(known, *args, **kwargs)
 
@@ -1078,7 +1077,9 @@ class HookBlock(OpenBlock[HookedVLM]):
     ) -> None:
         self.model = model
         self._forward = [(model.hook_names(name), CheckedHook(hook)) for name, hook in fwd_hooks]
-        self._backward = [(model.hook_names(name), CheckedHook(hook)) for name, hook in bwd_hooks]
+        self._backward = [
+            (model.hook_names(name), CheckedHook(hook, is_backward=True)) for name, hook in bwd_hooks
+        ]
         self._resets, self._clears_contexts = reset_hooks_end, clear_contexts
         self._prepends = prepend
         """The hooks act before those already set."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers.utils import ModelOutput
 
-from mmlens.checked_hooks import CheckedHook
+from mmlens.checked_hooks import CheckedHook, hook_function
 from mmlens.errors import InvalidValueError, UnsupportedError
 from mmlens.families.anatomy import Projection
 from mmlens.internals import Side, attach, detach, drop_unlisted, has_functions
@@ -54,7 +54,10 @@ class LazyHookPoint(HookPoint):
     def add_hook(self, hook: Any, *args: Any, **kwargs: Any) -> LensHandle:
         """As in TransformerLens. Raises StateError where another thread, or another HookedVLM of the same Hugging
         Face model, has hooks set."""
-        checked = hook if isinstance(hook, CheckedHook) else CheckedHook(hook)
+        is_backward = "bwd" in (*args[:1], kwargs.get("dir"))
+        checked = (
+            hook if isinstance(hook, CheckedHook) else CheckedHook(hook_function("hook", hook), is_backward)
+        )
         handles: list[LensHandle] = []
 
         def add() -> None:

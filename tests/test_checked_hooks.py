@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -132,6 +133,46 @@ def test_nan_of_a_patch_names_its_edit(micro: mmlens.HookedVLM) -> None:
         "blocks.6.hook_resid_post", {name: value.nan_to_num() for name, value in values.items()}
     )
     micro.run_with_hooks(prompt, fwd_hooks=own(micro, prompt))
+
+
+@torch.no_grad()
+def test_functions_that_no_hook_point_can_call_are_refused_when_they_are_set() -> None:
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+
+    def other_name(z: Tensor, point: Any) -> Tensor:
+        return z
+
+    for function in (lambda z: z, other_name, lambda z, hook, layer: z):
+        for refused in (
+            lambda function=function: model.run_with_hooks(prompt, fwd_hooks=[(STREAM, function)]),
+            lambda function=function: model.add_hook(STREAM, function),
+            lambda function=function: model.hook_dict[STREAM].add_hook(function),
+        ):
+            with pytest.raises(
+                InvalidTypeError, match=r"expected a function \(activation, hook\): it takes \(z"
+            ):
+                refused()
+    assert not left_behind(model)
+    clean = model(prompt)
+    for allowed in (
+        lambda z, hook: z,
+        lambda z, hook=None: z,
+        lambda z, **more: z,
+        partial(lambda z, hook, layer: z, layer=1),
+    ):
+        assert torch.equal(model.run_with_hooks(prompt, fwd_hooks=[(STREAM, allowed)]), clean)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["blocks.0.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.attn.hook_pattern"]
+)
+def test_a_tuple_is_no_activation(name: str) -> None:
+    """A backward hook may give one, as in torch."""
+    model = hooked("llava")
+    with pytest.raises(InvalidTypeError, match=f"gave tuple at {name}"):
+        model.run_with_hooks(two_image_prompt(model), fwd_hooks=[(name, lambda x, hook: (x,))])
 
 
 def test_backward_hooks_are_held_to_it_too() -> None:
