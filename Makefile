@@ -43,17 +43,19 @@ VERSIONED := tests/families tests/test_internals.py tests/test_prompt.py tests/t
 
 test-versions: test-torchvision test-previous
 
-# What `pip install torch torchvision` gives on Linux: torch's CUDA build, which also runs without a GPU.
+# What `pip install torch torchvision` gives on Linux: torch's CUDA build, which also runs without a GPU. Packages for
+# quantised weights are there too.
 TORCHVISION := $(VENV)-torchvision
 
 test-torchvision: $(TORCHVISION)/.installed
-	OMP_NUM_THREADS=1 $(TORCHVISION)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(VERSIONED)
+	OMP_NUM_THREADS=1 $(TORCHVISION)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(VERSIONED) \
+		tests/test_quantised.py
 
 $(TORCHVISION)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TORCHVISION)
 	$(TORCHVISION)/bin/python -m pip install -q torch==2.14.1 torchvision==0.29.1
 	grep -v '^torch==' constraints.txt > $(TORCHVISION)/constraints.txt
-	$(TORCHVISION)/bin/python -m pip install -q -c $(TORCHVISION)/constraints.txt -e ".[test]"
+	$(TORCHVISION)/bin/python -m pip install -q -c $(TORCHVISION)/constraints.txt -e ".[test,quantised]"
 	touch $@
 
 # The oldest transformers that pyproject.toml admits, laid over the environment of the newest.

@@ -77,7 +77,11 @@ def largest_logit(logits: Tensor) -> float:
 def generate(
     model: mmlens.HookedVLM, prompt: Prompt, n_tokens: int, hooks: Sequence[Hook], **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Greedy decoding of exactly `n_tokens` under hooks: the token ids, and the logits of each step."""
+    """Greedy decoding of exactly `n_tokens` under hooks: the token ids, and the logits of each step.
+
+    Random weights may choose the token that stands for an image's part, which without a cache is one too many.
+    """
+    visual = prompt.inputs["input_ids"][prompt.token_map.is_image].unique().tolist()
     with model.hooks(fwd_hooks=list(hooks)):
         out = model.hf_model.generate(
             **prompt.inputs,
@@ -86,6 +90,7 @@ def generate(
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
+            suppress_tokens=visual or None,
             **options,
         )
     return out.sequences, torch.stack(out.logits)
