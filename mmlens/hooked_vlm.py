@@ -835,10 +835,19 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             # Without a cache, generated tokens follow the prompt. From a cache, a part of the rest may be run.
             known = ids[:, : rows.shape[1]]
             if not torch.equal(known, rows[:, : known.shape[1]] if goes_on else rows):
+                is_part = (
+                    not first
+                    and known.shape[1] < rows.shape[1]
+                    and torch.equal(known, rows[:, : known.shape[1]])
+                )
                 raise InvalidValueError(
                     f"an intervention built for a prompt of [batch, pos] = {list(own.shape)} is run on another one of "
                     f"{list(ids.shape)}{f', after {first} positions in a cache' if first else ''}: interventions are "
                     "built for each prompt, intervention(model, prompt)"
+                    + (
+                        ". This one is its beginning: run the prompt whole (without prefill_chunk_size)"
+                        * is_part
+                    )
                 )
         if ids is not None and own is not None and not goes_on:
             other = self._other_images(prompt)

@@ -12,11 +12,12 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
-from mmlens.arguments import known_keywords
-from mmlens.errors import InvalidTypeError
+from mmlens.arguments import known_keywords, shown, unknown_name_message
+from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.internals import renamed_keywords
 
 _ALWAYS_READ = (
@@ -71,6 +72,49 @@ NOT_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "return_input_tokens": ((False,), "the prompt's ids are its inputs['input_ids']"),
 }
 """TransformerLens' options that a Hugging Face model does not know: values that ask for nothing, and what to do."""
+
+
+_AS_THEY_ARE = "weights stay as they are: nothing is folded or centred"
+_WRAPPED = "HookedVLM(hf_model, processor) wraps what was loaded apart"
+
+NOT_SERVED_BY_LOADING: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "device": (("cpu",), "transformers' option is device_map, such as device_map='cuda'"),
+    "n_devices": ((1,), "device_map='auto' spreads the layers over all devices"),
+    "move_to_device": ((True,), "transformers' option is device_map"),
+    "fold_ln": ((False,), _AS_THEY_ARE),
+    "center_writing_weights": ((False,), _AS_THEY_ARE),
+    "center_unembed": ((False,), _AS_THEY_ARE),
+    "fold_value_biases": ((False,), _AS_THEY_ARE),
+    "refactor_factored_attn_matrices": ((False,), _AS_THEY_ARE),
+    "hf_model": ((), _WRAPPED),
+    "tokenizer": ((), _WRAPPED),
+    "processor": ((), _WRAPPED),
+    "default_prepend_bos": ((), _IDS_AS_THEY_ARE),
+    "default_padding_side": (("left",), "prompts are padded on the left"),
+    "first_n_layers": ((), "a model is loaded whole"),
+    "checkpoint_index": ((), "a checkpoint on the hub is a revision: revision=..."),
+    "checkpoint_value": ((), "a checkpoint on the hub is a revision: revision=..."),
+    "load_in_8bit": ((False,), "quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True)"),
+    "load_in_4bit": ((False,), "quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True)"),
+}
+"""Options of TransformerLens' from_pretrained, and old ones of transformers': as NOT_SERVED."""
+
+_LOADING = (
+    "attn_implementation",
+    "cache_dir",
+    "device_map",
+    "dtype",
+    "force_download",
+    "local_files_only",
+    "max_memory",
+    "offload_folder",
+    "quantization_config",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""What people pass to transformers' from_pretrained, to name the nearest of."""
 
 
 def forward_keywords(model: PreTrainedModel) -> frozenset[str]:
@@ -129,6 +173,45 @@ def check_forward(
     return served
 
 
+def check_loading(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` without what asks for nothing. What else transformers does not know it refuses itself: `load_error`.
+
+    Raises InvalidTypeError for an option of TransformerLens' alone, InvalidValueError for a dtype that there is not.
+    """
+    served = _without_idle({**given}, (), NOT_SERVED_BY_LOADING, "from_pretrained takes no {}")
+    for name in ("dtype", "torch_dtype"):
+        value = served.get(name)
+        for dtype in value.values() if isinstance(value, dict) else [value]:
+            _check_dtype(name, dtype)
+    return served
+
+
+def load_error(given: Iterable[str], error: TypeError) -> Exception:
+    """transformers' error, or, where that is about an unknown option, one that names it and the nearest."""
+    unknown = [name for name in given if f"unexpected keyword argument '{name}'" in str(error)]
+    if not unknown:
+        return error
+    message = unknown_name_message("option", unknown[0], _LOADING)
+    return InvalidTypeError(
+        f"from_pretrained: {message}. Neither transformers' loading nor the model's configuration knows it; options "
+        "of a processor are for AutoProcessor.from_pretrained: HookedVLM(hf_model, processor)"
+    )
+
+
+def _check_dtype(name: str, dtype: object) -> None:
+    if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
+        return
+    known = sorted({str(value).removeprefix("torch.") for value in vars(torch).values() if _is_float(value)})
+    if not isinstance(dtype, str):
+        raise InvalidTypeError(f"{name} is {shown(dtype)}; expected a torch.dtype, such as torch.bfloat16")
+    if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
+        raise InvalidValueError(unknown_name_message(name, dtype, ["auto", *known]))
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, torch.dtype) and value.is_floating_point
+
+
 def check_generate(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` without what asks for nothing; InvalidTypeError for an option of TransformerLens' alone.
 
@@ -153,12 +236,15 @@ def _generate_keywords(model: PreTrainedModel) -> Collection[str]:
     return forward_keywords(model) | _explicit(type(model).generate) | options
 
 
-def _without_idle(given: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
-    for name in [name for name in given if name in NOT_SERVED and name not in own]:
-        idle, instead = NOT_SERVED[name]
+def _without_idle(
+    given: dict[str, Any],
+    own: Collection[str],
+    not_served: Mapping[str, tuple[tuple[Any, ...], str]] = NOT_SERVED,
+    refused: str = "HookedVLM takes no {} here, which transformers would drop in silence",
+) -> dict[str, Any]:
+    for name in [name for name in given if name in not_served and name not in own]:
+        idle, instead = not_served[name]
         value = given.pop(name)
-        if value is not None and not any(value is same for same in idle):
-            raise InvalidTypeError(
-                f"HookedVLM takes no {name} here, which transformers would drop in silence: {instead}"
-            )
+        if value is not None and not any(type(value) is type(same) and value == same for same in idle):
+            raise InvalidTypeError(f"{refused.format(name)}: {instead}")
     return given

@@ -24,9 +24,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mmlens import adapters, internals
 from mmlens.arguments import instance_of, shown, unknown_name_message
-from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError
+from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError, UnsupportedError
 from mmlens.families.catalog import FAMILIES, UnknownFamilyError, family_of
 from mmlens.families.processors import load_processor
+from mmlens.keywords import check_loading, load_error
 
 _SHIPPED_FOLDER = Path(__file__).parent / "micro"
 _HUB_OPTIONS = (
@@ -103,6 +104,7 @@ def load(name_or_path: str | Path | Any, **hf_options: Any) -> tuple[PreTrainedM
     base = adapters.adapter_base(source)
     if base is not None:
         return _load_adapted(source, base, hf_options)
+    hf_options = check_loading(hf_options)
     hf_options.setdefault("trust_remote_code", False)
     hub_options = {key: hf_options[key] for key in _HUB_OPTIONS if key in hf_options}
     if hf_options.pop("output_loading_info", False):
@@ -120,14 +122,25 @@ def load(name_or_path: str | Path | Any, **hf_options: Any) -> tuple[PreTrainedM
         processor = load_processor(source, **hub_options)
     except (OSError, HfHubHTTPError) as error:
         raise ModelNotFoundError(_explain(source, error)) from error
+    except MmlensError:
+        raise
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise RemoteCodeError(
-            f"{source!r} has code of its own, which runs only where the call asks for it: look through it, then pass "
-            "trust_remote_code=True"
+        if "trust_remote_code" in str(error):
+            raise RemoteCodeError(
+                f"{source!r} has code of its own, which runs only where the call asks for it: look through it, then "
+                "pass trust_remote_code=True"
+            ) from error
+        raise InvalidValueError(f"{str(name_or_path)!r} cannot be loaded so: {error}") from error
+    except TypeError as error:
+        raise load_error(hf_options, error) from error
+    except (ImportError, AssertionError) as error:
+        # A package, or a kind of device, that this machine lacks.
+        raise UnsupportedError(
+            f"{str(name_or_path)!r} cannot be loaded so on this machine: {error}"
         ) from error
     except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
         # Shapes that differ: transformers names the tensors.
         raise IncompleteModelError(
             f"the weights in {source!r} do not fit its configuration: {error}"
@@ -184,7 +197,14 @@ def checked_model(model: Any) -> PreTrainedModel:
             "TransformerBridge": "mmlens.from_bridge(bridge) takes one over",
             "HookedVLM": "it is wrapped already; its Hugging Face model is .hf_model",
         }
-        way = ways.get(type(model).__name__, "HookedVLM.from_pretrained(name or folder) loads one")
+        # torch.compile and parallel wrappers hold the model.
+        held = next(
+            (n for n in ("_orig_mod", "module") if isinstance(getattr(model, n, None), PreTrainedModel)), ""
+        )
+        loads = "HookedVLM.from_pretrained(name or folder) loads one"
+        way = (
+            f"it holds one, .{held}, to wrap in its place" if held else ways.get(type(model).__name__, loads)
+        )
         raise InvalidTypeError(f"HookedVLM wraps a Hugging Face model, not {shown(model)}: {way}")
     if taken.config.model_type not in FAMILIES and taken.config.get_text_config() is taken.config:
         raise UnknownFamilyError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import mmlens
 from conftest import QUESTION
 from mmlens import loading
-from mmlens.errors import InvalidTypeError
+from mmlens.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from mmlens.families.catalog import FAMILIES, UnknownFamilyError
 from mmlens.loading import IncompleteModelError, ModelNotFoundError, RemoteCodeError, shipped_models
 
@@ -274,6 +275,10 @@ def test_a_wrapped_model_and_a_text_model_are_told() -> None:
 
     with pytest.raises(InvalidTypeError, match=r"wrapped already; its Hugging Face model is \.hf_model"):
         mmlens.HookedVLM(mmlens.HookedVLM(tiny.tiny_model("llava")))
+    parallel = torch.nn.DataParallel(tiny.tiny_model("llava"))
+    with pytest.raises(InvalidTypeError, match=r"it holds one, \.module, to wrap"):
+        mmlens.HookedVLM(parallel)
+    assert mmlens.HookedVLM(parallel.module)
     text = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
@@ -291,6 +296,53 @@ def test_a_tokenizer_is_no_processor() -> None:
         with pytest.raises(InvalidTypeError, match="AutoProcessor.from_pretrained"):
             mmlens.HookedVLM(tiny.tiny_model("llava"), wrong)
     assert mmlens.HookedVLM(tiny.tiny_model("llava"), None).processor is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"device": "cuda"}, InvalidTypeError, "takes no device: .*device_map='cuda'"),
+        ({"fold_ln": True}, InvalidTypeError, "takes no fold_ln: weights stay as they are"),
+        ({"load_in_8bit": True}, InvalidTypeError, "BitsAndBytesConfig"),
+        ({"processor": None, "tokenizer": "x"}, InvalidTypeError, r"takes no tokenizer: HookedVLM\(hf_model"),
+        ({"dtyp": torch.float16}, InvalidTypeError, "no option 'dtyp'; the nearest: 'dtype'"),
+        ({"trust_remote_cod": True}, InvalidTypeError, "the nearest: 'trust_remote_code'"),
+        ({"max_pixels": 1000}, InvalidTypeError, "options of a processor are for AutoProcessor"),
+        ({"dtype": "bfloat"}, InvalidValueError, "there is no dtype 'bfloat'; the nearest: 'bfloat16'"),
+        ({"dtype": "tensor"}, InvalidValueError, "there is no dtype 'tensor'"),
+        ({"dtype": {"text_config": float}}, InvalidTypeError, "dtype is .*expected a torch.dtype"),
+        ({"attn_implementation": "sdpaa"}, InvalidValueError, "'micro' cannot be loaded so: .*sdpaa"),
+        ({"device_map": "gpu"}, InvalidValueError, "'micro' cannot be loaded so: .*gpu"),
+        pytest.param(
+            {"device_map": "cuda"},
+            (UnsupportedError, RuntimeError),
+            "CUDA|NVIDIA",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_options_that_loading_does_not_know(
+    options: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        mmlens.HookedVLM.from_pretrained("micro", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"device": "cpu", "fold_ln": False, "center_unembed": False, "tokenizer": None}, torch.float32),
+        ({"dtype": "half"}, torch.float16),
+        ({"dtype": "auto", "device_map": "cpu"}, torch.float32),
+        ({"dtype": {"text_config": torch.bfloat16, "": "float32"}}, torch.float32),
+        ({"attn_implementation": "eager", "revision": "main", "token": None}, torch.float32),
+        # An option of the model's configuration.
+        ({"tie_word_embeddings": True}, torch.float32),
+    ],
+)
+def test_options_that_ask_for_what_there_is_are_served(options: dict[str, Any], dtype: torch.dtype) -> None:
+    model = mmlens.HookedVLM.from_pretrained("micro", **options)
+    assert next(model.hf_model.model.visual.parameters()).dtype == dtype
 
 
 @pytest.mark.parametrize("name", [3, None, ["micro"]])

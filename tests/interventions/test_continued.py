@@ -44,3 +44,13 @@ def test_a_run_that_goes_on_from_a_cache_is_edited_at_the_prompts_positions() ->
             goes_on(other, list(intervention(model, prompt)))
     with pytest.raises(HookNeverFiredError, match=r"image\.hook_embed"):
         goes_on(ids, [("image.hook_embed", lambda x, hook: 0 * x)])
+
+
+@torch.no_grad()
+def test_a_prompt_in_chunks_is_refused_with_what_to_leave_out() -> None:
+    model = hooked("qwen3_vl")
+    prompt = model.prompt("What colour is the letter K?")
+    with model.hooks(fwd_hooks=mmlens.ablate([(0, 1)], positions="last")(model, prompt)):
+        with pytest.raises(InvalidValueError, match="is its beginning: .*without prefill_chunk_size"):
+            model.generate(prompt, max_new_tokens=2, prefill_chunk_size=3)
+        assert model.generate(prompt, max_new_tokens=2).shape[1] == prompt.shape[1] + 2
