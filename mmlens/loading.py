@@ -100,7 +100,7 @@ def load(name_or_path: str | Path | Any, **hf_options: Any) -> tuple[PreTrainedM
     instance_of(
         "name_or_path", name_or_path, (str, Path), "a shipped model's name, a folder, or 'owner/name'"
     )
-    source = _resolve(str(name_or_path))
+    source = model_source(str(name_or_path))
     base = adapters.adapter_base(source)
     if base is not None:
         return _load_adapted(source, base, hf_options)
@@ -239,7 +239,14 @@ def _check_takes_images(config: PretrainedConfig) -> None:
         )
 
 
-def _resolve(name: str) -> str:
+def model_source(name: str) -> str:
+    """Where a model is: a folder, which a shipped model's is too, or its name on the hub, which is not asked.
+
+    >>> model_source("mikro")
+    Traceback (most recent call last):
+        ...
+    mmlens.loading.ModelNotFoundError: there is no shipped model or folder 'mikro'; the nearest: 'micro'. A model ...
+    """
     if name in shipped_models():
         return str(_SHIPPED_FOLDER / name)
     path = Path(name).expanduser()

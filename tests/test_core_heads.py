@@ -188,6 +188,7 @@ def test_the_command_runs_on_a_folder_of_examples(tmp_path: Path) -> None:
         (["--model", "./nowhere", "--data", "."], "no folder of examples|no examples.jsonl"),
         (["--model", "micro", "--data", "nowhere"], "no folder of examples 'nowhere'"),
         (["--model", "Qwen/Qwen3-VL-4B-Instruct"], "needs --data"),
+        (["--model", "mikro"], "no shipped model or folder 'mikro'; the nearest: 'micro'"),
     ],
 )
 def test_user_errors_are_one_line(

@@ -31,7 +31,7 @@ from mmlens.experiments.core_heads import CORE_HEADS
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.files import path_within, read_json, read_parquet
 from mmlens.hooked_vlm import HookedVLM
-from mmlens.loading import scene_kinds, shipped_models
+from mmlens.loading import model_source, scene_kinds, shipped_models
 from mmlens.provenance import code_fingerprint, data_fingerprint, describe_model, machine, versions
 from mmlens.runs.folder import check_folder, written_at_once
 from mmlens.runs.methods import bibliography, filled_method, methods_text
@@ -174,13 +174,16 @@ def _frozen(value: Any) -> Any:
 def splits(request: Request) -> tuple[list[Example], list[Example]]:
     """The examples to choose heads on, and those to judge them on.
 
-    Raises DataError where a model that does not come with the package is given no data.
+    Raises DataError where a model that does not come with the package is given no data, ModelNotFoundError for a name
+    that is none.
     """
     if request.data is not None:
         examples = load_examples(request.data, images_outside=request.images_outside)
         return split_examples(examples, request.selection_share, request.seed)
     trained_on = scene_kinds(request.model)
     if trained_on is None:
+        # A name that is misspelt is no model without data.
+        model_source(request.model)
         raise DataError(
             f"--model {request.model} needs --data FOLDER, a folder of examples (docs/data.md); generated scenes "
             f"are for models trained on them, such as the shipped ones: {', '.join(shipped_models())}"
