@@ -1,4 +1,4 @@
-"""What a hook function may give: nothing, or a tensor like the one it was handed, without new NaN."""
+"""What a hook function may give: nothing, or a tensor like the one it was handed, without new NaN or infinities."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class CheckedHook:
         if self._is_trusted or not isinstance(x, Tensor):
             return self.function(x, hook=hook)
         like = _kind(x)
-        had_nan = self._edits_in_place and has_nan(x)
+        # Scores of -inf are keys that are blocked.
+        is_wrong = torch.isnan if hook.name.endswith("hook_attn_scores") else _is_not_finite
+        was_wrong = self._edits_in_place and _has(is_wrong, x)
         version = None if x.is_inference() else x._version
         given = self.function(x, hook=hook)
         # A tensor of inference mode does not count its changes.
@@ -52,9 +54,14 @@ class CheckedHook:
             result = x
         self._edits_in_place = is_changed and self._edits_in_place
         self._check_kind(result, like, hook.name)
-        if has_nan(result) and not had_nan and (is_changed or bool((result.isnan() & ~x.isnan()).any())):
+        if (
+            _has(is_wrong, result)
+            and not was_wrong
+            and (is_changed or bool((is_wrong(result) & ~is_wrong(x)).any()))
+        ):
+            what = "NaN" if bool(result.isnan().any()) else "infinite values"
             raise InvalidValueError(
-                f"the hook {self} made NaN at {hook.name}, where there was none: every number after it would be NaN"
+                f"the hook {self} made {what} at {hook.name}, where there was none: numbers after it would be NaN"
             )
         if hook.name.endswith("hook_attn_scores"):
             self._check_rows(result, None if is_changed else x, hook.name)
@@ -115,12 +122,19 @@ def described(function: Callable[..., Any]) -> str:
     return place_of(function) or (f"partial({described(inner)}, ...)" if callable(inner) else repr(function))
 
 
-def has_nan(x: Tensor) -> bool:
-    """Whether a tensor holds NaN. Its sum alone is asked where it holds none."""
+def _is_not_finite(x: Tensor) -> Tensor:
+    return ~x.isfinite()
+
+
+def _has(is_wrong: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether a tensor holds such a value, NaN or an infinity. Its sum alone is asked where it is finite."""
     if not x.is_floating_point() or x.is_meta:
         return False
     x = x.detach()
-    return math.isnan(x.sum().item()) and bool(torch.isnan(x).any())
+    total = x.sum().item()
+    # The sum of finite numbers of half precision may be infinite.
+    may_be = math.isnan(total) if is_wrong is torch.isnan else not math.isfinite(total)
+    return may_be and bool(is_wrong(x).any())
 
 
 def _kind(x: Tensor) -> tuple[Any, ...]:

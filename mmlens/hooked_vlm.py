@@ -564,7 +564,8 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
     ) -> HookBlock:
         """Hooks that live as long as the block, as in TransformerLens.
 
-        A hook function gives None, or the whole activation in its shape, dtype and device, without new NaN.
+        A hook function gives None, or the whole activation in its shape, dtype and device, without new NaN or
+        infinities; scores of -inf block keys.
 
         Raises UnknownHookError before anything runs where a name means nothing, and HookNeverFiredError at
         the end where the model ran inside the block and a forward hook never fired; StateError where another thread

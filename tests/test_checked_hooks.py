@@ -24,6 +24,10 @@ def in_place(x: Tensor, hook: Any) -> None:
     x[:, -1] = nan
 
 
+def filled(x: Tensor, hook: Any) -> None:
+    x[0] = -torch.inf
+
+
 BAD: dict[str, tuple[str, Callable[..., Any], type[Exception], str]] = {
     "one position": (STREAM, lambda x, hook: x[:, -1:], InvalidValueError, "shape"),
     "one head": (Z, lambda x, hook: x[:, :, :1], InvalidValueError, "shape"),
@@ -41,6 +45,9 @@ BAD: dict[str, tuple[str, Callable[..., Any], type[Exception], str]] = {
     "two tensors": (STREAM, lambda x, hook: (x, x), InvalidTypeError, "tuple"),
     "NaN": (STREAM, lambda x, hook: x * nan, InvalidValueError, "NaN"),
     "NaN in place": (STREAM, in_place, InvalidValueError, "NaN"),
+    "infinity": (Z, lambda x, hook: x * torch.inf, InvalidValueError, "made NaN|infinite values"),
+    "overflow": (STREAM, lambda x, hook: x.sign() * 3e38 * 10, InvalidValueError, "infinite values"),
+    "minus infinity in place": (IMAGE, filled, InvalidValueError, "infinite values"),
     "no key left": (SCORES, lambda x, hook: x * 0 - torch.inf, InvalidValueError, "finite"),
     "infinite scores": (SCORES, lambda x, hook: x + torch.inf, InvalidValueError, "finite"),
 }
@@ -96,6 +103,8 @@ def test_what_a_hook_may_give() -> None:
     assert model.run_with_hooks(prompt, fwd_hooks=[(SCORES, blocked)]).isfinite().all()
     with torch.inference_mode():
         torch.testing.assert_close(model.run_with_hooks(prompt, fwd_hooks=[(STREAM, zero_last)]), under[0])
+    # Large numbers whose sum overflows are finite, each of them.
+    model.run_with_hooks(prompt, fwd_hooks=[(STREAM, lambda x, hook: x * 0 + 1e37)])
 
 
 @torch.no_grad()
