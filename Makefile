@@ -36,7 +36,7 @@ tests: $(INSTALLED)
 
 # All families in full, the notebooks, and noise over 200 seeds.
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	$(PYTEST) --no-loadscope-reorder -m slow
 
 # What reads transformers' models, processors, caches and attention.
 VERSIONED := tests/families tests/test_internals.py tests/test_prompt.py tests/test_hooked_vlm.py tests/interventions

@@ -20,7 +20,11 @@ QUESTION = "What colour is the letter K?"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Families that the installed transformers itself does not run are skipped, by that release alone."""
+    """Families that the installed transformers itself does not run are skipped, by that release alone.
+
+    Tests of minutes begin first, so that no process waits for another's at the end.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
     broken = {name: pytest.mark.skip(reason=refusal(name)) for name in BROKEN if refusal(name)}
     for item in items:
         call = getattr(item, "callspec", None)

@@ -305,6 +305,7 @@ def error_after(command: subprocess.Popen[str], stop: signal.Signals) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("jobs", ["1", "2"])
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_command_stopped_from_outside_can_be_given_again(

@@ -62,6 +62,7 @@ def test_there_are_notebooks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_without_an_error_or_a_warning(name: str, tmp_path: Path) -> None:
     run = executed(ROOT / "docs" / name, tmp_path)

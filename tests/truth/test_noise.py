@@ -35,7 +35,9 @@ def assert_nothing_found(p_values: Sequence[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize(
-    "n_seeds", [20, pytest.param(200, marks=pytest.mark.slow)], ids=["20 seeds", "200 seeds"]
+    "n_seeds",
+    [20, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.minutes])],
+    ids=["20 seeds", "200 seeds"],
 )
 def test_random_models_have_no_significant_heads(n_seeds: int) -> None:
     of_seeds = [noise_p_values("llava", seed) for seed in range(n_seeds)]
