@@ -122,11 +122,15 @@ def hooks_in(name: str, value: object) -> list[Hook]:
     """
     expected = "a list of (hook name, function) pairs"
     hooks = listed(name, value, expected)
+    # One function often stands at hundreds of hook points, and reading a signature takes time: each is looked at once.
+    seen: set[int] = set()
     for hook in hooks:
         is_pair = isinstance(hook, (tuple, list)) and len(hook) == 2
         if not is_pair or not (isinstance(hook[0], str) or callable(hook[0])) or not callable(hook[1]):
             raise InvalidTypeError(f"{name} holds {shown(hook)}; expected {expected}")
-        hook_function(f"the function of {name} at {shown(hook[0])}", hook[1])
+        if id(hook[1]) not in seen:
+            seen.add(id(hook[1]))
+            hook_function(f"the function of {name} at {shown(hook[0])}", hook[1])
     return hooks
 
 
@@ -835,20 +839,13 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
             rows = own[:, first:].repeat_interleave(self.copies(prompt), 0).to(ids)
             # Without a cache, generated tokens follow the prompt. From a cache, a part of the rest may be run.
             known = ids[:, : rows.shape[1]]
-            if not torch.equal(known, rows[:, : known.shape[1]] if goes_on else rows):
-                is_part = (
-                    not first
-                    and known.shape[1] < rows.shape[1]
-                    and torch.equal(known, rows[:, : known.shape[1]])
-                )
+            is_same = torch.equal(known, rows[:, : known.shape[1]])
+            if not is_same or (known.shape[1] < rows.shape[1] and not goes_on):
+                way_out = ". This one is its beginning: run the prompt whole (without prefill_chunk_size)"
                 raise InvalidValueError(
                     f"an intervention built for a prompt of [batch, pos] = {list(own.shape)} is run on another one of "
                     f"{list(ids.shape)}{f', after {first} positions in a cache' if first else ''}: interventions are "
-                    "built for each prompt, intervention(model, prompt)"
-                    + (
-                        ". This one is its beginning: run the prompt whole (without prefill_chunk_size)"
-                        * is_part
-                    )
+                    f"built for each prompt, intervention(model, prompt){way_out if is_same else ''}"
                 )
         if ids is not None and own is not None and not goes_on:
             other = self._other_images(prompt)
