@@ -756,11 +756,8 @@ def test_a_metric_that_reads_the_clean_run() -> None:
     assert compared.table["exact"].min() > 1e-3
 
 
-# ---------------------------------------------------------------------- errors
-
-
 def test_a_metric_that_edits_its_logits_changes_no_score() -> None:
-    """Neither its own slopes, nor the clean logits that the comparison's other runs read."""
+    """Neither its own slopes, nor the clean logits, which every graph of an integrated method reads."""
     model, prompt, source = setting("qwen3_vl")
 
     def in_place(logits: Tensor, prompt: Prompt) -> Tensor:
@@ -768,10 +765,29 @@ def test_a_metric_that_edits_its_logits_changes_no_score() -> None:
         logits.mul_(0)
         return value
 
-    plain = attribute(model, prompt, source, contrast, nodes="head")
-    edited = attribute(model, prompt, source, in_place, nodes="head")
-    for name in plain.scores:
-        assert torch.equal(plain.scores[name], edited.scores[name])
+    @mmlens.reads("clean logits")
+    def weighted(logits: Tensor, prompt: Prompt, clean_logits: Tensor) -> Tensor:
+        return contrast(logits, prompt) * (1 + clean_logits[:, -1, 5].abs())
+
+    @mmlens.reads("clean logits")
+    def weighted_in_place(logits: Tensor, prompt: Prompt, clean_logits: Tensor) -> Tensor:
+        value = weighted(logits, prompt, clean_logits.clone())
+        clean_logits.fill_(7.0)
+        return value
+
+    for method, metric, edits in (
+        ("gradient", contrast, in_place),
+        ("integrated_activation", weighted, weighted_in_place),
+    ):
+        plain, edited = (
+            attribute(model, prompt, source, own, nodes="head", method=method) for own in (metric, edits)
+        )
+        for name in plain.scores:
+            assert torch.equal(plain.scores[name], edited.scores[name])
+            assert plain.scores[name].abs().sum() > 0
+
+
+# ---------------------------------------------------------------------- errors
 
 
 def test_bad_arguments_are_errors() -> None:
