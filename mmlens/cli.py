@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from mmlens.arguments import file_to_write, unknown_name_message, whole_number
-from mmlens.core_heads import MODES
 from mmlens.errors import InvalidValueError, MmlensError
 from mmlens.experiments.catalog import EXPERIMENTS
+from mmlens.experiments.core_heads_claim import MODES
 from mmlens.experiments.experiment import Experiment
 from mmlens.families.catalog import UnknownFamilyError
-from mmlens.families.support import support_table
+from mmlens.hybrid.speed import PARTS
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
-from mmlens.loading import shipped_models
+from mmlens.model.loading import shipped_models
+from mmlens.model.support import support_table
 from mmlens.runs.accelerate import RECORD as ACCELERATE_RECORD
 from mmlens.runs.accelerate import accelerate, load_scores
 from mmlens.runs.folder import check_folder
@@ -41,7 +42,6 @@ from mmlens.runs.run import (
     run,
     write_across,
 )
-from mmlens.sparse.speed import PARTS
 
 _USER_ERRORS = (MmlensError, OSError, ValueError, IndexError)
 
@@ -218,7 +218,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         "--quality", type=Path, help="a run of `mmlens run hybrid`, to put accuracy beside speed"
     )
     faster.add_argument(
-        "--repeats", type=_whole(1), default=5, help="pairs of runs, behind two of either side"
+        "--repeats", type=_whole(1), default=5, help="pairs of runs, after two of either side"
     )
     faster.add_argument("--out", type=Path, required=True, help="folder for speed.csv and report.html")
     faster.add_argument("--seed", type=_whole(0, MOST_SEED), default=0, help="seed of the random tokens")

@@ -49,3 +49,7 @@ class StateError(MmlensError, RuntimeError):
 
 class MmlensWarning(UserWarning):
     """Base of every warning that mmlens gives."""
+
+
+class PromptError(InvalidValueError):
+    """A question, image or template from which no prompt can be made."""

@@ -27,15 +27,15 @@ BLOCK_HOOKS: dict[str, str] = {
     "attn.hook_pattern": "[batch, head, query, key] after the softmax",
     "attn.hook_z": "[batch, pos, head, d_head] each head's output before W_O",
     "attn.hook_result": "[batch, pos, head, d_model] each head's output after W_O",
-    "ln1_post.hook_scale": "[batch, pos, 1] what a norm behind attention divides by",
-    "ln1_post.hook_normalized": "[batch, pos, d_model] after a norm behind attention, before its weight and bias",
+    "ln1_post.hook_scale": "[batch, pos, 1] what a norm after attention divides by",
+    "ln1_post.hook_normalized": "[batch, pos, d_model] after a norm after attention, before its weight and bias",
     "hook_attn_out": "[batch, pos, d_model] what attention (or another mixer of positions) adds to the stream",
     "hook_resid_mid": "[batch, pos, d_model] residual stream after attention",
     "hook_mlp_in": "[batch, pos, d_model] what the MLP reads from the stream, before its norm; edits reach it alone",
     "ln2.hook_scale": "[batch, pos, 1] what the second norm divides by",
     "ln2.hook_normalized": "[batch, pos, d_model] after the second norm, before its weight and bias",
-    "ln2_post.hook_scale": "[batch, pos, 1] what a norm behind the MLP divides by",
-    "ln2_post.hook_normalized": "[batch, pos, d_model] after a norm behind the MLP, before its weight and bias",
+    "ln2_post.hook_scale": "[batch, pos, 1] what a norm after the MLP divides by",
+    "ln2_post.hook_normalized": "[batch, pos, d_model] after a norm after the MLP, before its weight and bias",
     "hook_mlp_out": "[batch, pos, d_model] what the MLP adds to the stream",
     "hook_resid_post": "[batch, pos, d_model] residual stream out of the layer",
 }
@@ -73,7 +73,7 @@ MODEL_HOOKS: dict[str, str] = {
     "blocks.{l}.attn.hook_k_input": "[batch, pos, kv_head, d_model] what each head's keys read from the stream",
     "blocks.{l}.attn.hook_v_input": "[batch, pos, kv_head, d_model] what each head's values read from the stream",
     "blocks.{l}.mlp.hook_post": "[batch, pos, d_mlp] neurons, gated where they have gates, as W_out reads them",
-    "blocks.{l}.hook_deepstack": "[image_token, d_model] what the stream gains behind layer l, at image positions",
+    "blocks.{l}.hook_deepstack": "[image_token, d_model] what the stream gains after layer l, at image positions",
 }
 """Hook points outside the layers, or of language layers alone. Only where a family has them: vision.ln_post, the
 deep ones, what heads read (needs a norm before attention and projections from the stream), neurons of plain MLPs."""

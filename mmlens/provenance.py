@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from mmlens.data.examples import Example
-from mmlens.fingerprints import tensor_bytes
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.model.fingerprints import tensor_bytes
+from mmlens.model.hooked_vlm import HookedVLM
 
 PACKAGES = ("mmlens", "torch", "transformers", "transformer-lens", "numpy", "scipy")
 

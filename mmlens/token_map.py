@@ -24,8 +24,8 @@ from mmlens.arguments import device_of, listed, number, shown, whole_number
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 
 Box = tuple[float, float, float, float]
-Mapping = Literal["merged", "paper_floor"]
-MAPPINGS: tuple[Mapping, ...] = ("merged", "paper_floor")
+BoxMapping = Literal["merged", "paper_floor"]
+MAPPINGS: tuple[BoxMapping, ...] = ("merged", "paper_floor")
 
 WHOLE_IMAGE_TILE = 0
 """The tile that shows the whole image: the only one of an untiled layout; in a tiled layout the base view,
@@ -211,7 +211,7 @@ class TokenMap:
         return self.image_tokens(frame, example=example)
 
     def box(
-        self, image: int, box: Sequence[float], *, example: int = 0, mapping: Mapping = "merged"
+        self, image: int, box: Sequence[float], *, example: int = 0, mapping: BoxMapping = "merged"
     ) -> Bool[Tensor, "batch pos"]:
         """Positions whose own box overlaps `box` = (left, top, right, bottom) in the original image's pixels.
 
@@ -256,7 +256,7 @@ class TokenMap:
         self,
         evidence: HasEvidence | Sequence[HasEvidence | Region | Sequence[Region]],
         *,
-        mapping: Mapping = "merged",
+        mapping: BoxMapping = "merged",
     ) -> Bool[Tensor, "batch pos"]:
         """The union of each example's evidence regions, one row per example.
 
@@ -401,7 +401,7 @@ class TokenMap:
         return hit
 
 
-def mapping_of(value: object) -> Mapping:
+def mapping_of(value: object) -> BoxMapping:
     """How boxes become tokens: "merged" or "paper_floor"; TokenMapError for anything else.
 
     >>> mapping_of("paper")

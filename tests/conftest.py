@@ -12,8 +12,8 @@ from torch import Tensor
 
 import mmlens
 from mmlens.families.refused import BROKEN, refusal
-from mmlens.hooked_vlm import Hook
-from mmlens.prompt import Prompt
+from mmlens.model.hooked_vlm import Hook
+from mmlens.model.prompt import Prompt
 from mmlens.token_map import text_only_map
 
 QUESTION = "What colour is the letter K?"

@@ -311,7 +311,7 @@ def error_after(command: subprocess.Popen[str], stop: signal.Signals) -> str:
 def test_a_command_stopped_from_outside_can_be_given_again(
     tmp_path: Path, stop: signal.Signals, jobs: str
 ) -> None:
-    copy = shutil.copytree(Path(mmlens.__file__).parent / "micro/micro", tmp_path / "copy")
+    copy = shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", tmp_path / "copy")
     out = tmp_path / "out"
     given = ["paper", "--model", "micro", str(copy), "--out", str(out), *SIZES, "--threads", "1", "--jobs", jobs,
              "--experiments", "masking"]  # fmt: skip

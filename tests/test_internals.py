@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 import mmlens
 from conftest import generate, hooked, two_image_prompt
 from mmlens import internals
-from mmlens.taps import LazyHookPoint
+from mmlens.model.taps import LazyHookPoint
 
 PRIVATE = {
     "_attn_implementation",

@@ -81,7 +81,7 @@ def test_code_s_fingerprint_follows_imports_within_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
-    source = "def inner():\n    from mmlens.metrics import attention\n    import json\n"
+    source = "def inner():\n    from mmlens.scores import retrieval\n    import json\n"
     (tmp_path / "made_up.py").write_text(source)
     made_up = importlib.import_module("made_up")
     was = code_fingerprint(made_up.inner)
@@ -90,8 +90,8 @@ def test_code_s_fingerprint_follows_imports_within_the_package(
     assert code_fingerprint(made_up.inner) != was
     (tmp_path / "made_up.py").write_text(source)
     changed = tmp_path / "attention.py"
-    changed.write_text(Path(sys.modules["mmlens.metrics.attention"].__file__ or "").read_text() + "x = 1\n")
-    monkeypatch.setattr("mmlens.metrics.attention.__file__", str(changed))
+    changed.write_text(Path(sys.modules["mmlens.scores.retrieval"].__file__ or "").read_text() + "x = 1\n")
+    monkeypatch.setattr("mmlens.scores.retrieval.__file__", str(changed))
     assert code_fingerprint(made_up.inner) != was
 
 

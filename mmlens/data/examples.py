@@ -33,10 +33,9 @@ from mmlens.arguments import (
     whole_number,
 )
 from mmlens.arguments import number as real_number
+from mmlens.data.images import as_rgb, load_image, open_image, pixel_fingerprint
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError
 from mmlens.files import make_folder, parsed_json, path_within, write_text_at_once
-from mmlens.fingerprints import pixel_fingerprint
-from mmlens.prompt import as_rgb, load_image, open_image
 from mmlens.token_map import Box, Region, box_of, checked_box
 
 
@@ -67,7 +66,7 @@ class Example:
 
     Images are PIL images; paths are opened. Each is turned upright as its EXIF data say, and boxes are
     pixels of it so. Raises PromptError for what is no image or cannot be shown to a model as it is
-    (mmlens.prompt.open_image), InvalidTypeError for another type, and InvalidValueError for evidence outside its
+    (mmlens.model.prompt.open_image), InvalidTypeError for another type, and InvalidValueError for evidence outside its
     image, a candidate that stands twice, and an answer that is no candidate.
 
     >>> Example(question="What colour is K", answer="red", evidence=(Evidence(0),)).evidence[0].box

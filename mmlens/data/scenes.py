@@ -70,7 +70,7 @@ def scene_examples(kind: str, n: int, seed: int) -> list[Example]:
 
 
 def scene_of(example: Example) -> Scene:
-    """The scene behind an example of `scene_examples`, with everything else that could be asked about it.
+    """The scene of an example of `scene_examples`, with everything else that could be asked about it.
 
     Raises ValueError for an example that does not come from there.
 

@@ -14,13 +14,13 @@ from jaxtyping import Float
 
 from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import Example
+from mmlens.effects.sweeps import sweep
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.experiment import Setup
 from mmlens.heads import HeadScores, HeadSet, head_name
 from mmlens.interventions.ablation import Means, ablate, mean_activations
 from mmlens.metrics.outcomes import Metric, answer_log_probability, logit_difference
 from mmlens.statistics import difference_interval_of
-from mmlens.sweeps.table import sweep
 
 
 def all_heads(setup: Setup) -> HeadSet:

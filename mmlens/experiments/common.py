@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.core_heads import POOLED
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import ablated, references
+from mmlens.experiments.core_heads_claim import POOLED
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.heads import HeadScores, HeadSet, head_name, share_of
 from mmlens.metrics.outcomes import Metric, accuracy, invalid
@@ -37,7 +37,7 @@ def with_evidence(examples: Sequence[Example]) -> list[Example]:
 
 
 def kinds_of(scores: HeadScores) -> list[str]:
-    """The kinds of the examples behind the scores, sorted."""
+    """The kinds of the scored examples, sorted."""
     return sorted(set(scores.kinds or ()))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmlens.core_heads import MODES, core_heads
-from mmlens.core_heads_report import write_core_heads_report
+from mmlens.experiments.core_heads_claim import MODES, core_heads
+from mmlens.experiments.core_heads_report import write_core_heads_report
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import head_name
-from mmlens.token_map import Mapping as BoxMapping
+from mmlens.token_map import BoxMapping
 
 
 @checked_settings
@@ -21,7 +21,7 @@ def run(
     n_draws: int = 10,
     mapping: BoxMapping = "merged",
 ) -> Findings:
-    """`mmlens.core_heads`, whose keywords the settings are."""
+    """`mmlens.experiments.core_heads_claim`, whose keywords the settings are."""
     result = core_heads(
         setup.model,
         setup.selection,

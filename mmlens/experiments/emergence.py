@@ -1,7 +1,8 @@
 """When retrieval heads emerge in training: the language model at checkpoints of stage 1, on oracle visual tokens.
 
-`experiments/micro/train.py RECIPE --checkpoints STEPS` keeps models of its first stage. Their towers are untrained, so
-every visual token is given what it was given in training: the sum of the embeddings of the words that its cell shows.
+`experiments/training/train.py RECIPE --checkpoints STEPS` keeps models of its first stage. Their towers are untrained,
+so every visual token is given what it was given in training: the sum of the embeddings of the words that its cell
+shows.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.drawing import CELL
 from mmlens.data.examples import DataError, Example
 from mmlens.data.scenes import scene_of
+from mmlens.effects.measure import effect
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import head_names, plain, records
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores
-from mmlens.hooked_vlm import HookedVLM, Intervention
 from mmlens.interventions.ablation import ablate
-from mmlens.interventions.compose import compose
+from mmlens.interventions.composition import compose
 from mmlens.interventions.patching import patch
-from mmlens.metrics.attention import attention_mass
-from mmlens.metrics.effects import effect
 from mmlens.metrics.outcomes import accuracy
-from mmlens.prompt import Prompt
+from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.prompt import Prompt
+from mmlens.scores.retrieval import attention_mass
 from mmlens.statistics import interval_of
 from mmlens.viz.intervals import plot_curves
 
@@ -84,8 +85,8 @@ def run(
     folders = sorted(path.parent for path in Path(checkpoints).glob("*/config.json"))
     if not folders:
         raise DataError(
-            f"{checkpoints!r} holds no checkpoint: make them with `python experiments/micro/train.py RECIPE --out DIR "
-            "--checkpoints 50 100 ...` and pass --set checkpoints=DIR/checkpoints"
+            f"{checkpoints!r} holds no checkpoint: make them with `python experiments/training/train.py RECIPE "
+            "--out DIR --checkpoints 50 100 ...` and pass --set checkpoints=DIR/checkpoints"
         )
     chosen = [e for e in first_of_kinds(setup.selection, n_per_kind) if e.evidence]
     judged = [e for e in first_of_kinds(setup.evaluation, n_per_kind) if e.evidence]
@@ -224,5 +225,5 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     cites=("arxiv_2606_05843",),
-    needs="checkpoints of the model's training: experiments/micro/train.py RECIPE --out DIR --checkpoints STEPS",
+    needs="checkpoints of the model's training: experiments/training/train.py RECIPE --out DIR --checkpoints STEPS",
 )

@@ -30,8 +30,8 @@ from mmlens.arguments import (
 )
 from mmlens.data.examples import Example, check_no_repeats, examples_of, overlap_message, shared_groups
 from mmlens.errors import InvalidValueError
-from mmlens.hooked_vlm import HookedVLM, model_of
 from mmlens.interventions.ablation import MODES
+from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.token_map import mapping_of
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmlens.core_heads import FIVE_PERCENT, POOLED
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.common import (
     PAPER,
@@ -21,9 +20,10 @@ from mmlens.experiments.common import (
     resampled_means,
     with_evidence,
 )
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, head_name
-from mmlens.metrics.attention import ram
+from mmlens.scores.retrieval import ram
 from mmlens.statistics import basic_interval, percentile_interval
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_curves, plot_intervals

@@ -1,4 +1,4 @@
-"""What hybrid attention costs in answers: which heads have to stay dense, how many, and behind which window?"""
+"""What hybrid attention costs in answers: which heads have to stay dense, how many, and with which window?"""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from mmlens.core_heads import POOLED
 from mmlens.data.examples import Example
+from mmlens.effects.measure import prompt_batches
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
@@ -25,16 +25,16 @@ from mmlens.experiments.common import (
     records,
     with_evidence,
 )
+from mmlens.experiments.core_heads_claim import POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, as_head_set, share_of
-from mmlens.hooked_vlm import NoChangeWarning
-from mmlens.metrics.attention import evidence_attention
-from mmlens.metrics.effects import prompt_batches
+from mmlens.hybrid.rule import StreamingRule
+from mmlens.hybrid.streaming import hybrid_attention
 from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
-from mmlens.metrics.relatives.logits import logit_contribution
-from mmlens.prompt import Prompt
-from mmlens.sparse.hybrid import hybrid_attention
-from mmlens.sparse.rule import StreamingRule
+from mmlens.model.hooked_vlm import NoChangeWarning
+from mmlens.model.prompt import Prompt
+from mmlens.scores.logits import logit_contribution
+from mmlens.scores.retrieval import evidence_attention
 from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.viz.intervals import plot_curves
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmlens.core_heads import FIVE_PERCENT
 from mmlens.experiments.common import (
     PAPER,
     across_table,
@@ -19,9 +18,10 @@ from mmlens.experiments.common import (
     token_counts,
     with_evidence,
 )
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet, share_of
-from mmlens.metrics.attention import EvidenceAttention, evidence_attention, ram
+from mmlens.scores.retrieval import EvidenceAttention, evidence_attention, ram
 from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.viz.intervals import plot_curves, plot_intervals
 

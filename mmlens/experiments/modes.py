@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from mmlens.arguments import unknown_name_message
-from mmlens.core_heads import FIVE_PERCENT
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
     ablated,
@@ -34,11 +33,12 @@ from mmlens.experiments.common import (
     top_unless_tied,
     with_evidence,
 )
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, head_name, share_of
 from mmlens.interventions.ablation import MODES
-from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.scores.retrieval import ram
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
 

@@ -9,8 +9,6 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.core_heads import POOLED
-from mmlens.core_heads_report import overlay_figures
 from mmlens.experiments.common import (
     PAPER,
     across_table,
@@ -23,9 +21,11 @@ from mmlens.experiments.common import (
     token_counts,
     with_evidence,
 )
+from mmlens.experiments.core_heads_claim import POOLED
+from mmlens.experiments.core_heads_report import overlay_figures
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet
-from mmlens.metrics.attention import EvidenceAttention, evidence_attention, ram
+from mmlens.scores.retrieval import EvidenceAttention, evidence_attention, ram
 from mmlens.viz.intervals import plot_intervals
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mmlens.core_heads import FIVE_PERCENT
+from mmlens.attribution.nodes import attribute
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
@@ -36,16 +36,16 @@ from mmlens.experiments.common import (
     resampled_means,
     top_unless_tied,
 )
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, head_name, share_of
-from mmlens.hooked_vlm import HookedVLM
 from mmlens.interventions.ablation import mean_activations
-from mmlens.metrics.attention import evidence_attention, ram
-from mmlens.metrics.attribution.nodes import attribute
 from mmlens.metrics.outcomes import Metric, accuracy
-from mmlens.metrics.relatives.attention import null_calibrated_ram, ram_lift, ram_per_token
-from mmlens.metrics.relatives.logits import logit_contribution
-from mmlens.prompt import Prompt
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.prompt import Prompt
+from mmlens.scores.attention import null_calibrated_ram, ram_lift, ram_per_token
+from mmlens.scores.logits import logit_contribution
+from mmlens.scores.retrieval import evidence_attention, ram
 from mmlens.statistics import benjamini_hochberg, paired_permutation_test
 from mmlens.viz.intervals import plot_curves, plot_intervals
 from mmlens.viz.scatter import plot_scatter

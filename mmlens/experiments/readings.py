@@ -13,8 +13,8 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.core_heads import FIVE_PERCENT, POOLED
 from mmlens.data.examples import Evidence, Example
+from mmlens.effects.measure import effect
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
@@ -29,14 +29,14 @@ from mmlens.experiments.common import (
     records,
     with_evidence,
 )
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.experiments.masking import LARGEST_OF_QWEN
 from mmlens.heads import HeadScores, HeadSet
-from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.attention import attention_mass, ram
-from mmlens.metrics.effects import effect
 from mmlens.metrics.outcomes import accuracy
-from mmlens.prompt import Prompt, assembled_prompt, with_answers
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.prompt import Prompt, assembled_prompt, with_answers
+from mmlens.scores.retrieval import attention_mass, ram
 from mmlens.token_map import TokenMapError
 from mmlens.viz.intervals import plot_intervals
 

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.examples import Example
+from mmlens.effects.measure import effect
 from mmlens.errors import InvalidValueError, MmlensWarning
 from mmlens.experiments.ablations import (
     ablated,
@@ -37,12 +37,11 @@ from mmlens.experiments.common import (
     records,
     resampled_means,
 )
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, share_of
-from mmlens.metrics.attention import evidence_attention
-from mmlens.metrics.effects import effect
 from mmlens.metrics.outcomes import accuracy
-from mmlens.metrics.relatives.attention import (
+from mmlens.scores.attention import (
     gaze_score,
     half_mass_share,
     null_calibrated_ram,
@@ -50,9 +49,10 @@ from mmlens.metrics.relatives.attention import (
     ram_lift,
     ram_per_token,
 )
-from mmlens.metrics.relatives.decoding import copy_score, visual_head_score
-from mmlens.metrics.relatives.logits import logit_contribution
-from mmlens.metrics.relatives.spatial import localization_score
+from mmlens.scores.decoding import copy_score, visual_head_score
+from mmlens.scores.logits import logit_contribution
+from mmlens.scores.retrieval import evidence_attention
+from mmlens.scores.spatial import localization_score
 from mmlens.statistics import difference_interval_of
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
@@ -209,7 +209,7 @@ def run(
 
 @dataclass
 class _Scored:
-    """The scores by name, the number of examples behind each, and what has to be said of them."""
+    """The scores by name, the number of examples of each, and what has to be said of them."""
 
     scores: dict[str, HeadScores] = field(default_factory=dict)
     n_examples: dict[str, int] = field(default_factory=dict)

@@ -12,10 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.core_heads import FIVE_PERCENT
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
-from mmlens.evaluation import check_same_twice
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
@@ -25,17 +23,19 @@ from mmlens.experiments.ablations import (
     references,
 )
 from mmlens.experiments.common import head_names, matched_controls, plain, ranged, with_evidence
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet, head_name, share_of
 from mmlens.hook_names import block
-from mmlens.hooked_vlm import HookedVLM, Intervention
 from mmlens.interventions.ablation import ablate
-from mmlens.metrics.attention import attention_mass, ram
 from mmlens.metrics.outcomes import Metric, accuracy
-from mmlens.prompt import Prompt, answer_ids_of
+from mmlens.model.evaluation import check_same_twice
+from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.prompt import Prompt, answer_ids_of
+from mmlens.model.weights import subtracts_mean
+from mmlens.scores.retrieval import attention_mass, ram
 from mmlens.statistics import benjamini_hochberg, difference_interval_of, paired_permutation_test
 from mmlens.viz.intervals import plot_intervals
-from mmlens.weights import subtracts_mean
 
 
 @checked_settings
@@ -189,7 +189,7 @@ def direct_contributions(
     z W_O . (d_answer - d_wrong) / scale, with d the model's `residual_directions` (before a cap or factor on logits);
     NaN where there is no head. `scale`: divide by this one instead of the run's own, so that a change of the norm is
     not taken for a change of the heads. Hooks that are set act. Raises ValueError for models in which a norm stands
-    behind attention, or whose layers do more than add to the stream: a head has no such part there.
+    after attention, or whose layers do more than add to the stream: a head has no such part there.
     """
     reason = no_direct_parts(model)
     if reason:
@@ -217,7 +217,7 @@ def no_direct_parts(model: HookedVLM) -> str:
     if not model.family.adds:
         return f"layers of {model.family.model_type!r} do more than add to the residual stream"
     if any(parts.post_norm1 is not None for parts in model.anatomy.language):
-        return f"in {model.family.model_type!r} a norm stands behind attention, so a head's part is none by itself"
+        return f"in {model.family.model_type!r} a norm stands after attention, so a head's part is none by itself"
     return ""
 
 

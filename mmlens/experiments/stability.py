@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mmlens.core_heads import FIVE_PERCENT, POOLED
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.common import (
     PAPER,
@@ -28,9 +27,10 @@ from mmlens.experiments.common import (
     resampled_means,
     with_evidence,
 )
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet
-from mmlens.metrics.attention import ram
+from mmlens.scores.retrieval import ram
 from mmlens.statistics import percentile_interval
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_intervals

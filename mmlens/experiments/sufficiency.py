@@ -22,8 +22,8 @@ from mmlens.experiments.ablations import (
 from mmlens.experiments.common import plain, with_evidence
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import Head, HeadScores, HeadSet, head_name, share_of
-from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.scores.retrieval import ram
 from mmlens.statistics import interval_of
 from mmlens.viz.intervals import plot_curves, plot_intervals
 

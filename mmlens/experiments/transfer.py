@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mmlens.core_heads import FIVE_PERCENT, POOLED
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import ablated, cost_interval, first_of_kinds, references
 from mmlens.experiments.common import (
@@ -22,10 +21,11 @@ from mmlens.experiments.common import (
     ranged,
     with_evidence,
 )
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet
-from mmlens.metrics.attention import ram
 from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.scores.retrieval import ram
 from mmlens.statistics import difference_interval_of, ratio_interval
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix

@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import scipy.stats
 
-from mmlens.core_heads import FIVE_PERCENT, POOLED
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
     PAPER,
@@ -27,9 +26,10 @@ from mmlens.experiments.common import (
     token_counts,
     with_evidence,
 )
+from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import head_name
-from mmlens.metrics.attention import evidence_attention
+from mmlens.scores.retrieval import evidence_attention
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_intervals
 

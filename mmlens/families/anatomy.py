@@ -184,7 +184,7 @@ class Anatomy:
     layers: nn.ModuleList
     language: list[LayerParts]
     unread: list[nn.Module]
-    """Vision layers behind the one that the features are taken from: they reach no logit."""
+    """Vision layers after the one that the features are taken from: they reach no logit."""
     stacks: dict[str, list[LayerParts]]
     """Prefix of the hook points -> layers; the vision tower's is "vision."."""
     final_norm: nn.Module | None

@@ -89,7 +89,7 @@ _PARALLEL = {
     "blocks.{l}.hook_mlp_in": _ONE_NORM,
     "blocks.{l}.ln2.*": _ONE_NORM,
 }
-_POST_NORM = "attention and MLP read the stream itself; the norms stand behind them"
+_POST_NORM = "attention and MLP read the stream itself; the norms stand after them"
 _NO_NORM_BEFORE = {
     "blocks.{l}.hook_attn_in": _POST_NORM,
     "blocks.{l}.ln1.*": _POST_NORM,
@@ -289,7 +289,7 @@ FAMILIES: dict[str, Family] = {
             "gemma4",
             layout=pooled_grid.gemma4,
             past_the_stream="what its layers read beside the stream is projected from the embeddings themselves",
-            # A per-layer embedding is added behind the MLP, and the whole stream is scaled.
+            # A per-layer embedding is added after the MLP, and the whole stream is scaled.
             adds=False,
             missing={**_SHARED_KEYS, "vision.blocks.{l}.attn.hook_result": _CLIPPED},
         ),

@@ -122,7 +122,7 @@ def with_placeholders(processor_class: type[FuyuProcessor]) -> type[FuyuProcesso
     """FuyuProcessor for prompts that name their images themselves, in any number.
 
     Its own writes the placeholder of one image in front of every prompt, and the token that begins the answer
-    behind it. Here the chat template writes both; "<0x04>" begins the answer.
+    after it. Here the chat template writes both; "<0x04>" begins the answer.
     """
 
     class WithPlaceholders(processor_class):

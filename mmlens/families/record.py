@@ -34,7 +34,7 @@ class DeepInjection:
     """Visual features that are added to the residual stream again, between language layers."""
 
     after: Callable[[Any], list[int]]
-    """From the model's configuration: the layers behind which they are added."""
+    """From the model's configuration: the layers after which they are added."""
     mergers: str
     """Path of the list of modules that make them."""
 

@@ -28,14 +28,11 @@ from PIL import Image
 from torch import Tensor
 
 from mmlens.arguments import listed, one_of, seed_of, whole_number
-from mmlens.cache import is_batched, is_masked, is_packed
 from mmlens.data.examples import Example, examples_of
+from mmlens.data.images import as_rgb
 from mmlens.errors import InvalidValueError
-from mmlens.evaluation import check_same_twice
-from mmlens.fingerprints import example_seed, weights_fingerprints
 from mmlens.heads import HeadSet
 from mmlens.hook_names import axes_of, layer_of
-from mmlens.hooked_vlm import Hook, HookedVLM, HookName, Intervention, model_of
 from mmlens.interventions.components import Component, Specs
 from mmlens.interventions.components import components as components_of
 from mmlens.interventions.edits import (
@@ -51,7 +48,11 @@ from mmlens.interventions.edits import (
     positions_mask,
 )
 from mmlens.interventions.origin import OfAnotherModel, check_origin
-from mmlens.prompt import Prompt, as_rgb
+from mmlens.model.cache import is_batched, is_masked, is_packed
+from mmlens.model.evaluation import check_same_twice
+from mmlens.model.fingerprints import example_seed, weights_fingerprints
+from mmlens.model.hooked_vlm import Hook, HookedVLM, HookName, Intervention, model_of
+from mmlens.model.prompt import Prompt
 
 MODES = ("zero", "mean", "resample", "uniform", "uniform_leaky", "mean_query")
 
@@ -361,8 +362,8 @@ def _to_prompt_values(model: HookedVLM, prompt: Prompt, other: Prompt, source: T
     index = _matched_positions(_position_kinds(prompt), _position_kinds(other)).to(source.device)
     # A generated token has no counterpart in the other prompt: it takes what stands at the last position.
     last = other.last.int().argmax(-1, keepdim=True).to(source.device)
-    values, behind = source[rows, index], source[rows, last]
-    return lambda x, here: here.of_prompt(values, behind).to(x)
+    values, after = source[rows, index], source[rows, last]
+    return lambda x, here: here.of_prompt(values, after).to(x)
 
 
 def _to_image_values(model: HookedVLM, prompt: Prompt, other: Prompt, source: Tensor) -> Change:

@@ -1,9 +1,9 @@
 """Attention edges: block or bias attention from some positions to others, and scale what a head gives.
 
-An edge is (layer, head, query position, key position). `knockout` and `steer` change the scores as the softmax reads
-them: after scaling, softcap and position bias, with the mask added. An edge that the mask forbids (the future, padding,
+An edge is (layer, head, query position, key position). `knockout` and `bias_attention` change the scores as the softmax
+reads them: after scaling, softcap and position bias, with the mask added. An edge that the mask forbids (the future, padding,
 what lies outside a sliding window) is never changed. A layer whose scores are edited runs the family's eager
-attention, that layer alone (see mmlens/attention.py).
+attention, that layer alone (see mmlens/model/attention.py).
 
 Keys are positions of the prompt: generated tokens are keys that stay as they are.
 """
@@ -21,11 +21,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.arguments import array_of, listed, shown, whole_number, whole_numbers
-from mmlens.cache import is_masked
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.heads import Head, Heads, HeadSet, as_head_set
 from mmlens.hook_names import block
-from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, Span
 from mmlens.interventions.edits import (
     Change,
     Edit,
@@ -37,8 +35,10 @@ from mmlens.interventions.edits import (
     if_any,
     positions_mask,
 )
-from mmlens.prompt import Prompt
-from mmlens.weights import attends_elsewhere
+from mmlens.model.cache import is_masked
+from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, Span
+from mmlens.model.prompt import Prompt
+from mmlens.model.weights import attends_elsewhere
 
 PerHead = float | Sequence[float] | Float[Tensor, ""] | Float[Tensor, " head"]
 """One number for all heads, or one for each of them, in the order in which the heads are given."""
@@ -148,7 +148,7 @@ class KnockoutEdit(Edit):
         )
 
 
-def steer(
+def bias_attention(
     heads: HeadSet | Iterable[Head],
     keys: Positions,
     delta: PerHead,
@@ -165,15 +165,15 @@ def steer(
     Raises ValueError for `keys` None, an example in which positions choose none (`if_any` leaves it as it is), a delta
     that is not finite or whose length is not that of `heads`; heads as in `ablate`.
 
-    >>> steer([(0, 1)], "image", float("-inf"))
+    >>> bias_attention([(0, 1)], "image", float("-inf"))
     Traceback (most recent call last):
         ...
-    mmlens.errors.InvalidValueError: steer: delta is a finite number, not -inf; ...
+    mmlens.errors.InvalidValueError: bias_attention: delta is a finite number, not -inf; ...
     """
-    _check_keys("steer", keys, "a bias towards every key changes no softmax")
+    _check_keys("bias_attention", keys, "a bias towards every key changes no softmax")
     heads = heads if isinstance(heads, HeadSet) else _listed_heads(heads)
     hint = "to block the edges use knockout(queries, keys, heads=...)"
-    deltas = _per_head("steer", "delta", delta, len(heads), hint)
+    deltas = _per_head("bias_attention", "delta", delta, len(heads), hint)
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
@@ -181,8 +181,8 @@ def steer(
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
 
         def change(scores: Tensor, here: Here, deltas: Tensor) -> Tensor:
-            steered = _at_keys(is_key, here, scores) & ~is_masked(scores, model.hf_model.dtype)
-            return torch.where(steered, scores + deltas.to(scores)[:, None, None], scores)
+            biased = _at_keys(is_key, here, scores) & ~is_masked(scores, model.hf_model.dtype)
+            return torch.where(biased, scores + deltas.to(scores)[:, None, None], scores)
 
         return _per_head_edits(model, prompt, chosen, _SCORES, change, deltas, where, queries is None)
 
@@ -360,7 +360,7 @@ def _keys(prompt: Prompt, keys: Positions) -> Mask:
 def _at_keys(is_key: Mask, here: Here, scores: Tensor) -> Bool[Tensor, "row 1 1 key"]:
     """Which of the scores' keys are chosen.
 
-    The last key is the run's newest position, or lies behind it, unused, in a cache of fixed length; the first is the
+    The last key is the run's newest position, or lies after it, unused, in a cache of fixed length; the first is the
     prompt's first, or as far back as a sliding window's cache reaches.
     """
     n_keys = scores.shape[-1]

@@ -32,8 +32,8 @@ from mmlens.arguments import unknown_name_message
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.families.anatomy import LayerParts
 from mmlens.heads import HeadSet, as_head_set
-from mmlens.hooked_vlm import HookedVLM, UnknownHookError
-from mmlens.weights import Block
+from mmlens.model.hooked_vlm import HookedVLM, UnknownHookError
+from mmlens.model.weights import Block
 
 Kind = Literal["head", "attn", "mlp", "layer", "neuron", "image"]
 Spec = Any

@@ -44,11 +44,9 @@ from mmlens.arguments import (
 )
 from mmlens.arguments import number as real_number
 from mmlens.data.examples import Evidence, Example, examples_of
+from mmlens.data.images import load_image, pixel_fingerprint
 from mmlens.errors import InvalidValueError, OutOfRangeError
-from mmlens.evaluation import check_same_twice
-from mmlens.fingerprints import example_seed, pixel_fingerprint
 from mmlens.hook_names import block
-from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, model_of
 from mmlens.interventions.edits import (
     Change,
     Edit,
@@ -59,7 +57,10 @@ from mmlens.interventions.edits import (
     if_any,
     positions_mask,
 )
-from mmlens.prompt import Prompt, load_image, prompt_of, render, with_answers
+from mmlens.model.evaluation import check_same_twice
+from mmlens.model.fingerprints import example_seed
+from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, model_of
+from mmlens.model.prompt import Prompt, prompt_of, render, with_answers
 from mmlens.token_map import Region, TokenMap, checked_box
 
 Corruption = Callable[[HookedVLM, Prompt], Prompt]

@@ -17,8 +17,8 @@ from torch import Tensor
 from mmlens.arguments import called, shown, unknown_name_message
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.hook_names import axes_of, head_axis, position_axis, runs_over_positions
-from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, Span, hooks_in, model_of
-from mmlens.prompt import Prompt, prompt_of
+from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, Span, hooks_in, model_of
+from mmlens.model.prompt import Prompt, prompt_of
 
 Mask = Bool[Tensor, "batch pos"]
 Positions = Mask | str | Callable[[Prompt], Mask] | None
@@ -158,7 +158,7 @@ class Here:
     """The model that runs, where it is to be checked that it runs this prompt."""
 
     def of_prompt(self, values: Tensor, generated: Tensor | float | bool) -> Tensor:
-        """Values [batch, pos, ...] of the prompt, at the positions in hand; `generated` at those behind it.
+        """Values [batch, pos, ...] of the prompt, at the positions in hand; `generated` at those after it.
 
         `generated` is one value, or a tensor [batch, 1, ...]. Raises ValueError where another prompt is being run.
         """
@@ -167,9 +167,9 @@ class Here:
         known = values[:, first:stop]
         n_more = self.span.length - known.shape[1]
         if n_more:
-            behind = torch.as_tensor(generated, dtype=values.dtype, device=values.device)
+            after = torch.as_tensor(generated, dtype=values.dtype, device=values.device)
             shape = (len(values), n_more, *values.shape[2:])
-            known = torch.cat([known, behind.expand(shape)], dim=1)
+            known = torch.cat([known, after.expand(shape)], dim=1)
         return self.of_rows(known)
 
     def of_rows(self, values: Tensor) -> Tensor:

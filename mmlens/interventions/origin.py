@@ -10,8 +10,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from mmlens.errors import InvalidTypeError, InvalidValueError
-from mmlens.fingerprints import same_weights, weights_fingerprints
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.model.fingerprints import same_weights, weights_fingerprints
+from mmlens.model.hooked_vlm import HookedVLM
 
 
 @dataclass(frozen=True, eq=False)

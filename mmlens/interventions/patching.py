@@ -22,12 +22,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from mmlens.arguments import called, instance_of, shown, unknown_name_message, whole_numbers
-from mmlens.cache import is_packed, over_positions
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
-from mmlens.evaluation import check_same_twice
-from mmlens.fingerprints import weights_version
 from mmlens.hook_names import axes_of, head_axis, runs_over_positions
-from mmlens.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, UnknownHookError
 from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.edits import (
     Change,
@@ -41,7 +37,11 @@ from mmlens.interventions.edits import (
     positions_mask,
 )
 from mmlens.interventions.origin import OfAnotherModel, check_origin
-from mmlens.prompt import Prompt
+from mmlens.model.cache import is_packed, over_positions
+from mmlens.model.evaluation import check_same_twice
+from mmlens.model.fingerprints import weights_version
+from mmlens.model.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, UnknownHookError
+from mmlens.model.prompt import Prompt
 
 Activations: TypeAlias = ActivationCache | Mapping[str, Tensor]
 """Activations by hook name: TransformerLens' cache, or a dict."""
@@ -272,7 +272,7 @@ class SharedSource:
         if silent:
             raise HookNeverFiredError(
                 f"{', '.join(silent[:5])} never fired in the source's run. Hooks on image.*, vision.* and projector.* "
-                "fire only where the prompt has an image, and those of the tower not behind model.encode_images"
+                "fire only where the prompt has an image, and those of the tower not after model.encode_images"
             )
         mask = model.image_mask(given)
         return {hook: Origin(latest.activations[hook], given, mask, True) for hook in hooks}
@@ -377,9 +377,9 @@ def laid_over(
     positions: Positions = None,
     source_positions: SourcePositions = None,
 ) -> Float[Tensor, "batch pos ..."]:
-    """The source's activation over the positions of `prompt`, behind the batch axis, whatever the hook point's axes.
+    """The source's activation over the positions of `prompt`, after the batch axis, whatever the hook point's axes.
 
-    Axes behind them stay in order: scores and patterns become [batch, query, head, key]. What no position asks for
+    Axes after them stay in order: scores and patterns become [batch, query, head, key]. What no position asks for
     is anything.
     """
     values = _with_batch_axis(hook, origin, len(prompt))
@@ -546,7 +546,7 @@ def _rows_of_queries(
         if not n_known:
             return x
         given = here.of_rows(_of_heads(values[:, first : first + n_known], 2, heads).transpose(1, 2))
-        # Generated keys, which an uncached run has too, are behind every query of the prompt.
+        # Generated keys, which an uncached run has too, are after every query of the prompt.
         block = (slice(None), slice(None), slice(n_known), slice(n_keys))
         patched = x.clone()
         if len(given) == 1:

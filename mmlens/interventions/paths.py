@@ -18,7 +18,7 @@ Sources: arXiv 2211.00593 (Wang et al.), 2304.05969 (Goldowsky-Dill et al.), 240
 
 How it is computed. Where everything between is frozen, layers only add to the stream, so a receiver's stream in run 2
 is its clean stream plus what the senders write more than in the clean run, and run 2 need not be run: the layer's own
-norm and projection are applied to that sum. What a sender writes is taken behind the layer's own output projection,
+norm and projection are applied to that sum. What a sender writes is taken after the layer's own output projection,
 post-norm and factor, so it is exact there too. With free MLPs, and where a receiver's input is no projection of the
 normed stream (latent attention, layers without a norm), run 2 is a real run.
 """
@@ -35,13 +35,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmlens.arguments import listed, one_of, unknown_name_message
-from mmlens.cache import is_packed
 from mmlens.errors import InvalidTypeError, InvalidValueError
-from mmlens.evaluation import check_same_twice
 from mmlens.families.anatomy import scale_of
 from mmlens.heads import HeadSet, as_head_set
 from mmlens.hook_names import block, layer_of
-from mmlens.hooked_vlm import Hook, HookedVLM, Intervention, UnknownHookError
 from mmlens.interventions.components import Component, Spec, components, why_missing
 from mmlens.interventions.edits import (
     Change,
@@ -55,8 +52,11 @@ from mmlens.interventions.edits import (
     positions_mask,
 )
 from mmlens.interventions.patching import PatchSource, SharedSource, Source, laid_over, shared_source
-from mmlens.prompt import Prompt
-from mmlens.weights import Block, attends_elsewhere, reads_latent
+from mmlens.model.cache import is_packed
+from mmlens.model.evaluation import check_same_twice
+from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, UnknownHookError
+from mmlens.model.prompt import Prompt
+from mmlens.model.weights import Block, attends_elsewhere, reads_latent
 
 Receiver = tuple[int, int, str] | tuple[int, str] | str
 """What reads: (layer, head, "q" | "k" | "v"), (layer, "mlp") or "logits"."""
@@ -96,7 +96,7 @@ def path_patch(
 
     `mlps`: whether MLPs between a sender and a receiver (and with downstream="frozen" between a receiver and the
     logits) are "frozen" at the clean run's output or "free" to read the stream as it then is. `downstream`:
-    whether behind the receivers everything runs "free", or all but the receivers is "frozen" (heads, and MLPs as
+    whether after the receivers everything runs "free", or all but the receivers is "frozen" (heads, and MLPs as
     `mlps` says). The module's docstring says which paper has which.
 
     Raises ValueError for an unknown variant, for a sender that comes before no receiver or a receiver that no
@@ -171,7 +171,7 @@ def _depth(layer: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A receiver: the hook point that holds what it reads, and `sees`, the depth of all that it reads behind."""
+    """A receiver: the hook point that holds what it reads, and `sees`, the depth of all that it reads after."""
 
     what: str
     layer: int
@@ -207,7 +207,7 @@ def _senders(model: HookedVLM, given: HeadSet | Sequence[Spec] | str) -> list[Co
         if output not in known:
             raise InvalidValueError(
                 f"sender {part.label}: what {model.family.model_type!r} adds to the stream comes out of a "
-                f"{type(output).__name__} behind it, which may mix positions; send from ({part.layer}, {what!r})"
+                f"{type(output).__name__} after it, which may mix positions; send from ({part.layer}, {what!r})"
             )
     return sending
 
@@ -303,7 +303,7 @@ def _check_image(model: HookedVLM, prompt: Prompt, mask: Mask) -> None:
 
 
 def _check_order(senders: Sequence[Component], readers: Sequence[_Reader]) -> None:
-    """Every sender must come before a receiver, and every receiver behind a sender."""
+    """Every sender must come before a receiver, and every receiver after a sender."""
     first = {part.label: min(_depth_of(hook) for hook in part.hooks) for part in senders}
     for label, depth in first.items():
         if depth >= readers[-1].sees:
@@ -314,7 +314,7 @@ def _check_order(senders: Sequence[Component], readers: Sequence[_Reader]) -> No
     for reader in readers:
         if min(first.values()) >= reader.sees:
             raise InvalidValueError(
-                f"receiver {reader.label} comes behind no sender ({', '.join(first)}): it would read what it reads "
+                f"receiver {reader.label} comes after no sender ({', '.join(first)}): it would read what it reads "
                 "anyway"
             )
 
@@ -574,7 +574,7 @@ def _frozen_downstream(path: _Path) -> list[Hook]:
             else:
                 freeze(block(layer, "hook_attn_out"))
         if receiving and attention is not None and len(receiving) < attention.n_heads:
-            # Others change where they share a key or value with a receiver, or a norm behind the heads.
+            # Others change where they share a key or value with a receiver, or a norm after the heads.
             others = [head for head in range(attention.n_heads) if head not in receiving]
             freeze(block(layer, "attn.hook_z"), heads=others)
         receives = any(r.layer == layer and r.what == "mlp" for r in path.readers)

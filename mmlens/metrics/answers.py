@@ -1,6 +1,6 @@
 """Metrics of generated answers: they read the text that follows each prompt, and give one number per example.
 
-`generated_accuracy` and `invalid_answer` parse the answer among the candidates; `exact_match`, `relaxed_accuracy`
+`generated_accuracy` and `generated_invalid` parse the answer among the candidates; `exact_match`, `relaxed_accuracy`
 (ChartQA) and `anls` (documents) compare the whole text with the answer. All of them generate at most 16 tokens,
 greedily; `generating` gives a metric more. The prompt carries one answer per example, as `model.prompt_examples`
 makes it.
@@ -26,7 +26,7 @@ from mmlens.arguments import instance_of, whole_number
 from mmlens.arguments import texts as texts_of
 from mmlens.errors import InvalidValueError
 from mmlens.metrics.outcomes import Metric, metric_name, metric_of, reads, what_reads
-from mmlens.prompt import Prompt, prompt_of
+from mmlens.model.prompt import Prompt, prompt_of
 
 TOLERANCE = Decimal("0.05")
 """The relative error that `relaxed_accuracy` allows."""
@@ -67,16 +67,16 @@ def generated_accuracy(texts: Sequence[str], prompt: Prompt) -> Float[Tensor, " 
 
 
 @reads("answers")
-def invalid_answer(texts: Sequence[str], prompt: Prompt) -> Float[Tensor, " batch"]:
+def generated_invalid(texts: Sequence[str], prompt: Prompt) -> Float[Tensor, " batch"]:
     """1 where `parse_answer` finds none of the candidates, nor the answer, or several; else 0.
 
-    It tells a lost format from a lost retrieval: 1 - generated_accuracy - invalid_answer is the share of well-formed
+    It tells a lost format from a lost retrieval: 1 - generated_accuracy - generated_invalid is the share of well-formed
     wrong answers. Raises ValueError where an example has no candidates.
     """
     for row, own in enumerate(_candidates(prompt)):
         if not own:
             raise InvalidValueError(
-                f"invalid_answer: example {row} of the batch has no candidates, so no answer is ill-formed"
+                f"generated_invalid: example {row} of the batch has no candidates, so no answer is ill-formed"
             )
     return _scored(texts, prompt, lambda text, answer, options: parse_answer(text, options) is None)
 

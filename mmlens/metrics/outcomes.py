@@ -36,9 +36,9 @@ from mmlens.arguments import (
     whole_number,
 )
 from mmlens.errors import InvalidTypeError, InvalidValueError
-from mmlens.fingerprints import processor_fingerprint
-from mmlens.hooked_vlm import HookedVLM, model_of
-from mmlens.prompt import Prompt, Spelling, answer_ids_of, prompt_of, respelt
+from mmlens.model.fingerprints import processor_fingerprint
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.prompt import Prompt, Spelling, answer_ids_of, prompt_of, respelt
 
 Metric = Callable[..., Tensor]
 """A function that gives one number per example: a tensor [batch]."""
@@ -92,7 +92,7 @@ _NAMES = (
     "exact_match",
     "generated_accuracy",
     "invalid",
-    "invalid_answer",
+    "generated_invalid",
     "kl_to_clean",
     "logit_difference",
     "relaxed_accuracy",

@@ -12,16 +12,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mmlens.arguments import fractions_of, instance_of, path_of
-from mmlens.core_heads import POOLED
+from mmlens.experiments.core_heads_claim import POOLED
 from mmlens.experiments.hybrid import CORE, MATCHED
 from mmlens.heads import HeadScores, HeadSet
-from mmlens.hooked_vlm import HookedVLM, model_of
+from mmlens.hybrid.rule import StreamingRule
+from mmlens.hybrid.speed import PARTS, prefill_speed
+from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.provenance import describe_model, machine, versions
 from mmlens.runs.folder import broken_parts, check_folder, written_at_once
 from mmlens.runs.record import RunError, read_record
 from mmlens.runs.run import read_findings
-from mmlens.sparse.rule import StreamingRule
-from mmlens.sparse.speed import PARTS, prefill_speed
 from mmlens.viz.intervals import plot_curves, plot_trade_off
 from mmlens.viz.report import figure_html, pairs_html, picture_files, table_html, write_page
 

@@ -30,8 +30,8 @@ from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.core_heads import CORE_HEADS
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.files import path_within, read_json, read_parquet
-from mmlens.hooked_vlm import HookedVLM
-from mmlens.loading import model_source, scene_kinds, shipped_models
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.loading import model_source, scene_kinds, shipped_models
 from mmlens.provenance import code_fingerprint, data_fingerprint, describe_model, machine, versions
 from mmlens.runs.folder import check_folder, written_at_once
 from mmlens.runs.methods import bibliography, filled_method, methods_text

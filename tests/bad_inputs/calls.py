@@ -14,24 +14,24 @@ import pandas as pd
 import torch
 from kinds import World
 from PIL import Image
+from planted import planted_model, unrelated_examples, untrained_model
 
 import mmlens
 from mmlens import statistics
-from mmlens.core_heads_report import question_attention
+from mmlens.attribution.check import compare_with_patching
 from mmlens.data.scenes import draw_scene, iterate_scenes, scene_of, scene_vocabulary
 from mmlens.experiments import catalog
+from mmlens.experiments.core_heads_report import question_attention
 from mmlens.experiments.experiment import Setup
+from mmlens.hybrid.rule import StreamingRule
+from mmlens.hybrid.speed import prefill_speed
 from mmlens.metrics.answers import parse_answer
-from mmlens.metrics.attribution.check import compare_with_patching
 from mmlens.metrics.outcomes import evaluate, reads
-from mmlens.metrics.relatives.attention import fake_region
-from mmlens.metrics.relatives.logits import position_contributions
-from mmlens.metrics.relatives.spatial import elbow, spatial_entropy
-from mmlens.metrics.significance import region_permutation_test
-from mmlens.planted import planted_model, unrelated_examples, untrained_model
 from mmlens.runs.accelerate import accelerate, load_scores
-from mmlens.sparse.rule import StreamingRule
-from mmlens.sparse.speed import prefill_speed
+from mmlens.scores.attention import fake_region
+from mmlens.scores.logits import position_contributions
+from mmlens.scores.significance import region_permutation_test
+from mmlens.scores.spatial import elbow, spatial_entropy
 from mmlens.viz.ablation_curves import plot_ablation_curves, plot_ablation_panels
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_curves, plot_intervals, plot_trade_off
@@ -239,7 +239,7 @@ def _effects(w: World) -> list[Call]:
         mmlens.anls,
         mmlens.exact_match,
         mmlens.generated_accuracy,
-        mmlens.invalid_answer,
+        mmlens.generated_invalid,
         mmlens.relaxed_accuracy,
     )
     return [
@@ -365,7 +365,7 @@ def _interventions(w: World) -> list[Call]:
     interventions = {
         "ablate": zero,
         "knockout": mmlens.knockout("last", "question"),
-        "steer": mmlens.steer([(0, 1)], "question", 1.0),
+        "bias_attention": mmlens.bias_attention([(0, 1)], "question", 1.0),
         "scale_heads": mmlens.scale_heads([(0, 1)], 0.5),
         "patch": mmlens.patch("blocks.0.hook_mlp_out", w.other),
         "path_patch": mmlens.path_patch([(0, 1)], "logits", w.other),
@@ -411,8 +411,8 @@ def _interventions(w: World) -> list[Call]:
             {"queries": "positions", "keys": "positions!", "layers": "layers"},
         ),
         Call(
-            "steer",
-            built(mmlens.steer),
+            "bias_attention",
+            built(mmlens.bias_attention),
             {"heads": [(0, 1)], "keys": "question", "delta": 1.0},
             {"heads": "heads", "keys": "positions!", "delta": "per head", "queries": "positions"},
         ),

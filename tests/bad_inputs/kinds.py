@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 import mmlens
-from mmlens.prompt import Prompt
+from mmlens.model.prompt import Prompt
 
 Values = dict[str, Any]
 NAN, INF = float("nan"), float("inf")

@@ -40,7 +40,7 @@ def test_an_oracle_token_is_the_sum_of_its_words(micro: mmlens.HookedVLM, setup:
 
 def test_copies_of_a_trained_model_are_the_same_at_every_step(setup: Setup, tmp_path: Path) -> None:
     for step in ("00010", "00020"):
-        shutil.copytree(Path(mmlens.__file__).parent / "micro/micro", tmp_path / step)
+        shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", tmp_path / step)
     found = EXPERIMENT.run(setup, checkpoints=str(tmp_path), n_per_kind=4)
     first, last = found.numbers["rows"]
     assert first | {"step": 20} == last and found.numbers["last_step"] == 20
@@ -58,7 +58,7 @@ def test_copies_of_a_trained_model_are_the_same_at_every_step(setup: Setup, tmp_
 def test_outcomes_are_those_of_the_model_with_heads_cut_out_of_its_weights(
     setup: Setup, tmp_path: Path
 ) -> None:
-    shutil.copytree(Path(mmlens.__file__).parent / "micro/micro", tmp_path / "00010")
+    shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", tmp_path / "00010")
     found = EXPERIMENT.run(setup, checkpoints=str(tmp_path), n_per_kind=4)
     write_findings(found, tmp_path / "run")
     outcomes = found.per_example["outcomes"].set_index(["arm", "id"])["value"]
@@ -81,6 +81,6 @@ def test_outcomes_are_those_of_the_model_with_heads_cut_out_of_its_weights(
 def test_what_is_no_checkpoint_is_refused(setup: Setup, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no checkpoint: make them with"):
         EXPERIMENT.run(setup, checkpoints=str(tmp_path))
-    shutil.copytree(Path(mmlens.__file__).parent / "micro/llava-onevision", tmp_path / "00010")
+    shutil.copytree(Path(mmlens.__file__).parent / "shipped/llava-onevision", tmp_path / "00010")
     with pytest.raises(DataError, match=r"has 6 layers of 8 heads, the model 8 of 8"):
         EXPERIMENT.run(setup, checkpoints=str(tmp_path), n_per_kind=2)

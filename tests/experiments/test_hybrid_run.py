@@ -9,7 +9,7 @@ import torch
 import mmlens
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.hybrid import ANY, CORE, EXPERIMENT, LOWEST, MATCHED, NONE, RANDOM, across
-from mmlens.sparse.rule import StreamingRule
+from mmlens.hybrid.rule import StreamingRule
 
 SINK, WINDOW = 2, 8
 

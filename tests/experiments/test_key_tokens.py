@@ -16,9 +16,9 @@ from mmlens.cli import main
 from mmlens.experiments.common import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.key_tokens import COVERAGE_SHARES, EXPERIMENT, across
-from mmlens.metrics.attention import ram
 from mmlens.runs.rerun import rerun
 from mmlens.runs.run import read_record
+from mmlens.scores.retrieval import ram
 from mmlens.statistics import proportion_interval
 
 

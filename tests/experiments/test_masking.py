@@ -13,7 +13,7 @@ from mmlens.experiments.common import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.masking import EXPERIMENT, PUBLISHED, across
 from mmlens.heads import share_of
-from mmlens.metrics.attention import ram
+from mmlens.scores.retrieval import ram
 
 MODES = ("uniform_leaky", "zero")
 

@@ -13,7 +13,7 @@ import mmlens
 from mmlens.experiments.common import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.overlays import EXPERIMENT, across
-from mmlens.metrics.attention import ram
+from mmlens.scores.retrieval import ram
 
 
 @pytest.fixture(scope="module")

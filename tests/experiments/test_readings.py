@@ -27,7 +27,7 @@ from mmlens.experiments.readings import (
     usable_tags,
 )
 from mmlens.heads import HeadSet
-from mmlens.metrics.attention import ram
+from mmlens.scores.retrieval import ram
 
 KINDS = ("documents", "frames", "objects")
 

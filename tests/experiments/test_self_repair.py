@@ -61,7 +61,7 @@ def test_random_groups_avoid_the_top_and_count_each_example_once(found: Findings
 
 @torch.no_grad()
 def plain_direct(
-    model: mmlens.HookedVLM, prompt: mmlens.prompt.Prompt, wrong: int
+    model: mmlens.HookedVLM, prompt: mmlens.model.prompt.Prompt, wrong: int
 ) -> tuple[torch.Tensor, float]:
     """[layer, head], and the logit difference, from the bare modules' inputs and outputs."""
     plain = model.hf_model

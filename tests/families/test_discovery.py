@@ -13,7 +13,7 @@ from mmlens.families.anatomy import AnatomyError, dissect
 from mmlens.families.catalog import FAMILIES, UnknownFamilyError, UntestedFamilyWarning, family_of
 from mmlens.families.record import Family, Stack
 from mmlens.families.refused import BROKEN, REFUSED, refusal
-from mmlens.families.support import missing_hooks, support_table
+from mmlens.model.support import missing_hooks, support_table
 from mmlens.token_map import TokenMapError
 
 

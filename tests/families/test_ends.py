@@ -11,10 +11,10 @@ from tiny.base import redraw
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.effects.sweeps import sweep
 from mmlens.interventions.ablation import ablate
 from mmlens.metrics.outcomes import logit_difference_of
-from mmlens.sweeps.table import sweep
+from mmlens.model.hooked_vlm import HookedVLM
 
 
 def _with_deepstack_to_the_end(family: str) -> PreTrainedModel:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mmlens.errors import UnsupportedError
-from mmlens.hooked_vlm import HookedVLM
-from mmlens.metrics.attention import attention_mass
-from mmlens.prompt import prompt_from_inputs
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.prompt import prompt_from_inputs
+from mmlens.scores.retrieval import attention_mass
 
 
 def _ids_of(n: int, token: int) -> Tensor:

@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING
 from conftest import largest_logit
 from mmlens import hook_names, internals
 from mmlens.families.catalog import FAMILIES
-from mmlens.families.support import missing_hooks
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.support import missing_hooks
 
 INSIDE_SOFTMAX = ("hook_attn_scores", "hook_pattern")
 TWO_IMAGES, PADDED = (2,), (2, 1)
@@ -221,7 +221,7 @@ def test_the_stream_is_the_sum_of_what_is_added_to_it(family: str, model: Hooked
         if model.family.adds:
             mid = cache[f"{prefix}hook_resid_pre"] + cache[f"{prefix}hook_attn_out"]
             torch.testing.assert_close(mid, cache[f"{prefix}hook_resid_mid"], **tolerance)
-        # With the MLP silenced, what comes out of the layer is the stream behind attention.
+        # With the MLP silenced, what comes out of the layer is the stream after attention.
         posts = []
         for edit in (lambda x, hook: x, lambda x, hook: x.roll(1, -1)):
             edits = [(f"{prefix}hook_resid_mid", edit), (f"{prefix}hook_mlp_out", lambda x, hook: x * 0)]

@@ -14,8 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mmlens.errors import MmlensError
 from mmlens.families.catalog import FAMILIES
 from mmlens.families.refused import BROKEN, REFUSED
-from mmlens.families.support import support_table
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.support import support_table
 
 IMAGE_INPUTS = {"pixel_values", "flattened_patches"}
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from mmlens.families.layouts import visual_codes
-from mmlens.prompt import Prompt, make_prompt
+from mmlens.model.prompt import Prompt, make_prompt
 
 torch.set_num_threads(1)
 

@@ -15,11 +15,11 @@ import mmlens
 from conftest import QUESTION, hooked, padded_prompt, two_image_prompt
 from mmlens.data.examples import Example
 from mmlens.errors import StateError
-from mmlens.hooked_vlm import HookNeverFiredError, Span, UnknownHookError
 from mmlens.interventions.ablation import MODES, mean_activations
 from mmlens.interventions.components import components
 from mmlens.interventions.edits import Edit
-from mmlens.prompt import Prompt
+from mmlens.model.hooked_vlm import HookNeverFiredError, Span, UnknownHookError
+from mmlens.model.prompt import Prompt
 
 HEADS = [(1, 2), (0, 1), (1, 3)]
 EVERYTHING = [
@@ -41,7 +41,7 @@ TOWERS = {
 }
 """Path of the plain model's vision layers, and in each the projections out of attention and MLP."""
 DECODERS = (*TOWERS, "gemma3")
-"""Families whose text layers have self_attn.o_proj and mlp.down_proj; Gemma 3's norms stand behind them."""
+"""Families whose text layers have self_attn.o_proj and mlp.down_proj; Gemma 3's norms stand after them."""
 
 
 def examples(n: int, seed: int = 5) -> list[Example]:

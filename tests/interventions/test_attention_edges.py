@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 import mmlens
 from conftest import QUESTION, generate, hooked, padded_prompt, two_image_prompt
-from mmlens.hooked_vlm import HookedVLM, NoChangeWarning
-from mmlens.interventions.attention_edges import knockout, scale_heads, steer
-from mmlens.interventions.compose import during
+from mmlens.interventions.attention_edges import bias_attention, knockout, scale_heads
+from mmlens.interventions.composition import during
 from mmlens.interventions.edits import Edit, Here, if_any
-from mmlens.prompt import Prompt
+from mmlens.model.hooked_vlm import HookedVLM, NoChangeWarning
+from mmlens.model.prompt import Prompt
 from mmlens.token_map import TokenMap
 
 # Sliding windows with image tokens that see each other, prefixes seen both ways, convolution layers, layers that
@@ -172,7 +172,7 @@ def test_edges_that_the_mask_forbids_change_nothing_and_are_warned_of() -> None:
     lifts = torch.finfo(torch.float32).max
     with pytest.warns(NoChangeWarning):
         model.run_with_hooks(
-            prompt, fwd_hooks=steer([(0, 1)], "question", lifts, queries="image")(model, prompt)
+            prompt, fwd_hooks=bias_attention([(0, 1)], "question", lifts, queries="image")(model, prompt)
         )
 
 
@@ -211,7 +211,7 @@ def test_knockout_and_steering_with_and_without_the_cache_agree(family: str) -> 
     layers = softmax_layers(model)
     for intervention in (
         during(knockout("text", "image"), "both"),
-        steer([(layers[0], 1), (layers[-1], 3)], "image", [2.0, -3.0]),
+        bias_attention([(layers[0], 1), (layers[-1], 3)], "image", [2.0, -3.0]),
         mmlens.compose(knockout("last", "image"), scale_heads([(layers[-1], 0)], 3.0)),
     ):
         ids, logits = generate(model, prompt, 5, intervention(model, prompt))
@@ -249,7 +249,7 @@ def test_steering_adds_to_the_plain_models_mask(family: str) -> None:
 
     with edited_masks(plain, [1], biased):
         expected = plain(**prompt.inputs).logits
-    hooks = steer(heads, "image", delta, queries="question")(model, prompt)
+    hooks = bias_attention(heads, "image", delta, queries="question")(model, prompt)
     under = model.run_with_hooks(prompt, fwd_hooks=hooks)
     assert_same_logits(under[real], expected[real])
     assert (expected - plain(**prompt.inputs).logits)[real].abs().max() > 1e-3
@@ -264,12 +264,12 @@ def test_steering_multiplies_odds_and_lifts_no_mask() -> None:
     keys = prompt.token_map.is_image | prompt.token_map.is_padding | prompt.last
     with model.hooks(fwd_hooks=knockout("question", "image", layers=1)(model, prompt)):
         _, before = model.run_with_cache(prompt, names_filter=name)
-    both = mmlens.compose(knockout("question", "image", layers=1), steer([(1, 2)], keys, 50.0))
+    both = mmlens.compose(knockout("question", "image", layers=1), bias_attention([(1, 2)], keys, 50.0))
     with model.hooks(fwd_hooks=both(model, prompt)):
         _, after = model.run_with_cache(prompt, names_filter=name)
     # The future, padding and what an earlier knockout blocked get nothing, however large the bias.
     assert not after["pattern", 1][before["pattern", 1] == 0].any()
-    with model.hooks(fwd_hooks=steer([(1, 2)], "image", 2.0, queries="last")(model, prompt)):
+    with model.hooks(fwd_hooks=bias_attention([(1, 2)], "image", 2.0, queries="last")(model, prompt)):
         _, steered = model.run_with_cache(prompt, names_filter=name)
     _, clean = model.run_with_cache(prompt, names_filter=name)
 
@@ -291,15 +291,15 @@ def test_edges_change_no_other_query_and_keep_gradients() -> None:
     prompt = two_image_prompt(model)
     delta = torch.tensor(0.5, requires_grad=True)
     with torch.enable_grad():
-        hooks = steer([(0, 0)], "image", delta, queries="last")(model, prompt)
+        hooks = bias_attention([(0, 0)], "image", delta, queries="last")(model, prompt)
         model.run_with_hooks(prompt, fwd_hooks=hooks)[0, -1, 0].backward()
-    ahead, behind = (
-        model.run_with_hooks(prompt, fwd_hooks=steer([(0, 0)], "image", d, queries="last")(model, prompt))[
-            0, -1, 0
-        ]
+    ahead, after = (
+        model.run_with_hooks(
+            prompt, fwd_hooks=bias_attention([(0, 0)], "image", d, queries="last")(model, prompt)
+        )[0, -1, 0]
         for d in (0.51, 0.49)
     )
-    assert float(delta.grad) == pytest.approx(float(ahead - behind) / 0.02, rel=0.05)
+    assert float(delta.grad) == pytest.approx(float(ahead - after) / 0.02, rel=0.05)
 
 
 @torch.no_grad()
@@ -310,7 +310,7 @@ def test_half_precision_masks_are_seen_as_masks(dtype: torch.dtype) -> None:
     name = "blocks.1.attn.hook_pattern"
     _, clean = model.run_with_cache(prompt, names_filter=name)
     hooks = mmlens.compose(
-        knockout("question", "image", layers=1), steer([(1, 0)], "prompt", 20.0, queries="question")
+        knockout("question", "image", layers=1), bias_attention([(1, 0)], "prompt", 20.0, queries="question")
     )(model, prompt)
     with model.hooks(fwd_hooks=hooks):
         _, under = model.run_with_cache(prompt, names_filter=name)
@@ -374,8 +374,8 @@ def test_bad_edges_are_errors() -> None:
     prompt = padded_prompt(model)
     with pytest.raises(ValueError, match="knockout needs keys"):
         knockout("last", None)
-    with pytest.raises(ValueError, match="steer needs keys"):
-        steer([(0, 0)], None, 1.0)
+    with pytest.raises(ValueError, match="bias_attention needs keys"):
+        bias_attention([(0, 0)], None, 1.0)
     with pytest.raises(ValueError, match="nearest: 'image'"):
         knockout("last", "images")(model, prompt)
     with pytest.raises(ValueError, match="keys are padding alone"):
@@ -397,7 +397,7 @@ def test_bad_edges_are_errors() -> None:
     with pytest.raises(TypeError, match=r"layers\[\d\] is .*; expected a whole number"):
         knockout("last", "image", layers=[True])(model, prompt)
     with pytest.raises(ValueError, match="each of the 2 heads, not of shape"):
-        steer([(0, 0), (1, 0)], "image", [1.0, 2.0, 3.0])
+        bias_attention([(0, 0), (1, 0)], "image", [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="finite number, not nan"):
         scale_heads([(0, 0)], float("nan"))
     with pytest.raises(IndexError, match=r"head \(3, 0\)"):
@@ -420,7 +420,7 @@ def test_layers_that_attend_to_the_image_itself_are_left_out_or_refused() -> Non
     with pytest.raises(ValueError, match=r"layer\(s\) \[1\] attend to the image by cross-attention"):
         knockout("last", early, layers=[0, 1])(model, prompt)
     with pytest.raises(ValueError, match="cross-attention"):
-        steer([(3, 0)], early, 1.0)(model, prompt)
+        bias_attention([(3, 0)], early, 1.0)(model, prompt)
 
 
 @torch.no_grad()

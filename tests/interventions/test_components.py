@@ -10,8 +10,8 @@ from torch import Tensor
 
 import mmlens
 from conftest import hooked
-from mmlens.hooked_vlm import UnknownHookError
 from mmlens.interventions.components import component, components
+from mmlens.model.hooked_vlm import UnknownHookError
 
 WAYS = {
     (1, 2): ("L1H2", ("blocks.1.attn.hook_z",)),

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 import mmlens
 from conftest import hooked, two_image_prompt
 from mmlens.errors import InvalidValueError
-from mmlens.hooked_vlm import HookNeverFiredError
 from mmlens.internals import CACHE_KEYWORDS
-from mmlens.keywords import forward_keywords
+from mmlens.model.hooked_vlm import HookNeverFiredError
+from mmlens.model.keywords import forward_keywords
 
 
 @torch.no_grad()

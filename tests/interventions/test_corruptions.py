@@ -17,7 +17,7 @@ from torch import Tensor
 import mmlens
 from conftest import QUESTION, hooked, padded_prompt
 from mmlens.data.examples import Evidence, Example
-from mmlens.hooked_vlm import Span
+from mmlens.errors import PromptError
 from mmlens.interventions.corruptions import (
     CorruptionError,
     blank_region,
@@ -31,7 +31,8 @@ from mmlens.interventions.corruptions import (
     same_layout,
     swap_regions,
 )
-from mmlens.prompt import Prompt, PromptError, prompt_from_inputs
+from mmlens.model.hooked_vlm import Span
+from mmlens.model.prompt import Prompt, prompt_from_inputs
 from mmlens.token_map import TokenMapError
 
 

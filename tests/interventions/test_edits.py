@@ -11,7 +11,7 @@ import mmlens
 from conftest import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from mmlens.interventions.corruptions import noise_images
 from mmlens.interventions.patching import patch
-from mmlens.prompt import Prompt
+from mmlens.model.prompt import Prompt
 
 
 def _others(model: mmlens.HookedVLM, prompt: Prompt) -> list[Prompt]:
@@ -55,7 +55,7 @@ ROWS = {
     "zero": lambda other: mmlens.ablate([(1, 0)], positions="question"),
     "knockout": lambda other: mmlens.knockout("question", "image", layers=(0, 1)),
     "knockout of generated queries": lambda other: mmlens.knockout(None, "image", layers=1),
-    "steer": lambda other: mmlens.steer([(1, 0)], "image", 3.0),
+    "bias_attention": lambda other: mmlens.bias_attention([(1, 0)], "image", 3.0),
     "patch": lambda other: patch("blocks.1.hook_resid_post", other, positions="question"),
     "patch of a pattern": lambda other: patch("blocks.1.attn.hook_pattern", other),
     "patch of image rows": lambda other: patch("image.hook_embed", other),

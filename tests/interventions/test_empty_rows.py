@@ -11,10 +11,10 @@ from torch import Tensor
 
 import mmlens
 from mmlens.data.examples import Example
-from mmlens.hooked_vlm import HookedVLM, Intervention
 from mmlens.interventions.ablation import mean_activations
 from mmlens.interventions.edits import Edit, if_any, positions_mask
-from mmlens.prompt import Prompt
+from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.prompt import Prompt
 
 Where = Any
 SOURCE = "blocks.1.hook_resid_pre"
@@ -45,8 +45,10 @@ READERS: dict[str, Callable[[HookedVLM, Where], Intervention]] = {
     "path_patch": lambda model, where: mmlens.path_patch([(0, 1)], "logits", other_images, positions=where),
     "knockout of keys": lambda model, where: mmlens.knockout("last", where),
     "knockout of queries": lambda model, where: mmlens.knockout(where, first_of),
-    "steer": lambda model, where: mmlens.steer([(0, 1)], where, 1.0),
-    "steer of queries": lambda model, where: mmlens.steer([(0, 1)], "text", 1.0, queries=where),
+    "bias_attention": lambda model, where: mmlens.bias_attention([(0, 1)], where, 1.0),
+    "bias_attention of queries": lambda model, where: mmlens.bias_attention(
+        [(0, 1)], "text", 1.0, queries=where
+    ),
     "scale_heads": lambda model, where: mmlens.scale_heads([(0, 1)], 2.0, where),
     "relay": lambda model, where: mmlens.relay(
         "blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre", lambda x, source: x + source, positions=where

@@ -11,9 +11,9 @@ import torch
 
 import mmlens
 from mmlens.data.examples import Example
-from mmlens.hooked_vlm import HookedVLM, Intervention
 from mmlens.interventions.ablation import mean_activations
-from mmlens.prompt import Prompt, prompt_from_inputs, with_answers
+from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.prompt import Prompt, prompt_from_inputs, with_answers
 
 OTHER_MODEL = "another model"
 

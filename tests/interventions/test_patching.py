@@ -14,13 +14,13 @@ from torch import Tensor
 
 import mmlens
 from conftest import QUESTION, hooked
-from mmlens.cache import without_batch_axis
 from mmlens.hook_names import axes_of
-from mmlens.hooked_vlm import HookNeverFiredError, UnknownHookError
 from mmlens.interventions import patching
 from mmlens.interventions.corruptions import noise_images
 from mmlens.interventions.patching import Source, patch
-from mmlens.prompt import Prompt
+from mmlens.model.cache import without_batch_axis
+from mmlens.model.hooked_vlm import HookNeverFiredError, UnknownHookError
+from mmlens.model.prompt import Prompt
 
 Heads = Sequence[int] | None
 
@@ -458,7 +458,7 @@ def test_a_source_under_an_intervention() -> None:
 
 @torch.no_grad()
 def test_causal_tracing_restores_the_clean_run(micro: mmlens.HookedVLM) -> None:
-    """Noise on the image and everything restored behind it: the clean run. Restored nowhere: the noisy one."""
+    """Noise on the image and everything restored after it: the clean run. Restored nowhere: the noisy one."""
     prompt = micro.prompt_examples(mmlens.scene_examples("objects", 4, seed=0))
     clean = micro(prompt)
     noise = noise_images(seed=3)

@@ -17,10 +17,10 @@ from torch import Tensor
 import mmlens
 from conftest import QUESTION, hooked
 from mmlens.data.scenes import scene_examples
-from mmlens.hooked_vlm import NoChangeWarning, UnknownHookError
 from mmlens.interventions.edits import Edit, positions_mask
 from mmlens.interventions.paths import path_patch
-from mmlens.prompt import Prompt
+from mmlens.model.hooked_vlm import NoChangeWarning, UnknownHookError
+from mmlens.model.prompt import Prompt
 
 WRITTEN_AT = (
     "hook_z",
@@ -37,7 +37,7 @@ FAMILIES = (
     "llava_onevision",  # biases of q, k and v
     "qwen3_vl",  # DeepStack, norms of q and k
     "internvl",
-    "gemma3",  # norms behind attention and MLP, image positions that attend both ways
+    "gemma3",  # norms after attention and MLP, image positions that attend both ways
     "granite_docling",  # residual multiplier, features injected between layers
     "qwen3_vl_moe",  # experts
     "qwen3_5",  # layers without softmax attention, gated heads
@@ -323,7 +323,7 @@ def planted(through_mlp: bool) -> mmlens.HookedVLM:
     decoder.embed_tokens.weight[:, [LOUD, WRITTEN, CARRIED, ANSWER]] = torch.tensor([300.0, 0, 0, 0])
     projection.weight[[LOUD, WRITTEN, CARRIED, ANSWER]] = 0
     projection.bias[[LOUD, WRITTEN, CARRIED, ANSWER]] = torch.tensor([300.0, 0, 0, 0])
-    # Behind a norm the loud dimension is 8 = sqrt(64) everywhere, and the others are a 37th of what they were.
+    # After a norm the loud dimension is 8 = sqrt(64) everywhere, and the others are a 37th of what they were.
     sends, reads = decoder.layers[0].self_attn, decoder.layers[1].self_attn
     sends.v_proj.weight[:, LOUD] = 0
     sends.o_proj.weight[WRITTEN, 16:32] = 30
@@ -487,7 +487,7 @@ def test_a_source_that_is_the_prompt_itself_changes_nothing() -> None:
     [
         ([(1, 0)], [(1, 2, "q")], ValueError, "L1H0 comes before no receiver"),
         ([(1, "mlp")], [(1, "mlp")], ValueError, "L1 mlp comes before no receiver"),
-        ([(0, 0)], [(0, 1, "k"), (2, 1, "k")], ValueError, "L0H1 k comes behind no sender"),
+        ([(0, 0)], [(0, 1, "k"), (2, 1, "k")], ValueError, "L0H1 k comes after no sender"),
         ([(0, 0)], [(2, 4, "q")], IndexError, "head"),
         ([(0, 0)], [(3, 0, "q")], IndexError, "3"),
         ([(0, 7)], "logits", IndexError, "7"),
@@ -538,7 +538,7 @@ def test_unknown_variants_sources_and_positions_are_refused() -> None:
             [(1, 0, "q"), (2, 0, "q")],
             {"downstream": "frozen"},
             UnknownHookError,
-            "norms stand behind",
+            "norms stand after",
         ),
     ],
 )

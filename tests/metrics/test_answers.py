@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from tiny import tiny_model, tiny_processor
 
 from mmlens.data.examples import Example
-from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.answers import (
     anls,
     edit_distance,
     exact_match,
     generated_accuracy,
+    generated_invalid,
     generating,
-    invalid_answer,
     parse_answer,
     parse_number,
     relaxed_accuracy,
@@ -27,9 +26,10 @@ from mmlens.metrics.answers import (
     similarity,
 )
 from mmlens.metrics.outcomes import accuracy, evaluate
-from mmlens.prompt import Prompt
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.prompt import Prompt
 
-METRICS = (generated_accuracy, invalid_answer, exact_match, relaxed_accuracy, anls)
+METRICS = (generated_accuracy, generated_invalid, exact_match, relaxed_accuracy, anls)
 
 
 @functools.cache
@@ -119,14 +119,14 @@ def test_right_wrong_and_invalid_answers() -> None:
     prompt = prompt_of(*[("red", COLOURS)] * 4)
     texts = ["Red.", "It is blue", "red, or blue", "I cannot see it"]
     assert generated_accuracy(texts, prompt).tolist() == [1, 0, 0, 0]
-    assert invalid_answer(texts, prompt).tolist() == [0, 0, 1, 1]
+    assert generated_invalid(texts, prompt).tolist() == [0, 0, 1, 1]
 
 
 def test_examples_without_candidates() -> None:
     prompt = prompt_of(("red", COLOURS), ("Paris", ()))
     assert generated_accuracy(["blue", "It is in Paris, France"], prompt).tolist() == [0, 1]
     with pytest.raises(ValueError, match="example 1 of the batch has no candidates"):
-        invalid_answer(["blue", "Paris"], prompt)
+        generated_invalid(["blue", "Paris"], prompt)
 
 
 # ---------------------------------------------------------------------- the whole text

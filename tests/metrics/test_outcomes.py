@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from tiny import tiny_model, tiny_processor
 
 from mmlens.data.examples import Example
-from mmlens.hooked_vlm import HookedVLM
 from mmlens.metrics.outcomes import (
     accuracy,
     answer_log_probability,
@@ -31,7 +30,8 @@ from mmlens.metrics.outcomes import (
     logit_difference_of,
     reads,
 )
-from mmlens.prompt import Prompt
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.prompt import Prompt
 
 METRICS = (accuracy, answer_log_probability, answer_rank, invalid, logit_difference)
 
@@ -236,9 +236,9 @@ def test_gradients_equal_finite_differences(name: str) -> None:
     value = metrics[name](logits)
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     with torch.no_grad():
-        ahead, behind = (metrics[name](logits + sign * 1e-2 * step) for sign in (1, -1))
+        ahead, after = (metrics[name](logits + sign * 1e-2 * step) for sign in (1, -1))
     along = (gradient * step).sum((1, 2))
-    torch.testing.assert_close(along, (ahead - behind) / 2e-2, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(along, (ahead - after) / 2e-2, atol=1e-3, rtol=1e-3)
     assert float(along.abs().min()) > 5e-3
     assert not gradient[:, 0].any()
 

@@ -14,7 +14,7 @@ import torch
 import mmlens
 from conftest import hooked
 from mmlens.cli import main
-from mmlens.hooked_vlm import HookedVLM
+from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.runs.accelerate import accelerate
 from mmlens.runs.run import RunError, read_findings
 

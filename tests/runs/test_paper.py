@@ -29,7 +29,7 @@ def _experiments() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     copy = tmp_path_factory.mktemp("models") / "copy"
-    return ["micro", str(shutil.copytree(Path(mmlens.__file__).parent / "micro/micro", copy))]
+    return ["micro", str(shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", copy))]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def request_of_all(tmp_path_factory: pytest.TempPathFactory) -> Request:
 
 @pytest.mark.slow
 def test_findings_are_those_of_one_model_after_the_other(request_of_all: Request, tmp_path: Path) -> None:
-    copy = str(shutil.copytree(Path(mmlens.__file__).parent / "micro/micro", tmp_path / "copy"))
+    copy = str(shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", tmp_path / "copy"))
     numbers = []
     for jobs in (1, 2):
         out = tmp_path / f"out{jobs}"

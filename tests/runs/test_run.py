@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import mmlens
 from mmlens.experiments import catalog
 from mmlens.experiments.experiment import Findings, Setup
-from mmlens.loading import scene_kinds
+from mmlens.model.loading import scene_kinds
 from mmlens.provenance import data_fingerprint, fingerprint, versions
 from mmlens.runs.rerun import compare, rerun, runs_in
 from mmlens.runs.run import (
@@ -204,7 +204,7 @@ def test_versions_that_differ_are_named(folder: Path, copied: Path) -> None:
 
 def test_other_weights_and_other_data_are_refused(tmp_path: Path) -> None:
     data = mmlens.save_examples(mmlens.scene_examples("objects", 6, 3), tmp_path / "data")
-    model = shutil.copytree(Path(mmlens.__file__).parent / "micro/micro", tmp_path / "model")
+    model = shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", tmp_path / "model")
     request = Request("small", str(model), data=str(data))
     folder = run(request, tmp_path / "run", progress=False)
     assert read_record(folder)["model"]["name"] == str(model)

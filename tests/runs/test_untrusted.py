@@ -81,7 +81,7 @@ def setting(*keys: Any, value: Any) -> Callable[[Any], None]:
 
 def with_own_code(folder: Path, marker: Path) -> Path:
     """A copy of micro whose config names code of its own, which leaves a mark where it is run."""
-    shutil.copytree(Path(mmlens.__file__).parent / "micro/micro", folder)
+    shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", folder)
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Own"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -326,7 +326,7 @@ def test_questions_statements_and_errors_are_escaped_in_the_paper(
         for example in mmlens.scene_examples(kind, 2, 3)
     ]
     data = mmlens.save_examples(examples, tmp_path / "data")
-    model = shutil.copytree(Path(mmlens.__file__).parent / "micro/micro", tmp_path / "<script>a_b*c*")
+    model = shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", tmp_path / "<script>a_b*c*")
     outcomes = run_all(
         ["micro", str(model)], tmp_path / "out", Request("", "", data=str(data)), progress=False
     )

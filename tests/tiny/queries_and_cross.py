@@ -233,7 +233,7 @@ def _idefics_processor(shared: dict[str, Any]) -> ProcessorMixin:
 
 
 def _interleaved(n_images: Sequence[int]) -> dict[str, Tensor]:
-    """A row is a list of images and texts in their order: beside `images=` the processor puts them behind the text."""
+    """A row is a list of images and texts in their order: beside `images=` the processor puts them after the text."""
     images = iter(tiny_images(sum(n_images), seed=1))
     questions = ("Question: What colour is the letter K? Answer:", "Question: Where? Answer:")
     prompts = [

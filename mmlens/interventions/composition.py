@@ -1,0 +1,458 @@
+"""Putting interventions together: at once, in turn, by layer, while generating, one hook point to another.
+
+The order of a composition: hook points act in the order in which the forward pass reaches them; on one hook point the
+functions act in the order in which the interventions are given, each on what the one before it left.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mmlens.arguments import called, instance_of, one_of, whole_number
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError, StateError
+from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions
+from mmlens.internals import hooks_suspended
+from mmlens.interrupts import Temporary, undone
+from mmlens.interventions.edits import Edit, Here, Positions, check_call, intervention_of
+from mmlens.model.cache import is_batched, is_packed
+from mmlens.model.hooked_vlm import (
+    Hook,
+    HookBlock,
+    HookedVLM,
+    HookNeverFiredError,
+    Intervention,
+    Span,
+    hooks_in,
+)
+from mmlens.model.prompt import Prompt
+
+# ---------------------------------------------------------------------- all of them
+
+
+def compose(*interventions: Intervention, built: str = "clean") -> Intervention:
+    """All of them at once; the module's text says in which order they act.
+
+    `built` says what each intervention sees that runs the model to know what to do (a resampled or patched activation,
+    a mean): "clean" the model as it is, "in_turn" the model under the interventions given before it. In turn, every
+    prompt that is run while an intervention is being built - this prompt, a source, a reference - is run under the
+    earlier ones, built for that prompt. So an intervention that is built from m runs costs m more builds of each of
+    those before it. What was computed before (`mean_activations`) is not computed again.
+
+    Raises ValueError for no interventions or an unknown `built`; TypeError where, in turn, an intervention runs the
+    model on something else than a Prompt.
+
+    >>> from mmlens.interventions.ablation import ablate
+    >>> compose(ablate([(0, 1)]), ablate([(2, 3)]), built="in turn")
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: there is no way to build a composition 'in turn'; the nearest: 'in_turn'
+    """
+    if not interventions:
+        raise InvalidValueError("compose needs at least one intervention")
+    for at, part in enumerate(interventions):
+        intervention_of(part, f"intervention {at}")
+    one_of("way to build a composition", built, ("clean", "in_turn"))
+
+    def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
+        hooks: list[Hook] = []
+        for index, part in enumerate(interventions):
+            if built == "in_turn" and index:
+                under = _running_under(model, compose(*interventions[:index], built="in_turn"))
+                hooks += under.around(partial(part, model, prompt))
+            else:
+                hooks += part(model, prompt)
+        return hooks
+
+    return intervention
+
+
+_RUNS = ("forward", "generate", "attention_rows")
+"""The methods of HookedVLM that run the Hugging Face model on a prompt."""
+
+
+def _running_under(model: HookedVLM, intervention: Intervention) -> Temporary[None]:
+    """Every prompt that the model runs inside the block runs under `intervention`, built for that prompt."""
+    before = _methods(model)
+    level = model.context_level
+
+    def under(run: Callable[..., Any]) -> Callable[..., Any]:
+        def edited(inputs: Any = None, *args: Any, **options: Any) -> Any:
+            if not isinstance(inputs, Prompt):
+                raise InvalidTypeError(
+                    "compose(..., built='in_turn'): the interventions before are built for each prompt that is run, "
+                    f"and this run is given {type(inputs).__name__}, not a Prompt"
+                )
+            current = _methods(model)
+
+            def build() -> list[Hook]:
+                _set_methods(model, before)
+                suspended = hooks_suspended(model.hook_dict.values(), level)
+                return suspended.around(lambda: list(intervention(model, inputs)))
+
+            # Building must not run under what is being built, nor be seen by the hooks of the run that asks for it.
+            hooks = undone(build, lambda: _set_methods(model, current))
+            return _run_ahead(model, hooks, lambda: run(inputs, *args, **options))
+
+        return edited
+
+    edited = {name: under(getattr(model, name)) for name in _RUNS}
+    return Temporary(lambda: _set_methods(model, edited), lambda: _set_methods(model, before))
+
+
+def _methods(model: HookedVLM) -> dict[str, Any]:
+    return {name: model.__dict__.get(name) for name in _RUNS}
+
+
+def _set_methods(model: HookedVLM, methods: Mapping[str, Any]) -> None:
+    for name, method in methods.items():
+        if method is None:
+            model.__dict__.pop(name, None)
+        else:
+            model.__dict__[name] = method
+
+
+def _run_ahead(model: HookedVLM, hooks: Sequence[Hook], run: Callable[[], Any]) -> Any:
+    """`run()` with the hooks ahead of those already set: a cache that reads the same hook point must hold the edit."""
+    flat = [(name, function) for match, function in hooks for name in model.hook_names(match)]
+    block = HookBlock(model, flat, (), prepend=True)
+    output = block.around(run)
+    if block.silent:
+        raise HookNeverFiredError(
+            f"compose(..., built='in_turn'): in a run that builds a later intervention, hooks of an earlier one never "
+            f"fired: {', '.join(block.silent[:5])}"
+        )
+    return output
+
+
+# ---------------------------------------------------------------------- while generating
+
+
+def during(intervention: Intervention, when: str) -> Intervention:
+    """The same intervention while generating: at the prompt's positions, at generated tokens ("decode"), or at both.
+
+    | when | at the prompt | at generated tokens |
+    |---|---|---|
+    | "prompt" | where its own positions say | nowhere |
+    | "decode" | nowhere | at each of them |
+    | "both" | where its own positions say | at each of them |
+
+    The first generated token is predicted at the prompt's last position, so "decode" begins with the second. With and
+    without the key-value cache the same positions are edited. A hook function that is no Edit is restricted too: it is
+    handed the prompt's positions, or the generated ones in hand (with the cache one at a time), and nothing else.
+    Hook points that hold the prompt's images alone (image.*, vision.*, projector.*) are part of the prompt.
+
+    Raises ValueError for another `when`, and for "decode" with a hook on the prompt's images.
+
+    >>> from mmlens.interventions.ablation import ablate
+    >>> model = HookedVLM.from_pretrained("micro")
+    >>> prompt = model.prompt("What colour is the K?")
+    >>> [(edit.mask, edit.generated) for _, edit in during(ablate([(0, 1)]), "prompt")(model, prompt)]
+    [(None, False)]
+    """
+    called("during(intervention, when): intervention", intervention, "an intervention, as ablate(...) gives")
+    intervention_of(intervention)
+    one_of("part of a generation", when, ("prompt", "decode", "both"))
+
+    def restricted(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
+        hooks: list[Hook] = []
+        for match, function in intervention(model, prompt):
+            for name in model.hook_names(match):
+                hooks.append((name, _restricted(model, prompt, name, function, when)))
+        return hooks
+
+    return restricted
+
+
+def _restricted(
+    model: HookedVLM, prompt: Prompt, name: str, function: Callable[..., Any], when: str
+) -> Callable[..., Any]:
+    if not is_batched(name):
+        if when == "decode":
+            raise InvalidValueError(
+                f"during(..., 'decode'): {name} holds the prompt's images, which no generated token is part of"
+            )
+        return function
+    if isinstance(function, Edit):
+        edit = _fresh(function)
+    elif when == "both":
+        return function
+    else:
+        edit = Edit(model, prompt, name, _of_part(prompt, name, function, model.hook_dict[name], when))
+    edit.generated = when != "prompt"
+    if when == "decode":
+        edit.mask = torch.zeros_like(prompt.token_map.is_padding)
+    return edit
+
+
+def _fresh(edit: Edit) -> Edit:
+    """A copy that has not fired yet."""
+    fresh = copy.copy(edit)
+    fresh.fired, fresh._sizes = 0, []
+    return fresh
+
+
+def _of_part(
+    prompt: Prompt, name: str, function: Callable[..., Any], hook: Any, when: str
+) -> Callable[[Tensor, Here], Tensor]:
+    """A hook function as an Edit's change, which hands it the prompt's positions or the generated ones alone."""
+    axis = position_axis(name)
+
+    def change(x: Tensor, here: Here) -> Tensor:
+        length = x.shape[axis]
+        n_prompt = min(max(prompt.shape[1] - here.span.first, 0), length)
+        start, stop = (0, n_prompt) if when == "prompt" else (n_prompt, length)
+        if start == stop:
+            return x
+        part = x.narrow(axis, start, stop - start).clone()
+        edited = function(part, hook=hook)
+        edited = part if edited is None else edited
+        pieces = (x.narrow(axis, 0, start), edited, x.narrow(axis, stop, length - stop))
+        return torch.cat(pieces, dim=axis)
+
+    return change
+
+
+# ---------------------------------------------------------------------- by layer
+
+Schedule = Mapping[int | range, Intervention] | Callable[[int], Intervention | None]
+
+
+def by_layer(schedule: Schedule) -> Intervention:
+    """Interventions scheduled by language layer: {layer or range of layers: intervention}, or a function of the layer.
+
+    Each may set hooks in its own layers only, which is checked when it is built. A function is asked for every layer
+    of the model and gives None where nothing is to be done. They act as in `compose`.
+
+    Raises ValueError for an empty schedule, a function that gives None for every layer, and a hook outside the layers
+    it is scheduled for; IndexError for a layer that the model does not have.
+
+    >>> from mmlens.interventions.ablation import ablate
+    >>> model = HookedVLM.from_pretrained("micro")
+    >>> prompt = model.prompt("What colour is the K?")
+    >>> hooks = by_layer(lambda layer: ablate([(layer, 0)]) if layer > 1 else None)(model, prompt)
+    >>> [name for name, _ in hooks] == [f"blocks.{layer}.attn.hook_z" for layer in range(2, model.cfg.n_layers)]
+    True
+    >>> by_layer({1: ablate([(0, 0)])})(model, prompt)
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: by_layer: the intervention for layer 1 hooks blocks.0.attn.hook_z, which is outside
+    """
+    if isinstance(schedule, Mapping):
+        for key, part in schedule.items():
+            if part is not None:
+                intervention_of(part, f"the intervention for layer {key!r}")
+    else:
+        called(
+            "schedule", schedule, "{layer or range: intervention} or a function of the layer", n_arguments=1
+        )
+    if not callable(schedule) and not schedule:
+        raise InvalidValueError("by_layer needs a schedule {layer or range: intervention}, got an empty one")
+
+    def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
+        hooks: list[Hook] = []
+        scheduled = False
+        entries = (
+            {layer: schedule(layer) for layer in range(model.cfg.n_layers)}
+            if callable(schedule)
+            else schedule
+        )
+        for key, part in entries.items():
+            if part is None:
+                continue
+            scheduled = True
+            if not isinstance(key, range):
+                key = whole_number("a layer of the schedule", key)
+            layers = key if isinstance(key, range) else range(key, key + 1)
+            shown = f"layers {key.start} to {key.stop - 1}" if isinstance(key, range) else f"layer {key}"
+            if not layers or min(layers) < 0 or max(layers) >= model.cfg.n_layers:
+                raise OutOfRangeError(
+                    f"by_layer: {key!r} is out of range; the model has {model.cfg.n_layers} layers "
+                    f"(0 to {model.cfg.n_layers - 1})"
+                )
+            for match, function in part(model, prompt):
+                outside = [name for name in model.hook_names(match) if layer_of(name) not in layers]
+                if outside:
+                    raise InvalidValueError(
+                        f"by_layer: the intervention for {shown} hooks {outside[0]}, which is outside"
+                    )
+                hooks.append((match, function))
+        if not scheduled:
+            raise InvalidValueError("by_layer: the schedule gives no intervention for any layer of the model")
+        return hooks
+
+    return intervention
+
+
+# ---------------------------------------------------------------------- one hook point to another
+
+
+def relay(
+    read: str,
+    write: str,
+    function: Callable[[Tensor, Tensor], Tensor],
+    *,
+    positions: Positions = None,
+) -> Intervention:
+    """Edit the hook point `write` by what stands at `read` in the same run: x becomes function(x, source).
+
+    `source` is a copy of the activation at `read`, edits that are made there before this one included, at those
+    positions that `x` covers; how many that are depends on the run (one, while decoding with the cache). So the
+    function works position by position: of `x` and `source` at one position it makes the new x there. It gives a tensor
+    of x's shape, of which `positions` are kept (None: all, generated tokens too).
+
+    Both hook points are of the language model, and both or neither at image positions (image.*). Raises
+    UnknownHookError for another name, ValueError where `write` fires before `read` or has other positions, and where
+    the function gives another shape; RuntimeError where `read` did not fire before `write` in a run.
+
+    >>> from mmlens.data.scenes import scene_examples
+    >>> model = HookedVLM.from_pretrained("micro")
+    >>> prompt = model.prompt_examples(scene_examples("objects", 1, seed=0))
+    >>> undo = relay("blocks.1.hook_attn_out", "blocks.3.hook_resid_pre", lambda x, source: x - source)
+    >>> hooks = undo(model, prompt)
+    >>> logits = model.run_with_hooks(prompt, fwd_hooks=hooks)
+    >>> [(edit.fired, edit.size > 0) for _, edit in hooks]
+    [(1, False), (1, True)]
+    """
+
+    for name, hook in (("read", read), ("write", write)):
+        instance_of(name, hook, str, "the name of a hook point")
+    called("function", function, "a function (x, source) -> x", n_arguments=2)
+
+    def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
+        check_call(model, prompt)
+        for name in (read, write):
+            model.hook_names(name)
+        _check_relay(read, write)
+        seen: list[tuple[Tensor, Span]] = []
+
+        def look(x: Tensor, here: Here) -> Tensor:
+            seen[:] = [(x.clone(), here.span)]
+            return x
+
+        def change(x: Tensor, here: Here) -> Tensor:
+            if not seen:
+                raise StateError(f"relay: {write} fired in a run in which {read} had not fired before it")
+            source, span = seen.pop()
+            source = _same_positions(source, span, read, here.span).to(x.device)
+            edited = function(x, source)
+            if not isinstance(edited, Tensor) or edited.shape != x.shape:
+                given = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+                raise InvalidValueError(
+                    f"relay: the function gives what stands at {write} instead, a tensor of shape {list(x.shape)}, "
+                    f"not {given}; its source, {read}, has shape {list(source.shape)}"
+                )
+            return edited
+
+        # The reading edit has the written positions, so that a run may be cut before the first of them.
+        return [
+            (name, Edit(model, prompt, name, own, positions=positions))
+            for name, own in ((read, look), (write, change))
+        ]
+
+    return intervention
+
+
+def _check_relay(read: str, write: str) -> None:
+    for name in (read, write):
+        if not runs_over_positions(name):
+            raise InvalidValueError(
+                f"relay: {name} is no hook point of the language model; a relay joins two hook points that fire in "
+                "every step over the same positions"
+            )
+    if is_packed(read) != is_packed(write):
+        raise InvalidValueError(
+            f"relay: {read} and {write} are not over the same positions: one holds the image positions alone. Use "
+            "the hook point of all positions, with positions='image'"
+        )
+    if _place(write) <= _place(read):
+        raise InvalidValueError(
+            f"relay: {write} does not come after {read} in the forward pass, so it cannot read it"
+        )
+
+
+# In the order they fire, where BLOCK_HOOKS leaves it open.
+_AFTER = {
+    "attn.hook_q_input": "ln1.hook_normalized",
+    "attn.hook_k_input": "attn.hook_q",
+    "attn.hook_v_input": "attn.hook_k",
+    "mlp.hook_post": "ln2.hook_normalized",
+}
+
+
+def _place(name: str) -> tuple[int, float]:
+    """When a hook point of the language model fires: by layer, and within the layer.
+
+    Hook points that no list orders come last in their layer.
+    """
+    layer = layer_of(name)
+    if layer is None:
+        return (10**6 if name.startswith("ln_final.") else -1), float(name.endswith("normalized"))
+    within = name.split(".", 2)[2].removeprefix("image.").replace("cross_attn.", "attn.")
+    order = list(BLOCK_HOOKS)
+    known = _AFTER.get(within, within)
+    place = float(order.index(known)) if known in order else float(len(order))
+    return layer, place + 0.5 * (within in _AFTER)
+
+
+def _same_positions(source: Tensor, span: Span, name: str, wanted: Span) -> Tensor:
+    """The source at the positions `wanted`, which a run may have cut between the two hook points."""
+    if span == wanted or is_packed(name):
+        return source
+    start = wanted.first - span.first
+    if start < 0 or start + wanted.length > span.length:
+        raise StateError(
+            f"relay: {name} was computed for positions {span.first} to {span.first + span.length - 1} alone, "
+            f"and {wanted.first} to {wanted.first + wanted.length - 1} are to be edited"
+        )
+    return source.narrow(position_axis(name), start, wanted.length)
+
+
+# ---------------------------------------------------------------------- report
+
+
+def edit_report(hooks: Sequence[Hook]) -> pd.DataFrame:
+    """Where the hooks of an intervention acted and how large their edits were, one row per hook.
+
+    Columns: `hook`; `heads` (None: no choice of heads); `positions`, how many of the batch's prompt positions it may
+    change (None: all); `generated`, whether it acts on generated tokens; `fired`, how often it was called since it was
+    built; `size`, the largest change so far, in the unit `measure`: of one element of the activation, or (knockout)
+    the attention mass taken from one query. A function that is no Edit counts nothing: it has NaN there.
+
+    >>> from mmlens.interventions.ablation import ablate
+    >>> model = HookedVLM.from_pretrained("micro")
+    >>> prompt = model.prompt("What colour is the K?")
+    >>> hooks = ablate([(0, 1), (1, 2)], positions="last")(model, prompt)
+    >>> with model.hooks(fwd_hooks=hooks):
+    ...     logits = model(prompt)
+    >>> edit_report(hooks)[["hook", "heads", "positions", "fired"]]
+                       hook heads  positions  fired
+    0  blocks.0.attn.hook_z  (1,)          1      1
+    1  blocks.1.attn.hook_z  (2,)          1      1
+    """
+    rows = []
+    for match, function in hooks_in("hooks", hooks):
+        row: dict[str, Any] = {
+            "hook": match if isinstance(match, str) else getattr(match, "__name__", repr(match))
+        }
+        if isinstance(function, Edit):
+            row |= {
+                "heads": None if function.heads is None else tuple(function.heads),
+                "positions": None if function.mask is None else int(function.mask.sum()),
+                "generated": function.generated,
+                "fired": function.fired,
+                "size": function.size,
+                "measure": getattr(function, "measure", "element"),
+            }
+        rows.append(row)
+    columns = ["hook", "heads", "positions", "generated", "fired", "size", "measure"]
+    return pd.DataFrame(rows, columns=columns)

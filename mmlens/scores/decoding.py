@@ -1,0 +1,252 @@
+"""What heads look at while an answer is decoded: the retrieval head's copy score and the visual (OCR) head's score.
+
+Both count, per generated token, the one key that a head attends to most. The answer is generated greedily by the
+model's own `generate`; of every layer's pattern only the row of the newest position is made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mmlens.arguments import listed, shown, texts, whole_number
+from mmlens.data.examples import Evidence, Example, regions_of
+from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
+from mmlens.heads import HeadScores
+from mmlens.model.evaluation import check_same_twice
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.prompt import Prompt
+from mmlens.scores.rows import (
+    checked_examples,
+    kinds_of_examples,
+    prompts_of,
+    scored_examples,
+)
+from mmlens.token_map import BoxMapping
+
+MAX_NEW_TOKENS = 8
+
+Credit = Callable[[Prompt, int, int], dict[int, float]]
+"""(prompt, batch row, generated token id) -> what a head earns whose argmax key is that position."""
+
+
+def copy_score(
+    model: HookedVLM,
+    examples: Sequence[Example],
+    *,
+    needles: Sequence[str] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> HeadScores:
+    """The retrieval head's copy score: how much of the needle a head copies into the answer.
+
+    Per decoding step, +1 / (tokens of the needle) where the key with most of the head's attention lies in the needle
+    AND holds the token that is generated at that step; summed over the steps before the end of the answer.
+
+    Source: arXiv 2404.15574 and its code, which counts only examples that are answered right: pass such. The second
+    condition compares tokens, so it has a meaning only for needles of text: an image token holds no token id.
+    `needles` are texts in the examples' questions, one each; None takes the answers. Every needle must stand in its
+    question exactly once, as whole words. For evidence in images take `visual_head_score`.
+
+    Raises ValueError for no examples, another number of needles, and a needle that its question holds not once.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> examples = mmlens.scene_examples("text_recall", 2, seed=0)
+    >>> copy_score(model, examples, progress=False)
+    HeadScores(copy score: 8 layers x 8 heads, 2 examples)
+    """
+    examples = checked_examples(model, examples, batch_size, progress)
+    whole_number("max_new_tokens", max_new_tokens, least=1)
+    own = (
+        [example.answer for example in examples]
+        if needles is None
+        else texts("needles", needles, "a list of texts, one for each example")
+    )
+    if len(own) != len(examples):
+        raise InvalidValueError(f"{len(own)} needles for {len(examples)} examples: one text each")
+    spans = [_needle_span(example, needle) for example, needle in zip(examples, own, strict=True)]
+    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "copy score"):
+        positions = [_question_positions(model, prompt, row, spans[i]) for row, i in enumerate(chosen)]
+
+        def credit(
+            prompt: Prompt, row: int, token: int, positions: list[list[int]] = positions
+        ) -> dict[int, float]:
+            ids = prompt.inputs["input_ids"][row]
+            return {at: 1 / len(positions[row]) for at in positions[row] if int(ids[at]) == token}
+
+        per_example[chosen] = _decoded_credit(model, prompt, max_new_tokens, credit)
+    return HeadScores(per_example, "copy score", kinds_of_examples(examples), model.heads_per_layer)
+
+
+def visual_head_score(
+    model: HookedVLM,
+    examples: Sequence[Example],
+    *,
+    words: Sequence[Sequence[tuple[str, Evidence]]] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 8,
+    mapping: BoxMapping = "merged",
+    progress: bool = True,
+) -> HeadScores:
+    """The visual (OCR) head's score: does a head look at the place in the image that shows the word it helps to say.
+
+    Per generated token whose text stands in exactly one of the example's words: +1 / (tokens of that word's region)
+    where the key with most of the head's attention lies in the region; summed over the steps before the end.
+
+    Source: arXiv 2506.05344 (SparseMM) and its code: (word, box) pairs of rendered text, decoded tokens matched as
+    substrings of words; tokens of white space alone match nothing here. `words` gives every example's pairs. None, our
+    reading where an example has evidence and no transcript, is one pair: the answer, at all of the example's evidence.
+    The 1 / tokens favours small regions; examples of one size are compared without it.
+
+    Raises ValueError for examples without evidence or another number of `words`; TokenMapError for a region that maps
+    to no token.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> visual_head_score(model, mmlens.scene_examples("documents", 2, seed=0), progress=False)
+    HeadScores(visual head score: 8 layers x 8 heads, 2 examples)
+    """
+    examples = scored_examples(model, examples, batch_size, progress, mapping)
+    whole_number("max_new_tokens", max_new_tokens, least=1)
+    pairs: list[list[tuple[str, Sequence[Evidence]]]]
+    if words is None:
+        pairs = [[(example.answer, example.evidence)] for example in examples]
+    else:
+        pairs = [_word_pairs(f"words[{at}]", own) for at, own in enumerate(listed("words", words, _WORDS))]
+    if len(pairs) != len(examples):
+        raise InvalidValueError(f"words for {len(pairs)} examples, but there are {len(examples)}")
+    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "visual head score"):
+        regions = [
+            [(word, _positions(prompt, row, evidence, mapping)) for word, evidence in pairs[i]]
+            for row, i in enumerate(chosen)
+        ]
+
+        def credit(
+            prompt: Prompt, row: int, token: int, regions: list[list[tuple[str, list[int]]]] = regions
+        ) -> dict[int, float]:
+            said = model.to_text(torch.tensor([[token]]))[0].strip()
+            matching = [positions for word, positions in regions[row] if said and said in word]
+            return {at: 1 / len(matching[0]) for at in matching[0]} if len(matching) == 1 else {}
+
+        per_example[chosen] = _decoded_credit(model, prompt, max_new_tokens, credit)
+    return HeadScores(per_example, "visual head score", kinds_of_examples(examples), model.heads_per_layer)
+
+
+@torch.no_grad()
+def _decoded_credit(model: HookedVLM, prompt: Prompt, max_new_tokens: int, credit: Credit) -> Tensor:
+    """[batch, layer, head]: the credit of each step's argmax key, summed over the steps of the answer."""
+    ids, attended = _decode(model, prompt, max_new_tokens)
+    total = torch.full((len(prompt), model.cfg.n_layers, model.cfg.n_heads), torch.nan)
+    for layer, n_heads in enumerate(model.heads_per_layer):
+        total[:, layer, :n_heads] = 0
+    answering = _before_the_end(model, ids)
+    for row in range(len(ids)):
+        for step in range(int(answering[row].sum())):
+            for position, earned in credit(prompt, row, int(ids[row, step])).items():
+                for layer, keys in attended.items():
+                    total[row, layer, : keys.shape[2]] += earned * (keys[step, row] == position)
+    return total
+
+
+def _decode(
+    model: HookedVLM, prompt: Prompt, max_new_tokens: int
+) -> tuple[Int[Tensor, "batch step"], dict[int, Int[Tensor, "step batch head"]]]:
+    """The greedily generated tokens, and for every layer the key that each head attends to most at each step."""
+    check_same_twice(model.hf_model)
+    length = prompt.shape[1]
+    attended: dict[int, list[Tensor]] = {layer: [] for layer in model.attention_layers}
+
+    def reader(layer: int) -> Callable[..., None]:
+        def read(pattern: Tensor, hook: Any) -> None:
+            attended[layer].append(pattern[:, :, -1].argmax(-1).cpu())
+
+        stated: Any = read
+        # The rows before the prompt's last position are then never made.
+        stated.first_position = length - 1
+        return read
+
+    hooks = [(f"blocks.{layer}.attn.hook_pattern", reader(layer)) for layer in attended]
+    with model.hooks(fwd_hooks=hooks):
+        ids = model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)[:, length:].cpu()
+    read = {layer: torch.stack(steps) for layer, steps in attended.items()}
+    counts = {len(steps) for steps in read.values()}
+    if counts != {ids.shape[1]}:
+        raise StateError(f"{ids.shape[1]} tokens were generated, but the patterns were read {counts} times")
+    return ids, read
+
+
+def _before_the_end(model: HookedVLM, ids: Int[Tensor, "batch step"]) -> Bool[Tensor, "batch step"]:
+    stop = model.hf_model.generation_config.eos_token_id
+    if stop is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    ends = torch.isin(ids, torch.as_tensor(stop).flatten())
+    return ends.long().cumsum(-1) == 0
+
+
+def _positions(prompt: Prompt, row: int, evidence: Sequence[Evidence], mapping: BoxMapping) -> list[int]:
+    found = torch.zeros_like(prompt.token_map.is_image[row])
+    for region in evidence:
+        found |= (
+            prompt.token_map.image_tokens(region.image, example=row)
+            if region.box is None
+            else prompt.token_map.box(region.image, region.box, example=row, mapping=mapping)
+        )[row]
+    return found.nonzero().flatten().tolist()
+
+
+_WORDS = "a list of (word, Evidence) pairs for each example"
+
+
+def _word_pairs(name: str, value: object) -> list[tuple[str, Sequence[Evidence]]]:
+    pairs: list[tuple[str, Sequence[Evidence]]] = []
+    for pair in listed(name, value, _WORDS):
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise InvalidTypeError(
+                f"{name} holds {shown(pair)}; expected (word, Evidence): words is {_WORDS}"
+            )
+        pairs.append((pair[0], regions_of(name, [pair[1]])))
+    return pairs
+
+
+def _needle_span(example: Example, needle: str) -> tuple[int, int]:
+    """Where the needle stands in the question: characters (start, stop)."""
+    found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(needle)}(?!\w)", example.question)]
+    if not needle.strip() or len(found) != 1:
+        raise InvalidValueError(
+            f"example {example.id!r}: its question holds the needle {needle!r} {len(found)} times as whole words, "
+            f"expected once: {example.question!r}"
+        )
+    return found[0]
+
+
+def _question_positions(model: HookedVLM, prompt: Prompt, row: int, span: tuple[int, int]) -> list[int]:
+    """Positions of the tokens that cover a span of the question, counted back from the prompt's end."""
+    text, question = prompt.text[row], prompt.questions[row]
+    tokenizer = model.tokenizer
+    # As the prompt itself was tokenized (mmlens.model.prompt).
+    writes_start = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    options = {"add_special_tokens": False} if writes_start else {}
+    plain = tokenizer(text, return_offsets_mapping=True, **options)
+    start, stop = (text.rindex(question.strip()) + at for at in span)
+    shift = len(question) - len(question.lstrip())
+    start, stop = start - shift, stop - shift
+    covered = [
+        index
+        for index, (first, last) in enumerate(plain["offset_mapping"])
+        if first < stop and last > start and last > first
+    ]
+    ids = prompt.inputs["input_ids"][row]
+    n_tail = len(plain["input_ids"]) - covered[0]
+    end = int(prompt.last[row].nonzero()) + 1
+    if ids[end - n_tail : end].tolist() != plain["input_ids"][covered[0] :]:
+        raise InvalidValueError(f"the question {question!r} was not found among the prompt's tokens")
+    return [end - len(plain["input_ids"]) + index for index in covered]

@@ -1,0 +1,215 @@
+"""The localization head's score: heads that look at the image, and at one compact place in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.ndimage
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mmlens.arguments import array_of, number, whole_number
+from mmlens.data.examples import Example
+from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.heads import HeadScores
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.scores.rows import (
+    LayerBuffer,
+    Rows,
+    checked_examples,
+    kinds_of_examples,
+    prompts_of,
+    read_rows,
+    real_positions,
+    refuse_cross_attention,
+)
+from mmlens.token_map import NO_PATCH, TokenMap
+
+
+def localization_score(
+    model: HookedVLM,
+    examples: Sequence[Example],
+    *,
+    cut: float | None = None,
+    n_lowest: int = 10,
+    first_layer: int = 0,
+    last_row: float | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> HeadScores:
+    """The localization head's score: how often a head's attention map is among the most compact ones.
+
+    1. Of the last prompt token's attention, the sum on the image, per head and example. Heads stay whose mean over
+       the examples is at least `cut` (None: at the elbow of the sorted means, `elbow`).
+    2. Heads of layers before `first_layer` are left out, and of each example heads that give a cell of an image's last
+       row more than `last_row` of their attention (None: none are; the source's code has 2 and .05, against heads
+       that look there whatever is shown). In models of few layers 2 would leave out where retrieval is.
+    3. Of each example, 1 for the `n_lowest` of these heads with the lowest `spatial_entropy` (of equal ones that with
+       more attention on the image first), 0 for all others. The mean over examples is the selection frequency.
+
+    It asks for compact attention anywhere, so it needs no evidence. Source: arXiv 2503.06287 and its code (10 heads
+    of each example, of 1,024). Our reading: the cut is on means over examples; several images, or tiles of one, are
+    maps side by side with components of their own; learnt separators are left out.
+
+    Raises ValueError for examples without images, n_lowest below 1 and a first_layer that there is not, TypeError
+    where visual tokens are learnt queries without a place on a grid.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> scores = localization_score(model, mmlens.scene_examples("objects", 4, seed=0), n_lowest=3, progress=False)
+    >>> round(float(scores.values.sum()), 4)
+    3.0
+    """
+    examples = checked_examples(model, examples, batch_size, progress)
+    refuse_cross_attention(model)
+    n_lowest = whole_number("n_lowest", n_lowest, least=1)
+    first_layer = whole_number("first_layer", first_layer, least=0, most=model.cfg.n_layers - 1)
+    cut = None if cut is None else number("cut", cut)
+    last_row = None if last_row is None else number("last_row", last_row)
+    without = [example.id or f"number {i}" for i, example in enumerate(examples) if not example.images]
+    if without:
+        raise InvalidValueError(
+            f"{len(without)} of {len(examples)} examples have no image, and maps need one: {without[:5]}"
+        )
+    shape = len(examples), model.cfg.n_layers, model.cfg.n_heads
+    mass, entropy, lowest_row = torch.empty(shape), torch.empty(shape), torch.empty(shape)
+    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "localization"):
+        canvases = [_canvas(prompt.token_map, row) for row in range(len(prompt))]
+        last_rows = [_last_rows(canvas) for canvas in canvases]
+        is_image = prompt.token_map.is_image
+        of_batch = tuple(LayerBuffer(model, len(prompt)) for _ in range(3))
+
+        def consume(
+            layer: int,
+            rows: Rows,
+            real: Bool[Tensor, "batch query"],
+            canvases: list[np.ndarray] = canvases,
+            last_rows: list[np.ndarray] = last_rows,
+            is_image: Tensor = is_image,
+            of_batch: tuple[LayerBuffer, ...] = of_batch,
+        ) -> None:
+            last = rows[:, :, 0].cpu()
+            of_batch[0].put(layer, torch.einsum("bhk,bk->bh", last, is_image.cpu().float()))
+            of_batch[1].put(
+                layer,
+                torch.stack(
+                    [torch.from_numpy(_map_entropy(a, c)) for a, c in zip(last, canvases, strict=True)]
+                ),
+            )
+            of_batch[2].put(
+                layer,
+                torch.stack([a[:, cells].amax(-1) for a, cells in zip(last, last_rows, strict=True)]),
+            )
+
+        read_rows(model, prompt, prompt.last, real_positions(prompt), consume)
+        mass[chosen], entropy[chosen], lowest_row[chosen] = (values.take() for values in of_batch)
+    exists = ~mass[0].isnan()
+    entropy[:, :first_layer] = torch.inf
+    if last_row is not None:
+        entropy[lowest_row > last_row] = torch.inf
+    selected = _selected(mass[:, exists].numpy(), entropy[:, exists].numpy(), cut, n_lowest)
+    per_example = torch.full(shape, torch.nan)
+    per_example[:, exists] = torch.from_numpy(selected)
+    return HeadScores(per_example, "localization score", kinds_of_examples(examples), model.heads_per_layer)
+
+
+def spatial_entropy(
+    maps: Float[np.ndarray, "head row column"],
+    cells: Bool[np.ndarray, "row column"] | None = None,
+    *,
+    above: float = 2.0,
+) -> Float[np.ndarray, " head"]:
+    """Entropy, in nats, of a map's mass over its connected components: 0 for one compact place.
+
+    B = max(map - `above` * its mean, 0); components are 8-connected cells of B above 0; P(C) = the share of B's sum
+    in component C; the entropy is -sum P log P. inf where nothing stands above. `cells` says which cells there are
+    (None: all); the others count in no mean and connect nothing.
+
+    Source: the code of arXiv 2503.06287, whose cut of B at .001 is 0 here.
+
+    >>> corners = np.zeros((1, 4, 4))
+    >>> corners[0, 0, 0] = corners[0, 3, 3] = 0.5
+    >>> round(float(spatial_entropy(corners)[0]), 4)  # log 2
+    0.6931
+    """
+    maps, above = array_of("maps", maps, "head row column"), number("above", above)
+    known = np.ones(maps.shape[1:], dtype=bool) if cells is None else cells
+    values = np.where(known, maps, 0.0).astype(np.float64)
+    mean = values.sum((1, 2), keepdims=True) / known.sum()
+    raised = np.where(known, np.maximum(values - above * mean, 0.0), 0.0)
+    # One call for all maps: cells of different maps are no neighbours.
+    neighbours = np.zeros((3, 3, 3), dtype=bool)
+    neighbours[1] = True
+    labels, n_components = scipy.ndimage.label(raised > 0, structure=neighbours)
+    weight = np.bincount(labels.ravel(), weights=raised.ravel(), minlength=n_components + 1)[1:]
+    head = np.zeros(n_components, dtype=int)
+    head[labels[labels > 0] - 1] = np.nonzero(labels)[0]
+    total = raised.sum((1, 2))
+    share = weight / total[head] if n_components else weight
+    entropy = np.where(total > 0, 0.0, np.inf)
+    np.add.at(entropy, head, -share * np.log(share))
+    return entropy
+
+
+def elbow(values: Float[np.ndarray, " head"]) -> float:
+    """The value at the elbow of the sorted values: farthest from the line between the lowest and the highest.
+
+    Source: the code of arXiv 2503.06287.
+
+    >>> elbow(np.array([0.9, 0.0, 0.1, 0.05, 1.0]))
+    0.1
+    """
+    ordered = np.sort(array_of("values", values, "head"))
+    if not ordered.size:
+        raise InvalidValueError("values is empty; expected a number for each head")
+    line = np.linspace(ordered[0], ordered[-1], len(ordered))
+    # The distance to a line is the vertical distance times a constant.
+    return float(ordered[np.abs(line - ordered).argmax()])
+
+
+def _selected(
+    mass: Float[np.ndarray, "example head"],
+    entropy: Float[np.ndarray, "example head"],
+    cut: float | None,
+    n_lowest: int,
+) -> Float[np.ndarray, "example head"]:
+    mean = mass.mean(0, dtype=np.float64)
+    keeps = mean >= (elbow(mean) if cut is None else cut)
+    selected = np.zeros_like(mass)
+    for example in range(len(mass)):
+        order = np.lexsort((-mass[example], entropy[example]))
+        compact = [head for head in order if keeps[head] and np.isfinite(entropy[example, head])]
+        selected[example, compact[:n_lowest]] = 1
+    return selected
+
+
+def _canvas(token_map: TokenMap, example: int) -> np.ndarray:
+    """[row, column] of the positions of an example's visual tokens; tiles below each other, -1 between them."""
+    image, tile, row, column = (
+        getattr(token_map, name)[example].cpu().numpy() for name in ("image", "tile", "row", "col")
+    )
+    on_grid = row != NO_PATCH
+    if not on_grid.any():
+        raise InvalidTypeError(
+            "the visual tokens are learnt queries, which have no place on a grid: there is no map"
+        )
+    parts = []
+    for own in sorted(set(zip(image[on_grid], tile[on_grid], strict=True))):
+        at = np.nonzero(on_grid & (image == own[0]) & (tile == own[1]))[0]
+        part = np.full((row[at].max() + 2, column[on_grid].max() + 1), -1)
+        part[row[at], column[at]] = at
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def _last_rows(canvas: np.ndarray) -> np.ndarray:
+    """Positions of the cells in the last row of each tile: the row before the empty one that ends it."""
+    empty = np.asarray((canvas < 0).all(1))
+    cells = canvas[:-1][empty[1:] & ~empty[:-1]]
+    return cells[cells >= 0]
+
+
+def _map_entropy(attention: Float[Tensor, "head key"], canvas: np.ndarray) -> Float[np.ndarray, " head"]:
+    return spatial_entropy(attention.numpy()[:, canvas], canvas >= 0)

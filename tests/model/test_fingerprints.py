@@ -1,0 +1,109 @@
+"""What is drawn for an example depends on the example, not on the batch that it stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import mmlens
+from mmlens.data.examples import Example
+from mmlens.model.fingerprints import example_seed
+from mmlens.model.hooked_vlm import HookedVLM, Intervention
+
+HEADS = [(0, 1), (0, 6), (1, 3), (2, 2), (3, 0), (3, 5)]
+
+
+def examples() -> list[Example]:
+    """Prompts of unlike length, images and kind, in an order that mixes them."""
+    kinds = [mmlens.scene_examples(kind, 4, seed=3) for kind in ("objects", "images")]
+    return [example for pair in zip(*kinds, strict=True) for example in pair]
+
+
+def drawn() -> dict[str, Callable[[], Intervention]]:
+    """Every intervention that draws something for each example."""
+    pool = [*mmlens.scene_examples("objects", 6, seed=9), *mmlens.scene_examples("images", 6, seed=9)]
+    return {
+        "resample": lambda: mmlens.ablate(HEADS, "resample", reference=pool, seed=1),
+        "resample the image": lambda: mmlens.ablate(
+            ["image", (2, "mlp")], "resample", reference=pool, seed=1
+        ),
+        "noise": lambda: mmlens.noise_images(seed=1),
+        "other image": lambda: mmlens.patch("blocks.1.hook_resid_pre", mmlens.other_image(pool, seed=1)),
+        "other question": lambda: mmlens.patch("hook_embed", mmlens.other_question(pool, seed=1)),
+    }
+
+
+@pytest.mark.parametrize("name", drawn())
+def test_effects_do_not_depend_on_the_batch_size(micro: HookedVLM, name: str) -> None:
+    by_size = {
+        size: mmlens.effect(micro, examples(), drawn()[name](), mmlens.logit_difference, batch_size=size)
+        for size in (1, 3, 8)
+    }
+    assert (by_size[1].values - by_size[1].clean).abs().min() > 0.05
+    for size in (3, 8):
+        torch.testing.assert_close(by_size[size].values, by_size[1].values, atol=2e-3, rtol=1e-4)
+    reordered = mmlens.effect(micro, examples()[::-1], drawn()[name](), mmlens.logit_difference, batch_size=3)
+    torch.testing.assert_close(reordered.values.flip(0), by_size[1].values, atol=2e-3, rtol=1e-4)
+
+
+def test_sweeps_do_not_depend_on_the_batch_size(micro: HookedVLM) -> None:
+    tables = [
+        mmlens.sweep(
+            micro,
+            examples(),
+            {name: make() for name, make in drawn().items()},
+            mmlens.logit_difference,
+            batch_size=size,
+            progress=False,
+        ).sort_values(["intervention", "example"])
+        for size in (1, 3, 8)
+    ]
+    for table in tables[1:]:
+        assert (table["value"].to_numpy() - tables[0]["value"].to_numpy()).__abs__().max() < 2e-3
+
+
+@pytest.mark.slow
+def test_core_heads_does_not_depend_on_the_batch_size(micro: HookedVLM) -> None:
+    selection = mmlens.scene_examples("objects", 8, seed=0)
+    outcomes = [
+        mmlens.core_heads(
+            micro,
+            selection,
+            examples(),
+            counts=[3],
+            modes=["resample"],
+            n_draws=1,
+            batch_size=size,
+            progress=False,
+        ).outcomes
+        for size in (3, 8)
+    ]
+    assert list(outcomes[0]["id"]) == list(outcomes[1]["id"])
+    assert (outcomes[0]["value"] - outcomes[1]["value"]).abs().max() < 2e-3
+
+
+def test_the_regions_of_a_permutation_test_do_not_depend_on_padding(micro: HookedVLM) -> None:
+    """A shorter prompt beside longer ones is padded; the places drawn for it stay the same."""
+    short = mmlens.scene_examples("objects", 3, seed=0)
+    longer = [
+        Example(f"{e.question} {e.question}", e.answer, e.images, e.evidence, e.kind)
+        for e in mmlens.scene_examples("objects", 3, seed=1)
+    ]
+    found = [
+        mmlens.ram_significance(
+            micro, [*short, *longer], max_regions=6, n_resamples=1999, batch_size=size, progress=False
+        ).masses
+        for size in (1, 6)
+    ]
+    for alone, together in zip(*found, strict=True):
+        torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-4)
+
+
+def test_an_examples_numbers_are_its_own(micro: HookedVLM) -> None:
+    batch = micro.prompt_examples(examples())
+    assert bool(batch.token_map.is_padding.any())
+    seeds = [example_seed(batch, row) for row in range(len(batch))]
+    assert [example_seed(micro.prompt_examples([e]), 0) for e in examples()] == seeds
+    assert len({tuple(seed) for seed in seeds}) == len(seeds)
