@@ -1,9 +1,9 @@
 """Attention edges: block or bias attention from some positions to others, and scale what a head gives.
 
-An edge is (layer, head, query position, key position). `knockout` and `bias_attention` change the scores as the softmax
-reads them: after scaling, softcap and position bias, with the mask added. An edge that the mask forbids (the future, padding,
-what lies outside a sliding window) is never changed. A layer whose scores are edited runs the family's eager
-attention, that layer alone (see mmlens/model/attention.py).
+An edge is (layer, head, query position, key position). `knockout` and `bias_attention` change the scores as the
+softmax reads them: after scaling, softcap and position bias, with the mask added. An edge that the mask forbids
+(the future, padding, what lies outside a sliding window) is never changed. A layer whose scores are edited runs the
+family's eager attention, that layer alone (see mmlens/model/attention.py).
 
 Keys are positions of the prompt: generated tokens are keys that stay as they are.
 """

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmlens.data.images import pixel_fingerprint
+
 if TYPE_CHECKING:
     from mmlens.model.prompt import Prompt
 

@@ -25,11 +25,13 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from mmlens.arguments import device_of, instance_of, listed, shown
+from mmlens.data.images import is_transparent, load_image
 from mmlens.errors import (
     InvalidTypeError,
     InvalidValueError,
     MmlensError,
     MmlensWarning,
+    PromptError,
     UnsupportedError,
 )
 from mmlens.families.layouts.grids import Layout
