@@ -1,99 +1,63 @@
-"""TransformerLens for vision-language models: hook points that know their pixels, and causal tests of heads."""
+"""TransformerLens for vision-language models: hook points that know their pixels, and causal tests of heads.
 
-from mmlens.attribution.check import compare_with_patching as compare_with_patching
-from mmlens.attribution.edges import attribute_edges as attribute_edges
-from mmlens.attribution.nodes import attribute as attribute
-from mmlens.data.examples import Evidence as Evidence
-from mmlens.data.examples import Example as Example
-from mmlens.data.examples import load_examples as load_examples
-from mmlens.data.examples import save_examples as save_examples
-from mmlens.data.examples import split_examples as split_examples
-from mmlens.data.scenes import scene_examples as scene_examples
-from mmlens.effects.grids import grid as grid
-from mmlens.effects.grids import patch_heads as patch_heads
-from mmlens.effects.grids import patch_heads_qkv as patch_heads_qkv
-from mmlens.effects.grids import patch_layers as patch_layers
-from mmlens.effects.grids import patch_layers_positions as patch_layers_positions
-from mmlens.effects.grids import patch_layers_regions as patch_layers_regions
-from mmlens.effects.measure import Effect as Effect
-from mmlens.effects.measure import effect as effect
-from mmlens.effects.sweeps import reuse_table as reuse_table
-from mmlens.effects.sweeps import sweep as sweep
+The names here are what most notebooks need. Everything else is in the rooms: `mmlens.data`, `.model`,
+`.interventions`, `.metrics`, `.scores`, `.effects`, `.attribution`, `.hybrid`, `.viz`, `.experiments`, `.runs`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mmlens.attribution import attribute as attribute
+from mmlens.data import Evidence as Evidence
+from mmlens.data import Example as Example
+from mmlens.data import load_examples as load_examples
+from mmlens.data import scene_examples as scene_examples
+from mmlens.data import split_examples as split_examples
+from mmlens.effects import effect as effect
+from mmlens.effects import sweep as sweep
 from mmlens.errors import MmlensError as MmlensError
 from mmlens.errors import MmlensWarning as MmlensWarning
-from mmlens.experiments.core_heads_claim import CoreHeads as CoreHeads
-from mmlens.experiments.core_heads_claim import core_heads as core_heads
 from mmlens.heads import HeadScores as HeadScores
 from mmlens.heads import HeadSet as HeadSet
-from mmlens.hybrid.streaming import hybrid_attention as hybrid_attention
-from mmlens.interventions.ablation import ablate as ablate
-from mmlens.interventions.ablation import mean_activations as mean_activations
-from mmlens.interventions.attention_edges import bias_attention as bias_attention
-from mmlens.interventions.attention_edges import knockout as knockout
-from mmlens.interventions.attention_edges import scale_heads as scale_heads
-from mmlens.interventions.composition import by_layer as by_layer
-from mmlens.interventions.composition import compose as compose
-from mmlens.interventions.composition import during as during
-from mmlens.interventions.composition import edit_report as edit_report
-from mmlens.interventions.composition import relay as relay
-from mmlens.interventions.corruptions import CorruptionError as CorruptionError
-from mmlens.interventions.corruptions import blank_region as blank_region
-from mmlens.interventions.corruptions import corrupted_prompt as corrupted_prompt
-from mmlens.interventions.corruptions import evidence_of as evidence_of
-from mmlens.interventions.corruptions import layout_difference as layout_difference
-from mmlens.interventions.corruptions import noise_images as noise_images
-from mmlens.interventions.corruptions import other_image as other_image
-from mmlens.interventions.corruptions import other_question as other_question
-from mmlens.interventions.corruptions import replace_region as replace_region
-from mmlens.interventions.corruptions import same_layout as same_layout
-from mmlens.interventions.corruptions import swap_regions as swap_regions
-from mmlens.interventions.edits import Edit as Edit
-from mmlens.interventions.edits import if_any as if_any
-from mmlens.interventions.origin import of_another_model as of_another_model
-from mmlens.interventions.patching import Source as Source
-from mmlens.interventions.patching import patch as patch
-from mmlens.interventions.paths import path_patch as path_patch
-from mmlens.metrics.answers import anls as anls
-from mmlens.metrics.answers import exact_match as exact_match
-from mmlens.metrics.answers import generated_accuracy as generated_accuracy
-from mmlens.metrics.answers import generated_invalid as generated_invalid
-from mmlens.metrics.answers import generating as generating
-from mmlens.metrics.answers import relaxed_accuracy as relaxed_accuracy
-from mmlens.metrics.outcomes import accuracy as accuracy
-from mmlens.metrics.outcomes import answer_log_probability as answer_log_probability
-from mmlens.metrics.outcomes import answer_rank as answer_rank
-from mmlens.metrics.outcomes import invalid as invalid
-from mmlens.metrics.outcomes import kl_to_clean as kl_to_clean
-from mmlens.metrics.outcomes import logit_difference as logit_difference
-from mmlens.metrics.outcomes import logit_difference_of as logit_difference_of
-from mmlens.metrics.outcomes import reads as reads
-from mmlens.model.bridge import from_bridge as from_bridge
-from mmlens.model.hooked_vlm import HookedVLM as HookedVLM
-from mmlens.model.hooked_vlm import HookNeverFiredError as HookNeverFiredError
-from mmlens.model.hooked_vlm import NoChangeWarning as NoChangeWarning
-from mmlens.model.hooked_vlm import UnknownHookError as UnknownHookError
-from mmlens.model.prompt import Prompt as Prompt
-from mmlens.scores.attention import gaze_score as gaze_score
-from mmlens.scores.attention import half_mass_share as half_mass_share
-from mmlens.scores.attention import null_calibrated_ram as null_calibrated_ram
-from mmlens.scores.attention import query_focused_score as query_focused_score
-from mmlens.scores.attention import ram_lift as ram_lift
-from mmlens.scores.attention import ram_per_token as ram_per_token
-from mmlens.scores.decoding import copy_score as copy_score
-from mmlens.scores.decoding import visual_head_score as visual_head_score
-from mmlens.scores.logits import logit_contribution as logit_contribution
-from mmlens.scores.retrieval import attention_mass as attention_mass
-from mmlens.scores.retrieval import evidence_attention as evidence_attention
-from mmlens.scores.retrieval import key_token_coverage as key_token_coverage
-from mmlens.scores.retrieval import key_token_ratio as key_token_ratio
-from mmlens.scores.retrieval import ram as ram
-from mmlens.scores.retrieval import vision_mass as vision_mass
-from mmlens.scores.significance import ram_significance as ram_significance
-from mmlens.scores.spatial import localization_score as localization_score
-from mmlens.statistics import benjamini_hochberg as benjamini_hochberg
-from mmlens.statistics import minimal_detectable_change as minimal_detectable_change
-from mmlens.statistics import minimal_detectable_effect as minimal_detectable_effect
-from mmlens.statistics import paired_permutation_test as paired_permutation_test
-from mmlens.token_map import TokenMap as TokenMap
+from mmlens.hybrid import hybrid_attention as hybrid_attention
+from mmlens.interventions import ablate as ablate
+from mmlens.interventions import bias_attention as bias_attention
+from mmlens.interventions import compose as compose
+from mmlens.interventions import knockout as knockout
+from mmlens.interventions import mean_activations as mean_activations
+from mmlens.interventions import patch as patch
+from mmlens.interventions import path_patch as path_patch
+from mmlens.metrics import accuracy as accuracy
+from mmlens.metrics import answer_log_probability as answer_log_probability
+from mmlens.metrics import generated_accuracy as generated_accuracy
+from mmlens.metrics import logit_difference as logit_difference
+from mmlens.model import HookedVLM as HookedVLM
+from mmlens.model import Prompt as Prompt
+from mmlens.model import from_bridge as from_bridge
+from mmlens.scores import attention_mass as attention_mass
+from mmlens.scores import ram as ram
+
+if TYPE_CHECKING:
+    from mmlens import experiments as experiments
+    from mmlens import runs as runs
+    from mmlens import viz as viz
+    from mmlens.experiments import core_heads as core_heads
 
 __version__ = "0.1.0"
+
+# What draws figures is loaded when it is first used.
+_LATER = ("experiments", "runs", "viz")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "core_heads":
+        return importlib.import_module(f"{__name__}.experiments").core_heads
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER, "core_heads"})

@@ -10,7 +10,8 @@ class MmlensError(Exception):
     """Base of every error that mmlens raises on purpose. Its message says what was given and what was expected.
 
     >>> import mmlens
-    >>> issubclass(mmlens.UnknownHookError, mmlens.MmlensError), issubclass(mmlens.UnknownHookError, KeyError)
+    >>> error = mmlens.model.UnknownHookError
+    >>> issubclass(error, mmlens.MmlensError), issubclass(error, KeyError)
     (True, True)
     """
 

@@ -112,7 +112,7 @@ def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_core_heads_can_be_rerun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    data = mmlens.save_examples(mmlens.scene_examples("objects", 6, 3), tmp_path / "data")
+    data = mmlens.data.save_examples(mmlens.scene_examples("objects", 6, 3), tmp_path / "data")
     options = ["--draws", "1", "--counts", "3", "--modes", "zero"]
     assert main(["core-heads", "--data", str(data), "--out", str(out), *options]) == 0
     record = read_record(out)
@@ -239,7 +239,7 @@ def test_what_cannot_be_done_is_one_line(
     given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    mmlens.save_examples(mmlens.scene_examples("objects", 4, 3), tmp_path / "data")
+    mmlens.data.save_examples(mmlens.scene_examples("objects", 4, 3), tmp_path / "data")
     assert main([part.format(tmp_path) for part in given]) == 2
     error = capsys.readouterr().err
     assert error.startswith("mmlens: ") and message in error and "Traceback" not in error

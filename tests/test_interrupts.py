@@ -21,7 +21,7 @@ def zero(x: torch.Tensor, hook: object) -> torch.Tensor:
 # Python itself drops what is raised in a __del__, and reports it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-NOISE = mmlens.Source(under=mmlens.noise_images(0.5, seed=0))
+NOISE = mmlens.interventions.Source(under=mmlens.interventions.noise_images(0.5, seed=0))
 
 HOOKS = [("blocks.0.attn.hook_z", zero), ("blocks.1.attn.hook_pattern", zero)]
 
@@ -53,7 +53,7 @@ def path_patched(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
 
 
 def built_in_turn(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
-    patch = mmlens.patch("blocks.1.attn.hook_z", mmlens.Source())
+    patch = mmlens.patch("blocks.1.attn.hook_z", mmlens.interventions.Source())
     both = mmlens.compose(mmlens.ablate([(0, 1)]), patch, built="in_turn")
     model.run_with_hooks(prompt, fwd_hooks=both(model, prompt))
 
@@ -69,7 +69,7 @@ RUNS: dict[str, Callable[[mmlens.HookedVLM, mmlens.Prompt], object]] = {
         prompt, names_filter=lambda n: "attn.hook" in n
     ),
     "generate": generated,
-    "attention_rows": mmlens.vision_mass,
+    "attention_rows": mmlens.scores.vision_mass,
     "hybrid_attention": hybrid,
     "effect": lambda model, prompt: mmlens.effect(
         model, prompt, mmlens.ablate([(0, 1)]), mmlens.accuracy, progress=False

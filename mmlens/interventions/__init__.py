@@ -1,0 +1,30 @@
+"""What is changed in a run: functions (model, prompt) -> hooks, and what they are made of."""
+
+from mmlens.interventions.ablation import MeanActivations as MeanActivations
+from mmlens.interventions.ablation import ablate as ablate
+from mmlens.interventions.ablation import mean_activations as mean_activations
+from mmlens.interventions.attention_edges import bias_attention as bias_attention
+from mmlens.interventions.attention_edges import knockout as knockout
+from mmlens.interventions.attention_edges import scale_heads as scale_heads
+from mmlens.interventions.composition import by_layer as by_layer
+from mmlens.interventions.composition import compose as compose
+from mmlens.interventions.composition import during as during
+from mmlens.interventions.composition import edit_report as edit_report
+from mmlens.interventions.composition import relay as relay
+from mmlens.interventions.corruptions import CorruptionError as CorruptionError
+from mmlens.interventions.corruptions import blank_region as blank_region
+from mmlens.interventions.corruptions import corrupted_prompt as corrupted_prompt
+from mmlens.interventions.corruptions import evidence_of as evidence_of
+from mmlens.interventions.corruptions import layout_difference as layout_difference
+from mmlens.interventions.corruptions import noise_images as noise_images
+from mmlens.interventions.corruptions import other_image as other_image
+from mmlens.interventions.corruptions import other_question as other_question
+from mmlens.interventions.corruptions import replace_region as replace_region
+from mmlens.interventions.corruptions import same_layout as same_layout
+from mmlens.interventions.corruptions import swap_regions as swap_regions
+from mmlens.interventions.edits import Edit as Edit
+from mmlens.interventions.edits import if_any as if_any
+from mmlens.interventions.origin import of_another_model as of_another_model
+from mmlens.interventions.patching import Source as Source
+from mmlens.interventions.patching import patch as patch
+from mmlens.interventions.paths import path_patch as path_patch

@@ -1,0 +1,16 @@
+"""One number per example: of logits (outcomes), or of generated answers."""
+
+from mmlens.metrics.answers import anls as anls
+from mmlens.metrics.answers import exact_match as exact_match
+from mmlens.metrics.answers import generated_accuracy as generated_accuracy
+from mmlens.metrics.answers import generated_invalid as generated_invalid
+from mmlens.metrics.answers import generating as generating
+from mmlens.metrics.answers import relaxed_accuracy as relaxed_accuracy
+from mmlens.metrics.outcomes import accuracy as accuracy
+from mmlens.metrics.outcomes import answer_log_probability as answer_log_probability
+from mmlens.metrics.outcomes import answer_rank as answer_rank
+from mmlens.metrics.outcomes import invalid as invalid
+from mmlens.metrics.outcomes import kl_to_clean as kl_to_clean
+from mmlens.metrics.outcomes import logit_difference as logit_difference
+from mmlens.metrics.outcomes import logit_difference_of as logit_difference_of
+from mmlens.metrics.outcomes import reads as reads

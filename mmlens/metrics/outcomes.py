@@ -105,11 +105,11 @@ def metric_of(name: str, value: object) -> Metric:
     >>> metric_of("metric", "acuracy")
     Traceback (most recent call last):
         ...
-    mmlens.errors.InvalidTypeError: metric is 'acuracy' (str); expected ... the nearest: mmlens.accuracy...
+    mmlens.errors.InvalidTypeError: metric is 'acuracy' (str); expected ... the nearest: mmlens.metrics.accuracy...
     """
     expected = "a function (logits, prompt) that gives one number per example"
     if isinstance(value, str):
-        nearest = ", ".join(f"mmlens.{near}" for near in nearest_names(value, _NAMES))
+        nearest = ", ".join(f"mmlens.metrics.{near}" for near in nearest_names(value, _NAMES))
         raise InvalidTypeError(
             f"{name} is {shown(value)}; expected the function itself, {expected}; the nearest: {nearest}"
         )

@@ -728,7 +728,7 @@ def test_sources_are_those_of_patch() -> None:
     made = attribute(model, prompt, lambda model, prompt: source, contrast, nodes=("head", "image"))
     for name, scores in plain.scores.items():
         assert torch.equal(made.scores[name], scores)
-    corruption = mmlens.blank_region((0, 0, 20, 20), fill="grey")
+    corruption = mmlens.interventions.blank_region((0, 0, 20, 20), fill="grey")
     blanked = corruption(model, prompt)
     for method in ("gradient", "integrated"):
         by_prompt, by_function = (
@@ -736,7 +736,7 @@ def test_sources_are_those_of_patch() -> None:
             for one in (blanked, corruption)
         )
         assert torch.equal(by_prompt.scores.nan_to_num(), by_function.scores.nan_to_num())
-    ablated = mmlens.Source(under=mmlens.ablate([(0, 1)]))
+    ablated = mmlens.interventions.Source(under=mmlens.ablate([(0, 1)]))
     name = "blocks.0.attn.hook_z"
     scores = attribute(model, prompt, ablated, contrast, nodes="head").scores[name]
     zeros = {name: cached(model, prompt, name)[name]}
@@ -749,9 +749,15 @@ def test_a_metric_that_reads_the_clean_run() -> None:
     model, prompt, source = setting("llava")
     name = "blocks.2.hook_mlp_out"
     attribution = attribute(
-        model, prompt, source, mmlens.kl_to_clean, nodes=name, method="integrated_activation", steps=12
+        model,
+        prompt,
+        source,
+        mmlens.metrics.kl_to_clean,
+        nodes=name,
+        method="integrated_activation",
+        steps=12,
     )
-    compared = compare_with_patching(model, prompt, source, mmlens.kl_to_clean, attribution)
+    compared = compare_with_patching(model, prompt, source, mmlens.metrics.kl_to_clean, attribution)
     np.testing.assert_allclose(compared.table["estimate"], compared.table["exact"], rtol=5e-2)
     assert compared.table["exact"].min() > 1e-3
 
@@ -765,11 +771,11 @@ def test_a_metric_that_edits_its_logits_changes_no_score() -> None:
         logits.mul_(0)
         return value
 
-    @mmlens.reads("clean logits")
+    @mmlens.metrics.reads("clean logits")
     def weighted(logits: Tensor, prompt: Prompt, clean_logits: Tensor) -> Tensor:
         return contrast(logits, prompt) * (1 + clean_logits[:, -1, 5].abs())
 
-    @mmlens.reads("clean logits")
+    @mmlens.metrics.reads("clean logits")
     def weighted_in_place(logits: Tensor, prompt: Prompt, clean_logits: Tensor) -> Tensor:
         value = weighted(logits, prompt, clean_logits.clone())
         clean_logits.fill_(7.0)
@@ -813,7 +819,7 @@ def test_bad_arguments_are_errors() -> None:
     with pytest.raises(ValueError, match="NaN for example 0"):
         attribute(model, prompt, source, lambda logits, prompt: logits[:, -1, 0] * torch.nan)
     with pytest.raises(ValueError, match="generated answers, which have no gradient"):
-        attribute(model, prompt, source, mmlens.exact_match)
+        attribute(model, prompt, source, mmlens.metrics.exact_match)
     with pytest.raises(UnknownHookError, match="hook_resid_post"):
         attribute(
             model, prompt, cached(model, source, "hook_embed"), contrast, nodes="embed", method="integrated"

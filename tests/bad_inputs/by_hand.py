@@ -80,14 +80,14 @@ def bad_rows(w: World) -> list[Row]:
             "during",
             "arguments swapped",
             "prompt",
-            lambda: mmlens.during("prompt", zero),  # type: ignore[arg-type]
+            lambda: mmlens.interventions.during("prompt", zero),  # type: ignore[arg-type]
             "intervention|during|there is no",
         ),
         (
             "by_layer",
             "interventions in a list",
             [zero],
-            lambda: mmlens.by_layer([zero])(w.model, w.prompt),  # type: ignore[arg-type]
+            lambda: mmlens.interventions.by_layer([zero])(w.model, w.prompt),  # type: ignore[arg-type]
             "schedule",
         ),
         (
@@ -99,7 +99,7 @@ def bad_rows(w: World) -> list[Row]:
         ),
         ("cache", "a misspelt name", "hook_embd", lambda: cache["hook_embd"], "hook_embed"),
         ("cache", "what was not cached", "blocks.0.attn.hook_z", lambda: cache["z", 0], "hook_z"),
-        ("if_any", "no positions", None, lambda: mmlens.if_any(None), "positions"),  # type: ignore[arg-type]
+        ("if_any", "no positions", None, lambda: mmlens.interventions.if_any(None), "positions"),  # type: ignore[arg-type]
         (
             "ablate",
             "a misspelt mode",
@@ -208,7 +208,7 @@ def bad_rows(w: World) -> list[Row]:
             "CoreHeads.save",
             "a file",
             w.folder / "a_file",
-            lambda: mmlens.save_examples(w.examples, w.folder / "a_file"),
+            lambda: mmlens.data.save_examples(w.examples, w.folder / "a_file"),
             "folder",
         ),
     ]
@@ -251,12 +251,12 @@ def good_rows(w: World) -> list[tuple[str, str, Callable[[], Any]]]:
         (
             "save_examples",
             "a folder two levels down",
-            lambda: mmlens.save_examples(w.examples, w.folder / "a" / "b"),
+            lambda: mmlens.data.save_examples(w.examples, w.folder / "a" / "b"),
         ),
         (
             "save_examples",
             "a generator",
-            lambda: mmlens.save_examples((e for e in w.examples), w.folder / "c"),
+            lambda: mmlens.data.save_examples((e for e in w.examples), w.folder / "c"),
         ),
         ("mean_interval", "outcomes as bools", lambda: mean_interval([True, False, True])),
         (
@@ -267,7 +267,7 @@ def good_rows(w: World) -> list[tuple[str, str, Callable[[], Any]]]:
         (
             "benjamini_hochberg",
             "a grid with NaN",
-            lambda: mmlens.benjamini_hochberg(np.array([[0.1, np.nan]])),
+            lambda: mmlens.statistics.benjamini_hochberg(np.array([[0.1, np.nan]])),
         ),
         ("plot_head_map", "lists", lambda: plot_head_map([[0.1, 0.2], [0.3, 0.4]])),
         ("plot_head_map", "whole numbers", lambda: plot_head_map(torch.tensor([[1, 2], [3, 4]]))),
@@ -286,7 +286,7 @@ def good_rows(w: World) -> list[tuple[str, str, Callable[[], Any]]]:
         (
             "compare_with_patching",
             "all nodes",
-            lambda: mmlens.compare_with_patching(
+            lambda: mmlens.attribution.compare_with_patching(
                 w.model,
                 w.prompt,
                 w.other,

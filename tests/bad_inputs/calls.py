@@ -82,24 +82,24 @@ def _scores(w: World) -> list[Call]:
     everywhere = torch.ones(tuple(w.prompt.shape), dtype=torch.bool)
     scored = {
         mmlens.ram: {},
-        mmlens.evidence_attention: {},
-        mmlens.key_token_ratio: {},
-        mmlens.ram_per_token: {},
-        mmlens.ram_lift: {"shape": "choice"},
-        mmlens.gaze_score: {"region": "choice"},
-        mmlens.null_calibrated_ram: {"null_question": "text"},
-        mmlens.query_focused_score: {"region": "choice"},
-        mmlens.visual_head_score: {"max_new_tokens": "count"},
-        mmlens.logit_contribution: {"final_norm": "choice"},
-        mmlens.ram_significance: {"n_resamples": "count!", "seed": "seed!"},
+        mmlens.scores.evidence_attention: {},
+        mmlens.scores.key_token_ratio: {},
+        mmlens.scores.ram_per_token: {},
+        mmlens.scores.ram_lift: {"shape": "choice"},
+        mmlens.scores.gaze_score: {"region": "choice"},
+        mmlens.scores.null_calibrated_ram: {"null_question": "text"},
+        mmlens.scores.query_focused_score: {"region": "choice"},
+        mmlens.scores.visual_head_score: {"max_new_tokens": "count"},
+        mmlens.scores.logit_contribution: {"final_norm": "choice"},
+        mmlens.scores.ram_significance: {"n_resamples": "count!", "seed": "seed!"},
     }
     # They share their checks with ram: what is unusual is tried there alone.
     untried = {name: f"{kind}!" for name, kind in OF_EVIDENCE.items()}
     special = {
-        mmlens.null_calibrated_ram: {"null_question": "?"},
-        mmlens.query_focused_score: {"null_question": "?"},
-        mmlens.visual_head_score: {"max_new_tokens": 2},
-        mmlens.ram_significance: {"n_resamples": 1280},
+        mmlens.scores.null_calibrated_ram: {"null_question": "?"},
+        mmlens.scores.query_focused_score: {"null_question": "?"},
+        mmlens.scores.visual_head_score: {"max_new_tokens": 2},
+        mmlens.scores.ram_significance: {"n_resamples": 1280},
     }
     return [
         *(
@@ -113,23 +113,23 @@ def _scores(w: World) -> list[Call]:
         ),
         Call(
             "key_token_coverage",
-            mmlens.key_token_coverage,
+            mmlens.scores.key_token_coverage,
             given | {"heads": [(0, 1)]},
             OF_EVIDENCE | {"heads": "heads"},
         ),
         Call(
             "copy_score",
-            mmlens.copy_score,
+            mmlens.scores.copy_score,
             texts | {"max_new_tokens": 2},
             SHARED | {"examples": "examples!", "max_new_tokens": "count"},
         ),
         Call(
             "localization_score",
-            mmlens.localization_score,
+            mmlens.scores.localization_score,
             given,
             SHARED | {"n_lowest": "count", "first_layer": "count or none"},
         ),
-        Call("vision_mass", mmlens.vision_mass, asked, {"model": "model", "prompt": "prompt"}),
+        Call("vision_mass", mmlens.scores.vision_mass, asked, {"model": "model", "prompt": "prompt"}),
         Call(
             "attention_mass",
             lambda model, inputs, queries, keys: mmlens.attention_mass(model, inputs, queries, keys),
@@ -153,10 +153,12 @@ def _scores(w: World) -> list[Call]:
             {"token_map": w.prompt.token_map, "evidence": w.prompt.token_map.evidence(w.examples[:2])[0]},
             {"shape": "choice"},
         ),
-        Call("half_mass_share", mmlens.half_mass_share, {"scores": w.scores}, {"share": "fraction"}),
+        Call("half_mass_share", mmlens.scores.half_mass_share, {"scores": w.scores}, {"share": "fraction"}),
         Call(
             "RamSignificance.significant",
-            mmlens.ram_significance(w.model, w.examples[:2], n_resamples=1280, progress=False).significant,
+            mmlens.scores.ram_significance(
+                w.model, w.examples[:2], n_resamples=1280, progress=False
+            ).significant,
             {},
             {"q": "level"},
         ),
@@ -231,16 +233,16 @@ def _effects(w: World) -> list[Call]:
     metrics = (
         mmlens.accuracy,
         mmlens.answer_log_probability,
-        mmlens.answer_rank,
-        mmlens.invalid,
+        mmlens.metrics.answer_rank,
+        mmlens.metrics.invalid,
         mmlens.logit_difference,
     )
     of_texts = (
-        mmlens.anls,
-        mmlens.exact_match,
+        mmlens.metrics.anls,
+        mmlens.metrics.exact_match,
         mmlens.generated_accuracy,
-        mmlens.generated_invalid,
-        mmlens.relaxed_accuracy,
+        mmlens.metrics.generated_invalid,
+        mmlens.metrics.relaxed_accuracy,
     )
     return [
         Call(
@@ -266,7 +268,7 @@ def _effects(w: World) -> list[Call]:
         Call("attribute", mmlens.attribute, patched | {"nodes": "mlp"}, attributed | {"by_position": "flag"}),
         Call(
             "attribute_edges",
-            mmlens.attribute_edges,
+            mmlens.attribution.attribute_edges,
             patched | {"senders": "mlp", "receivers": "logits"},
             attributed,
         ),
@@ -295,7 +297,7 @@ def _effects(w: World) -> list[Call]:
         ),
         Call(
             "kl_to_clean",
-            mmlens.kl_to_clean,
+            mmlens.metrics.kl_to_clean,
             {"logits": logits, "prompt": w.prompt, "clean_logits": logits},
             {"logits": "logits", "clean_logits": "logits", "prompt": "prompt"},
         ),
@@ -310,14 +312,14 @@ def _effects(w: World) -> list[Call]:
         ),
         Call(
             "generating",
-            mmlens.generating,
-            {"metric": mmlens.exact_match, "max_new_tokens": 4},
+            mmlens.metrics.generating,
+            {"metric": mmlens.metrics.exact_match, "max_new_tokens": 4},
             {"metric": "one metric", "max_new_tokens": "count"},
         ),
         Call("reads", reads, {"what": "answers"}, {"what": "choice", "max_new_tokens": "count or all"}),
         Call(
             "logit_difference_of",
-            mmlens.logit_difference_of,
+            mmlens.metrics.logit_difference_of,
             {"model": w.model, "answer": "red", "wrong": "blue"},
             {"model": "model", "answer": "token", "wrong": "tokens"},
         ),
@@ -331,12 +333,12 @@ def _effects(w: World) -> list[Call]:
         Call("Effect.recovered", effect.recovered, {"target": effect.values + 1}, {"target": "effect"}),
         Call(
             "Effect",
-            mmlens.Effect,
+            mmlens.effects.Effect,
             {"values": effect.values, "clean": effect.clean},
             {"values": "per example", "clean": "per example", "level": "level"},
         ),
-        Call("reuse_table", mmlens.reuse_table, {"table": _swept(w)}, {"table": "table"}),
-        Call("grid", mmlens.grid, {"table": _swept(w)}, {"table": "table", "of": "choice"}),
+        Call("reuse_table", mmlens.effects.reuse_table, {"table": _swept(w)}, {"table": "table"}),
+        Call("grid", mmlens.effects.grid, {"table": _swept(w)}, {"table": "table", "of": "choice"}),
         Call(
             "parse_answer",
             parse_answer,
@@ -366,21 +368,23 @@ def _interventions(w: World) -> list[Call]:
         "ablate": zero,
         "knockout": mmlens.knockout("last", "question"),
         "bias_attention": mmlens.bias_attention([(0, 1)], "question", 1.0),
-        "scale_heads": mmlens.scale_heads([(0, 1)], 0.5),
+        "scale_heads": mmlens.interventions.scale_heads([(0, 1)], 0.5),
         "patch": mmlens.patch("blocks.0.hook_mlp_out", w.other),
         "path_patch": mmlens.path_patch([(0, 1)], "logits", w.other),
-        "noise_images": mmlens.noise_images(),
+        "noise_images": mmlens.interventions.noise_images(),
         "compose": mmlens.compose(zero),
-        "during": mmlens.during(zero, "prompt"),
-        "by_layer": mmlens.by_layer({0: zero}),
-        "relay": mmlens.relay("blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out", lambda source, own: source),
+        "during": mmlens.interventions.during(zero, "prompt"),
+        "by_layer": mmlens.interventions.by_layer({0: zero}),
+        "relay": mmlens.interventions.relay(
+            "blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out", lambda source, own: source
+        ),
     }
     corruptions = {
-        "blank_region": mmlens.blank_region(box),
-        "swap_regions": mmlens.swap_regions(box, other_box),
-        "other_image": mmlens.other_image(w.examples),
-        "other_question": mmlens.other_question("What colour is Q", equal_layout=False),
-        "replace_region": mmlens.replace_region(box, Image.new("RGB", (32, 16))),
+        "blank_region": mmlens.interventions.blank_region(box),
+        "swap_regions": mmlens.interventions.swap_regions(box, other_box),
+        "other_image": mmlens.interventions.other_image(w.examples),
+        "other_question": mmlens.interventions.other_question("What colour is Q", equal_layout=False),
+        "replace_region": mmlens.interventions.replace_region(box, Image.new("RGB", (32, 16))),
     }
     return [
         *(
@@ -418,7 +422,7 @@ def _interventions(w: World) -> list[Call]:
         ),
         Call(
             "scale_heads",
-            built(mmlens.scale_heads),
+            built(mmlens.interventions.scale_heads),
             {"heads": [(0, 1)], "factor": 0.5},
             {"heads": "heads", "factor": "per head", "positions": "positions"},
         ),
@@ -443,7 +447,7 @@ def _interventions(w: World) -> list[Call]:
         ),
         Call(
             "noise_images",
-            built(mmlens.noise_images),
+            built(mmlens.interventions.noise_images),
             {},
             {"std": "positive", "seed": "seed", "deepstack": "flag"},
         ),
@@ -455,14 +459,19 @@ def _interventions(w: World) -> list[Call]:
         ),
         Call(
             "during",
-            mmlens.during,
+            mmlens.interventions.during,
             {"intervention": zero, "when": "prompt"},
             {"intervention": "intervention", "when": "choice"},
         ),
-        Call("by_layer", built(mmlens.by_layer), {"schedule": {0: zero}}, {"schedule": "schedule"}),
+        Call(
+            "by_layer",
+            built(mmlens.interventions.by_layer),
+            {"schedule": {0: zero}},
+            {"schedule": "schedule"},
+        ),
         Call(
             "relay",
-            built(mmlens.relay),
+            built(mmlens.interventions.relay),
             {
                 "read": "blocks.0.hook_mlp_out",
                 "write": "blocks.1.hook_mlp_out",
@@ -470,41 +479,51 @@ def _interventions(w: World) -> list[Call]:
             },
             {"read": "hook", "write": "hook", "function": "two-argument function", "positions": "positions"},
         ),
-        Call("edit_report", mmlens.edit_report, {"hooks": zero(w.model, w.prompt)}, {"hooks": "hooks"}),
+        Call(
+            "edit_report",
+            mmlens.interventions.edit_report,
+            {"hooks": zero(w.model, w.prompt)},
+            {"hooks": "hooks"},
+        ),
         Call(
             "blank_region",
-            applied_corruption(w, mmlens.blank_region),
+            applied_corruption(w, mmlens.interventions.blank_region),
             {"where": box},
             {"where": "region", "image": "count or none", "fill": "colour"},
         ),
         Call(
             "swap_regions",
-            applied_corruption(w, mmlens.swap_regions),
+            applied_corruption(w, mmlens.interventions.swap_regions),
             {"one": box, "other": other_box},
             {"one": "region", "other": "region", "image": "count or none"},
         ),
         Call(
             "replace_region",
-            applied_corruption(w, mmlens.replace_region),
+            applied_corruption(w, mmlens.interventions.replace_region),
             {"where": box, "source": Image.new("RGB", (32, 16))},
             {"where": "region", "source": "image", "image": "count or none"},
         ),
         Call(
             "other_image",
-            applied_corruption(w, mmlens.other_image),
+            applied_corruption(w, mmlens.interventions.other_image),
             {"images": w.examples},
             {"images": "images", "resize": "flag", "seed": "seed", "equal_layout": "flag"},
         ),
         Call(
             "other_question",
-            applied_corruption(w, mmlens.other_question),
+            applied_corruption(w, mmlens.interventions.other_question),
             {"questions": "What colour is Q", "equal_layout": False},
             {"questions": "questions", "seed": "seed", "equal_layout": "flag"},
         ),
-        Call("evidence_of", mmlens.evidence_of, {"examples": w.examples}, {"examples": "examples"}),
+        Call(
+            "evidence_of",
+            mmlens.interventions.evidence_of,
+            {"examples": w.examples},
+            {"examples": "examples"},
+        ),
         Call(
             "corrupted_prompt",
-            mmlens.corrupted_prompt,
+            mmlens.interventions.corrupted_prompt,
             {
                 "model": w.model,
                 "prompt": w.prompt,
@@ -515,26 +534,31 @@ def _interventions(w: World) -> list[Call]:
         ),
         Call(
             "layout_difference",
-            mmlens.layout_difference,
+            mmlens.interventions.layout_difference,
             {"one": w.prompt, "other": w.other},
             {"one": "prompt", "other": "prompt", "boxes": "flag"},
         ),
         Call(
             "same_layout",
-            mmlens.same_layout,
+            mmlens.interventions.same_layout,
             {"one": w.prompt, "other": w.other},
             {"one": "prompt", "other": "prompt", "boxes": "flag"},
         ),
-        Call("Source", mmlens.Source, {"prompt": w.prompt, "under": zero}, {"under": "intervention or none"}),
+        Call(
+            "Source",
+            mmlens.interventions.Source,
+            {"prompt": w.prompt, "under": zero},
+            {"under": "intervention or none"},
+        ),
         Call(
             "patch_layers",
-            mmlens.patch_layers,
+            mmlens.effects.patch_layers,
             {"model": w.model, "source": w.other},
             {"model": "model", "source": "source", "hook": "hook of a layer"},
         ),
         Call(
             "patch_layers_positions",
-            mmlens.patch_layers_positions,
+            mmlens.effects.patch_layers_positions,
             {"model": w.model, "prompt": w.prompt, "source": w.other},
             {
                 "model": "model",
@@ -546,19 +570,19 @@ def _interventions(w: World) -> list[Call]:
         ),
         Call(
             "patch_layers_regions",
-            mmlens.patch_layers_regions,
+            mmlens.effects.patch_layers_regions,
             {"model": w.model, "source": w.other, "regions": {"last": "last"}},
             {"model": "model", "source": "source", "hook": "hook of a layer", "regions": "regions by name"},
         ),
         Call(
             "patch_heads",
-            mmlens.patch_heads,
+            mmlens.effects.patch_heads,
             {"model": w.model, "source": w.other},
             {"model": "model", "source": "source", "hook": "hook of a layer"},
         ),
         Call(
             "patch_heads_qkv",
-            mmlens.patch_heads_qkv,
+            mmlens.effects.patch_heads_qkv,
             {"model": w.model, "source": w.other},
             {"model": "model", "source": "source", "kinds": "choices"},
         ),
@@ -598,25 +622,25 @@ def _statistics(w: World) -> list[Call]:
         ),
         Call(
             "paired_permutation_test",
-            mmlens.paired_permutation_test,
+            mmlens.statistics.paired_permutation_test,
             pairs,
             both | {"n_resamples": "count", "seed": "seed", "alternative": "choice"},
         ),
         Call(
             "benjamini_hochberg",
-            mmlens.benjamini_hochberg,
+            mmlens.statistics.benjamini_hochberg,
             {"p_values": [0.1, 0.2]},
             {"p_values": "p-values"},
         ),
         Call(
             "minimal_detectable_effect",
-            mmlens.minimal_detectable_effect,
+            mmlens.statistics.minimal_detectable_effect,
             {"n": 20, "sd": 1.0},
             power | {"n": "count!", "sd": "positive"},
         ),
         Call(
             "minimal_detectable_change",
-            mmlens.minimal_detectable_change,
+            mmlens.statistics.minimal_detectable_change,
             {"n": 200, "discordant": 0.2},
             power | {"n": "count!", "discordant": "fraction"},
         ),
@@ -729,7 +753,7 @@ def _data(w: World) -> list[Call]:
         Call("scene_vocabulary", scene_vocabulary, {"kinds": ["objects"]}, {"kinds": "choices"}),
         Call(
             "save_examples",
-            mmlens.save_examples,
+            mmlens.data.save_examples,
             {"examples": w.examples, "folder": w.folder / "saved"},
             {"examples": "examples", "folder": "new folder"},
         ),
@@ -757,7 +781,7 @@ def _data(w: World) -> list[Call]:
 
 
 def _folder(w: World) -> str:
-    return str(mmlens.save_examples(w.examples, w.folder / "examples"))
+    return str(mmlens.data.save_examples(w.examples, w.folder / "examples"))
 
 
 def _figures(w: World) -> list[Call]:

@@ -184,7 +184,7 @@ def bad_values(w: World) -> dict[str, Values]:
             "numbered": {1: mmlens.accuracy},
             "a function of nothing": lambda: 0,
             "a function of the logits alone": lambda logits: logits,
-            "a class": mmlens.Effect,
+            "a class": mmlens.effects.Effect,
             "its result": torch.zeros(2),
         },
         "one metric": {
@@ -202,7 +202,7 @@ def bad_values(w: World) -> dict[str, Values]:
             "a number": 3,
             "hooks": [("hook_embed", lambda x, hook: x)],
             "a function of the model alone": lambda model: [],
-            "a class": mmlens.Edit,
+            "a class": mmlens.interventions.Edit,
             "a prompt": w.prompt,
             "the model": w.model,
             "heads": mmlens.HeadSet([(0, 1)], n_layers=8, n_heads=8),
@@ -314,7 +314,7 @@ def special_values(w: World) -> dict[str, Values]:
     image, example = w.examples[0].images[0], w.examples[0]
     zero = mmlens.ablate([(0, 1)])
     tuple(w.prompt.shape)
-    functions: Values = {"None": None, "a text": "f", "a number": 3, "a class": mmlens.Edit}
+    functions: Values = {"None": None, "a text": "f", "a number": 3, "a class": mmlens.interventions.Edit}
     images: Values = {
         "None": None,
         "a number": 3,
@@ -388,7 +388,7 @@ def special_values(w: World) -> dict[str, Values]:
         "a number": 3,
         "a text": "effect",
         "a list": [1.0, 2.0],
-        "of another metric": mmlens.effect(w.model, w.prompt, None, mmlens.answer_rank),
+        "of another metric": mmlens.effect(w.model, w.prompt, None, mmlens.metrics.answer_rank),
     }
     components: Values = {
         "None": None,
@@ -450,7 +450,7 @@ def special_values(w: World) -> dict[str, Values]:
             "none of them": {},
             "numbers": {"a": 3},
             "hooks": {"a": [("hook_embed", lambda x, hook: x)]},
-            "a class": {"a": mmlens.Edit},
+            "a class": {"a": mmlens.interventions.Edit},
             "a text": "ablate",
         },
         "logits": tensors | {"of the last position": torch.zeros(2, 5)},
@@ -1015,13 +1015,13 @@ def good_values(w: World) -> dict[str, Values]:
         "level": {"float32": np.float32(0.9), "a Fraction": Fraction(9, 10)},
         "number": {"float32": np.float32(2.0), "an int": 2, "a torch scalar": torch.tensor(2.0)},
         "metric": {
-            "a list": [mmlens.accuracy, mmlens.answer_rank],
+            "a list": [mmlens.accuracy, mmlens.metrics.answer_rank],
             "a tuple": (mmlens.accuracy,),
             "named": {"right": mmlens.accuracy},
             "a lambda": lambda logits, prompt: logits[:, -1, 0],
             "of optional arguments": lambda logits, prompt, scale=1.0: scale * logits[:, -1, 0],
-            "of the clean logits": mmlens.kl_to_clean,
-            "of answers": mmlens.exact_match,
+            "of the clean logits": mmlens.metrics.kl_to_clean,
+            "of answers": mmlens.metrics.exact_match,
         },
         "heads": {
             "a HeadSet": mmlens.HeadSet([(0, 1), (2, 3)], n_layers=8, n_heads=8),

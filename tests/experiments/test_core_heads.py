@@ -171,7 +171,7 @@ def test_the_command_writes_what_the_function_finds(
 
 
 def test_the_command_runs_on_a_folder_of_examples(tmp_path: Path) -> None:
-    data = mmlens.save_examples(
+    data = mmlens.data.save_examples(
         [e for kind in ("objects", "documents") for e in mmlens.scene_examples(kind, 6, 3)], tmp_path / "data"
     )
     options = ["--draws", "1", "--counts", "3", "--modes", "zero"]

@@ -121,7 +121,7 @@ def test_all_heads_dense_or_a_wide_window_is_the_plain_model(family: str, attent
     for dense, window in ((model.heads, WINDOW), (one_head_a_layer(model), prompt.shape[1])):
         for path in ("auto", "masked", "blocks", "flex"):
             with (
-                pytest.warns(mmlens.NoChangeWarning, match="hybrid attention changed nothing"),
+                pytest.warns(mmlens.model.NoChangeWarning, match="hybrid attention changed nothing"),
                 mmlens.hybrid_attention(model, dense, sink=SINK, window=window, path=path),
             ):
                 torch.testing.assert_close(model(prompt)[shown], plain, atol=1e-5, rtol=1e-5)

@@ -415,7 +415,7 @@ def test_an_image_region_equals_writing_into_the_plain_decoder_s_inputs(family: 
     expected = model.hf_model(**prompt.inputs).logits
     handle.remove()
     reference = means_of(model, ["image"], examples(3)) if mode == "mean" else None
-    positions = mmlens.if_any(region)
+    positions = mmlens.interventions.if_any(region)
     under = under_ablation(model, prompt, "image", mode, reference=reference, positions=positions)
     real = ~prompt.token_map.is_padding
     torch.testing.assert_close(under[real], expected[real], atol=1e-5, rtol=1e-5)

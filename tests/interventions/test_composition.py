@@ -101,7 +101,7 @@ def test_in_turn_a_source_run_sees_the_edits_before_it_at_its_own_positions(othe
     if other:
         # As long as the prompt, but with its images elsewhere.
         shifted = {**prompt.inputs, "input_ids": prompt.inputs["input_ids"].roll(1, -1)}
-        token_map = mmlens.TokenMap(
+        token_map = mmlens.token_map.TokenMap(
             **{
                 name: getattr(prompt.token_map, name).roll(1, 1)
                 for name in ("image", "tile", "row", "col", "boxes", "is_image", "is_padding", "is_question")
@@ -450,7 +450,7 @@ def test_bad_relays_are_errors() -> None:
         build("vision.hook_embed", STREAM)
     with pytest.raises(ValueError, match="not over the same positions"):
         build("image.hook_embed", STREAM)
-    with pytest.raises(mmlens.UnknownHookError, match="nearest"):
+    with pytest.raises(mmlens.model.UnknownHookError, match="nearest"):
         build(STREAM, "blocks.1.hook_resid_prost")
     wrong = relay("blocks.0.attn.hook_z", STREAM, lambda x, source: source)(model, prompt)
     with pytest.raises(ValueError, match=r"of shape \[1, \d+, 64\], not \[1, \d+, 4, 16\]"):

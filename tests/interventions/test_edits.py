@@ -60,7 +60,7 @@ ROWS = {
     "patch of a pattern": lambda other: patch("blocks.1.attn.hook_pattern", other),
     "patch of image rows": lambda other: patch("image.hook_embed", other),
     "noise": lambda other: noise_images(3.0),
-    "while decoding": lambda other: mmlens.during(mmlens.ablate([(1, 0), (2, 1)]), "decode"),
+    "while decoding": lambda other: mmlens.interventions.during(mmlens.ablate([(1, 0), (2, 1)]), "decode"),
 }
 
 

@@ -49,16 +49,17 @@ READERS: dict[str, Callable[[HookedVLM, Where], Intervention]] = {
     "bias_attention of queries": lambda model, where: mmlens.bias_attention(
         [(0, 1)], "text", 1.0, queries=where
     ),
-    "scale_heads": lambda model, where: mmlens.scale_heads([(0, 1)], 2.0, where),
-    "relay": lambda model, where: mmlens.relay(
+    "scale_heads": lambda model, where: mmlens.interventions.scale_heads([(0, 1)], 2.0, where),
+    "relay": lambda model, where: mmlens.interventions.relay(
         "blocks.0.hook_resid_pre", "blocks.2.hook_resid_pre", lambda x, source: x + source, positions=where
     ),
-    "noise_images": lambda model, where: mmlens.noise_images(positions=where),
+    "noise_images": lambda model, where: mmlens.interventions.noise_images(positions=where),
     "ablate the image": lambda model, where: mmlens.ablate("image", positions=where),
     "composed": lambda model, where: mmlens.compose(
-        mmlens.ablate([(1, 1)]), mmlens.during(mmlens.ablate([(0, 1)], positions=where), "prompt")
+        mmlens.ablate([(1, 1)]),
+        mmlens.interventions.during(mmlens.ablate([(0, 1)], positions=where), "prompt"),
     ),
-    "regions of a grid": lambda model, where: mmlens.patch_layers_regions(
+    "regions of a grid": lambda model, where: mmlens.effects.patch_layers_regions(
         model, other_images, {"there": where}
     )[1, "there"],
 }
@@ -110,7 +111,7 @@ def test_by_name_it_is_left_as_it_is(micro: HookedVLM, name: str) -> None:
         torch.testing.assert_close(under[row], expected[0], atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore::mmlens.NoChangeWarning")
+@pytest.mark.filterwarnings("ignore::mmlens.model.NoChangeWarning")
 @pytest.mark.parametrize("name", ["ablate", "patch", "noise_images", "ablate the image", "path_patch"])
 def test_effects_and_sweeps_count_it_in_any_batch(micro: HookedVLM, name: str) -> None:
     """Also where a batch holds no example that has the positions."""
@@ -169,7 +170,7 @@ def test_masks_names_and_padding(micro: HookedVLM) -> None:
 def test_grids_by_position_patch_the_rows_that_have_it(micro: HookedVLM) -> None:
     """A column is padding in one row: that row is left, as the grid says."""
     prompt = micro.prompt_examples(examples())
-    grid = mmlens.patch_layers_positions(micro, prompt, other_images)
+    grid = mmlens.effects.patch_layers_positions(micro, prompt, other_images)
     hooks = grid[1, 0](micro, prompt)
     assert hooks[0][1].mask.nonzero().tolist() == [[0, 0], [2, 0]]
 

@@ -47,7 +47,7 @@ INTERVENTIONS: dict[str, Callable[[HookedVLM, list[Example], Prompt], Interventi
     "resample in the tower": lambda model, examples, other: mmlens.ablate(
         [("vision", 0, 1)], "resample", reference=mmlens.scene_examples("objects", 4, seed=5)
     ),
-    "noise": lambda model, examples, other: mmlens.noise_images(),
+    "noise": lambda model, examples, other: mmlens.interventions.noise_images(),
     "patch": lambda model, examples, other: mmlens.patch("blocks.1.hook_resid_pre", other),
     "patch in the tower": lambda model, examples, other: mmlens.patch(
         "vision.blocks.0.hook_resid_pre", other
@@ -132,7 +132,7 @@ def test_means_and_caches_of_another_model_are_taken_by_name_alone(
         lambda given: mmlens.path_patch([(0, 1)], "logits", given["cache"]),
     ]
     own = {"means": means, "cache": cache}
-    named = {name: mmlens.of_another_model(each) for name, each in own.items()}
+    named = {name: mmlens.interventions.of_another_model(each) for name, each in own.items()}
     plain = {"means": dict(means), "cache": dict(cache.cache_dict)}
     for use in uses:
         with pytest.raises(ValueError, match=OTHER_MODEL):
@@ -193,7 +193,7 @@ def test_prompts_and_answers_of_another_processor_are_refused(
             run()
     with pytest.raises(ValueError, match="made by another processor"):
         with_answers(prompt, other.processor, examples)
-    metric = mmlens.logit_difference_of(other, "red", "blue")
+    metric = mmlens.metrics.logit_difference_of(other, "red", "blue")
     with pytest.raises(ValueError, match="another model's tokenizer"):
         mmlens.effect(micro, prompt, None, metric)
     # A processor loaded again is the same; so is a prompt of one model in another that shares it.
@@ -244,5 +244,5 @@ def test_an_earlier_clean_run_is_of_the_same_prompts(micro: HookedVLM, examples:
     with pytest.raises(ValueError, match="other prompts"):
         mmlens.effect(micro, examples[:2], intervention, mmlens.logit_difference, clean=part)
     # Numbers that came from elsewhere say nothing of their prompts.
-    by_hand = mmlens.Effect(clean.values, clean.clean, clean.metric)
+    by_hand = mmlens.effects.Effect(clean.values, clean.clean, clean.metric)
     mmlens.effect(micro, examples, intervention, mmlens.logit_difference, clean=by_hand)

@@ -130,12 +130,13 @@ def test_attribution_and_scores_are_the_merged_models() -> None:
 
     model, merged = wrapped(merge=False), wrapped(merge=True)
     prompt = merged.prompt_examples(examples)
-    blank = mmlens.blank_region(mmlens.evidence_of(examples))
+    blank = mmlens.interventions.blank_region(mmlens.interventions.evidence_of(examples))
     edges, expected = (
-        mmlens.attribute_edges(m, prompt, blank, mmlens.logit_difference).scores for m in (model, merged)
+        mmlens.attribution.attribute_edges(m, prompt, blank, mmlens.logit_difference).scores
+        for m in (model, merged)
     )
     close(edges.nan_to_num(0), expected.nan_to_num(0))
-    for score in (mmlens.ram, mmlens.logit_contribution):
+    for score in (mmlens.ram, mmlens.scores.logit_contribution):
         close(*(score(m, examples, progress=False).per_example for m in (model, merged)))
 
 

@@ -16,7 +16,7 @@ from mmlens.model.evaluation import active_in_training
 from mmlens.model.loading import load
 
 EXAMPLES = mmlens.scene_examples("documents", 2, seed=0)
-HALVED = mmlens.scale_heads([(3, 1)], 0.5)
+HALVED = mmlens.interventions.scale_heads([(3, 1)], 0.5)
 
 
 def prompted(model: mmlens.HookedVLM) -> Any:
@@ -24,20 +24,24 @@ def prompted(model: mmlens.HookedVLM) -> Any:
 
 
 def blank() -> Any:
-    return mmlens.blank_region(mmlens.evidence_of(EXAMPLES))
+    return mmlens.interventions.blank_region(mmlens.interventions.evidence_of(EXAMPLES))
 
 
 MEASURES: dict[str, Callable[[mmlens.HookedVLM], Any]] = {
     "effect": lambda m: mmlens.effect(m, EXAMPLES, HALVED, mmlens.logit_difference),
     "sweep": lambda m: mmlens.sweep(m, EXAMPLES, {"halved": HALVED}, mmlens.logit_difference, progress=False),
     "ram": lambda m: mmlens.ram(m, EXAMPLES, progress=False),
-    "attention_mass": lambda m: mmlens.vision_mass(m, prompted(m)),
-    "logit_contribution": lambda m: mmlens.logit_contribution(m, EXAMPLES, progress=False),
-    "visual_head_score": lambda m: mmlens.visual_head_score(m, EXAMPLES, max_new_tokens=1, progress=False),
+    "attention_mass": lambda m: mmlens.scores.vision_mass(m, prompted(m)),
+    "logit_contribution": lambda m: mmlens.scores.logit_contribution(m, EXAMPLES, progress=False),
+    "visual_head_score": lambda m: mmlens.scores.visual_head_score(
+        m, EXAMPLES, max_new_tokens=1, progress=False
+    ),
     "mean_activations": lambda m: mmlens.mean_activations(m, EXAMPLES, hooks=["blocks.0.hook_mlp_out"]),
     "patch source": lambda m: mmlens.patch("blocks.1.hook_resid_pre", blank())(m, prompted(m)),
     "attribute": lambda m: mmlens.attribute(m, prompted(m), blank(), mmlens.logit_difference),
-    "attribute_edges": lambda m: mmlens.attribute_edges(m, prompted(m), blank(), mmlens.logit_difference),
+    "attribute_edges": lambda m: mmlens.attribution.attribute_edges(
+        m, prompted(m), blank(), mmlens.logit_difference
+    ),
 }
 
 

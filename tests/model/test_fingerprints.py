@@ -29,9 +29,13 @@ def drawn() -> dict[str, Callable[[], Intervention]]:
         "resample the image": lambda: mmlens.ablate(
             ["image", (2, "mlp")], "resample", reference=pool, seed=1
         ),
-        "noise": lambda: mmlens.noise_images(seed=1),
-        "other image": lambda: mmlens.patch("blocks.1.hook_resid_pre", mmlens.other_image(pool, seed=1)),
-        "other question": lambda: mmlens.patch("hook_embed", mmlens.other_question(pool, seed=1)),
+        "noise": lambda: mmlens.interventions.noise_images(seed=1),
+        "other image": lambda: mmlens.patch(
+            "blocks.1.hook_resid_pre", mmlens.interventions.other_image(pool, seed=1)
+        ),
+        "other question": lambda: mmlens.patch(
+            "hook_embed", mmlens.interventions.other_question(pool, seed=1)
+        ),
     }
 
 
@@ -92,7 +96,7 @@ def test_the_regions_of_a_permutation_test_do_not_depend_on_padding(micro: Hooke
         for e in mmlens.scene_examples("objects", 3, seed=1)
     ]
     found = [
-        mmlens.ram_significance(
+        mmlens.scores.ram_significance(
             micro, [*short, *longer], max_regions=6, n_resamples=1999, batch_size=size, progress=False
         ).masses
         for size in (1, 6)

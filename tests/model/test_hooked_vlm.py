@@ -211,7 +211,7 @@ def test_patterns_of_other_attention_kernels_are_refused() -> None:
     layer.config._attn_implementation_internal = "flex_attention"
     for run in (
         lambda: model.run_with_hooks(prompt, fwd_hooks=[("blocks.1.attn.hook_pattern", lambda x, hook: x)]),
-        lambda: mmlens.vision_mass(model, prompt),
+        lambda: mmlens.scores.vision_mass(model, prompt),
     ):
         with pytest.raises(
             NotImplementedError, match="'flex_attention'.*load the model with attn_implementation='sdpa'"

@@ -142,7 +142,7 @@ def test_the_choice_is_open_and_an_answer_with_its_own_space_stands() -> None:
 
 def test_a_corrupted_question_keeps_the_choice(micro: mmlens.HookedVLM) -> None:
     prompt = micro.prompt_examples([Example("What colour is K", "red")], answer_start=" ")
-    other = mmlens.other_question("What colour is Q")(micro, prompt)
+    other = mmlens.interventions.other_question("What colour is Q")(micro, prompt)
     assert other.answer_starts == [" "] and repr(other).endswith("answer 'red' as token 'red')")
 
 

@@ -149,10 +149,12 @@ def test_what_heads_write_is_the_plain_model_s(pair: Pair) -> None:
 def test_gradients_are_the_plain_model_s_or_refused(pair: Pair) -> None:
     examples = mmlens.scene_examples("documents", 2, seed=0)
     prompt = pair.twin.prompt_examples(examples)
-    blank = mmlens.blank_region(mmlens.evidence_of(examples))
+    blank = mmlens.interventions.blank_region(mmlens.interventions.evidence_of(examples))
 
     def edges(model: mmlens.HookedVLM) -> Tensor:
-        return mmlens.attribute_edges(model, prompt, blank, mmlens.logit_difference).scores.nan_to_num(0)
+        return mmlens.attribution.attribute_edges(
+            model, prompt, blank, mmlens.logit_difference
+        ).scores.nan_to_num(0)
 
     def heads(model: mmlens.HookedVLM) -> Tensor:
         found = mmlens.attribute(model, prompt, blank, mmlens.logit_difference, nodes="head")

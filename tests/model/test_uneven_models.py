@@ -290,7 +290,7 @@ def test_cross_attention_families_are_refused_before_anything_runs(family: str) 
         lambda: attention_mass(model, inputs, everywhere, everywhere),
         lambda: ram(model, [example]),
         lambda: evidence_attention(model, [example]),
-        lambda: mmlens.key_token_ratio(model, [example]),
+        lambda: mmlens.scores.key_token_ratio(model, [example]),
     ):
         with pytest.raises(CrossAttentionError, match=f"{family} reads images by cross-attention"):
             call()

@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def request_of_all(tmp_path_factory: pytest.TempPathFactory) -> Request:
     examples = [e for kind in ("objects", "text_recall") for e in mmlens.scene_examples(kind, 4, 3)]
-    data = mmlens.save_examples(examples, tmp_path_factory.mktemp("paper") / "data")
+    data = mmlens.data.save_examples(examples, tmp_path_factory.mktemp("paper") / "data")
     return Request("", "", data=str(data), batch_size=4)
 
 

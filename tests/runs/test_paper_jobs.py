@@ -18,7 +18,7 @@ from mmlens.runs.run import Request
 @pytest.fixture(scope="module")
 def request_of_all(tmp_path_factory: pytest.TempPathFactory) -> Request:
     examples = [e for kind in ("objects", "documents") for e in mmlens.scene_examples(kind, 6, 3)]
-    data = mmlens.save_examples(examples, tmp_path_factory.mktemp("jobs") / "data")
+    data = mmlens.data.save_examples(examples, tmp_path_factory.mktemp("jobs") / "data")
     return Request("", "", data=str(data), batch_size=4, threads=1)
 
 

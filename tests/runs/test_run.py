@@ -203,7 +203,7 @@ def test_versions_that_differ_are_named(folder: Path, copied: Path) -> None:
 
 
 def test_other_weights_and_other_data_are_refused(tmp_path: Path) -> None:
-    data = mmlens.save_examples(mmlens.scene_examples("objects", 6, 3), tmp_path / "data")
+    data = mmlens.data.save_examples(mmlens.scene_examples("objects", 6, 3), tmp_path / "data")
     model = shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", tmp_path / "model")
     request = Request("small", str(model), data=str(data))
     folder = run(request, tmp_path / "run", progress=False)

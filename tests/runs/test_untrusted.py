@@ -325,7 +325,7 @@ def test_questions_statements_and_errors_are_escaped_in_the_paper(
         for kind in ("objects", "text_recall")
         for example in mmlens.scene_examples(kind, 2, 3)
     ]
-    data = mmlens.save_examples(examples, tmp_path / "data")
+    data = mmlens.data.save_examples(examples, tmp_path / "data")
     model = shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", tmp_path / "<script>a_b*c*")
     outcomes = run_all(
         ["micro", str(model)], tmp_path / "out", Request("", "", data=str(data)), progress=False

@@ -195,7 +195,7 @@ def top(scores: mmlens.HeadScores, case: Planted, n: int) -> set[Any]:
 def test_ram_names_the_readers_whether_or_not_they_matter(family: str) -> None:
     """RAM's two blind spots: a head that reads and does nothing is named, one that acts and reads elsewhere is not."""
     case = planted(family)
-    attention = mmlens.evidence_attention(case.model, case.examples(16, seed=2), progress=False)
+    attention = mmlens.scores.evidence_attention(case.model, case.examples(16, seed=2), progress=False)
     assert top(attention.ram, case, 2) == {"matching", "reader"}
     # One of the question's six tokens attends to the evidence.
     values = attention.ram.values
@@ -214,7 +214,7 @@ def test_other_places_are_found_as_well(seed: int) -> None:
     means = mmlens.mean_activations(case.model, case.examples(12, seed=8))
     heads = {head: mmlens.ablate([head], "mean", reference=means) for head in case.model.heads}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", mmlens.NoChangeWarning)
+        warnings.simplefilter("ignore", mmlens.model.NoChangeWarning)
         table = mmlens.sweep(case.model, examples, heads, mmlens.accuracy, progress=False)
     lost = (table["clean"] - table["value"]).groupby(table["intervention"]).mean()
     assert set(lost[lost > 0.3].index) == set(case.circuit) and (lost.drop(list(case.circuit)) == 0).all()
