@@ -73,14 +73,17 @@ def references(setup: Setup, modes: Sequence[str]) -> dict[str, Any]:
 def ablated(
     setup: Setup,
     examples: Sequence[Example],
-    sets: Mapping[str, HeadSet],
+    sets: Mapping[Any, HeadSet],
     reference: Mapping[str, Any],
     metrics: Mapping[str, Metric],
+    *,
+    names: Sequence[str] = ("heads",),
 ) -> pd.DataFrame:
     """Every set of heads ablated, at all positions, in each mode of `reference`: `metrics` on every example.
 
-    One row per mode, set, example and metric: mode, heads (the set's name), example, id, kind, metric, value, clean.
-    Equal sets are run once. Raises ValueError for no sets, and as `ablate`.
+    One row per mode, set, metric and example: mode, heads (the set's key), example, id, kind, metric, value, clean.
+    Keys that are tuples stand in columns of their own, called `names`. Equal sets are run once. Raises ValueError for
+    no sets, and as `ablate`.
     """
     runs: dict[tuple[str, HeadSet], str] = {}
     for mode in reference:
@@ -95,15 +98,28 @@ def ablated(
     )
     of_run = dict(list(table.groupby("intervention", sort=False)))
     frames = [
-        of_run[runs[mode, heads]].drop(columns="intervention").assign(mode=mode, heads=name)
+        of_run[runs[mode, heads]].assign(
+            mode=mode, **dict(zip(names, key if isinstance(key, tuple) else (key,), strict=True))
+        )
         for mode in reference
-        for name, heads in sets.items()
+        for key, heads in sets.items()
     ]
     found = pd.concat(frames, ignore_index=True)
     found["id"] = [examples[index].id for index in found["example"]]
     found["kind"] = [examples[index].kind for index in found["example"]]
     found.attrs = {}
-    return found[["mode", "heads", "example", "id", "kind", "metric", "value", "clean"]]
+    return found[["mode", *names, "example", "id", "kind", "metric", "value", "clean"]]
+
+
+def by_example(table: pd.DataFrame) -> pd.Series:
+    """Each example's mean value over the rows that it has (draws of a control)."""
+    return table.groupby("example")["value"].mean()
+
+
+def paired_difference(one: pd.Series, other: pd.Series, seed: int) -> tuple[float, float, float]:
+    """Mean of `one - other`, values of the same examples, and its 95% interval."""
+    low, high = difference_interval_of(one.to_numpy(), other.to_numpy(), seed)
+    return float((one - other).mean()), low, high
 
 
 def costs(table: pd.DataFrame, metric: str, mode: str) -> pd.DataFrame:
@@ -133,10 +149,8 @@ def cost_interval(table: pd.DataFrame, seed: int) -> tuple[float, float, float]:
 
     `table` holds one metric; where an example stands several times (draws of a control), its mean counts once.
     """
-    by_example = table.groupby("example")[["clean", "value"]].mean()
-    clean, value = by_example["clean"].to_numpy(), by_example["value"].to_numpy()
-    low, high = difference_interval_of(clean, value, seed)
-    return float((clean - value).mean()), low, high
+    of_example = table.groupby("example")[["clean", "value"]].mean()
+    return paired_difference(of_example["clean"], of_example["value"], seed)
 
 
 # ---------------------------------------------------------------------- rank correlation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
-from mmlens.experiments.ablations import ablated, references
-from mmlens.experiments.core_heads_claim import POOLED
+from mmlens.experiments.ablations import ablated, by_example, paired_difference, references
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.heads import HeadScores, HeadSet, head_name, share_of
 from mmlens.metrics.outcomes import Metric, accuracy, invalid
-from mmlens.statistics import difference_interval_of, interval_of, ratio_interval
+from mmlens.statistics import interval_of, ratio_interval
 
 PAPER = "arXiv 2606.05843"
+POOLED = "pooled"
+FIVE_PERCENT = 0.05
 
 
 def with_evidence(examples: Sequence[Example]) -> list[Example]:
@@ -98,55 +99,89 @@ def ablation_outcomes(
     metrics: dict[str, Metric] = {"accuracy": accuracy}
     if all(len(set(example.candidates)) > 1 for example in examples):
         metrics["invalid"] = invalid
-    numbered = {
-        f"{arm}/{draw}": (arm, draw, heads) for arm, sets in arms.items() for draw, heads in enumerate(sets)
+    sets = {(arm, draw, len(heads)): heads for arm, drawn in arms.items() for draw, heads in enumerate(drawn)}
+    return ablated(setup, examples, sets, references(setup, modes), metrics, names=("arm", "draw", "n_heads"))
+
+
+# ---------------------------------------------------------------------- summaries of outcomes
+
+
+def kind_groups(kinds: Iterable[str], controls: Collection[str] = ()) -> dict[str, list[str]]:
+    """Which kinds of examples are summarised together: "pooled" is all but the controls, then every kind alone.
+
+    >>> kind_groups(["objects", "documents", "text"], controls=["text"])
+    {'pooled': ['documents', 'objects'], 'documents': ['documents'], 'objects': ['objects'], 'text': ['text']}
+    """
+    each = {kind: [kind] for kind in sorted(set(kinds))}
+    return {POOLED: [kind for kind in each if kind not in controls], **each}
+
+
+def summarised(
+    outcomes: pd.DataFrame,
+    by: Sequence[str],
+    groups: Mapping[str, Collection[str]] | None = None,
+    *,
+    paired: tuple[str, str, str] | None = ("difference", "value", "clean"),
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Means over examples, of each example's mean over draws, with 95% intervals: a row for each group of `by`.
+
+    `outcomes` has a row per example and draw: example, draw, value, clean (what the run without the intervention gave)
+    and the columns of `by`. With `groups`, name -> kinds of examples, each group of `by` has a row for every name, said
+    in the column `kind`; a name that has no example there has none.
+
+    Columns: mean, low, high; clean; of `paired`, (name, one, other), the mean of the column `one` minus `other`, paired
+    by example, as name, name_low, name_high (None: left out); n examples, n_draws, and the lowest and highest mean of a
+    single draw, draw_min and draw_max. Wilson's and Newcombe's intervals for 0 and 1, else the bootstrap's.
+
+    >>> outcomes = pd.DataFrame({"arm": "top", "example": [0, 0, 1, 1], "draw": [0, 1, 0, 1], "clean": 1.0})
+    >>> outcomes["value"] = [0.0, 0.5, 1.0, 0.5]
+    >>> summarised(outcomes, ["arm"])[["arm", "mean", "difference", "n", "n_draws", "draw_max"]].values.tolist()
+    [['top', 0.5, -0.5, 2, 2, 0.5]]
+    """
+    rows = []
+    cells = list(outcomes.groupby(list(by), sort=False))
+    for key, cell in tqdm(cells, desc="intervals", unit="cell", disable=not progress):
+        named = dict(zip(by, key, strict=True))
+        if groups is None:
+            rows.append(named | _statistics(cell, paired, seed))
+            continue
+        for kind, members in groups.items():
+            part = cell[cell["kind"].isin(list(members))]
+            if len(part):
+                rows.append(named | {"kind": kind} | _statistics(part, paired, seed))
+    return pd.DataFrame(rows)
+
+
+def _statistics(part: pd.DataFrame, paired: tuple[str, str, str] | None, seed: int) -> dict[str, Any]:
+    of_example = part.groupby("example")[["value", "clean"]].agg({"value": "mean", "clean": "first"})
+    draws = part.groupby("draw")["value"].mean()
+    low, high = interval_of(of_example["value"].to_numpy(), seed)
+    found: dict[str, Any] = {"mean": of_example["value"].mean(), "low": low, "high": high}
+    found["clean"] = of_example["clean"].mean()
+    if paired is not None:
+        name, one, other = paired
+        mean, down, up = paired_difference(of_example[one], of_example[other], seed)
+        found |= {name: mean, f"{name}_low": down, f"{name}_high": up}
+    return found | {
+        "n": len(of_example),
+        "n_draws": len(draws),
+        "draw_min": draws.min(),
+        "draw_max": draws.max(),
     }
-    sets = {name: heads for name, (_, _, heads) in numbered.items()}
-    found = ablated(setup, examples, sets, references(setup, modes), metrics)
-    for column, values in (
-        ("arm", {name: arm for name, (arm, _, _) in numbered.items()}),
-        ("draw", {name: draw for name, (_, draw, _) in numbered.items()}),
-        ("n_heads", {name: len(heads) for name, heads in sets.items()}),
-    ):
-        found[column] = found["heads"].map(values)
-    return found[["mode", "arm", "draw", "n_heads", "example", "id", "kind", "metric", "value", "clean"]]
 
 
 def ablation_table(outcomes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Means over examples (of each example's mean over draws) of `ablation_outcomes`, with 95% intervals.
-
-    One row per mode, arm, metric and kind ("pooled" is all): mean, low, high, clean, and difference, difference_low,
-    difference_high against the clean run, paired by example. Wilson's and Newcombe's intervals for 0 and 1, else
-    the bootstrap's.
-    """
-    rows = []
-    for (mode, arm, metric), cell in outcomes.groupby(["mode", "arm", "metric"], sort=False):
-        kinds = sorted(cell["kind"].unique())
-        for kind in [POOLED, *(kinds if len(kinds) > 1 else [])]:
-            part = cell if kind == POOLED else cell[cell["kind"] == kind]
-            values = part.groupby("example")["value"].mean()
-            clean = part.groupby("example")["clean"].first()
-            low, high = interval_of(values.to_numpy(), seed)
-            down, up = difference_interval_of(values.to_numpy(), clean.to_numpy(), seed)
-            rows.append(
-                {
-                    "mode": mode,
-                    "arm": arm,
-                    "kind": kind,
-                    "metric": metric,
-                    "n_heads": int(part["n_heads"].max()),
-                    "n_draws": part["draw"].nunique(),
-                    "n": len(values),
-                    "clean": clean.mean(),
-                    "mean": values.mean(),
-                    "low": low,
-                    "high": high,
-                    "difference": (values - clean).mean(),
-                    "difference_low": down,
-                    "difference_high": up,
-                }
-            )
-    return pd.DataFrame(rows)
+    """`summarised` over `ablation_outcomes`: one row per mode, arm, metric and kind ("pooled" is all)."""
+    groups = kind_groups(outcomes["kind"])
+    # The only kind there is would stand there twice.
+    groups = groups if len(groups) > 2 else {POOLED: groups[POOLED]}
+    table = summarised(outcomes, ["mode", "arm", "metric"], groups, seed=seed)
+    n_heads = outcomes.groupby(["mode", "arm"])["n_heads"].max()
+    table["n_heads"] = [int(n_heads[row.mode, row.arm]) for row in table.itertuples()]
+    columns = ["mode", "arm", "kind", "metric", "n_heads", "n_draws", "n", "clean", "mean", "low", "high"]
+    return table[[*columns, "difference", "difference_low", "difference_high"]]
 
 
 def arm_difference(
@@ -154,9 +189,8 @@ def arm_difference(
 ) -> tuple[float, float, float]:
     """Mean of arm `one` minus arm `other` on the same examples (means over draws), and its 95% interval."""
     chosen = outcomes[(outcomes["mode"] == mode) & (outcomes["metric"] == metric)]
-    values, others = (chosen[chosen["arm"] == arm].groupby("example")["value"].mean() for arm in (one, other))
-    low, high = difference_interval_of(values.to_numpy(), others.to_numpy(), seed)
-    return float((values - others).mean()), low, high
+    values, others = (by_example(chosen[chosen["arm"] == arm]) for arm in (one, other))
+    return paired_difference(values, others, seed)
 
 
 def token_counts(setup: Setup, examples: Sequence[Example], label: str = "tokens") -> pd.DataFrame:

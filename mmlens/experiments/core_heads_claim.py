@@ -28,6 +28,7 @@ from mmlens.arguments import flag, folder_to_write, listed, one_of, seed_of, who
 from mmlens.data.examples import Example, check_no_repeats, examples_of, overlap_message, shared_groups
 from mmlens.effects.measure import Effect, effect
 from mmlens.errors import InvalidValueError
+from mmlens.experiments.common import FIVE_PERCENT, POOLED
 from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
 from mmlens.interventions.ablation import Means, ablate, mean_activations
@@ -39,10 +40,8 @@ from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.token_map import BoxMapping, mapping_of
 
 SCHEMA = "mmlens.core-heads/1"
-POOLED = "pooled"
 ARMS = ("clean", "top", "bottom", "random", "layer_matched")
 MODES = ("mean", "zero", "uniform")
-FIVE_PERCENT = 0.05
 
 # The finding is said to hold where the top heads cost at least this share of the accuracy above chance,
 COST_OF_TOP = 0.5

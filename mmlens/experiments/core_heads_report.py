@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmlens.data.examples import Example
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED, CoreHeads
+from mmlens.experiments.common import FIVE_PERCENT, POOLED
+from mmlens.experiments.core_heads_claim import CoreHeads
 from mmlens.heads import Head, head_name
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.scores.retrieval import mean_of_rows

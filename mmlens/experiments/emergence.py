@@ -21,8 +21,7 @@ from mmlens.data.examples import DataError, Example
 from mmlens.data.scenes import scene_of
 from mmlens.effects.measure import effect
 from mmlens.experiments.ablations import first_of_kinds
-from mmlens.experiments.common import head_names, plain, records
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT
+from mmlens.experiments.common import FIVE_PERCENT, head_names, plain, records
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores
 from mmlens.interventions.ablation import ablate

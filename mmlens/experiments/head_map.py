@@ -10,7 +10,9 @@ import pandas as pd
 
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.common import (
+    FIVE_PERCENT,
     PAPER,
+    POOLED,
     across_table,
     by_kind,
     flat_per_example,
@@ -20,7 +22,6 @@ from mmlens.experiments.common import (
     resampled_means,
     with_evidence,
 )
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, head_name
 from mmlens.scores.retrieval import ram

@@ -17,6 +17,7 @@ from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
     PAPER,
+    POOLED,
     across_table,
     all_equal,
     matched_controls,
@@ -25,7 +26,6 @@ from mmlens.experiments.common import (
     records,
     with_evidence,
 )
-from mmlens.experiments.core_heads_claim import POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, as_head_set, share_of
 from mmlens.hybrid.rule import StreamingRule

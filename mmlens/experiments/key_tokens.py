@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mmlens.experiments.common import (
+    FIVE_PERCENT,
     PAPER,
     across_table,
     head_names,
@@ -18,7 +19,6 @@ from mmlens.experiments.common import (
     token_counts,
     with_evidence,
 )
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet, share_of
 from mmlens.scores.retrieval import EvidenceAttention, evidence_attention, ram

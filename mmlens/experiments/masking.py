@@ -7,8 +7,16 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from mmlens.experiments.ablations import first_of_kinds
-from mmlens.experiments.common import PAPER, across_table, arm_difference, plain, records
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED, core_heads
+from mmlens.experiments.common import (
+    FIVE_PERCENT,
+    PAPER,
+    POOLED,
+    across_table,
+    arm_difference,
+    plain,
+    records,
+)
+from mmlens.experiments.core_heads_claim import core_heads
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import share_of
 from mmlens.viz.ablation_curves import plot_ablation_panels

@@ -25,6 +25,7 @@ from mmlens.experiments.ablations import (
     split_half_reliability,
 )
 from mmlens.experiments.common import (
+    FIVE_PERCENT,
     flat_per_example,
     matched_controls,
     plain,
@@ -33,7 +34,6 @@ from mmlens.experiments.common import (
     top_unless_tied,
     with_evidence,
 )
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, head_name, share_of
 from mmlens.interventions.ablation import MODES

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmlens.experiments.common import (
     PAPER,
+    POOLED,
     across_table,
     beside_chance,
     head_names,
@@ -21,7 +22,6 @@ from mmlens.experiments.common import (
     token_counts,
     with_evidence,
 )
-from mmlens.experiments.core_heads_claim import POOLED
 from mmlens.experiments.core_heads_report import overlay_figures
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet

@@ -29,6 +29,7 @@ from mmlens.experiments.ablations import (
     without_noise,
 )
 from mmlens.experiments.common import (
+    FIVE_PERCENT,
     across_table,
     flat_per_example,
     plain,
@@ -36,7 +37,6 @@ from mmlens.experiments.common import (
     resampled_means,
     top_unless_tied,
 )
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, head_name, share_of
 from mmlens.interventions.ablation import mean_activations

@@ -18,7 +18,9 @@ from mmlens.effects.measure import effect
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
+    FIVE_PERCENT,
     PAPER,
+    POOLED,
     ablation_outcomes,
     ablation_table,
     arm_difference,
@@ -29,7 +31,6 @@ from mmlens.experiments.common import (
     records,
     with_evidence,
 )
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.experiments.masking import LARGEST_OF_QWEN
 from mmlens.heads import HeadScores, HeadSet

@@ -28,6 +28,7 @@ from mmlens.experiments.ablations import (
     references,
 )
 from mmlens.experiments.common import (
+    FIVE_PERCENT,
     all_equal,
     flat_per_example,
     head_names,
@@ -37,7 +38,6 @@ from mmlens.experiments.common import (
     records,
     resampled_means,
 )
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet, share_of
 from mmlens.metrics.outcomes import accuracy

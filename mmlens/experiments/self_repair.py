@@ -22,8 +22,7 @@ from mmlens.experiments.ablations import (
     graded_metric,
     references,
 )
-from mmlens.experiments.common import head_names, matched_controls, plain, ranged, with_evidence
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT
+from mmlens.experiments.common import FIVE_PERCENT, head_names, matched_controls, plain, ranged, with_evidence
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet, head_name, share_of
 from mmlens.hook_names import block

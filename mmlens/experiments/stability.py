@@ -15,7 +15,9 @@ from torch import Tensor
 
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.common import (
+    FIVE_PERCENT,
     PAPER,
+    POOLED,
     across_table,
     by_kind,
     flat_per_example,
@@ -27,7 +29,6 @@ from mmlens.experiments.common import (
     resampled_means,
     with_evidence,
 )
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.scores.retrieval import ram

@@ -13,6 +13,8 @@ import pandas as pd
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import ablated, cost_interval, first_of_kinds, references
 from mmlens.experiments.common import (
+    FIVE_PERCENT,
+    POOLED,
     by_kind,
     head_names,
     kinds_of,
@@ -21,7 +23,6 @@ from mmlens.experiments.common import (
     ranged,
     with_evidence,
 )
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet
 from mmlens.metrics.outcomes import Metric, accuracy

@@ -11,7 +11,9 @@ import scipy.stats
 
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
+    FIVE_PERCENT,
     PAPER,
+    POOLED,
     ablation_outcomes,
     ablation_table,
     across_table,
@@ -26,7 +28,6 @@ from mmlens.experiments.common import (
     token_counts,
     with_evidence,
 )
-from mmlens.experiments.core_heads_claim import FIVE_PERCENT, POOLED
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import head_name
 from mmlens.scores.retrieval import evidence_attention

@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mmlens.arguments import fractions_of, instance_of, path_of
-from mmlens.experiments.core_heads_claim import POOLED
+from mmlens.experiments.common import POOLED
 from mmlens.experiments.hybrid import CORE, MATCHED
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.hybrid.rule import StreamingRule
