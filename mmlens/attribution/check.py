@@ -127,7 +127,7 @@ def compare_with_patching(
         raise InvalidValueError(
             f"the attribution is of {attribution.n_examples} example(s), the prompt has {len(prompt)}: pass the same"
         )
-    other = [row for row, each in enumerate(attribution.examples) if each != prompt.examples[row]]
+    other = [row for row, each in enumerate(attribution.examples) if each != prompt.fingerprints[row]]
     if other:
         raise InvalidValueError(
             f"the attribution is of another prompt: example {other[0]} has another text, image or answer there. Pass "

@@ -95,7 +95,7 @@ class EdgeAttribution:
     receivers: tuple[Site, ...]
     method: str
     examples: tuple[str, ...] = ()
-    """A fingerprint of each example (`Prompt.examples`); none where that is not known."""
+    """A fingerprint of each example (`Prompt.fingerprints`); none where that is not known."""
     weights: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of the model's weights."""
 
@@ -200,7 +200,7 @@ def attribute_edges(
     is_edge = torch.tensor([[sender.time < receiver.time for receiver in reading] for sender in sending])
     scores = finite("edges", means["edges"]).masked_fill(~is_edge, torch.nan)
     weights = weights_fingerprints(model.hf_model)
-    return EdgeAttribution(scores, tuple(sending), tuple(reading), method, prompt.examples, weights)
+    return EdgeAttribution(scores, tuple(sending), tuple(reading), method, prompt.fingerprints, weights)
 
 
 # ---------------------------------------------------------------------- senders and receivers

@@ -97,7 +97,7 @@ class Attribution:
     by_position: bool
     heads_per_layer: tuple[int, ...]
     examples: tuple[str, ...] = ()
-    """A fingerprint of each example (`Prompt.examples`); none where that is not known."""
+    """A fingerprint of each example (`Prompt.fingerprints`); none where that is not known."""
     weights: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of the model's weights."""
 
@@ -243,7 +243,7 @@ def attribute(
                 scores |= mean_of(scored(only, graph.gradients()) for graph in graphs)
     weights = weights_fingerprints(model.hf_model)
     ordered = {name: scores[name] for name in names}
-    return Attribution(ordered, method, by_position, model.heads_per_layer, prompt.examples, weights)
+    return Attribution(ordered, method, by_position, model.heads_per_layer, prompt.fingerprints, weights)
 
 
 # ---------------------------------------------------------------------- nodes

@@ -187,7 +187,7 @@ class Effect:
     level: float = 0.95
     report: pd.DataFrame = field(default_factory=_no_report)
     examples: tuple[str, ...] = ()
-    """A fingerprint of each example (`Prompt.examples`); none where that is not known."""
+    """A fingerprint of each example (`Prompt.fingerprints`); none where that is not known."""
     weights: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of the model's weights; none where they are not known."""
 
@@ -411,7 +411,7 @@ def effect(
     seen: list[str] = []
     weights = weights_fingerprints(model.hf_model)
     for prompt in prompt_batches(model, items, batch_size, progress):
-        seen += prompt.examples
+        seen += prompt.fingerprints
         _check_earlier(earlier, seen, weights)
         clean_logits = None
         if earlier is None or (runs.compares and intervention is not None):

@@ -60,7 +60,7 @@ from mmlens.interventions.edits import (
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.fingerprints import example_seed
 from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, model_of
-from mmlens.model.prompt import Prompt, prompt_of, render, with_answers
+from mmlens.model.prompt import Prompt, answered, prompt_of, render
 from mmlens.token_map import Region, TokenMap, checked_box
 
 Corruption = Callable[[HookedVLM, Prompt], Prompt]
@@ -726,14 +726,7 @@ def _answered(model: HookedVLM, before: Prompt, after: Prompt) -> Prompt:
     if before.answers is None or before.text == after.text:
         return kept
     candidates = before.candidates or [()] * len(before)
-    pairs = [_Answer(*pair) for pair in zip(before.answers, candidates, strict=True)]
-    return with_answers(kept, model.processor, pairs, before.answer_starts)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    answer: str
-    candidates: tuple[str, ...]
+    return answered(kept, model.processor, before.answers, candidates, before.answer_starts)
 
 
 def _n_tokens(model: HookedVLM, question: str, n_images: int) -> int:

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from mmlens.arguments import device_of, instance_of, listed, shown
+from mmlens.data.examples import Example
 from mmlens.data.images import is_transparent, load_image
 from mmlens.errors import (
     InvalidTypeError,
@@ -43,17 +44,6 @@ from mmlens.token_map import ImageGrid, TokenMap
 
 class UnknownWordWarning(MmlensWarning):
     """A question holds a word that the tokenizer does not know."""
-
-
-@runtime_checkable
-class HasAnswer(Protocol):
-    """What `Example` is, as far as `with_answers` reads it."""
-
-    @property
-    def answer(self) -> str: ...
-
-    @property
-    def candidates(self) -> Sequence[str]: ...
 
 
 @dataclass(eq=False)
@@ -114,6 +104,8 @@ class Prompt:
     """What stands between each prompt and its answer: "", or the space that the chat template writes there."""
     spelling: Spelling | None = None
     """How the tokens of the answers are written, and the tokens that the other spelling would have."""
+    examples: tuple[Example, ...] | None = None
+    """What it was made of, evidence included; None for a prompt of questions and images, and for a corrupted one."""
 
     image_features: Any = None
     """What the vision tower gave, where `HookedVLM.encode_images` has already run it."""
@@ -151,7 +143,7 @@ class Prompt:
         return {**(self.encoded or {}), **vision_fingerprints(self.inputs)}
 
     @functools.cached_property
-    def examples(self) -> tuple[str, ...]:
+    def fingerprints(self) -> tuple[str, ...]:
         """A fingerprint of each example: its tokens, images and answers, in whatever batch it stands."""
         return tuple(example_fingerprint(self, row) for row in range(len(self)))
 
@@ -193,7 +185,7 @@ def prompt_of(value: object, name: str = "prompt") -> Prompt:
     hint = "model.prompt(question, images)"
     if isinstance(value, Mapping):
         hint += ", or of inputs that a processor made mmlens.model.prompt.prompt_from_inputs(...)"
-    elif isinstance(value, HasAnswer):
+    elif isinstance(value, Example):
         hint = "model.prompt_examples([example])"
     elif isinstance(value, (list, tuple)):
         hint = "model.prompt(questions, images) or model.prompt_examples(examples) make one of a whole batch"
@@ -434,20 +426,32 @@ def _placeholder_error(processor: ProcessorMixin, text: str, n_images: int, wher
 def with_answers(
     prompt: Prompt,
     processor: ProcessorMixin,
-    examples: Sequence[HasAnswer],
+    examples: Sequence[Example],
+    answer_start: str | None = None,
+) -> Prompt:
+    """The prompt of these examples with them, and with their answers and candidates (`answered`)."""
+    if len(examples) != len(prompt):
+        raise PromptError(f"answers of {len(examples)} example(s), but the prompt has {len(prompt)}")
+    answers, candidates = [each.answer for each in examples], [each.candidates for each in examples]
+    return replace(answered(prompt, processor, answers, candidates, answer_start), examples=tuple(examples))
+
+
+def answered(
+    prompt: Prompt,
+    processor: ProcessorMixin,
+    answers: list[str],
+    candidates: list[tuple[str, ...]],
     answer_start: str | Sequence[str] | None = None,
 ) -> Prompt:
-    """The prompt with its examples' answers and candidates, and their first token ids as they follow the prompt.
+    """The prompt with an answer and candidates for each example, and their first token ids as they follow the prompt.
 
     Many tokenizers tell " yes" from "yes". `answer_start` is what stands between the prompt and an answer: None
     for what the chat template writes there in an assistant's turn (`answer_start_of`), "" or " " to choose, for all
     examples or for each. An answer that itself begins with white space is taken as it is.
 
-    Raises PromptError where the number of examples is not the batch's, or an answer or candidate is empty or holds
-    a word that the tokenizer does not know; InvalidValueError for another `answer_start`.
+    Raises PromptError where an answer or candidate is empty or holds a word that the tokenizer does not know, or
+    another processor made the prompt; InvalidValueError for another `answer_start`.
     """
-    if len(examples) != len(prompt):
-        raise PromptError(f"answers of {len(examples)} example(s), but the prompt has {len(prompt)}")
     if prompt.processor and prompt.processor != processor_fingerprint(processor):
         raise PromptError(
             "the prompt was made by another processor than this one, whose tokenizer would give the answers other ids"
@@ -467,8 +471,6 @@ def with_answers(
         return _first_token_after(processor, text, answer, unknown=unknown)
 
     device = prompt.token_map.device
-    answers = [example.answer for example in examples]
-    candidates = [tuple(example.candidates) for example in examples]
     answer_ids: list[int] = []
     candidate_ids: list[list[int]] = []
     spelling = Spelling([], [], [])

@@ -459,6 +459,8 @@ def test_answers_set_by_hand_are_kept() -> None:
     assert torch.equal(blanked.answer_ids, prompt.answer_ids + 1)
     asked = other_question(lambda prompt, i: prompt.questions[i].replace("?", "!"))(model, prompt)
     assert_same_answers(prompt, asked)
+    # What a corrupted prompt shows is no longer what its examples say of it.
+    assert prompt.examples is not None and blanked.examples is None and asked.examples is None
     bare = blank_region((8, 8, 24, 24))(model, padded_prompt(model))
     assert bare.answers is None and bare.answer_ids is None
 

@@ -93,7 +93,7 @@ def test_beams_and_encoded_sources_are_no_other_prompt(micro: HookedVLM, example
     hooks = mmlens.ablate([(0, 1)], positions="image")(micro, encoded)
     one, two = (micro.run_with_hooks(each, fwd_hooks=hooks) for each in (prompt, encoded))
     assert torch.equal(one, two)
-    assert encoded.vision == prompt.vision and encoded.examples == prompt.examples
+    assert encoded.vision == prompt.vision and encoded.fingerprints == prompt.fingerprints
 
 
 def test_inputs_that_the_processor_made_are_told_apart_too(micro: HookedVLM, examples: list[Example]) -> None:
@@ -112,7 +112,7 @@ def test_inputs_that_the_processor_made_are_told_apart_too(micro: HookedVLM, exa
     micro.run_with_hooks(micro.encode_images(one), fwd_hooks=hooks)
     with pytest.raises(ValueError, match="other images"):
         micro.run_with_hooks(micro.encode_images(other), fwd_hooks=hooks)
-    assert not set(one.examples) & set(other.examples)
+    assert not set(one.fingerprints) & set(other.fingerprints)
 
 
 # ---------------------------------------------------------------------- models

@@ -294,6 +294,7 @@ def test_answers_are_first_tokens_as_they_follow_the_prompt() -> None:
         assert prompt.answer_ids is not None and prompt.answer_ids[example] == ids[len(prefix)]
     assert prompt.candidate_ids is not None and [len(ids) for ids in prompt.candidate_ids] == [3, 0]
     assert prompt.candidate_ids[0][0] == prompt.answer_ids[0]
+    assert prompt.to("cpu").examples == tuple(examples) and plain.examples is None
     assert prompt.to("meta").answer_ids.device.type == "meta"
     with pytest.raises(PromptError, match=re.escape("answers of 1 example(s), but the prompt has 2")):
         with_answers(plain, processor, examples[:1])
