@@ -525,21 +525,26 @@ class HeadScores:
             frame["rank_high"] = pd.array(high[exists].numpy(), dtype="Int64")
         return frame.sort_values("rank", ignore_index=True)
 
-    def save(self, path: str | Path) -> None:
-        """Write the per-example scores as parquet: name, example, kind (where known), layer, head, score,
+    def per_example_table(self) -> pd.DataFrame:
+        """One row per example and head of the grid: name, example, kind (where known), layer, head, score,
         heads_in_layer.
 
-        The score of a head that the model does not have is missing; how many it has says heads_in_layer. Raises
-        ValueError where `path` is a folder, MissingFileError where the folder that it names is not there.
+        The score of a head that the model does not have is missing; how many it has says heads_in_layer.
         """
-        path = file_to_write("path", path)
         example, layer, head = np.indices(self.per_example.shape).reshape(3, -1)
         columns = {"name": self.name, "example": example, "layer": layer, "head": head}
         frame = pd.DataFrame(columns | {"score": self.per_example.flatten().numpy()})
         frame["heads_in_layer"] = np.asarray(self.heads_per_layer)[layer]
         if self.kinds is not None:
             frame.insert(2, "kind", np.asarray(self.kinds, dtype=object)[example])
-        frame.to_parquet(path, index=False)
+        return frame
+
+    def save(self, path: str | Path) -> None:
+        """Write `per_example_table` as parquet, which `load` reads.
+
+        Raises ValueError where `path` is a folder, MissingFileError where the folder that it names is not there.
+        """
+        self.per_example_table().to_parquet(file_to_write("path", path), index=False)
 
     @classmethod
     def load(cls, path: str | Path, *, heads_per_layer: Sequence[int] | None = None) -> HeadScores:
