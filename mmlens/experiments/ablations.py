@@ -6,11 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import scipy.stats
 import torch
-from jaxtyping import Float
 
 from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import Example
@@ -151,107 +148,6 @@ def cost_interval(table: pd.DataFrame, seed: int) -> tuple[float, float, float]:
     """
     of_example = table.groupby("example")[["clean", "value"]].mean()
     return paired_difference(of_example["clean"], of_example["value"], seed)
-
-
-# ---------------------------------------------------------------------- rank correlation
-
-
-def rank_correlation(
-    one: Float[np.ndarray, "*rows item"], other: Float[np.ndarray, "*rows item"]
-) -> Float[np.ndarray, "*rows"]:
-    """Spearman's rho of each row with the same row; NaN where a row is constant.
-
-    >>> rank_correlation(np.array([[1.0, 2.0, 3.0]]), np.array([[1.0, 3.0, 2.0]])).tolist()
-    [0.5]
-    """
-    x, y = (scipy.stats.rankdata(values, axis=-1) for values in (one, other))
-    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
-    size = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
-    return np.divide((x * y).sum(-1), size, out=np.full(size.shape, np.nan), where=size > 0)
-
-
-def recentred_interval(
-    estimate: float, draws: Float[np.ndarray, " draw"], level: float = 0.95
-) -> tuple[float, float]:
-    """Interval of a rank correlation: the quantiles of bootstrap draws of it, moved so that their median is `estimate`.
-
-    Noise in the ranks pulls a rank correlation towards 0, and resampled examples are noisier still: plain percentiles
-    lie too low. What is covered is the correlation to be expected from as many other examples, noise included (93 to
-    97% in simulations of 40 to 64 items and 60 to 80 examples); `without_noise` is farther from 0.
-    Within -1 and 1; draws that are NaN are left out; (nan, nan) where there is none, or all are one number.
-    """
-    draws = draws[np.isfinite(draws)]
-    if not len(draws) or not np.isfinite(estimate) or np.ptp(draws) == 0:
-        return float("nan"), float("nan")
-    low, middle, high = np.quantile(draws, [(1 - level) / 2, 0.5, (1 + level) / 2])
-    return max(-1.0, float(estimate - (middle - low))), min(1.0, float(estimate + (high - middle)))
-
-
-def without_noise(rho: float, one: float, other: float) -> float:
-    """A rank correlation with the noise of both rankings taken out: rho / sqrt(one * other), at most 1 in size.
-
-    Spearman's correction for attenuation (American Journal of Psychology 15, 1904), from the `split_half_reliability`
-    of both. NaN where one of them is not above 0.
-
-    >>> round(without_noise(0.4, 0.8, 0.8), 2)
-    0.5
-    """
-    if not (one > 0 and other > 0):
-        return float("nan")
-    return float(np.clip(rho / np.sqrt(one * other), -1, 1))
-
-
-def permutation_p(
-    one: Float[np.ndarray, " item"],
-    other: Float[np.ndarray, " item"],
-    *,
-    blocks: Sequence[int] | np.ndarray | None = None,
-    n_permutations: int = 10_000,
-    seed: int = 0,
-) -> float:
-    """Two-sided p-value of Spearman's rho when `other` is dealt to the items at random.
-
-    With `blocks` (layers), only among items of one block: the null that the score says nothing beyond the block. It is
-    the mean over blocks that such a null keeps, so |rho - mean of the null| is compared. p is at least
-    1 / (n_permutations + 1); NaN where a variable is constant.
-    """
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
-        return float("nan")
-    rng = np.random.default_rng(seed)
-    x, y = scipy.stats.rankdata(one), scipy.stats.rankdata(other)
-    keys = np.zeros(len(y)) if blocks is None else np.asarray(blocks, dtype=float)
-    members = np.argsort(keys, kind="stable")
-    dealt = np.empty((n_permutations, len(y)))
-    # Sorting by (block, noise) shuffles within blocks.
-    dealt[:, members] = y[
-        np.lexsort((rng.random((n_permutations, len(y))), np.broadcast_to(keys, dealt.shape)), axis=-1)
-    ]
-    null = rank_correlation(np.broadcast_to(x, dealt.shape), dealt)
-    centre = 0.0 if blocks is None else float(null.mean())
-    found = float(rank_correlation(x, y))
-    extreme = int((np.abs(null - centre) >= abs(found - centre) - 1e-12).sum())
-    return (1 + extreme) / (n_permutations + 1)
-
-
-def split_half_reliability(
-    per_example: Float[np.ndarray, "example item"], *, n_splits: int = 200, seed: int = 0
-) -> float:
-    """How well the examples determine the ranking of the items: Spearman between halves, stepped up to all examples.
-
-    Mean over random halves of the examples of rho, then 2 rho / (1 + rho) (Spearman-Brown); NaN where it is undefined.
-    No score can be expected to correlate with the measured ranking by much more than the root of this.
-    """
-    rng = np.random.default_rng(seed)
-    n = len(per_example)
-    if n < 2:
-        return float("nan")
-    halves = np.argsort(rng.random((n_splits, n)), axis=-1)
-    first, second = (
-        per_example[part].mean(1) for part in (halves[:, : n // 2], halves[:, n // 2 : 2 * (n // 2)])
-    )
-    found = rank_correlation(first, second)
-    rho = float(found[np.isfinite(found)].mean()) if np.isfinite(found).any() else float("nan")
-    return 2 * rho / (1 + rho) if rho > -1 else float("nan")
 
 
 def named(functions: Mapping[str, Callable[..., HeadScores]], names: Sequence[str], what: str) -> list[str]:

@@ -19,10 +19,7 @@ from mmlens.experiments.ablations import (
     first_with_evidence,
     graded_metric,
     head_costs,
-    rank_correlation,
-    recentred_interval,
     references,
-    split_half_reliability,
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
@@ -39,6 +36,7 @@ from mmlens.heads import HeadScores, HeadSet, head_name, share_of
 from mmlens.interventions.ablation import MODES
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.scores.retrieval import ram
+from mmlens.statistics import rank_correlation, rank_correlation_interval, split_half_reliability
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
 
@@ -178,11 +176,7 @@ def _agreement(
     rows = []
     for one, other in combinations(modes, 2):
         rho = float(rank_correlation(means[one], means[other]))
-        low, high = (
-            recentred_interval(rho, rank_correlation(draws[one], draws[other]))
-            if np.isfinite(rho)
-            else (np.nan, np.nan)
-        )
+        low, high = rank_correlation_interval(rho, rank_correlation(draws[one], draws[other]), len(cost[one]))
         square.loc[one, other] = square.loc[other, one] = rho
         # Costs that are equal at the cut name no top 5%.
         first, second = (top_unless_tied(cost[mode], FIVE_PERCENT) for mode in (one, other))

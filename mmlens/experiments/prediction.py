@@ -21,12 +21,7 @@ from mmlens.experiments.ablations import (
     graded_metric,
     head_costs,
     named,
-    permutation_p,
-    rank_correlation,
-    recentred_interval,
     references,
-    split_half_reliability,
-    without_noise,
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
@@ -46,7 +41,15 @@ from mmlens.model.prompt import Prompt
 from mmlens.scores.attention import null_calibrated_ram, ram_lift, ram_per_token
 from mmlens.scores.logits import logit_contribution
 from mmlens.scores.retrieval import evidence_attention, ram
-from mmlens.statistics import benjamini_hochberg, paired_permutation_test
+from mmlens.statistics import (
+    benjamini_hochberg,
+    paired_permutation_test,
+    permutation_p,
+    rank_correlation,
+    rank_correlation_interval,
+    split_half_reliability,
+    without_noise,
+)
 from mmlens.viz.intervals import plot_curves, plot_intervals
 from mmlens.viz.scatter import plot_scatter
 
@@ -268,7 +271,7 @@ def _correlations(
     x, y = flat_per_example(scores).mean(0), flat_per_example(cost).mean(0)
     draws = resampled_means(scores, n_resamples, seed), resampled_means(cost, n_resamples, seed + 1)
     rho = float(rank_correlation(x, y))
-    low, high = recentred_interval(rho, rank_correlation(*draws)) if np.isfinite(rho) else (np.nan, np.nan)
+    low, high = rank_correlation_interval(rho, rank_correlation(*draws), min(len(scores), len(cost)))
     among = float(rank_correlation(x[detected], y[detected])) if detected.sum() >= FEWEST else np.nan
     count = share_of(FIVE_PERCENT, len(y))
     # Costs or scores that are equal at the cut name no top 5%: the order of the heads would decide.
@@ -301,11 +304,8 @@ def _over_groups(of_groups: np.ndarray, n_resamples: int, seed: int) -> dict[str
     cost = of_groups.mean(-1)
     rho = float(rank_correlation(place, cost))
     draws = _resampled(of_groups, n_resamples, seed)
-    low, high = (
-        recentred_interval(rho, rank_correlation(np.broadcast_to(place, draws.shape), draws))
-        if np.isfinite(rho)
-        else (np.nan, np.nan)
-    )
+    resampled = rank_correlation(np.broadcast_to(place, draws.shape), draws)
+    low, high = rank_correlation_interval(rho, resampled, of_groups.shape[1])
     return {
         "rho_groups": rho,
         "rho_groups_low": low,

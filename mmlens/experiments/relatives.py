@@ -23,8 +23,6 @@ from mmlens.experiments.ablations import (
     first_of_kinds,
     first_with_evidence,
     graded_metric,
-    rank_correlation,
-    recentred_interval,
     references,
 )
 from mmlens.experiments.common import (
@@ -53,7 +51,7 @@ from mmlens.scores.decoding import copy_score, visual_head_score
 from mmlens.scores.logits import logit_contribution
 from mmlens.scores.retrieval import evidence_attention
 from mmlens.scores.spatial import localization_score
-from mmlens.statistics import difference_interval_of
+from mmlens.statistics import difference_interval_of, rank_correlation, rank_correlation_interval
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
 
@@ -332,7 +330,8 @@ def _agreement(
     rows = []
     for (i, one), (j, other) in itertools.combinations(enumerate(names), 2):
         rho = float(rank_correlation(means[one], means[other]))
-        low, high = recentred_interval(rho, rank_correlation(draws[one], draws[other]))
+        n = min(len(scores[one]), len(scores[other]))
+        low, high = rank_correlation_interval(rho, rank_correlation(draws[one], draws[other]), n)
         shared = len(tops[one] & tops[other])
         by_chance = scipy.stats.hypergeom(total, len(tops[one]), len(tops[other]))
         spearman[i, j] = spearman[j, i] = rho

@@ -32,7 +32,13 @@ from mmlens.experiments.common import (
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadScores, HeadSet
 from mmlens.scores.retrieval import ram
-from mmlens.statistics import percentile_interval
+from mmlens.statistics import (
+    percentile_interval,
+    rank_correlation,
+    rank_correlation_interval,
+    split_halves,
+    stepped_up,
+)
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
@@ -51,55 +57,6 @@ PUBLISHED = pd.DataFrame(
 """Beside them: about 30 of 1152 heads in all four tasks' top 5% (58 heads each)."""
 
 LOWEST_PUBLISHED = 0.79
-
-
-def rank_correlations(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row of `one` [row, head] with the same row of `other` (ties: mean rank).
-
-    >>> rank_correlations(np.array([[1.0, 2.0, 3.0]]), np.array([[2.0, 9.0, 8.0]])).round(2).tolist()
-    [0.5]
-    """
-    ranks = [scipy.stats.rankdata(values, axis=-1) for values in (one, other)]
-    centred = [rank - rank.mean(-1, keepdims=True) for rank in ranks]
-    spread = np.prod([np.sqrt((part**2).sum(-1)) for part in centred], axis=0)
-    return np.asarray((centred[0] * centred[1]).sum(-1) / spread)
-
-
-def correlation_interval(value: float, draws: np.ndarray, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a correlation: value +- t standard errors on Fisher's scale, the error that of bootstrap `draws`.
-
-    The middle of the draws themselves would lie too low, since resampling adds noise to scores that have noise
-    already. In simulation (64 heads, two kinds with 20 to 40 examples each) this one covers the correlation that as
-    many examples give on average in 92 to 94%, in 89 to 92% where noise halves it; the middle of the draws far less.
-
-    >>> low, high = correlation_interval(0.5, np.tanh(np.random.default_rng(0).normal(0.4, 0.1, 999)), n=40)
-    >>> round(low, 2), round(high, 2)
-    (0.34, 0.63)
-    """
-    if abs(value) >= 1:
-        return value, value
-    error = np.arctanh(np.clip(draws, -1 + 1e-12, 1 - 1e-12)).std(ddof=1)
-    reach = float(scipy.stats.t.ppf(0.5 + level / 2, max(n - 1, 1)) * error)
-    return float(np.tanh(np.arctanh(value) - reach)), float(np.tanh(np.arctanh(value) + reach))
-
-
-def split_half(scores: HeadScores, n_splits: int, seed: int) -> np.ndarray:
-    """Spearman's correlation of the mean scores of two random halves of the examples, for each of `n_splits`.
-
-    Kinds are halved apart. Raises ValueError for a kind with fewer than 2 examples.
-    """
-    rng = np.random.default_rng(seed)
-    values, kinds = flat_per_example(scores), np.array(scores.kinds or [""] * len(scores))
-    groups = [np.flatnonzero(kinds == kind) for kind in sorted(set(kinds))]
-    if min(map(len, groups)) < 2:
-        raise InvalidValueError(f"{scores.name}: split halves need at least 2 examples of every kind")
-    halves = np.zeros((2, n_splits, values.shape[1]))
-    for split in range(n_splits):
-        for group in groups:
-            order, half = rng.permutation(group), len(group) // 2
-            halves[0, split] += values[order[:half]].sum(0)
-            halves[1, split] += values[order[half : 2 * half]].sum(0)
-    return rank_correlations(halves[0], halves[1])
 
 
 def chance_of_shared(n_heads: int, top: int, n_kinds: int, n_draws: int, seed: int) -> np.ndarray:
@@ -128,7 +85,7 @@ def run(
 ) -> Findings:
     """Spearman of RAM between kinds, how many heads their tops share, and how reliable each ranking is (selection).
 
-    Intervals are `correlation_interval`'s, of the correlation that this number of examples gives. Noise in the scores
+    Intervals are `rank_correlation_interval`'s, of the correlation that this number of examples gives. Noise in the scores
     lowers it, so beside it stands the one that perfectly measured scores would have (divided, as are its limits, by the
     root of the two rankings' reliabilities; Spearman 1904), the reliabilities being those of split halves
     (`n_splits`) corrected for length (Spearman-Brown). Raises ValueError for fewer than two kinds.
@@ -149,8 +106,8 @@ def run(
     pairs: list[dict[str, Any]] = []
     for one, other in combinations(kinds, 2):
         rho = parts[one].spearman(parts[other])
-        low, high = correlation_interval(
-            rho, rank_correlations(draws[one], draws[other]), min(len(parts[one]), len(parts[other]))
+        low, high = rank_correlation_interval(
+            rho, rank_correlation(draws[one], draws[other]), min(len(parts[one]), len(parts[other]))
         )
         noise = np.sqrt(max(reliable[one], 0.0) * max(reliable[other], 0.0)) or np.nan
         # Above 1 is sampling error: a kind's halves then differ more than the kinds.
@@ -255,12 +212,14 @@ def _as_scores(counts: Int[Tensor, "layer head"], like: HeadScores) -> HeadScore
 def _reliability(scores: HeadScores, n_splits: int, seed: int) -> pd.DataFrame:
     rows = []
     for kind, part in by_kind(scores).items():
-        halves = split_half(part, n_splits, seed)
+        halves = split_halves(
+            flat_per_example(part), part.kinds or [""] * len(part), n_splits=n_splits, seed=seed
+        )
         low, high = percentile_interval(halves)
         half = float(halves.mean())
         rows.append(
             {"kind": kind, "split_half": half, "splits_low": low, "splits_high": high}
-            | {"reliability": 2 * half / (1 + half), "n": len(part)}
+            | {"reliability": stepped_up(half), "n": len(part)}
         )
     return pd.DataFrame(rows)
 
@@ -312,7 +271,7 @@ EXPERIMENT = Experiment(
     question="Do different kinds of visual question rank heads alike by RAM, and are the same heads at the top?",
     method=(
         "RAM was averaged over the selection examples of each kind; Spearman's rank correlation over heads between "
-        "kinds has 95% intervals (Fisher's scale, standard error from {n_resamples} resamples of examples); "
+        "kinds has recentred bootstrap intervals ({n_resamples} resamples of the examples); "
         "the number of heads in every "
         "kind's top {fraction} is compared with {n_draws} random choices; reliability is that of {n_splits} "
         "split halves."

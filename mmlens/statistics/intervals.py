@@ -1,37 +1,18 @@
-"""Intervals, tests and power for the means of per-example numbers; scipy does the work.
-
-Examples are the sampling unit throughout. Examples that share a document or an image are not independent:
-average them first, or intervals are too narrow and p-values too small.
-
-Which is used when:
-
-- How large is a mean, or a change on the same examples: `mean_interval`, `paired_difference_interval`. They are
-  what `Effect` shows.
-- What share of a drop does an intervention bring back: `ratio_interval`, as `Effect.recovered` shows it.
-- Is there a change at all: `paired_permutation_test`. It gives a p-value, and takes many heads only together with
-- `benjamini_hochberg`: which of many heads (layers, positions) changed, with a bound on the share of false ones.
-- Before the run: `minimal_detectable_effect` for numbers such as logit differences, and
-  `minimal_detectable_change` for outcomes that are 0 or 1, say what n examples can show.
-"""
+"""Intervals of means, differences and ratios of per-example numbers; scipy does the work."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
-import scipy.optimize
 import scipy.stats
-from jaxtyping import Float
-from torch import Tensor
 
-from mmlens.arguments import array_of, fraction_of, number, one_of, seed_of, whole_number
+from mmlens.arguments import array_of, number, one_of, seed_of, whole_number
 from mmlens.errors import InvalidValueError
-
-Values = Sequence[float] | Sequence[int] | np.ndarray | Tensor
+from mmlens.statistics.samples import Values, pairs_of, sample_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +51,7 @@ def bootstrap_interval(
     truth: less than they say where few values are very skewed. Raises ValueError for fewer than 2 values or one that
     is not finite.
     """
-    sample = _sample(values, "a bootstrap interval", at_least=2)
+    sample = sample_of(values, "a bootstrap interval", at_least=2)
     _check_resampling(level, n_resamples, seed)
     one_of("method", method, _METHODS)
     if np.ptp(sample) == 0:
@@ -89,7 +70,7 @@ def proportion_interval(values: Values, *, level: float = 0.95) -> Interval:
     >>> proportion_interval([1] * 20)
     Interval(low=0.8388..., high=1.0, level=0.95)
     """
-    sample = _sample(values, "a proportion", at_least=1)
+    sample = sample_of(values, "a proportion", at_least=1)
     _check_level(level)
     if not is_binary(sample):
         raise InvalidValueError(
@@ -103,7 +84,7 @@ def proportion_interval(values: Values, *, level: float = 0.95) -> Interval:
 def mean_interval(values: Values, *, level: float = 0.95, n_resamples: int = 9999, seed: int = 0) -> Interval:
     """Interval of the mean: Wilson's where every value is 0 or 1, the bootstrap's (BCa) otherwise."""
     _check_resampling(level, n_resamples, seed)
-    if is_binary(_sample(values, "an interval of a mean", at_least=1)):
+    if is_binary(sample_of(values, "an interval of a mean", at_least=1)):
         return proportion_interval(values, level=level)
     return bootstrap_interval(values, level=level, n_resamples=n_resamples, seed=seed)
 
@@ -117,7 +98,7 @@ def paired_difference_interval(
     Medicine 17, 1998, method 10), which keeps its width when no pair differs. Otherwise the bootstrap
     (BCa) of the per-example differences. Raises ValueError for different numbers of examples.
     """
-    sample, reference = _pairs(values, baseline, "a paired difference", at_least=1)
+    sample, reference = pairs_of(values, baseline, "a paired difference", at_least=1)
     _check_resampling(level, n_resamples, seed)
     if is_binary(sample) and is_binary(reference):
         return _newcombe(sample, reference, level)
@@ -144,7 +125,7 @@ def ratio_interval(
     >>> 0.4 < low < 0.5 < high < 0.6
     True
     """
-    above, below = _pairs(numerator, denominator, "a ratio of means", at_least=2)
+    above, below = pairs_of(numerator, denominator, "a ratio of means", at_least=2)
     _check_resampling(level, n_resamples, seed)
     if below.mean() == 0:
         raise InvalidValueError("a ratio of means needs a denominator whose mean is not zero")
@@ -172,141 +153,6 @@ def ratio_interval(
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
         interval = _bootstrap((above, below), statistic, level, n_resamples, seed)
     return interval if np.isfinite([*interval]).all() else Interval(-math.inf, math.inf, level)
-
-
-Alternative = Literal["two-sided", "less", "greater"]
-
-
-def paired_permutation_test(
-    values: Values,
-    baseline: Values,
-    *,
-    alternative: Alternative = "two-sided",
-    n_resamples: int = 9999,
-    seed: int = 0,
-) -> float:
-    """P-value of mean(values - baseline) under sign flips of the per-example differences (Fisher's test).
-
-    The null hypothesis: an example's two numbers could as well be exchanged. "less" and "greater" test whether
-    `values` are lower or higher. Only examples that differ count. It is exact where at most log2(n_resamples) of
-    them do (13 by default; all sign flips are counted, by scipy.stats.permutation_test), and where the differences
-    all have one size, as those of outcomes that are 0 or 1 have (McNemar's exact test, by scipy.stats.binomtest).
-    Otherwise `n_resamples` flips are drawn, and no p-value is below 2 / (n_resamples + 1), two-sided; with many
-    heads to test, `benjamini_hochberg` at q may need n_resamples > 2 heads / q.
-
-    Raises ValueError for different numbers of examples, none, or a number that is not finite.
-
-    >>> paired_permutation_test([1.0, 2.0, 3.0, 5.0, 8.0], [0.0] * 5)  # 2 of 2^5 signs
-    0.0625
-    """
-    sample, reference = _pairs(values, baseline, "a paired test", at_least=1)
-    one_of("alternative", alternative, get_args(Alternative))
-    n_resamples, seed = whole_number("n_resamples", n_resamples, least=1), seed_of(seed)
-    differences = sample - reference
-    differences = differences[differences != 0]
-    if not len(differences):
-        return 1.0
-    if np.ptp(np.abs(differences)) == 0:
-        n_higher = int((differences > 0).sum())
-        return float(scipy.stats.binomtest(n_higher, len(differences), alternative=alternative).pvalue)
-    return float(
-        scipy.stats.permutation_test(
-            (differences,),
-            np.sum,
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=n_resamples,
-            batch=1000,
-            alternative=alternative,
-            rng=np.random.default_rng(seed),
-        ).pvalue
-    )
-
-
-def benjamini_hochberg(
-    p_values: Float[Tensor, "*shape"] | Float[np.ndarray, "*shape"] | Sequence[float],
-) -> Float[np.ndarray, "*shape"]:
-    """P-values adjusted for the false discovery rate, in the same shape (scipy.stats.false_discovery_control).
-
-    Benjamini and Hochberg 1995: calling what is at most q a discovery keeps the expected share of false ones among
-    them at q or below, for tests that are independent or positively dependent. Hand over every head that was
-    tested, not those that look best. NaN is a head that does not exist: it stays NaN and does not count as a test.
-
-    Raises ValueError for numbers outside 0 to 1, and where there is no number.
-
-    >>> benjamini_hochberg([0.01, 0.02, float("nan"), 0.5]).tolist()
-    [0.03, 0.03, nan, 0.5]
-    """
-    adjusted = array_of("p_values", p_values, None).copy()
-    tested = ~np.isnan(adjusted)
-    if not tested.any():
-        raise InvalidValueError(f"no p-value given: {adjusted.size} number(s), none but NaN")
-    outside = tested & ~((adjusted >= 0) & (adjusted <= 1))
-    if outside.any():
-        raise InvalidValueError(f"p-values lie between 0 and 1, got {adjusted[outside][0]:g}")
-    adjusted[tested] = scipy.stats.false_discovery_control(adjusted[tested], method="bh")
-    return adjusted
-
-
-def minimal_detectable_effect(n: int, sd: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest true mean difference that a two-sided paired t-test of n examples finds with `power`.
-
-    `sd` is the standard deviation of the per-example differences (from a pilot), and the result is in its unit.
-    Solved from the noncentral t distribution: P(|T| > t) = power, T with n - 1 degrees of freedom and noncentrality
-    sqrt(n) effect / sd, t the two-sided critical value at `alpha` (Cohen, Statistical Power Analysis, 1988, ch. 2).
-    The permutation test and the bootstrap have close to the same power unless n is small or tails are heavy. For
-    m heads at once, alpha / m is a bound that is always safe.
-
-    Raises ValueError for fewer than 2 examples, an sd that is not positive, alpha outside (0, 1) and power that
-    does not lie between alpha and 1.
-
-    >>> round(minimal_detectable_effect(34, sd=1.0), 2)  # half a standard deviation takes 34 examples
-    0.5
-    """
-    n = whole_number("n", n, least=2)
-    _check_power(power, alpha)
-    sd = number("sd", sd, above=0)
-    critical = scipy.stats.t.isf(alpha / 2, n - 1)
-
-    def excess(shift: float) -> float:
-        # Both tails at once, as T^2 is noncentral F; scipy's noncentral t is NaN far out in its lower tail.
-        return float(scipy.stats.ncf.sf(critical**2, 1, n - 1, shift**2)) - power
-
-    high = 1.0
-    while excess(high) < 0:
-        high *= 2
-    shift = scipy.optimize.brentq(excess, 0, high, xtol=1e-12)
-    return float(shift) * sd / math.sqrt(n)
-
-
-def minimal_detectable_change(n: int, discordant: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest change of a share (accuracy) that McNemar's two-sided test of n examples finds with `power`.
-
-    `discordant` is the share of examples whose outcome, 0 or 1, differs between the two runs. The change d solves
-    sqrt(n) d = z(1 - alpha / 2) sqrt(discordant) + z(power) sqrt(discordant - d^2), the normal approximation
-    (Connor, Biometrics 43, 1987); the exact test needs a little more. A change cannot exceed `discordant`.
-
-    Raises ValueError for fewer than 2 examples, a share outside (0, 1], power or alpha as in
-    `minimal_detectable_effect`, and where n examples are too few for even a change of `discordant`.
-
-    >>> round(minimal_detectable_change(200, discordant=0.2), 3)
-    0.088
-    """
-    n = whole_number("n", n, least=2)
-    _check_power(power, alpha)
-    discordant = fraction_of("discordant", discordant)
-    z_alpha, z_power = scipy.stats.norm.isf(alpha / 2), scipy.stats.norm.ppf(power)
-
-    def excess(change: float) -> float:
-        spread = math.sqrt(max(discordant - change * change, 0.0))
-        return math.sqrt(n) * change - z_alpha * math.sqrt(discordant) - z_power * spread
-
-    if excess(discordant) < 0:
-        raise InvalidValueError(
-            f"{n} examples of which {discordant:g} differ cannot show a change with power {power:g} at alpha "
-            f"{alpha:g}, not even where all of them differ the same way: use more examples"
-        )
-    return float(scipy.optimize.brentq(excess, 0, discordant, xtol=1e-12))
 
 
 def is_binary(values: Values) -> bool:
@@ -371,7 +217,7 @@ def _bootstrap(
         statistic,
         paired=len(samples) > 1,
         vectorized=True,
-        confidence_level=_expanded(level, len(samples[0])),
+        confidence_level=expanded(level, len(samples[0])),
         n_resamples=n_resamples,
         batch=1000,
         method=method,
@@ -380,7 +226,7 @@ def _bootstrap(
     return Interval(float(result.low), float(result.high), level)
 
 
-def _expanded(level: float, n: int) -> float:
+def expanded(level: float, n: int) -> float:
     """The level at which the bootstrap's quantiles are as far out as Student's t of n values asks for.
 
     Resampling uses the sample's own spread, without its n - 1, and takes it for known: its intervals of few values are
@@ -411,34 +257,6 @@ def _newcombe(sample: np.ndarray, reference: np.ndarray, level: float) -> Interv
     low = difference - reach(float(p - p_low), float(q_high - q))
     high = difference + reach(float(p_high - p), float(q - q_low))
     return Interval(low, high, level)
-
-
-def _sample(values: Values, what: str, *, at_least: int) -> np.ndarray:
-    sample = array_of(what, values, "example")
-    if len(sample) < at_least:
-        raise InvalidValueError(
-            f"{what} needs one number for each of at least {at_least} example(s), "
-            f"got shape {list(sample.shape)}"
-        )
-    if not np.isfinite(sample).all():
-        raise InvalidValueError(f"{what} needs finite numbers, got {sample[~np.isfinite(sample)][0]}")
-    return sample
-
-
-def _pairs(values: Values, baseline: Values, what: str, *, at_least: int) -> tuple[np.ndarray, np.ndarray]:
-    sample, reference = (_sample(one, what, at_least=at_least) for one in (values, baseline))
-    if len(sample) != len(reference):
-        raise InvalidValueError(
-            f"paired values are of the same examples: got {len(sample)} and {len(reference)}"
-        )
-    return sample, reference
-
-
-def _check_power(power: float, alpha: float) -> None:
-    number("alpha", alpha, above=0, below=1)
-    number("power", power)
-    if not alpha < power < 1:
-        raise InvalidValueError(f"power is a number that lies between alpha ({alpha}) and 1, not {power}")
 
 
 def _check_level(level: float) -> None:
