@@ -85,10 +85,10 @@ def run(
 ) -> Findings:
     """Spearman of RAM between kinds, how many heads their tops share, and how reliable each ranking is (selection).
 
-    Intervals are `rank_correlation_interval`'s, of the correlation that this number of examples gives. Noise in the scores
-    lowers it, so beside it stands the one that perfectly measured scores would have (divided, as are its limits, by the
-    root of the two rankings' reliabilities; Spearman 1904), the reliabilities being those of split halves
-    (`n_splits`) corrected for length (Spearman-Brown). Raises ValueError for fewer than two kinds.
+    Intervals are `rank_correlation_interval`'s, of the correlation that this number of examples gives. Noise in the
+    scores lowers it, so beside it stands the one that perfectly measured scores would have (divided, as are its
+    limits, by the root of the two rankings' reliabilities; Spearman 1904), the reliabilities being those of split
+    halves (`n_splits`) corrected for length (Spearman-Brown). Raises ValueError for fewer than two kinds.
     """
     scores = ram(
         setup.model, with_evidence(setup.selection), batch_size=setup.batch_size, progress=setup.progress

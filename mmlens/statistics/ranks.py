@@ -35,8 +35,8 @@ def rank_correlation_interval(
     lie too low. What is covered is the correlation to be expected from as many other examples, noise included;
     `without_noise` is farther from 0. The quantiles are as far out as Student's t of `n` examples asks for
     (Hesterberg 2015, as in `bootstrap_interval`); where the two rankings have different examples, `n` is the smaller
-    number. COVERAGE
-    Within -1 and 1; draws that are NaN are left out; (nan, nan) where there is none, all are one number, or `n` is below 2.
+    number. Within -1 and 1; draws that are NaN are left out; (nan, nan) where there is none, all are one number, or `n`
+    is below 2.
     """
     draws = draws[np.isfinite(draws)]
     if n < 2 or not len(draws) or not np.isfinite(rho) or np.ptp(draws) == 0:
