@@ -1,5 +1,8 @@
 """Annotated shapes and types are checked in every test and doctest, and only there."""
 
-from jaxtyping import install_import_hook
+import jaxtyping
+from typechecking import checked
 
-install_import_hook("mmlens", "typechecking.typechecker")
+# What the hook puts over every function and class.
+jaxtyping.jaxtyped = checked
+jaxtyping.install_import_hook("mmlens", None)

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import Float, TypeCheckError, jaxtyped
+from jaxtyping import Float, TypeCheckError
 from torch import Tensor
-from typechecking import typechecker
-
-checked = jaxtyped(typechecker=typechecker)
+from typechecking import checked
 
 
 def doubling(annotation: Any) -> Callable[..., Any]:
