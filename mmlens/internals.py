@@ -10,7 +10,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,33 +263,6 @@ def drop_unlisted(point: HookPoint) -> None:
         for key, function in list(registered.items()):
             if key not in listed and getattr(function, "__qualname__", "").startswith(_OF_TRANSFORMER_LENS):
                 registered.pop(key, None)
-
-
-def hooks_suspended(points: Iterable[HookPoint], deeper_than: int) -> Temporary[None]:
-    """Inside the block, hooks that were set in contexts deeper than that level do not act."""
-    held = []
-    for point in points:
-        for handles, functions in (("fwd_hooks", "_forward_hooks"), ("bwd_hooks", "_backward_hooks")):
-            own, live = list(getattr(point, handles)), getattr(point, functions)
-            late = [handle for handle in own if (handle.context_level or 0) > deeper_than]
-            if late:
-                held.append((point, handles, own, late, live, dict(live)))
-
-    def begin() -> None:
-        for point, handles, own, late, live, _ in held:
-            setattr(point, handles, [handle for handle in own if handle not in late])
-            for handle in late:
-                live.pop(handle.hook.id)
-
-    def end() -> None:
-        for point, handles, own, _, live, functions_before in held:
-            setattr(point, handles, own)
-            live.clear()
-            live.update(functions_before)
-            for tap in point.taps:
-                tap.refresh()
-
-    return Temporary(begin, end)
 
 
 # ---------------------------------------------------------------------- transformers: processors

@@ -52,12 +52,6 @@ def path_patched(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
     model.run_with_hooks(prompt, fwd_hooks=patch(model, prompt))
 
 
-def built_in_turn(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
-    patch = mmlens.patch("blocks.1.attn.hook_z", mmlens.interventions.Source())
-    both = mmlens.compose(mmlens.ablate([(0, 1)]), patch, built="in_turn")
-    model.run_with_hooks(prompt, fwd_hooks=both(model, prompt))
-
-
 def attributed(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
     mmlens.attribute(model, prompt, NOISE, mmlens.logit_difference, nodes="head")
 
@@ -79,7 +73,6 @@ RUNS: dict[str, Callable[[mmlens.HookedVLM, mmlens.Prompt], object]] = {
     "mean_activations": lambda model, prompt: mmlens.mean_activations(
         model, mmlens.scene_examples("documents", 2, seed=0), batch_size=1
     ),
-    "compose in turn": built_in_turn,
     "attribute": attributed,
 }
 

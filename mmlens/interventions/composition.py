@@ -1,4 +1,4 @@
-"""Putting interventions together: at once, in turn, by layer, while generating, one hook point to another.
+"""Putting interventions together: at once, by layer, while generating, one hook point to another.
 
 The order of a composition: hook points act in the order in which the forward pass reaches them; on one hook point the
 functions act in the order in which the interventions are given, each on what the one before it left.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -16,17 +15,13 @@ import torch
 from torch import Tensor
 
 from mmlens.arguments import called, instance_of, one_of, whole_number
-from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError, StateError
+from mmlens.errors import InvalidValueError, OutOfRangeError, StateError
 from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions
-from mmlens.internals import hooks_suspended
-from mmlens.interrupts import Temporary, undone
 from mmlens.interventions.edits import Edit, Here, Positions, check_call, intervention_of
 from mmlens.model.cache import is_batched, is_packed
 from mmlens.model.hooked_vlm import (
     Hook,
-    HookBlock,
     HookedVLM,
-    HookNeverFiredError,
     Intervention,
     Span,
     hooks_in,
@@ -36,100 +31,30 @@ from mmlens.model.prompt import Prompt
 # ---------------------------------------------------------------------- all of them
 
 
-def compose(*interventions: Intervention, built: str = "clean") -> Intervention:
+def compose(*interventions: Intervention) -> Intervention:
     """All of them at once; the module's text says in which order they act.
 
-    `built` says what each intervention sees that runs the model to know what to do (a resampled or patched activation,
-    a mean): "clean" the model as it is, "in_turn" the model under the interventions given before it. In turn, every
-    prompt that is run while an intervention is being built - this prompt, a source, a reference - is run under the
-    earlier ones, built for that prompt. So an intervention that is built from m runs costs m more builds of each of
-    those before it. What was computed before (`mean_activations`) is not computed again.
+    Each is built for the model as it is: what it runs to know what to do (a source, a resampled example) does not see
+    the others. Where it should, patch from `Source(under=...)`.
 
-    Raises ValueError for no interventions or an unknown `built`; TypeError where, in turn, an intervention runs the
-    model on something else than a Prompt.
+    Raises ValueError for no interventions.
 
     >>> from mmlens.interventions.ablation import ablate
-    >>> compose(ablate([(0, 1)]), ablate([(2, 3)]), built="in turn")
-    Traceback (most recent call last):
-        ...
-    mmlens.errors.InvalidValueError: there is no way to build a composition 'in turn'; the nearest: 'in_turn'
+    >>> model = HookedVLM.from_pretrained("micro")
+    >>> both = compose(ablate([(0, 1)]), ablate([(2, 3)]))
+    >>> [name for name, _ in both(model, model.prompt("What colour is the K?"))]
+    ['blocks.0.attn.hook_z', 'blocks.2.attn.hook_z']
     """
     if not interventions:
         raise InvalidValueError("compose needs at least one intervention")
     for at, part in enumerate(interventions):
         intervention_of(part, f"intervention {at}")
-    one_of("way to build a composition", built, ("clean", "in_turn"))
 
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
-        hooks: list[Hook] = []
-        for index, part in enumerate(interventions):
-            if built == "in_turn" and index:
-                under = _running_under(model, compose(*interventions[:index], built="in_turn"))
-                hooks += under.around(partial(part, model, prompt))
-            else:
-                hooks += part(model, prompt)
-        return hooks
+        return [hook for part in interventions for hook in part(model, prompt)]
 
     return intervention
-
-
-_RUNS = ("forward", "generate", "attention_rows")
-"""The methods of HookedVLM that run the Hugging Face model on a prompt."""
-
-
-def _running_under(model: HookedVLM, intervention: Intervention) -> Temporary[None]:
-    """Every prompt that the model runs inside the block runs under `intervention`, built for that prompt."""
-    before = _methods(model)
-    level = model.context_level
-
-    def under(run: Callable[..., Any]) -> Callable[..., Any]:
-        def edited(inputs: Any = None, *args: Any, **options: Any) -> Any:
-            if not isinstance(inputs, Prompt):
-                raise InvalidTypeError(
-                    "compose(..., built='in_turn'): the interventions before are built for each prompt that is run, "
-                    f"and this run is given {type(inputs).__name__}, not a Prompt"
-                )
-            current = _methods(model)
-
-            def build() -> list[Hook]:
-                _set_methods(model, before)
-                suspended = hooks_suspended(model.hook_dict.values(), level)
-                return suspended.around(lambda: list(intervention(model, inputs)))
-
-            # Building must not run under what is being built, nor be seen by the hooks of the run that asks for it.
-            hooks = undone(build, lambda: _set_methods(model, current))
-            return _run_ahead(model, hooks, lambda: run(inputs, *args, **options))
-
-        return edited
-
-    edited = {name: under(getattr(model, name)) for name in _RUNS}
-    return Temporary(lambda: _set_methods(model, edited), lambda: _set_methods(model, before))
-
-
-def _methods(model: HookedVLM) -> dict[str, Any]:
-    return {name: model.__dict__.get(name) for name in _RUNS}
-
-
-def _set_methods(model: HookedVLM, methods: Mapping[str, Any]) -> None:
-    for name, method in methods.items():
-        if method is None:
-            model.__dict__.pop(name, None)
-        else:
-            model.__dict__[name] = method
-
-
-def _run_ahead(model: HookedVLM, hooks: Sequence[Hook], run: Callable[[], Any]) -> Any:
-    """`run()` with the hooks ahead of those already set: a cache that reads the same hook point must hold the edit."""
-    flat = [(name, function) for match, function in hooks for name in model.hook_names(match)]
-    block = HookBlock(model, flat, (), prepend=True)
-    output = block.around(run)
-    if block.silent:
-        raise HookNeverFiredError(
-            f"compose(..., built='in_turn'): in a run that builds a later intervention, hooks of an earlier one never "
-            f"fired: {', '.join(block.silent[:5])}"
-        )
-    return output
 
 
 # ---------------------------------------------------------------------- while generating

@@ -453,9 +453,9 @@ def _interventions(w: World) -> list[Call]:
         ),
         Call(
             "compose of one",
-            lambda part, built="clean": mmlens.compose(part, built=built),
+            lambda part: mmlens.compose(part),
             {"part": zero},
-            {"part": "intervention", "built": "choice"},
+            {"part": "intervention"},
         ),
         Call(
             "during",

@@ -14,11 +14,10 @@ from torch import Tensor
 import mmlens
 from conftest import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from mmlens.data.examples import Example
-from mmlens.interventions.ablation import mean_activations
 from mmlens.interventions.attention_edges import bias_attention, knockout, scale_heads
 from mmlens.interventions.composition import by_layer, compose, during, edit_report, relay
-from mmlens.interventions.edits import Edit, Here
-from mmlens.model.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention
+from mmlens.interventions.edits import Edit
+from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention
 from mmlens.model.prompt import Prompt
 
 
@@ -68,145 +67,6 @@ def test_on_one_hook_point_they_act_in_the_order_given() -> None:
     assert torch.equal(*logits)
     with pytest.raises(ValueError, match="at least one"):
         compose()
-    with pytest.raises(ValueError, match="nearest: 'clean'"):
-        compose(add(STREAM, 1.0), built="cleen")
-
-
-# ---------------------------------------------------------------------- in turn
-
-
-def copy_stream_of(source: Prompt | None, name: str) -> Intervention:
-    """Puts the stream of a source prompt (None: of the prompt itself) in the prompt's place, plus 1."""
-
-    def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
-        for _ in range(2):
-            _, cache = model.run_with_cache(prompt if source is None else source, names_filter=name)
-
-        def change(x: Tensor, here: Here) -> Tensor:
-            return here.of_prompt(cache[name], 0.0) + 1
-
-        return [(name, Edit(model, prompt, name, change))]
-
-    return intervention
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("other", (False, True))
-def test_in_turn_a_source_run_sees_the_edits_before_it_at_its_own_positions(other: bool) -> None:
-    """The earlier edit acts at image positions, which differ between the prompt and the source."""
-    model = hooked("llava")
-    prompt = two_image_prompt(model)
-    padded = padded_prompt(model)
-    source = None
-    if other:
-        # As long as the prompt, but with its images elsewhere.
-        shifted = {**prompt.inputs, "input_ids": prompt.inputs["input_ids"].roll(1, -1)}
-        token_map = mmlens.token_map.TokenMap(
-            **{
-                name: getattr(prompt.token_map, name).roll(1, 1)
-                for name in ("image", "tile", "row", "col", "boxes", "is_image", "is_padding", "is_question")
-            },
-            grids=prompt.token_map.grids,
-        )
-        source = Prompt(shifted, token_map, prompt.questions, prompt.images, prompt.text)
-    read = source or prompt
-    # One that hooks the same hook point that the source run caches, and one before it.
-    first = compose(
-        add("blocks.0.hook_resid_pre", 5.0, "image"), add("blocks.2.hook_resid_pre", 3.0, "question")
-    )
-    name = "blocks.2.hook_resid_pre"
-
-    def plain_edit(positions: Tensor, amount: float) -> Callable[..., Tensor]:
-        return lambda x, hook: x + amount * positions[..., None]
-
-    with model.hooks(
-        fwd_hooks=[
-            ("blocks.0.hook_resid_pre", plain_edit(read.token_map.is_image, 5.0)),
-            (name, plain_edit(read.token_map.is_question, 3.0)),
-        ]
-    ):
-        _, seen = model.run_with_cache(read, names_filter=name)
-    _, clean = model.run_with_cache(read, names_filter=name)
-
-    for built, expected in (("in_turn", seen[name] + 1), ("clean", clean[name] + 1)):
-        hooks = compose(first, copy_stream_of(source, name), built=built)(model, prompt)
-        with model.hooks(fwd_hooks=hooks):
-            _, under = model.run_with_cache(prompt, names_filter=name)
-        torch.testing.assert_close(under[name], expected, atol=1e-5, rtol=1e-5)
-        assert [edit.fired for _, edit in hooks] == [1, 1, 1]
-    # One that runs the model may stand before another: what the second copies is the first one's edit.
-    copied = copy_stream_of(source, name)
-    with model.hooks(fwd_hooks=compose(first, copied, copied, built="in_turn")(model, prompt)):
-        _, under = model.run_with_cache(prompt, names_filter=name)
-    torch.testing.assert_close(under[name], seen[name] + 2, atol=1e-5, rtol=1e-5)
-    assert (seen[name] - clean[name]).abs().max() > 0.1
-    assert not model.hook_dict[name].is_live
-    # Nothing of it stays behind on the model.
-    assert "forward" not in model.__dict__
-    assert torch.equal(model(padded), HookedVLM(tiny.tiny_model("llava"))(padded.inputs))
-
-
-@torch.no_grad()
-def test_in_turn_means_and_resampling_see_the_edits() -> None:
-    """Three in turn: the resampling run of the last sees both before it, one of them built on the other."""
-    model = hooked("qwen3_vl")
-    own, others = examples(1, seed=1), examples(2, seed=2)
-    prompt = model.prompt_examples(own)
-    reference = [own[0], others[1]]
-    name = "blocks.2.attn.hook_z"
-    first, second = add("blocks.0.hook_resid_pre", 2.0), scale_heads([(1, 0), (1, 1)], 4.0, "question")
-    last = mmlens.ablate([(2, 3)], "resample", reference=reference)
-    source = model.prompt_examples(others[1:])
-    with model.hooks(fwd_hooks=compose(first, second)(model, source)):
-        _, seen = model.run_with_cache(source, names_filter=name)
-    _, clean = model.run_with_cache(source, names_filter=name)
-    assert (seen[name] - clean[name]).abs().max() > 1e-2
-    hooks = compose(first, compose(second, last, built="in_turn"), built="in_turn")(model, prompt)
-    flat = compose(first, second, last, built="in_turn")(model, prompt)
-    assert torch.equal(
-        model.run_with_hooks(prompt, fwd_hooks=hooks), model.run_with_hooks(prompt, fwd_hooks=flat)
-    )
-    with model.hooks(fwd_hooks=flat):
-        _, under = model.run_with_cache(prompt, names_filter=name)
-    at_end = min(prompt.shape[1], source.shape[1], 8)
-    torch.testing.assert_close(under[name][:, -at_end:, 3], seen[name][:, -at_end:, 3], atol=1e-5, rtol=1e-5)
-
-    def of_means(model: HookedVLM, prompt: Prompt) -> list[Hook]:
-        return mmlens.ablate([(2, 3)], "mean", reference=mean_activations(model, others))(model, prompt)
-
-    with model.hooks(fwd_hooks=compose(first, second, of_means, built="in_turn")(model, prompt)):
-        _, under = model.run_with_cache(prompt, names_filter=name)
-    both = model.prompt_examples(others)
-    with model.hooks(fwd_hooks=compose(first, second)(model, both)):
-        _, seen = model.run_with_cache(both, names_filter=name)
-    expected = seen[name][both.token_map.is_image][:, 3].mean(0)
-    torch.testing.assert_close(
-        under[name][0, prompt.token_map.is_image[0]][0, 3], expected, atol=1e-5, rtol=1e-4
-    )
-
-
-@torch.no_grad()
-def test_in_turn_refuses_what_it_cannot_build_for() -> None:
-    model = hooked("llava")
-    prompt = two_image_prompt(model)
-
-    def runs_inputs(model: HookedVLM, prompt: Prompt) -> list[Hook]:
-        model(prompt.inputs)
-        return []
-
-    with pytest.raises(TypeError, match="given dict, not a Prompt"):
-        compose(add(STREAM, 1.0), runs_inputs, built="in_turn")(model, prompt)
-
-    def on_pixels(model: HookedVLM, prompt: Prompt) -> list[Hook]:
-        return [("vision.hook_embed", lambda x, hook: x + 1)]
-
-    def of_encoded(model: HookedVLM, prompt: Prompt) -> list[Hook]:
-        model(model.encode_images(prompt))
-        return []
-
-    with pytest.raises(HookNeverFiredError, match="never fired: vision.hook_embed"):
-        compose(on_pixels, of_encoded, built="in_turn")(model, prompt)
-    assert not model.hook_dict["vision.hook_embed"].is_live and "forward" not in model.__dict__
 
 
 # ---------------------------------------------------------------------- while generating
