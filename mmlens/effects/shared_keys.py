@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -22,24 +23,34 @@ def shared_key_attention(
     (True: attend) or additive, [batch or 1, head or 1, query, shared + own] or with all rows first; None means causal.
     A row of a boolean mask that allows nothing gives zero, as in SDPA. The softmax is float32.
     """
-    rows, n_heads, n_queries, d_head = query.shape
-    batch, n_kv_heads, n_shared, _ = shared_key.shape
-    n_own, d_value = own_key.shape[2], own_value.shape[3]
-    copies, group = rows // batch, n_heads // n_kv_heads
-    scale = d_head**-0.5 if scaling is None else scaling
-    # [copy, batch, kv_head, group, query, d_head]; a key-value head's shared keys meet all copies' queries at once.
-    parted = (query * scale).reshape(copies, batch, n_kv_heads, group, n_queries, d_head)
-    together = parted.permute(1, 2, 0, 3, 4, 5).reshape(batch, n_kv_heads, -1, d_head)
-    to_shared = (together @ shared_key.mT).float()
-    to_shared = to_shared.view(batch, n_kv_heads, copies, group, n_queries, n_shared)
-    to_own = parted.flatten(0, 1).flatten(2, 3) @ own_key.mT
-    to_own = to_own.float().view(copies, batch, n_kv_heads, group, n_queries, n_own).permute(1, 2, 0, 3, 4, 5)
+    batch, n_kv_heads, n_shared, d_head = shared_key.shape
+    n_own, n_queries = own_key.shape[2], query.shape[2]
+    copies, group = len(query) // batch, query.shape[1] // n_kv_heads
+    query = query * (d_head**-0.5 if scaling is None else scaling)
+    # A key-value head's shared keys meet all copies' queries at once.
+    together = rearrange(query, "(copy b) (kv group) q d -> b kv (copy group q) d", b=batch, kv=n_kv_heads)
+    to_shared = rearrange(
+        (together @ shared_key.mT).float(),
+        "b kv (copy group q) k -> b kv copy group q k",
+        copy=copies,
+        group=group,
+    )
+    apart = rearrange(query, "row (kv group) q d -> row kv (group q) d", kv=n_kv_heads)
+    to_own = rearrange(
+        (apart @ own_key.mT).float(), "(copy b) kv (group q) k -> b kv copy group q k", b=batch, group=group
+    )
     allowed = None
     if mask is None:
         ahead = torch.arange(n_queries, device=query.device)[:, None] + n_own - n_queries
         to_own.masked_fill_(torch.arange(n_own, device=query.device) > ahead, -torch.inf)
     else:
-        parts = _by_group(mask, batch, copies, n_kv_heads, group)
+        # One of a mask's rows and heads stands for all, one of a batch for all copies.
+        parts = rearrange(
+            mask,
+            "(copy b) (kv group) q k -> b kv copy group q k",
+            copy=copies if len(mask) == copies * batch else 1,
+            kv=n_kv_heads if mask.shape[1] > 1 else 1,
+        )
         if mask.dtype == torch.bool:
             allowed = parts.any(-1, keepdim=True)
             blocked = torch.finfo(torch.float32).min
@@ -51,22 +62,11 @@ def shared_key_attention(
     largest = torch.maximum(to_shared.amax(-1, keepdim=True), to_own.amax(-1, keepdim=True))
     to_shared, to_own = to_shared.sub_(largest).exp_(), to_own.sub_(largest).exp_()
     total = to_shared.sum(-1, keepdim=True) + to_own.sum(-1, keepdim=True)
-    seen = to_shared.to(query.dtype).reshape(batch, n_kv_heads, -1, n_shared) @ shared_value
-    seen = seen.view(batch, n_kv_heads, copies, group, n_queries, d_value)
-    own = to_own.permute(2, 0, 1, 3, 4, 5).to(query.dtype).reshape(rows, n_kv_heads, -1, n_own) @ own_value
-    own = own.view(copies, batch, n_kv_heads, group, n_queries, d_value).permute(1, 2, 0, 3, 4, 5)
+    seen = rearrange(to_shared.to(query.dtype), "b kv copy group q k -> b kv (copy group q) k") @ shared_value
+    own = rearrange(to_own.to(query.dtype), "b kv copy group q k -> (copy b) kv (group q) k") @ own_value
+    seen = rearrange(seen, "b kv (copy group q) d -> b kv copy group q d", copy=copies, group=group)
+    own = rearrange(own, "(copy b) kv (group q) d -> b kv copy group q d", b=batch, group=group)
     z = (seen + own).float() / total
     if allowed is not None:
         z = z * allowed
-    # [copy, batch, query, kv_head, group, d_value]
-    return z.to(query.dtype).permute(2, 0, 4, 1, 3, 5).reshape(rows, n_queries, n_heads, d_value)
-
-
-def _by_group(
-    mask: Tensor, batch: int, copies: int, n_kv_heads: int, group: int
-) -> Shaped[Tensor, "batch kv_head copy group query keys"]:
-    """A mask [rows or batch or 1, head or 1, query, keys] with the axes of the scores."""
-    heads = (n_kv_heads, group) if mask.shape[1] > 1 else (1, 1)
-    mask = mask.unflatten(1, heads)
-    rows = (copies, batch) if len(mask) == copies * batch else (1, len(mask))
-    return mask.unflatten(0, rows).permute(1, 2, 0, 3, 4, 5)
+    return rearrange(z.to(query.dtype), "b kv copy group q d -> (copy b) q (kv group) d")

@@ -20,6 +20,7 @@ from decimal import Decimal
 
 import torch
 from jaxtyping import Float
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from mmlens.arguments import instance_of, whole_number
@@ -247,23 +248,8 @@ def similarity(text: str, answer: str) -> float:
     (0.916..., 0.0)
     """
     given, right = (" ".join(part.lower().split()) for part in (text, answer))
-    longer = max(len(given), len(right))
-    value = 1.0 if not longer else 1 - edit_distance(given, right) / longer
+    value = Levenshtein.normalized_similarity(given, right)
     return value if value >= THRESHOLD else 0.0
-
-
-def edit_distance(one: str, other: str) -> int:
-    """Levenshtein's distance: the fewest insertions, deletions and substitutions of a character.
-
-    >>> edit_distance("kitten", "sitting")
-    3
-    """
-    row = list(range(len(other) + 1))
-    for i, left in enumerate(one, start=1):
-        above, row = row, [i]
-        for j, right in enumerate(other, start=1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (left != right)))
-    return row[-1]
 
 
 # ---------------------------------------------------------------------- plumbing

@@ -130,24 +130,20 @@ def bibliography(keys: Iterable[str]) -> str:
 
 
 def bibtex_entries() -> dict[str, str]:
-    """The entries of references.bib by key, as they stand there. ValueError where a key stands twice."""
+    """The entries of references.bib by key, as they stand there. ValueError where one is broken or stands twice."""
     text = (
         importlib.resources.files("mmlens.experiments").joinpath("references.bib").read_text(encoding="utf-8")
     )
-    entries: dict[str, str] = {}
-    for start in re.finditer(r"^@\w+\{\s*([^,\s]+)\s*,", text, flags=re.MULTILINE):
-        depth, end = 0, start.start()
-        for end in range(text.index("{", start.start()), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                break
-        if depth or start[1] in entries:
-            raise InvalidValueError(
-                f"references.bib: the entry {start[1]!r} "
-                + ("has a brace that is not closed" if depth else "stands there twice")
-            )
-        entries[start[1]] = text[start.start() : end + 1]
-    return entries
+    import bibtexparser  # here, for it is not needed to start a command
+
+    # No middleware: fields and names stay as they are written.
+    library = bibtexparser.parse_string(text, parse_stack=[])
+    if library.failed_blocks:
+        first = library.failed_blocks[0]
+        raise InvalidValueError(
+            f"references.bib: an entry is broken or stands twice, line {first.start_line + 1}: {first.raw!r:.60}"
+        )
+    return {entry.key: entry.raw for entry in library.entries}
 
 
 def _escaped(value: Any) -> Any:

@@ -14,7 +14,6 @@ from tiny import tiny_model, tiny_processor
 from mmlens.data.examples import Example
 from mmlens.metrics.answers import (
     anls,
-    edit_distance,
     exact_match,
     generated_accuracy,
     generated_invalid,
@@ -292,8 +291,9 @@ def slow_distance(one: str, other: str) -> int:
 
 @settings(deadline=None)
 @given(st.text("abc", max_size=7), st.text("abc", max_size=7))
-def test_edit_distance_equals_its_recursive_definition(one: str, other: str) -> None:
-    assert edit_distance(one, other) == slow_distance(one, other)
+def test_similarity_equals_its_recursive_definition(one: str, other: str) -> None:
+    expected = 1 - slow_distance(one, other) / max(len(one), len(other), 1)
+    assert similarity(one, other) == (expected if expected >= 0.5 else 0.0)
 
 
 # ---------------------------------------------------------------------- as metrics
