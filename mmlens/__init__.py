@@ -19,7 +19,7 @@ from mmlens.effects import effect as effect
 from mmlens.effects import sweep as sweep
 from mmlens.errors import MmlensError as MmlensError
 from mmlens.errors import MmlensWarning as MmlensWarning
-from mmlens.heads import HeadScores as HeadScores
+from mmlens.head_scores import HeadScores as HeadScores
 from mmlens.heads import HeadSet as HeadSet
 from mmlens.hybrid import hybrid_attention as hybrid_attention
 from mmlens.interventions import ablate as ablate

@@ -66,7 +66,7 @@ def describe_model(model: HookedVLM, name: str = "") -> dict[str, Any]:
         "n_layers": model.cfg.n_layers,
         "n_heads": model.cfg.n_heads,
         # Only where not every layer has n_heads of them.
-        **({} if len(set(model.heads_per_layer)) == 1 else {"heads_per_layer": model.heads_per_layer}),
+        **({} if model.grid.is_full else {"heads_per_layer": model.grid.heads_per_layer}),
         "n_key_value_heads": model.cfg.n_key_value_heads,
         "n_parameters": sum(p.numel() for p in model.hf_model.parameters()),
         "dtype": str(model.hf_model.dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""HeadSet and HeadScores against plain Python sets, scipy, and slow loops."""
+"""HeadGrid, HeadSet and HeadScores against plain Python sets, scipy, and slow loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import mmlens
-from mmlens.heads import HeadScores, HeadSet, as_head_set
+from mmlens.head_scores import HeadScores
+from mmlens.heads import NO_HEAD, HeadGrid, HeadSet, as_head_set
 
 # Type checking makes first calls slow, and the machine may be busy.
 unhurried = settings(deadline=None)
@@ -34,7 +35,7 @@ def pairs_of_a_model(draw: st.DrawFn, n: int = 1) -> tuple[tuple[int, int], list
 
 def head_sets(drawn: tuple[tuple[int, int], list[list[tuple[int, int]]]]) -> list[HeadSet]:
     (n_layers, n_heads), lists = drawn
-    return [HeadSet(pairs, n_layers=n_layers, n_heads=n_heads) for pairs in lists]
+    return [HeadSet(pairs, (n_layers, n_heads)) for pairs in lists]
 
 
 @st.composite
@@ -85,7 +86,7 @@ def test_set_algebra_is_that_of_python_sets(drawn: Any) -> None:
 @given(pairs_of_a_model())
 def test_complement_and_by_layer(drawn: Any) -> None:
     (heads,) = head_sets(drawn)
-    everything = {(layer, head) for layer in range(heads.n_layers) for head in range(heads.n_heads)}
+    everything = {(layer, head) for layer in range(heads.grid.n_layers) for head in range(heads.grid.n_heads)}
     assert set(heads.complement()) == everything - set(heads)
     assert heads.complement().complement() == heads
     assert {(layer, head) for layer, members in heads.by_layer().items() for head in members} == set(heads)
@@ -93,16 +94,16 @@ def test_complement_and_by_layer(drawn: Any) -> None:
 
 
 def test_order_is_kept_and_equality_ignores_it() -> None:
-    a = HeadSet([(1, 3), (0, 2)], n_layers=2, n_heads=4)
+    a = HeadSet([(1, 3), (0, 2)], grid=(2, 4))
     assert list(a) == [(1, 3), (0, 2)]
-    assert a == HeadSet([(0, 2), (1, 3)], n_layers=2, n_heads=4)
-    assert list(a | HeadSet([(0, 0), (0, 2)], n_layers=2, n_heads=4)) == [(1, 3), (0, 2), (0, 0)]
-    assert a != HeadSet([(0, 2), (1, 3)], n_layers=3, n_heads=4)
+    assert a == HeadSet([(0, 2), (1, 3)], grid=(2, 4))
+    assert list(a | HeadSet([(0, 0), (0, 2)], grid=(2, 4))) == [(1, 3), (0, 2), (0, 0)]
+    assert a != HeadSet([(0, 2), (1, 3)], grid=(3, 4))
 
 
 def test_heads_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        HeadSet([(0, 0)], n_layers=1, n_heads=1).heads = ()  # type: ignore[misc]
+        HeadSet([(0, 0)], grid=(1, 1)).heads = ()  # type: ignore[misc]
 
 
 @unhurried
@@ -146,7 +147,7 @@ def test_matched_random_keeps_the_layers_where_it_can(drawn: Any, seed: int) -> 
 
 
 def test_matched_random_takes_the_shortfall_from_the_nearest_layers() -> None:
-    crowded = HeadSet([(2, 0), (2, 1), (2, 2)], n_layers=5, n_heads=4)
+    crowded = HeadSet([(2, 0), (2, 1), (2, 2)], grid=(5, 4))
     neighbours = set()
     for seed in range(40):
         with pytest.warns(UserWarning, match="2 of layer 2"):
@@ -157,7 +158,7 @@ def test_matched_random_takes_the_shortfall_from_the_nearest_layers() -> None:
 
 
 def test_random_is_uniform_over_the_complement() -> None:
-    heads = HeadSet([(0, 0), (1, 1)], n_layers=2, n_heads=4)
+    heads = HeadSet([(0, 0), (1, 1)], grid=(2, 4))
     counts = np.zeros((2, 4))
     for seed in range(1200):
         for head in heads.random(seed):
@@ -182,21 +183,21 @@ def test_random_is_uniform_over_the_complement() -> None:
         ([(0, 1, 1)], TypeError, "pairs of integers"),
         ("L0H1", TypeError, "HeadSet or a list"),
         (7, TypeError, "HeadSet or a list"),
-        (HeadSet([(0, 0)], n_layers=3, n_heads=4), ValueError, "3 x 4 heads, this model has 2 x 4"),
+        (HeadSet([(0, 0)], grid=(3, 4)), ValueError, "3 x 4 heads, this model has 2 x 4"),
     ],
 )
 def test_bad_heads_are_refused(
     as_users_run_it: None, heads: object, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        as_head_set(heads, 2, 4)  # type: ignore[arg-type]
+        as_head_set(heads, (2, 4))  # type: ignore[arg-type]
 
 
 def test_heads_may_come_as_numpy_integers_or_tensors() -> None:
-    expected = HeadSet([(0, 1), (1, 2)], n_layers=2, n_heads=4)
-    assert as_head_set(np.array([[0, 1], [1, 2]]), 2, 4) == expected
-    assert as_head_set(torch.tensor([[0, 1], [1, 2]]), 2, 4) == expected
-    assert all(type(index) is int for head in as_head_set(np.array([[0, 1]]), 2, 4) for index in head)
+    expected = HeadSet([(0, 1), (1, 2)], grid=(2, 4))
+    assert as_head_set(np.array([[0, 1], [1, 2]]), (2, 4)) == expected
+    assert as_head_set(torch.tensor([[0, 1], [1, 2]]), (2, 4)) == expected
+    assert all(type(index) is int for head in as_head_set(np.array([[0, 1]]), (2, 4)) for index in head)
 
 
 # ---------------------------------------------------------------------- HeadScores
@@ -208,7 +209,7 @@ def test_rank_is_the_position_in_a_stable_sort(array: np.ndarray) -> None:
     scores = scores_of(array)
     values = scores.values
     heads = sorted(
-        ((layer, head) for layer in range(scores.n_layers) for head in range(scores.n_heads)),
+        ((layer, head) for layer in range(scores.grid.n_layers) for head in range(scores.grid.n_heads)),
         key=lambda at: (-float(values[at]), at),
     )
     assert [int(scores.rank()[at]) for at in heads] == list(range(len(heads)))
@@ -219,7 +220,7 @@ def test_rank_is_the_position_in_a_stable_sort(array: np.ndarray) -> None:
 @given(score_arrays(), st.data())
 def test_top_and_bottom_are_the_two_ends_of_the_ranking(array: np.ndarray, data: st.DataObject) -> None:
     scores = scores_of(array)
-    total = scores.n_layers * scores.n_heads
+    total = scores.grid.n_layers * scores.grid.n_heads
     count = data.draw(st.integers(1, total))
     assume(float(np.ptp(scores.values.numpy())) > 0)
     top, bottom = scores.top(count), scores.bottom(count)
@@ -263,7 +264,9 @@ def test_impossible_counts_are_refused(n: float, error: type[Exception]) -> None
 @given(score_arrays(), st.integers(0, 2**31))
 def test_spearman_is_scipys_on_the_flattened_scores(array: np.ndarray, seed: int) -> None:
     scores = scores_of(array)
-    other = HeadScores(torch.rand(3, scores.n_layers, scores.n_heads, generator=torch.manual_seed(seed)))
+    other = HeadScores(
+        torch.rand(3, scores.grid.n_layers, scores.grid.n_heads, generator=torch.manual_seed(seed))
+    )
     a, b = scores.per_example.double().mean(0).float().flatten(), other.values.flatten()
     if len(set(a.tolist())) == 1:
         with pytest.raises(ValueError, match="undefined"):
@@ -389,34 +392,32 @@ def test_bad_scores_are_refused(
 
 
 @st.composite
-def uneven_models(draw: st.DrawFn) -> tuple[int, int, tuple[int, ...]]:
-    """(n_layers, n_heads, heads_per_layer): layers without heads, and layers with fewer than others."""
+def uneven_models(draw: st.DrawFn) -> tuple[tuple[int, ...], int]:
+    """What a HeadGrid is made of: layers without heads, and layers with fewer than others."""
     n_layers, n_heads = draw(shapes)
     per_layer = draw(st.lists(st.integers(0, n_heads), min_size=n_layers, max_size=n_layers).filter(any))
-    return n_layers, n_heads, tuple(per_layer)
+    return tuple(per_layer), n_heads
 
 
-def existing(per_layer: tuple[int, ...]) -> list[tuple[int, int]]:
-    return [(layer, head) for layer, count in enumerate(per_layer) for head in range(count)]
+def existing(grid: HeadGrid) -> list[tuple[int, int]]:
+    return [(layer, head) for layer, count in enumerate(grid.heads_per_layer) for head in range(count)]
 
 
-def uneven_scores(model: tuple[int, int, tuple[int, ...]], n: int, seed: int) -> HeadScores:
+def uneven_scores(grid: HeadGrid, n: int, seed: int) -> HeadScores:
     """Few different numbers, so that ties are common; NaN where there is no head."""
-    n_layers, n_heads, per_layer = model
-    drawn = np.random.default_rng(seed).integers(-3, 4, (n, n_layers, n_heads)).astype(np.float32)
-    for layer, count in enumerate(per_layer):
+    drawn = np.random.default_rng(seed).integers(-3, 4, (n, *grid.shape)).astype(np.float32)
+    for layer, count in enumerate(grid.heads_per_layer):
         drawn[:, layer, count:] = np.nan
-    return HeadScores(torch.from_numpy(drawn), heads_per_layer=per_layer)
+    return HeadScores(torch.from_numpy(drawn), grid=grid)
 
 
 @unhurried
 @given(uneven_models(), st.data())
 def test_no_set_ever_holds_a_head_that_does_not_exist(model: Any, data: st.DataObject) -> None:
-    n_layers, n_heads, per_layer = model
-    every = existing(per_layer)
-    sizes = {"n_layers": n_layers, "n_heads": n_heads, "heads_per_layer": per_layer}
-    a, b = (HeadSet(data.draw(st.lists(st.sampled_from(every), unique=True)), **sizes) for _ in range(2))
-    assert list(HeadSet.every(n_layers, n_heads, per_layer)) == every
+    grid = HeadGrid(*model)
+    every = existing(grid)
+    a, b = (HeadSet(data.draw(st.lists(st.sampled_from(every), unique=True)), grid) for _ in range(2))
+    assert list(HeadSet.every(grid)) == list(grid.heads) == every
     assert set(a.complement()) == set(every) - set(a) and a.complement().complement() == a
     for combined, expected in (
         (a | b, set(a) | set(b)),
@@ -444,11 +445,11 @@ def test_no_set_ever_holds_a_head_that_does_not_exist(model: Any, data: st.DataO
 @ties_are_meant
 @given(uneven_models(), st.integers(0, 2**31), st.data())
 def test_scores_rank_only_the_heads_that_exist(model: Any, seed: int, data: st.DataObject) -> None:
-    n_layers, n_heads, per_layer = model
-    every = existing(per_layer)
-    scores = uneven_scores(model, 4, seed)
-    assert scores.heads_per_layer == per_layer
-    assume(len(every) == 1 or np.ptp(scores.values[scores.exists].numpy()) > 0)
+    grid = HeadGrid(*model)
+    every = existing(grid)
+    scores = uneven_scores(grid, 4, seed)
+    assert scores.grid == grid
+    assume(len(every) == 1 or np.ptp(scores.values[scores.grid.exists].numpy()) > 0)
     values = scores.per_example.double().mean(0)
     best_first = sorted(every, key=lambda at: (-float(values[at]), at))
     count = data.draw(st.integers(1, len(every)))
@@ -460,7 +461,7 @@ def test_scores_rank_only_the_heads_that_exist(model: Any, seed: int, data: st.D
     with pytest.raises(ValueError, match=f"lies in 1 to {len(every)} "):
         scores.top(len(every) + 1)
     rank, (low, high) = scores.rank(), scores.rank_interval(n_resamples=20)
-    for layer, head in np.ndindex(n_layers, n_heads):
+    for layer, head in np.ndindex(*grid.shape):
         expected = best_first.index((layer, head)) if (layer, head) in every else -1
         assert int(rank[layer, head]) == expected
         assert (int(low[layer, head]) >= 0) == (int(high[layer, head]) >= 0) == ((layer, head) in every)
@@ -474,8 +475,7 @@ def test_uneven_scores_by_kind_and_between_scores() -> None:
     full = torch.rand(6, 2, 2, generator=torch.manual_seed(3))
     uneven = torch.cat([full[:, :1], torch.full((6, 1, 2), torch.nan), full[:, 1:]], dim=1)
     kinds = ("a", "a", "b", "b", "c", "c")
-    one, other = HeadScores(full, kinds=kinds), HeadScores(uneven, kinds=kinds, heads_per_layer=(2, 0, 2))
-    assert other.heads_per_layer == (2, 0, 2)
+    one, other = HeadScores(full, kinds=kinds), HeadScores(uneven, kinds=kinds, grid=HeadGrid((2, 0, 2)))
     rows = [0, 2]
     for read in (
         lambda s: s.values,
@@ -497,13 +497,12 @@ def test_uneven_scores_by_kind_and_between_scores() -> None:
 
 def test_saving_keeps_which_heads_exist(tmp_path: Path) -> None:
     """The first and last layers have no heads, and no layer has as many as the grid is wide."""
-    per_layer = (0, 1, 2, 0)
-    drawn = uneven_scores((4, 3, per_layer), 3, 0).per_example
-    scores = HeadScores(drawn, name="RAM", kinds=("x", "y", "x"), heads_per_layer=per_layer)
+    grid = HeadGrid((0, 1, 2, 0), n_heads=3)
+    scores = HeadScores(uneven_scores(grid, 3, 0).per_example, name="RAM", kinds=("x", "y", "x"), grid=grid)
     scores.save(tmp_path / "scores.parquet")
     loaded = HeadScores.load(tmp_path / "scores.parquet")
     torch.testing.assert_close(loaded.per_example, scores.per_example, rtol=0, atol=0, equal_nan=True)
-    assert loaded.heads_per_layer == scores.heads_per_layer == (0, 1, 2, 0)
+    assert loaded.grid == scores.grid == grid
     assert loaded.top(1) == scores.top(1) and loaded.kinds == scores.kinds
 
 
@@ -518,38 +517,74 @@ def test_saving_keeps_which_heads_exist(tmp_path: Path) -> None:
     ],
 )
 def test_a_head_that_does_not_exist_is_named_with_the_reason(head: tuple[int, int], message: str) -> None:
-    per_layer = (0, 4, 2)
+    grid = HeadGrid((0, 4, 2))
     with pytest.raises(IndexError, match=message):
-        HeadSet([head], n_layers=3, n_heads=4, heads_per_layer=per_layer)
+        HeadSet([head], grid)
     with pytest.raises(IndexError, match=message):
-        as_head_set([(1, 0), head], 3, 4, per_layer)
+        as_head_set([(1, 0), head], grid)
 
 
 def test_a_set_made_for_the_full_grid_is_checked_against_the_model() -> None:
-    full = HeadSet([(0, 1)], n_layers=3, n_heads=4)
+    full, grid = HeadSet([(0, 1)], grid=(3, 4)), HeadGrid((0, 4, 2))
     with pytest.raises(IndexError, match="layer 0 has no softmax attention"):
-        as_head_set(full, 3, 4, (0, 4, 2))
-    taken = as_head_set(HeadSet([(1, 1)], n_layers=3, n_heads=4), 3, 4, (0, 4, 2))
+        as_head_set(full, grid)
+    taken = as_head_set(HeadSet([(1, 1)], grid=(3, 4)), grid)
     assert len(taken.complement()) == 5
-    assert as_head_set(taken, 3, 4) == taken != HeadSet([(1, 1)], n_layers=3, n_heads=4)
+    assert as_head_set(taken, grid) == taken != HeadSet([(1, 1)], grid=(3, 4))
     with pytest.raises(ValueError, match="6 heads in 2 of 3 layers and 3 x 4 heads"):
         taken | full
-    for per_layer in ((0, 4), (0, 5, 2), (0, -1, 2), (0, 0, 0)):
-        with pytest.raises(ValueError, match="heads_per_layer is a number from 0 to 4 for each of 3 layers"):
-            HeadSet([], n_layers=3, n_heads=4, heads_per_layer=per_layer)
+
+
+def test_a_grid_counts_its_heads_and_fills_arrays_where_they_are() -> None:
+    grid = HeadGrid((0, 3, 1), n_heads=4)
+    assert (grid.shape, len(grid), grid.layers, grid.is_full) == ((3, 4), 4, [1, 2], False)
+    assert (
+        grid.exists.nonzero().tolist()
+        == [list(head) for head in grid.heads]
+        == [[1, 0], [1, 1], [1, 2], [2, 0]]
+    )
+    assert HeadGrid((0, 3, 1)).n_heads == 3 and HeadGrid.of((2, 3)) == HeadGrid((3, 3)) != HeadGrid((3, 3), 4)
+    values = torch.arange(8.0).reshape(2, 4)
+    filled = grid.filled(values)
+    assert torch.equal(filled[:, grid.exists], values) and filled[:, ~grid.exists].isnan().all()
+    ranks = grid.filled(np.array([3, 1, 2, 0]), NO_HEAD)
+    assert ranks.dtype == torch.int64 and ranks.tolist() == [[-1] * 4, [3, 1, 2, -1], [0, -1, -1, -1]]
+    assert grid.full(5, fill=2).nan_to_num(-1).sum() == 5 * (2 * 4 - 8) and grid.full().isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: HeadGrid((0, 5, 2), 4), ValueError, "heads_per_layer is a number from 0 to n_heads=4 for each"),
+        (lambda: HeadGrid((0, 0, 0), 4), ValueError, r"one at least above 0; got \(0, 0, 0\)"),
+        (lambda: HeadGrid((0, -1, 2)), ValueError, r"heads_per_layer\[1\] is -1"),
+        (lambda: HeadGrid(()), ValueError, "no heads_per_layer given"),
+        (lambda: HeadGrid(4), TypeError, "heads_per_layer is 4"),
+        (lambda: HeadGrid.of((3, 4, 4)), ValueError, r"expected a HeadGrid \(model.grid\), or \(n_layers, n_heads\)"),
+        (lambda: HeadGrid.of((0, 4)), ValueError, "n_layers is 0"),
+        (lambda: HeadSet([], 4), TypeError, "grid is 4"),
+    ],
+)  # fmt: skip
+def test_a_grid_that_no_model_has_is_refused(
+    as_users_run_it: None, make: Callable[[], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make()
 
 
 def test_nan_is_an_error_wherever_a_head_exists() -> None:
-    """Only `heads_per_layer` says that a head is missing: not that its scores are, wherever it stands."""
+    """Only the grid says that a head is missing: not that its scores are, wherever it stands."""
     scores = torch.rand(2, 2, 3)
     scores[:, 1, 1:] = torch.nan
-    assert HeadScores(scores, heads_per_layer=(3, 1)).top(1.0).by_layer()[1] == [0]
-    with pytest.raises(ValueError, match=r"head \(1, 1\) in example 0 is NaN; .*heads_per_layer=model"):
+    assert HeadScores(scores, grid=HeadGrid((3, 1))).top(1.0).by_layer()[1] == [0]
+    with pytest.raises(ValueError, match=r"head \(1, 1\) in example 0 is NaN; .*grid=model.grid"):
         HeadScores(scores)
     with pytest.raises(ValueError, match=r"score of head \(1, 1\) in example 0 is NaN$"):
-        HeadScores(scores, heads_per_layer=(3, 2))
+        HeadScores(scores, grid=HeadGrid((3, 2)))
     with pytest.raises(ValueError, match=r"head \(0, 2\) has a score in example 0, but layer 0 has 2 heads"):
-        HeadScores(scores, heads_per_layer=(2, 1))
+        HeadScores(scores, grid=HeadGrid((2, 1), n_heads=3))
+    with pytest.raises(ValueError, match="scores of 2 layers x 3 heads, the grid has 3 x 3"):
+        HeadScores(scores, grid=(3, 3))
     for example, layer, head in ((1, 0, 2), (slice(None), 0, 1), (slice(None), 1, 2), (slice(None), 0, 0)):
         one = torch.rand(2, 2, 3)
         one[example, layer, head] = torch.nan
@@ -569,15 +604,15 @@ def test_a_saved_nan_is_never_taken_for_a_head_that_there_is_not(tmp_path: Path)
     frame.drop(columns="heads_in_layer").to_parquet(path)
     with pytest.raises(ValueError, match=r"head \(1, 2\) in example 0 is NaN"):
         HeadScores.load(path)
-    assert HeadScores.load(path, heads_per_layer=(3, 2)).heads_per_layer == (3, 2)
-    uneven_scores((2, 3, (3, 1)), 2, 0).save(path)
-    assert HeadScores.load(path).heads_per_layer == (3, 1)
-    assert HeadScores.load(path, heads_per_layer=[3, 1]).heads_per_layer == (3, 1)
+    assert HeadScores.load(path, grid=HeadGrid((3, 2))).grid == HeadGrid((3, 2))
+    uneven_scores(HeadGrid((3, 1)), 2, 0).save(path)
+    assert HeadScores.load(path).grid == HeadGrid((3, 1))
+    assert HeadScores.load(path, grid=HeadGrid((3, 1))).grid == HeadGrid((3, 1))
     with pytest.raises(ValueError, match=r"with \(3, 1\) heads in its layers, not \(3, 2\)"):
-        HeadScores.load(path, heads_per_layer=(3, 2))
+        HeadScores.load(path, grid=HeadGrid((3, 2)))
     HeadScores(torch.rand(1, 2, 3)).save(path)
     pd.read_parquet(path).drop(columns="heads_in_layer").to_parquet(path)
-    assert HeadScores.load(path).heads_per_layer == (3, 3)
+    assert HeadScores.load(path).grid == HeadGrid((3, 3))
 
 
 # ---------------------------------------------------------------------- ties
@@ -600,7 +635,7 @@ def test_scores_that_are_all_alike_choose_no_head() -> None:
         # All of them are no choice, and ranks and tables stay what they were.
         assert len(nothing.top(1.0)) == len(nothing.bottom(20)) == len(nothing.top_spread(20)) == 20
         assert nothing.rank().flatten().tolist() == list(range(20))
-    uneven = HeadScores(torch.tensor([[[0.0, torch.nan], [0.0, 0.0]]]), heads_per_layer=(1, 2))
+    uneven = HeadScores(torch.tensor([[[0.0, torch.nan], [0.0, 0.0]]]), grid=HeadGrid((1, 2)))
     with pytest.raises(ValueError, match="is 0 for each of the 3 heads"):
         uneven.top(1)
     assert len(HeadScores(torch.zeros(1, 1, 1)).top(1)) == 1
@@ -650,8 +685,8 @@ def test_spread_heads_warn_where_another_choice_is_as_good() -> None:
 
 def test_heads_of_a_model_with_other_layers_are_refused() -> None:
     """Sets that say which heads there are; one of the full grid says nothing."""
-    hybrid = HeadSet([(1, 0)], n_layers=3, n_heads=4, heads_per_layer=(0, 4, 2))
-    assert as_head_set(hybrid, 3, 4, (0, 4, 2)) == hybrid
+    hybrid = HeadSet([(1, 0)], HeadGrid((0, 4, 2)))
+    assert as_head_set(hybrid, HeadGrid((0, 4, 2))) == hybrid
     for per_layer in ((0, 4, 4), (4, 4, 4)):
         with pytest.raises(ValueError, match=r"heads are of another model: it has \(0, 4, 2\) heads in its"):
-            as_head_set(hybrid, 3, 4, per_layer)
+            as_head_set(hybrid, HeadGrid(per_layer))

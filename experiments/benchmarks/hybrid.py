@@ -27,7 +27,8 @@ from full_size import PUBLISHED, Published, _qwen3_vl, _qwen3_vl_image, draw_wei
 from transformers.utils import logging as transformers_logging
 
 from mmlens import HookedVLM
-from mmlens.heads import HeadSet, share_of
+from mmlens.head_scores import share_of
+from mmlens.heads import HeadSet
 from mmlens.hybrid.speed import PARTS, prefill_speed
 
 SMALL = Published(
@@ -68,15 +69,13 @@ PAPER = {8192: 1.17, 16384: 1.2, 32768: 1.37, 65536: 1.78, 131072: 2.46}
 def dense_heads(model: HookedVLM, count: int, seed: int) -> dict[str, HeadSet]:
     """`count` heads drawn from all, and as many in as few neighbouring layers as hold them, from the middle on."""
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-    every = HeadSet.every(n_layers, n_heads)
+    every = HeadSet.every((n_layers, n_heads))
     drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     first = min(n_layers // 2, n_layers - -(-count // n_heads)) * n_heads
     packed = range(first, first + count)
     heads = list(every)
     return {
-        f"{name}, {count} of {len(every)}": HeadSet(
-            sorted(heads[at] for at in chosen), n_layers=n_layers, n_heads=n_heads
-        )
+        f"{name}, {count} of {len(every)}": HeadSet(sorted(heads[at] for at in chosen), every.grid)
         for name, chosen in (("spread", drawn), ("packed", packed))
     }
 

@@ -102,8 +102,7 @@ class Planted:
                 raise InvalidValueError(unknown_name_message("role", role, self.roles))
         return HeadSet(
             [self.roles[role] for role in roles],
-            n_layers=self.model.cfg.n_layers,
-            n_heads=self.model.cfg.n_heads,
+            self.model.grid,
         )
 
     def examples(self, n: int, seed: int) -> list[Example]:

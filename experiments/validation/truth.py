@@ -23,7 +23,7 @@ from mmlens.data.examples import Example
 from mmlens.effects.grids import patch_heads, patch_heads_qkv
 from mmlens.effects.measure import effect
 from mmlens.effects.sweeps import sweep
-from mmlens.heads import HeadScores
+from mmlens.head_scores import HeadScores
 from mmlens.interventions.ablation import MODES, ablate, mean_activations
 from mmlens.interventions.attention_edges import knockout
 from mmlens.interventions.paths import path_patch
@@ -176,7 +176,7 @@ def noise_p_values(
     tested = [
         paired_permutation_test(effects.per_example[:, layer, head], zero) for layer, head in model.heads
     ]
-    return {"RAM": attention.p_values[attention.ram.exists.numpy()], "ablation": np.array(tested)}
+    return {"RAM": attention.p_values[attention.ram.grid.exists.numpy()], "ablation": np.array(tested)}
 
 
 def optimism(family: str, seed: int, *, n: int = 20, n_layers: int = 2, n_chosen: int = 1) -> pd.DataFrame:
@@ -211,7 +211,7 @@ def _ram_of(model: HookedVLM, examples: Sequence[Example], seed: int) -> RamSign
 
 def _lost(model: HookedVLM, examples: Sequence[Example]) -> HeadScores:
     effects = _ablation_effects(model, examples)
-    return HeadScores(-effects.per_example, "logits lost", heads_per_layer=effects.heads_per_layer)
+    return HeadScores(-effects.per_example, "logits lost", grid=effects.grid)
 
 
 def _ablation_effects(model: HookedVLM, examples: Sequence[Example]) -> HeadScores:
@@ -219,7 +219,7 @@ def _ablation_effects(model: HookedVLM, examples: Sequence[Example]) -> HeadScor
     means = mean_activations(model, examples)
     heads = {head: ablate([head], "mean", reference=means) for head in model.heads}
     table = sweep(model, examples, heads, logit_difference, batch_size=len(examples), progress=False)
-    effects = torch.full((len(examples), model.cfg.n_layers, model.cfg.n_heads), torch.nan)
+    effects = model.grid.full(len(examples))
     for head, own in table.groupby("intervention"):
         effects[(slice(None), *head)] = torch.tensor((own["value"] - own["clean"]).to_list())
-    return HeadScores(effects, "ablation effect", heads_per_layer=model.heads_per_layer)
+    return HeadScores(effects, "ablation effect", grid=model.grid)

@@ -50,7 +50,8 @@ from mmlens.attribution.runs import (
 )
 from mmlens.effects.grids import layers_with
 from mmlens.errors import InvalidValueError
-from mmlens.heads import HeadScores
+from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadGrid
 from mmlens.hook_names import axes_of, block, layer_of, runs_over_positions
 from mmlens.interventions.patching import PatchSource
 from mmlens.metrics.outcomes import Metric
@@ -95,7 +96,7 @@ class Attribution:
     scores: dict[str, Float[Tensor, "*node"]]
     method: str
     by_position: bool
-    heads_per_layer: tuple[int, ...]
+    grid: HeadGrid
     examples: tuple[str, ...] = ()
     """A fingerprint of each example (`Prompt.fingerprints`); none where that is not known."""
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -136,22 +137,24 @@ class Attribution:
             raise InvalidValueError(
                 "these scores are by position; a head's one score takes by_position=False"
             )
-        per_layer = self.heads_per_layer
-        hooks = [block(layer, _LAYER_NODES[node]) for layer in range(len(per_layer))]
+        grid = self.grid
+        hooks = [block(layer, _LAYER_NODES[node]) for layer in range(grid.n_layers)]
         found = {layer: self.scores[hook] for layer, hook in enumerate(hooks) if hook in self.scores}
         if not found:
             raise InvalidValueError(f"{node!r} was not scored, only {list(self.scores)[:5]}")
-        if node in ("k", "v") and any(own.shape[1] != per_layer[layer] for layer, own in found.items()):
+        if node in ("k", "v") and any(
+            own.shape[1] != grid.heads_per_layer[layer] for layer, own in found.items()
+        ):
             raise InvalidValueError(
                 f"{node!r} has one score per KV head, which several heads share: read scores or table()"
             )
-        grid = torch.full((self.n_examples, len(per_layer), max(per_layer)), torch.nan)
+        values = grid.full(self.n_examples)
         for layer, own in found.items():
-            grid[:, layer, : own.shape[1]] = own
-        missing = [layer for layer, count in enumerate(per_layer) if count and layer not in found]
+            values[:, layer, : own.shape[1]] = own
+        missing = [layer for layer in grid.layers if layer not in found]
         if missing:
             raise InvalidValueError(f"{node!r} was scored in some layers only, not in {missing}")
-        return HeadScores(grid, name=f"attribution ({self.method})", heads_per_layer=per_layer)
+        return HeadScores(values, name=f"attribution ({self.method})", grid=grid)
 
     def axes(self, name: str) -> list[str]:
         """The axes of a hook point's scores after the first: "position", "head", both or none."""
@@ -243,7 +246,7 @@ def attribute(
                 scores |= mean_of(scored(only, graph.gradients()) for graph in graphs)
     weights = weights_fingerprints(model.hf_model)
     ordered = {name: scores[name] for name in names}
-    return Attribution(ordered, method, by_position, model.heads_per_layer, prompt.fingerprints, weights)
+    return Attribution(ordered, method, by_position, model.grid, prompt.fingerprints, weights)
 
 
 # ---------------------------------------------------------------------- nodes

@@ -14,7 +14,8 @@ from mmlens.data.examples import Example
 from mmlens.effects.sweeps import sweep
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.experiment import Setup
-from mmlens.heads import HeadScores, HeadSet, head_name
+from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadSet, head_name
 from mmlens.interventions.ablation import Means, ablate, mean_activations
 from mmlens.metrics.outcomes import Metric, answer_log_probability, logit_difference
 from mmlens.statistics import difference_interval_of
@@ -22,7 +23,7 @@ from mmlens.statistics import difference_interval_of
 
 def all_heads(setup: Setup) -> HeadSet:
     """Every head of the model, layer by layer."""
-    return HeadSet.every(setup.model.cfg.n_layers, setup.model.cfg.n_heads, setup.model.heads_per_layer)
+    return HeadSet.every(setup.model.grid)
 
 
 def first_of_kinds(examples: Sequence[Example], n_per_kind: int | None) -> list[Example]:
@@ -133,12 +134,10 @@ def head_costs(setup: Setup, table: pd.DataFrame, metric: str, mode: str, heads:
     """
     found = costs(table, metric, mode)
     first = table[(table["metric"] == metric) & (table["mode"] == mode)].drop_duplicates("example")
-    grid = torch.full((found.shape[1], heads.n_layers, heads.n_heads), torch.nan)
+    values = heads.grid.full(found.shape[1])
     for layer, head in heads:
-        grid[:, layer, head] = torch.tensor(found.loc[head_name((layer, head))].to_numpy())
-    return HeadScores(
-        grid, f"cost in {metric.replace('_', ' ')}", tuple(first["kind"]), heads.heads_per_layer
-    )
+        values[:, layer, head] = torch.tensor(found.loc[head_name((layer, head))].to_numpy())
+    return HeadScores(values, f"cost in {metric.replace('_', ' ')}", tuple(first["kind"]), heads.grid)
 
 
 def cost_interval(table: pd.DataFrame, seed: int) -> tuple[float, float, float]:

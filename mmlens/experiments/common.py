@@ -17,7 +17,8 @@ from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import ablated, by_example, paired_difference, references
 from mmlens.experiments.experiment import Findings, Setup
-from mmlens.heads import HeadScores, HeadSet, head_name, share_of
+from mmlens.head_scores import HeadScores, share_of
+from mmlens.heads import HeadSet, head_name
 from mmlens.metrics.outcomes import Metric, accuracy, invalid
 from mmlens.statistics import interval_of, ratio_interval
 
@@ -50,7 +51,7 @@ def by_kind(scores: HeadScores) -> dict[str, HeadScores]:
 
 def all_equal(scores: HeadScores) -> bool:
     """Whether the score is the same for every head, so that it ranks none and `top` refuses it."""
-    return bool(np.ptp(scores.values[scores.exists].numpy()) == 0)
+    return bool(np.ptp(scores.values[scores.grid.exists].numpy()) == 0)
 
 
 def top_unless_tied(scores: HeadScores, fraction: float) -> HeadSet | None:
@@ -61,7 +62,7 @@ def top_unless_tied(scores: HeadScores, fraction: float) -> HeadSet | None:
     >>> top_unless_tied(scores, 0.25), top_unless_tied(scores, 0.5)
     (HeadSet(1 of 2 x 2: L0H0), None)
     """
-    ordered = scores.values[scores.exists].sort(descending=True).values
+    ordered = scores.values[scores.grid.exists].sort(descending=True).values
     count = share_of(fraction, len(ordered))
     return None if count < len(ordered) and ordered[count - 1] == ordered[count] else scores.top(fraction)
 
@@ -69,7 +70,7 @@ def top_unless_tied(scores: HeadScores, fraction: float) -> HeadSet | None:
 def head_names(heads: HeadSet, most: int = 12) -> str:
     """Heads as text, the first `most` of them.
 
-    >>> head_names(HeadSet([(1, 3), (0, 2)], n_layers=2, n_heads=4))
+    >>> head_names(HeadSet([(1, 3), (0, 2)], grid=(2, 4)))
     'L1H3 L0H2'
     """
     shown = " ".join(head_name(head) for head in list(heads)[:most])
@@ -252,7 +253,7 @@ def beside_chance(table: pd.DataFrame, series: str) -> pd.DataFrame:
 def resampled_means(scores: HeadScores, n_resamples: int, seed: int) -> np.ndarray:
     """Mean scores [resample, head] of the heads that exist, examples drawn with replacement within each kind."""
     rng = np.random.default_rng(seed)
-    total = np.zeros((n_resamples, int(scores.exists.sum())))
+    total = np.zeros((n_resamples, len(scores.grid)))
     for part in [scores.select(kind) for kind in kinds_of(scores)] if scores.kinds else [scores]:
         counts = rng.multinomial(len(part), np.full(len(part), 1 / len(part)), size=n_resamples)
         total += counts @ flat_per_example(part)
@@ -261,7 +262,7 @@ def resampled_means(scores: HeadScores, n_resamples: int, seed: int) -> np.ndarr
 
 def flat_per_example(scores: HeadScores) -> np.ndarray:
     """[example, head] in float64, the heads that exist in (layer, head) order."""
-    return scores.per_example[:, scores.exists].double().numpy()
+    return scores.per_example[:, scores.grid.exists].double().numpy()
 
 
 def plain(value: Any) -> Any:

@@ -29,7 +29,8 @@ from mmlens.data.examples import Example, check_no_repeats, examples_of, overlap
 from mmlens.effects.measure import Effect, effect
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.common import FIVE_PERCENT, POOLED
-from mmlens.heads import HeadScores, HeadSet, share_of
+from mmlens.head_scores import HeadScores, share_of
+from mmlens.heads import HeadSet
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
 from mmlens.interventions.ablation import Means, ablate, mean_activations
 from mmlens.metrics.outcomes import accuracy, invalid, logit_difference

@@ -55,7 +55,7 @@ def question_attention(
     """
     model_of(model)
     prompt = model.prompt(example.question, images=example.images)
-    means = torch.full((model.cfg.n_layers, model.cfg.n_heads, prompt.shape[1]), torch.nan)
+    means = torch.full((*model.grid.shape, prompt.shape[1]), torch.nan)
 
     def consume(layer: int, rows: Tensor, real: Tensor) -> None:
         mean = mean_of_rows(rows, real)[0]

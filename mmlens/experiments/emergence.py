@@ -23,7 +23,7 @@ from mmlens.effects.measure import effect
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import FIVE_PERCENT, head_names, plain, records
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores
+from mmlens.head_scores import HeadScores
 from mmlens.interventions.ablation import ablate
 from mmlens.interventions.composition import compose
 from mmlens.interventions.patching import patch
@@ -93,7 +93,7 @@ def run(
     models: dict[int, HookedVLM] = {}
     for folder in tqdm(folders, desc="RAM at checkpoints", disable=not setup.progress):
         model = HookedVLM.from_pretrained(str(folder))
-        if (model.cfg.n_layers, model.cfg.n_heads) != (setup.model.cfg.n_layers, setup.model.cfg.n_heads):
+        if model.grid.shape != setup.model.grid.shape:
             raise DataError(
                 f"checkpoint {str(folder)!r} has {model.cfg.n_layers} layers of {model.cfg.n_heads} heads, the model "
                 f"{setup.model.cfg.n_layers} of {setup.model.cfg.n_heads}: it is a checkpoint of another model"
@@ -199,7 +199,7 @@ def _ram(model: HookedVLM, examples: list[Example], batch_size: int) -> HeadScor
             evidence = prompt.token_map.evidence(part)
             per_example.append(attention_mass(model, prompt, prompt.token_map.is_question, evidence))
     kinds = tuple(example.kind for example in examples)
-    return HeadScores(torch.cat(per_example), "RAM", kinds, model.heads_per_layer)
+    return HeadScores(torch.cat(per_example), "RAM", kinds, model.grid)
 
 
 def _accuracy(

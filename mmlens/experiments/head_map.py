@@ -23,7 +23,8 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores, head_name
+from mmlens.head_scores import HeadScores
+from mmlens.heads import head_name
 from mmlens.scores.retrieval import ram
 from mmlens.statistics import basic_interval, percentile_interval
 from mmlens.viz.head_map import plot_head_map
@@ -71,9 +72,11 @@ def run(setup: Setup, *, fraction: float = FIVE_PERCENT, n_resamples: int = 1000
     places = {kind: _place(part, fraction, n_resamples, setup.seed) for kind, part in parts.items()}
     profile = _profile(parts, fraction)
     pooled, top = places[POOLED], scores.top(fraction)
-    in_band = sum(BAND[0] <= _depth(layer, scores.n_layers) <= BAND[1] for layer, _ in top)
-    layers = np.nonzero(scores.exists.numpy())[0]
-    all_in_band = float(np.mean([BAND[0] <= _depth(layer, scores.n_layers) <= BAND[1] for layer in layers]))
+    in_band = sum(BAND[0] <= _depth(layer, scores.grid.n_layers) <= BAND[1] for layer, _ in top)
+    layers = np.nonzero(scores.grid.exists.numpy())[0]
+    all_in_band = float(
+        np.mean([BAND[0] <= _depth(layer, scores.grid.n_layers) <= BAND[1] for layer in layers])
+    )
     agrees = 2 * in_band >= len(top)
     statement = (
         f"The top {fraction:.0%} by RAM ({len(top)} of {len(layers)} heads: {head_names(top)}) lie at a mean "
@@ -148,7 +151,7 @@ def _depth(layer: int | np.integer, n_layers: int) -> float:
 def _place(scores: HeadScores, fraction: float, n_resamples: int, seed: int) -> dict[str, Any]:
     top = scores.top(fraction)
     means = resampled_means(scores, n_resamples, seed)
-    depths = np.nonzero(scores.exists.numpy())[0] / max(scores.n_layers - 1, 1)
+    depths = np.nonzero(scores.grid.exists.numpy())[0] / max(scores.grid.n_layers - 1, 1)
 
     def of(values: np.ndarray) -> dict[str, np.ndarray]:
         """Of mean scores [resample, head]."""
@@ -176,12 +179,12 @@ def _profile(parts: Mapping[str, HeadScores], fraction: float) -> pd.DataFrame:
     rows = []
     for kind, part in parts.items():
         values, top = part.values.double().nan_to_num(0.0), part.top(fraction).by_layer()
-        for layer in range(part.n_layers):
+        for layer in range(part.grid.n_layers):
             rows.append(
                 {
                     "kind": kind,
                     "layer": layer,
-                    "depth": _depth(layer, part.n_layers),
+                    "depth": _depth(layer, part.grid.n_layers),
                     "share_of_ram": float(values[layer].sum() / values.sum()),
                     "top_heads": len(top.get(layer, ())),
                 }

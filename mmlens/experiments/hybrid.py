@@ -27,7 +27,8 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores, HeadSet, as_head_set, share_of
+from mmlens.head_scores import HeadScores, share_of
+from mmlens.heads import HeadSet, as_head_set
 from mmlens.hybrid.rule import StreamingRule
 from mmlens.hybrid.streaming import hybrid_attention
 from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
@@ -185,7 +186,7 @@ def _drawn(scores: HeadScores, count: int, seed: int) -> HeadSet:
     """`count` heads of all, whatever their scores."""
     every = list(scores.top(1.0))
     drawn = np.random.default_rng(seed).choice(len(every), size=count, replace=False)
-    return as_head_set([every[at] for at in drawn], scores.n_layers, scores.n_heads, scores.heads_per_layer)
+    return as_head_set([every[at] for at in drawn], scores.grid)
 
 
 @torch.no_grad()

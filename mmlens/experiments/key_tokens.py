@@ -20,7 +20,8 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadSet, share_of
+from mmlens.head_scores import share_of
+from mmlens.heads import HeadSet
 from mmlens.scores.retrieval import EvidenceAttention, evidence_attention, ram
 from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.viz.intervals import plot_curves, plot_intervals
@@ -70,7 +71,7 @@ def run(
     tokens = token_counts(setup, examples)
     ceiling = 100 * float((tokens[["key", "evidence"]].min(axis=1) / tokens["evidence"]).mean())
     chance = 100 * float((tokens["key"] / tokens["positions"]).mean())
-    total = int(scores.exists.sum())
+    total = len(scores.grid)
 
     per_example, ratios, differences = [], [], {}
     for count in sorted({share_of(share, total) for share in ratio_shares}):

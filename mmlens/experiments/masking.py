@@ -18,7 +18,7 @@ from mmlens.experiments.common import (
 )
 from mmlens.experiments.core_heads_claim import core_heads
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import share_of
+from mmlens.head_scores import share_of
 from mmlens.viz.ablation_curves import plot_ablation_panels
 from mmlens.viz.intervals import plot_intervals
 

@@ -32,7 +32,8 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores, HeadSet, head_name, share_of
+from mmlens.head_scores import HeadScores, share_of
+from mmlens.heads import HeadSet, head_name
 from mmlens.interventions.ablation import MODES
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.scores.retrieval import ram
@@ -86,7 +87,7 @@ def run(
     summary = _summary(of_sets, setup.seed)
 
     judged = first_with_evidence(setup.evaluation, n_per_kind_single)
-    singles = {head_name(head): _only(heads, head) for head in heads}
+    singles = {head_name(head): HeadSet([head], heads.grid) for head in heads}
     of_heads = ablated(setup, judged, singles, reference, metrics)
     cost = {mode: head_costs(setup, of_heads, graded, mode, heads) for mode in modes}
     agreement, pairs = _agreement(cost, n_resamples, setup.seed)
@@ -128,12 +129,6 @@ def run(
                 plot_matrix(agreement.to_numpy(), list(modes), label="Spearman", vmax=1.0),
             ),
         ],
-    )
-
-
-def _only(heads: HeadSet, head: tuple[int, int]) -> HeadSet:
-    return HeadSet(
-        [head], n_layers=heads.n_layers, n_heads=heads.n_heads, heads_per_layer=heads.heads_per_layer
     )
 
 
@@ -190,7 +185,7 @@ def _agreement(
 
 def _disagreement(cost: Mapping[str, HeadScores], heads: HeadSet, most: int = 10) -> pd.DataFrame:
     """The heads with the widest range of costs over the modes, each mode's cost beside it."""
-    means = {mode: own.values[own.exists].numpy() for mode, own in cost.items()}
+    means = {mode: own.values[own.grid.exists].numpy() for mode, own in cost.items()}
     table = pd.DataFrame(means)
     table.insert(0, "head", [head_name(head) for head in heads])
     table["range"] = table[list(means)].max(axis=1) - table[list(means)].min(axis=1)

@@ -33,7 +33,8 @@ from mmlens.experiments.common import (
     top_unless_tied,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores, HeadSet, head_name, share_of
+from mmlens.head_scores import HeadScores, share_of
+from mmlens.heads import HeadSet, head_name
 from mmlens.interventions.ablation import mean_activations
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.model.hooked_vlm import HookedVLM
@@ -90,7 +91,7 @@ def attributed_cost(
         found = attribute(model, prompt, mean_of, metric, nodes="head").heads()
         parts.append(-found.per_example)
     kinds = tuple(example.kind for example in examples)
-    return HeadScores(torch.cat(parts), "attribution", kinds, model.heads_per_layer)
+    return HeadScores(torch.cat(parts), "attribution", kinds, model.grid)
 
 
 SCORES: dict[str, Callable[..., HeadScores]] = {
@@ -139,7 +140,7 @@ def run(
     graded, graded_function = graded_metric(evaluation)
     metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
     groups = {name: _groups(found[name], heads, n_groups) for name in names}
-    sets = {head_name(head): heads & HeadSet([head], **_model(heads)) for head in heads}
+    sets = {head_name(head): heads & HeadSet([head], heads.grid) for head in heads}
     sets |= {f"{name} {at}": group for name in names for at, group in enumerate(groups[name])}
     table = ablated(setup, evaluation, sets, references(setup, [mode]), metrics)
     layers = np.array([layer for layer, _ in heads])
@@ -176,7 +177,7 @@ def run(
                         "metric": metric,
                         "head": [head_name(head) for head in heads],
                         "value": flat_per_example(found[name]).mean(0),
-                        "rank": found[name].rank()[found[name].exists].numpy() + 1,
+                        "rank": found[name].rank()[found[name].grid.exists].numpy() + 1,
                         "cost": effect.mean(0),
                         "detected": detected,
                     }
@@ -236,10 +237,6 @@ def run(
 def _as_means(correlations: pd.DataFrame) -> pd.DataFrame:
     named = correlations.rename(columns={"rho": "mean", "rho_low": "low", "rho_high": "high"})
     return named.fillna({"mean": 0.0})
-
-
-def _model(heads: HeadSet) -> dict[str, Any]:
-    return {"n_layers": heads.n_layers, "n_heads": heads.n_heads, "heads_per_layer": heads.heads_per_layer}
 
 
 def _groups(scores: HeadScores, heads: HeadSet, n_groups: int) -> list[HeadSet]:

@@ -33,7 +33,8 @@ from mmlens.experiments.common import (
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.experiments.masking import LARGEST_OF_QWEN
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadSet
 from mmlens.metrics.outcomes import accuracy
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt, assembled_prompt, with_answers
@@ -118,7 +119,7 @@ def run(
     ablation = ablation_table(outcomes, setup.seed)
     table = pd.DataFrame([compared(reading, outcomes, ablation, setup.seed) for reading in readings])
     changed = table[(table["low"] > 0) | (table["high"] < 0)]
-    total = int(ours.exists.sum())
+    total = len(ours.grid)
     statement = (
         f"{len(readings)} of {len(readings) + len(left_out)} doubtful points were read both ways. "
         + "; ".join(_said(row) for row in table.to_dict("records"))
@@ -256,7 +257,7 @@ def ram_from(
         prompt = setup.model.prompt_examples(batch)
         parts.append(attention_mass(setup.model, prompt, queries(prompt), prompt.token_map.evidence(batch)))
     kinds = tuple(example.kind for example in examples)
-    return HeadScores(torch.cat(parts), "RAM from other positions", kinds, setup.model.heads_per_layer)
+    return HeadScores(torch.cat(parts), "RAM from other positions", kinds, setup.model.grid)
 
 
 def _question_tokens(
@@ -278,9 +279,7 @@ def _number_of_heads(
 ) -> Reading | str:
     heads, fewer = ours.top(fraction), ours.top(LARGEST_OF_QWEN)
     if len(heads) == len(fewer):
-        return (
-            f"{fraction:.1%} and {LARGEST_OF_QWEN:.1%} of {int(ours.exists.sum())} heads are the same number"
-        )
+        return f"{fraction:.1%} and {LARGEST_OF_QWEN:.1%} of {len(ours.grid)} heads are the same number"
     return Reading("number of heads", f"{fraction:.0%}", f"{LARGEST_OF_QWEN:.1%}", heads, fewer, mode, mode)
 
 
@@ -290,8 +289,8 @@ def _mean_of_ranks(
     kinds = kinds_of(ours)
     if len(kinds) < 2:
         return "there is one kind of task"
-    ranks = [ours.select(kind).rank().double().masked_fill(~ours.exists, torch.nan) for kind in kinds]
-    other = HeadScores(-torch.stack(ranks), "mean rank over kinds", tuple(kinds), ours.heads_per_layer)
+    ranks = [ours.select(kind).rank().double().masked_fill(~ours.grid.exists, torch.nan) for kind in kinds]
+    other = HeadScores(-torch.stack(ranks), "mean rank over kinds", tuple(kinds), ours.grid)
     return _compared(
         "mean over examples",
         ("mean RAM of all examples", "mean of the kinds' ranks"),
@@ -376,7 +375,7 @@ def _evidence_tags(
         masses.append(attention_mass(model, prompt, prompt.token_map.is_question, evidence))
         prompts.append(prompt)
     kinds = tuple(example.kind for example in chosen)
-    tagged = HeadScores(torch.cat(masses), "RAM with tags", kinds, model.heads_per_layer)
+    tagged = HeadScores(torch.cat(masses), "RAM with tags", kinds, model.grid)
     untagged = ram(model, chosen, batch_size=setup.batch_size, progress=setup.progress)
     with_tags = effect(model, prompts, None, accuracy).mean
     without = effect(model, chosen, None, accuracy, batch_size=setup.batch_size).mean

@@ -37,7 +37,8 @@ from mmlens.experiments.common import (
     resampled_means,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores, HeadSet, share_of
+from mmlens.head_scores import HeadScores, share_of
+from mmlens.heads import HeadSet
 from mmlens.metrics.outcomes import accuracy
 from mmlens.scores.attention import (
     gaze_score,
@@ -134,7 +135,7 @@ def run(
     numbers = {
         "top": tops,
         "count": len(next(iter(tops.values()))),
-        "n_heads": int(next(iter(found.scores.values())).exists.sum()),
+        "n_heads": len(next(iter(found.scores.values())).grid),
         "graded": graded,
         "clean": {metric: _clean(outcomes, controls, metric) for metric in ("accuracy", graded)},
         "n_selection": found.n_examples,
@@ -244,7 +245,7 @@ def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_
         focused = query_focused_score(model, examples, null_question=null_questions[0], **options)
     found.add("query-focused", focused)
     found.add("gaze", gaze_score(model, examples, **options))
-    n_lowest = share_of(fraction, int(attention.ram.exists.sum()))
+    n_lowest = share_of(fraction, len(attention.ram.grid))
     found.add("localization", localization_score(model, examples, n_lowest=n_lowest, **options))
     right = _answered_right(setup, examples)
     if right:
@@ -300,7 +301,7 @@ def _read_null(setup: Setup, question: str) -> list[str]:
 
 
 def _per_example(name: str, scores: HeadScores) -> pd.DataFrame:
-    example, layer, head = scores.exists.expand_as(scores.per_example).nonzero().numpy().T
+    example, layer, head = scores.grid.exists.expand_as(scores.per_example).nonzero().numpy().T
     kinds = scores.kinds or ("",) * len(scores)
     return pd.DataFrame(
         {
@@ -309,7 +310,7 @@ def _per_example(name: str, scores: HeadScores) -> pd.DataFrame:
             "kind": [kinds[index] for index in example],
             "layer": layer,
             "head": head,
-            "value": scores.per_example[:, scores.exists].flatten().numpy(),
+            "value": scores.per_example[:, scores.grid.exists].flatten().numpy(),
         }
     )
 
@@ -417,7 +418,7 @@ def _table(
     rows = []
     of_top = effects[effects["arm"] == TOP].set_index(["score", "metric", "group"])
     for name, own in scores.items():
-        values = own.values[own.exists].sort(descending=True).values
+        values = own.values[own.grid.exists].sort(descending=True).values
         count = len(tops[name])
         positive = int((values > 0).sum())
         row: dict[str, Any] = {

@@ -24,7 +24,8 @@ from mmlens.experiments.ablations import (
 )
 from mmlens.experiments.common import FIVE_PERCENT, head_names, matched_controls, plain, ranged, with_evidence
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadSet, head_name, share_of
+from mmlens.head_scores import share_of
+from mmlens.heads import HeadSet, head_name
 from mmlens.hook_names import block
 from mmlens.interventions.ablation import ablate
 from mmlens.metrics.outcomes import Metric, accuracy
@@ -74,7 +75,7 @@ def run(
         for draw, own in enumerate(matched_controls(top, n_draws, setup.seed)[0]):
             groups["random", size, draw] = top.random(setup.seed + draw)
             groups["layer_matched", size, draw] = own
-    members = {head_name(head): HeadSet([head], **_grid(heads)) for own in groups.values() for head in own}
+    members = {head_name(head): HeadSet([head], heads.grid) for own in groups.values() for head in own}
     sets = members | {_label(key): own for key, own in groups.items()}
     reference = references(setup, [mode])
     table = ablated(setup, examples, sets, reference, metrics)
@@ -131,10 +132,6 @@ def run(
 
 
 _ORDER = {"top": 0, "layer_matched": 1, "random": 2}
-
-
-def _grid(heads: HeadSet) -> dict[str, Any]:
-    return {"n_layers": heads.n_layers, "n_heads": heads.n_heads, "heads_per_layer": heads.heads_per_layer}
 
 
 def _label(key: tuple[str, int, int]) -> str:
@@ -203,7 +200,7 @@ def direct_contributions(
     direction = (right - other) / (own if scale is None else scale.to(own))[:, None]
     if model.ln_final is not None and subtracts_mean(model.ln_final):
         direction = direction - direction.mean(-1, keepdim=True)
-    found = torch.full((len(prompt), model.cfg.n_layers, model.cfg.n_heads), torch.nan)
+    found = model.grid.full(len(prompt))
     for layer, name in zip(model.attention_layers, names, strict=True):
         attn = model.blocks[layer].attn
         part = torch.einsum("bhd,hdm,bm->bh", cache[name][:, -1].float(), attn.W_O.float(), direction)

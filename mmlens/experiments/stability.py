@@ -30,7 +30,8 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadSet
 from mmlens.scores.retrieval import ram
 from mmlens.statistics import (
     percentile_interval,
@@ -121,9 +122,9 @@ def run(
         }
         pairs.append({"one": one, "other": other, "spearman": rho, "low": low, "high": high} | clean)
     correlations = pd.DataFrame(pairs)
-    n_heads, top = int(scores.exists.sum()), len(scores.top(fraction))
+    n_heads, top = len(scores.grid), len(scores.top(fraction))
     stable = scores.stability(fraction)
-    observed = np.bincount(stable[scores.exists].numpy(), minlength=len(kinds) + 1)
+    observed = np.bincount(stable[scores.grid.exists].numpy(), minlength=len(kinds) + 1)
     chance = chance_of_shared(n_heads, top, len(kinds), n_draws, setup.seed)
     p_value = float((1 + (chance[:, -1] >= observed[-1]).sum()) / (1 + n_draws))
     expected = n_heads * scipy.stats.binom.pmf(range(len(kinds) + 1), len(kinds), top / n_heads)
@@ -137,9 +138,7 @@ def run(
     )
     everywhere = HeadSet(
         (stable == len(kinds)).nonzero().tolist(),
-        n_layers=scores.n_layers,
-        n_heads=scores.n_heads,
-        heads_per_layer=scores.heads_per_layer,
+        scores.grid,
     )
     lowest = correlations.loc[correlations["spearman"].idxmin()]
     in_size = bool(lowest["high"] >= LOWEST_PUBLISHED)
@@ -205,8 +204,8 @@ def run(
 
 def _as_scores(counts: Int[Tensor, "layer head"], like: HeadScores) -> HeadScores:
     """Counts per head for a map that knows which heads there are."""
-    values = counts.double().masked_fill(~like.exists, torch.nan)
-    return HeadScores(values[None], "kinds of task", heads_per_layer=like.heads_per_layer)
+    values = counts.double().masked_fill(~like.grid.exists, torch.nan)
+    return HeadScores(values[None], "kinds of task", grid=like.grid)
 
 
 def _reliability(scores: HeadScores, n_splits: int, seed: int) -> pd.DataFrame:

@@ -21,7 +21,8 @@ from mmlens.experiments.ablations import (
 )
 from mmlens.experiments.common import plain, with_evidence
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.heads import Head, HeadScores, HeadSet, head_name, share_of
+from mmlens.head_scores import HeadScores, share_of
+from mmlens.heads import HeadSet, head_name
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.scores.retrieval import ram
 from mmlens.statistics import interval_of
@@ -69,7 +70,7 @@ def run(
     }
     for draw, rng in enumerate(rngs):
         order = [heads.heads[at] for at in rng.permutation(len(heads))]
-        kept |= {("random", count, draw): _set(order[:count], heads) for count in counts}
+        kept |= {("random", count, draw): HeadSet(order[:count], heads.grid) for count in counts}
     for count in counts:
         for draw, rng in enumerate(rngs):
             kept["layer_matched", count, draw] = same_layers(kept[rankings[0], count, 0], rng)
@@ -133,7 +134,7 @@ def run(
 def same_layers(heads: HeadSet, rng: np.random.Generator) -> HeadSet:
     """As many heads in each layer as `heads` has, drawn from all heads of that layer, those of `heads` included.
 
-    >>> chosen = HeadSet([(0, 1), (1, 0), (1, 1)], n_layers=2, n_heads=2)
+    >>> chosen = HeadSet([(0, 1), (1, 0), (1, 1)], grid=(2, 2))
     >>> drawn = same_layers(chosen, np.random.default_rng(0))
     >>> [len(drawn.by_layer()[layer]) for layer in (0, 1)]
     [1, 2]
@@ -141,15 +142,9 @@ def same_layers(heads: HeadSet, rng: np.random.Generator) -> HeadSet:
     drawn = [
         (layer, int(head))
         for layer, members in heads.by_layer().items()
-        for head in rng.permutation(heads.heads_per_layer[layer])[: len(members)]
+        for head in rng.permutation(heads.grid.heads_per_layer[layer])[: len(members)]
     ]
-    return _set(drawn, heads)
-
-
-def _set(chosen: Sequence[Head], heads: HeadSet) -> HeadSet:
-    return HeadSet(
-        chosen, n_layers=heads.n_layers, n_heads=heads.n_heads, heads_per_layer=heads.heads_per_layer
-    )
+    return HeadSet(drawn, heads.grid)
 
 
 def _ranking(setup: Setup, ranking: str, heads: HeadSet) -> HeadScores:
@@ -158,7 +153,7 @@ def _ranking(setup: Setup, ranking: str, heads: HeadSet) -> HeadScores:
         return ram(setup.model, selection, batch_size=setup.batch_size, progress=setup.progress)
     examples = first_with_evidence(setup.selection, 6)
     graded, function = graded_metric(examples)
-    singles = {head_name(head): _set([head], heads) for head in heads}
+    singles = {head_name(head): HeadSet([head], heads.grid) for head in heads}
     table = ablated(setup, examples, singles, references(setup, ["mean"]), {graded: function})
     return head_costs(setup, table, graded, "mean", heads)
 

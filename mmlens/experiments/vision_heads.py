@@ -55,7 +55,7 @@ def run(
     options: dict[str, Any] = {"batch_size": setup.batch_size, "progress": setup.progress}
     chosen_on = evidence_attention(setup.model, with_evidence(setup.selection), **options)
     core, vision = chosen_on.ram.top(fraction), chosen_on.vision_mass.top(fraction)
-    total, both = int(chosen_on.ram.exists.sum()), core & vision
+    total, both = len(chosen_on.ram.grid), core & vision
     by_chance = scipy.stats.hypergeom(total, len(core), len(vision))
     p_value = float(by_chance.sf(len(both) - 1))
     spearman = chosen_on.ram.spearman(chosen_on.vision_mass)

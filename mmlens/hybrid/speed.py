@@ -53,7 +53,7 @@ class Work:
 def prefill_work(model: HookedVLM, dense: HeadSet | None, n_positions: int, rule: StreamingRule) -> Work:
     """The work of a prefill of text with these heads dense and the others under `rule`; None: all dense."""
     scores = n_positions * (n_positions + 1) / 2
-    heads = sum(model.heads_per_layer)
+    heads = len(model.grid)
     n_dense = heads if dense is None else len(dense)
     full = n_dense + (heads - n_dense) * rule.share(n_positions)
     size = model.hf_model.dtype.itemsize
@@ -125,10 +125,7 @@ def prefill_speed(
             f"lengths are 2 or more, repeats 1 or more, not lengths={list(lengths)} and repeats={repeats}"
         )
     rule = StreamingRule(sink, window)
-    sets = {
-        name: as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer, at_least=0)
-        for name, heads in dense.items()
-    }
+    sets = {name: as_head_set(heads, model.grid, at_least=0) for name, heads in dense.items()}
     if all(rule.sees_all(length) for length in lengths):
         raise InvalidValueError(
             f"no head would stream: none of the lengths {list(lengths)} exceeds {sink} sinks and a window of {window}"
@@ -160,7 +157,7 @@ def prefill_speed(
             {
                 "heads": name,
                 "n_dense": len(heads),
-                "dense_share": len(heads) / sum(model.heads_per_layer),
+                "dense_share": len(heads) / len(model.grid),
                 "length": length,
                 "part": part,
                 "dense_seconds": float(np.mean([before for before, _ in took])),
@@ -243,7 +240,7 @@ def _attention_calls(
             return dense
         return lambda: streaming.run(query, key, value, None, True, None)
 
-    return [(dense, hybrid_of(layer)) for layer, count in enumerate(model.heads_per_layer) if count]
+    return [(dense, hybrid_of(layer)) for layer in model.grid.layers]
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -56,9 +56,7 @@ def hybrid_attention(
     >>> bool((logits - model(prompt)).abs().max() > 0)
     True
     """
-    heads = as_head_set(
-        dense, model_of(model).cfg.n_layers, model.cfg.n_heads, model.heads_per_layer, at_least=0
-    )
+    heads = as_head_set(dense, model_of(model).grid, at_least=0)
     rule = StreamingRule(sink, window)
     if path not in PATHS:
         raise InvalidValueError(f"path is one of {', '.join(PATHS)}, not {path!r}")
@@ -68,8 +66,7 @@ def hybrid_attention(
         raise UnsupportedError(
             f"hybrid attention stands in for sdpa or eager attention, and the model was loaded with {implementation!r}"
         )
-    layers = [layer for layer, count in enumerate(model.heads_per_layer) if count]
-    taps = {layer: model.attention_tap(layer) for layer in layers}
+    taps = {layer: model.attention_tap(layer) for layer in model.grid.layers}
     if any(tap.streaming is not None for tap in taps.values()):
         raise StateError("hybrid attention is open on this model already: close it first")
     by_layer, tally, held = heads.by_layer(), Tally(), object()
@@ -77,7 +74,7 @@ def hybrid_attention(
     def begin() -> HeadSet:
         model.watch.add(held)
         for layer, tap in taps.items():
-            is_dense = torch.zeros(model.heads_per_layer[layer], dtype=torch.bool)
+            is_dense = torch.zeros(model.grid.heads_per_layer[layer], dtype=torch.bool)
             is_dense[by_layer.get(layer, [])] = True
             tap.streaming = StreamingLayer(
                 f"layer {layer} of {model.family.model_type}", is_dense, rule, path, tally
@@ -94,7 +91,7 @@ def hybrid_attention(
             return
         why = (
             "all heads are dense"
-            if len(heads) == len(model.heads)
+            if len(heads) == len(model.grid)
             else f"no prompt was longer than {sink} sinks and a window of {window} (the longest has {tally.longest})"
         )
         warnings.warn(f"hybrid attention changed nothing: {why}", NoChangeWarning, stacklevel=4)

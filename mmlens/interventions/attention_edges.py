@@ -234,7 +234,7 @@ def _listed_heads(heads: object) -> list[Any]:
 
 def _head_set(model: HookedVLM, heads: Heads, *, over_the_prompt: bool = False) -> HeadSet:
     """`heads` as a HeadSet of this model; `over_the_prompt` refuses heads whose keys are not the prompt's positions."""
-    chosen = as_head_set(heads, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
+    chosen = as_head_set(heads, model.grid)
     elsewhere = [layer for layer in chosen.by_layer() if _looks_elsewhere(model, layer)]
     if over_the_prompt and elsewhere:
         raise InvalidValueError(
@@ -267,7 +267,7 @@ def _edge_heads(
             raise InvalidValueError("knockout: no layers given: expected at least one, or None for all")
     pairs = []
     for layer in chosen:
-        n_heads = model.heads_per_layer[layer] if 0 <= layer < model.cfg.n_layers else 0
+        n_heads = model.grid.heads_per_layer[layer] if 0 <= layer < model.cfg.n_layers else 0
         # A layer that there is not, or without heads, is refused by its head 0.
         pairs += [(layer, head) for head in (range(n_heads or 1) if heads is None else heads)]
     return _head_set(model, pairs, over_the_prompt=True)
@@ -285,7 +285,7 @@ def _looks_elsewhere(model: HookedVLM, layer: int) -> bool:
 def _by_hook(model: HookedVLM, heads: HeadSet, hook: str) -> list[tuple[str, list[int] | None]]:
     """[(hook point, the heads to edit there)]; None where these are all of its heads."""
     return [
-        (block(layer, hook), None if sorted(own) == list(range(model.heads_per_layer[layer])) else own)
+        (block(layer, hook), None if sorted(own) == list(range(model.grid.heads_per_layer[layer])) else own)
         for layer, own in heads.by_layer().items()
     ]
 

@@ -117,7 +117,7 @@ def component(model: HookedVLM, spec: Spec) -> Component:
         raise InvalidTypeError(f"a component is {_WAYS}, not {spec!r}")
     layer, what = int(within[0]), within[1]
     if not stack and len(within) == 2 and not isinstance(what, str):
-        as_head_set([within], model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
+        as_head_set([within], model.grid)
     if not 0 <= layer < len(layers):
         where = f"its {spec[0]} stack" if stack else "the model"
         raise OutOfRangeError(
@@ -150,7 +150,7 @@ def components(model: HookedVLM, given: Specs) -> list[Component]:
     Raises what `component` and `as_head_set` raise, and ValueError for none, or for one that is named twice.
     """
     if isinstance(given, HeadSet | np.ndarray | Tensor):
-        given = list(as_head_set(given, model.cfg.n_layers, model.cfg.n_heads, model.heads_per_layer))
+        given = list(as_head_set(given, model.grid))
     found = [component(model, spec) for spec in ([given] if isinstance(given, str) else given)]
     if not found:
         raise InvalidValueError(f"no heads or other components given: expected at least one of {_WAYS}")

@@ -249,7 +249,7 @@ def _reader(model: HookedVLM, receiver: Any) -> _Reader:
         hook = block(layer, "hook_mlp_in")
         _require(model, f"receiver {receiver!r}", hook)
         return _Reader("mlp", layer, _depth(layer, _MLP), hook, f"{part.label} in")
-    ((layer, head),) = as_head_set([receiver[:2]], n_layers, model.cfg.n_heads, model.heads_per_layer)
+    ((layer, head),) = as_head_set([receiver[:2]], model.grid)
     attention = model.anatomy.language[layer].attention
     assert attention is not None
     hook = block(layer, f"attn.hook_{what}")

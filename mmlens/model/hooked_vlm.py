@@ -51,6 +51,7 @@ from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, dissect
 from mmlens.families.catalog import family_of
 from mmlens.families.media import unmapped_message
 from mmlens.families.record import Family
+from mmlens.heads import HeadGrid
 from mmlens.interrupts import OpenBlock, Temporary, undone
 from mmlens.model import keywords, loading
 from mmlens.model.attention import AttentionTap, QueryRows, tap_attention, untap_attention
@@ -285,14 +286,15 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         return list(self._attention_taps)
 
     @property
-    def heads_per_layer(self) -> tuple[int, ...]:
-        """How many heads each language layer has: none where it has no softmax attention."""
-        return tuple(parts.attention.n_heads if parts.attention else 0 for parts in self.anatomy.language)
+    def grid(self) -> HeadGrid:
+        """Which heads the language model has: how many in each layer, none where it has no softmax attention."""
+        attention = [parts.attention for parts in self.anatomy.language]
+        return HeadGrid(tuple(own.n_heads if own else 0 for own in attention))
 
     @property
     def heads(self) -> list[tuple[int, int]]:
         """Every language head as (layer, head)."""
-        return [(layer, head) for layer, count in enumerate(self.heads_per_layer) for head in range(count)]
+        return list(self.grid.heads)
 
     def prompt(self, questions: str | Iterable[str], images: Iterable[Any] | None = ()) -> Prompt:
         """Model inputs and token map for one question and its images, or for a batch of both.

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from mmlens.arguments import fractions_of, instance_of, path_of
 from mmlens.experiments.common import POOLED
 from mmlens.experiments.hybrid import CORE, MATCHED
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadSet
 from mmlens.hybrid.rule import StreamingRule
 from mmlens.hybrid.speed import PARTS, prefill_speed
 from mmlens.model.hooked_vlm import HookedVLM, model_of

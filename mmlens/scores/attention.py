@@ -32,7 +32,7 @@ from torch import Tensor
 from mmlens.arguments import fraction_of, instance_of, number, one_of, shown, text, whole_number
 from mmlens.data.examples import Evidence, Example
 from mmlens.errors import InvalidTypeError, InvalidValueError
-from mmlens.heads import HeadScores
+from mmlens.head_scores import HeadScores
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt, UnknownWordWarning
 from mmlens.scores.retrieval import attention_mass, mean_of_rows
@@ -78,7 +78,7 @@ def null_calibrated_ram(
     """
     examples = scored_examples(model, examples, batch_size, progress, mapping)
     text("null_question", null_question)
-    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    per_example = torch.empty(len(examples), *model.grid.shape)
     pairs = _with_null_prompts(model, examples, null_question, batch_size, progress, "null-calibrated RAM")
     for chosen, prompt, null in pairs:
         batch = [examples[i] for i in chosen]
@@ -92,7 +92,7 @@ def null_calibrated_ram(
             for each in (prompt, null)
         )
         per_example[chosen] = asked - unasked
-    return HeadScores(per_example, "null-calibrated RAM", kinds_of_examples(examples), model.heads_per_layer)
+    return HeadScores(per_example, "null-calibrated RAM", kinds_of_examples(examples), model.grid)
 
 
 def query_focused_score(
@@ -128,7 +128,7 @@ def query_focused_score(
     if null_question is not None:
         text("null_question", null_question, "a text, or None for no null,")
     cut = None if cut is None else number("cut", cut, least=0)
-    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    per_example = torch.empty(len(examples), *model.grid.shape)
     pairs = (
         ((chosen, prompt, None) for chosen, prompt in prompts_of(model, examples, batch_size, progress, "QR"))
         if null_question is None
@@ -151,7 +151,7 @@ def query_focused_score(
                 )
             scores.put(layer, torch.stack(rows))
         per_example[chosen] = scores.take()
-    return HeadScores(per_example, "query-focused score", kinds_of_examples(examples), model.heads_per_layer)
+    return HeadScores(per_example, "query-focused score", kinds_of_examples(examples), model.grid)
 
 
 def gaze_score(
@@ -177,11 +177,11 @@ def gaze_score(
     """
     examples = scored_examples(model, examples, batch_size, progress, mapping)
     one_of("region", region, get_args(Region))
-    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    per_example = torch.empty(len(examples), *model.grid.shape)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "gaze"):
         keys = _region_tokens(prompt.token_map, [examples[i] for i in chosen], region, mapping)
         per_example[chosen] = attention_mass(model, prompt, prompt.last, keys)
-    return HeadScores(per_example, "gaze score", kinds_of_examples(examples), model.heads_per_layer)
+    return HeadScores(per_example, "gaze score", kinds_of_examples(examples), model.grid)
 
 
 def ram_per_token(
@@ -200,12 +200,12 @@ def ram_per_token(
     HeadScores(RAM per token: 8 layers x 8 heads, 2 examples)
     """
     examples = scored_examples(model, examples, batch_size, progress, mapping)
-    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    per_example = torch.empty(len(examples), *model.grid.shape)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM per token"):
         evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
         mass = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
         per_example[chosen] = mass / evidence.sum(-1).cpu()[:, None, None]
-    return HeadScores(per_example, "RAM per token", kinds_of_examples(examples), model.heads_per_layer)
+    return HeadScores(per_example, "RAM per token", kinds_of_examples(examples), model.grid)
 
 
 def ram_lift(
@@ -233,7 +233,7 @@ def ram_lift(
     """
     examples = scored_examples(model, examples, batch_size, progress, mapping)
     one_of("shape", shape, ("same", "any"))
-    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    per_example = torch.empty(len(examples), *model.grid.shape)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM lift"):
         batch = [examples[i] for i in chosen]
         evidence = prompt.token_map.evidence(batch, mapping=mapping)
@@ -255,7 +255,7 @@ def ram_lift(
 
         read_rows(model, prompt, prompt.token_map.is_question, real_positions(prompt), consume)
         per_example[chosen] = lift.take()
-    return HeadScores(per_example, "RAM lift", kinds_of_examples(examples), model.heads_per_layer)
+    return HeadScores(per_example, "RAM lift", kinds_of_examples(examples), model.grid)
 
 
 def fake_region(
@@ -341,7 +341,7 @@ def half_mass_share(scores: HeadScores, share: float = 0.5) -> float:
     """
     instance_of("scores", scores, HeadScores, "HeadScores")
     share = fraction_of("share", share)
-    values = scores.values[scores.exists].double()
+    values = scores.values[scores.grid.exists].double()
     positive = values.clamp(min=0).sort(descending=True).values
     if not bool(positive[0] > 0):
         raise InvalidValueError(f"{scores.name}: no head has a positive score, so there is no mass to share")

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmlens.arguments import listed, shown, texts, whole_number
 from mmlens.data.examples import Evidence, Example, regions_of
 from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
-from mmlens.heads import HeadScores
+from mmlens.head_scores import HeadScores
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
@@ -72,7 +72,7 @@ def copy_score(
     if len(own) != len(examples):
         raise InvalidValueError(f"{len(own)} needles for {len(examples)} examples: one text each")
     spans = [_needle_span(example, needle) for example, needle in zip(examples, own, strict=True)]
-    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    per_example = torch.empty(len(examples), *model.grid.shape)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "copy score"):
         positions = [_question_positions(model, prompt, row, spans[i]) for row, i in enumerate(chosen)]
 
@@ -83,7 +83,7 @@ def copy_score(
             return {at: 1 / len(positions[row]) for at in positions[row] if int(ids[at]) == token}
 
         per_example[chosen] = _decoded_credit(model, prompt, max_new_tokens, credit)
-    return HeadScores(per_example, "copy score", kinds_of_examples(examples), model.heads_per_layer)
+    return HeadScores(per_example, "copy score", kinds_of_examples(examples), model.grid)
 
 
 def visual_head_score(
@@ -123,7 +123,7 @@ def visual_head_score(
         pairs = [_word_pairs(f"words[{at}]", own) for at, own in enumerate(listed("words", words, _WORDS))]
     if len(pairs) != len(examples):
         raise InvalidValueError(f"words for {len(pairs)} examples, but there are {len(examples)}")
-    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    per_example = torch.empty(len(examples), *model.grid.shape)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "visual head score"):
         regions = [
             [(word, _positions(prompt, row, evidence, mapping)) for word, evidence in pairs[i]]
@@ -138,16 +138,14 @@ def visual_head_score(
             return {at: 1 / len(matching[0]) for at in matching[0]} if len(matching) == 1 else {}
 
         per_example[chosen] = _decoded_credit(model, prompt, max_new_tokens, credit)
-    return HeadScores(per_example, "visual head score", kinds_of_examples(examples), model.heads_per_layer)
+    return HeadScores(per_example, "visual head score", kinds_of_examples(examples), model.grid)
 
 
 @torch.no_grad()
 def _decoded_credit(model: HookedVLM, prompt: Prompt, max_new_tokens: int, credit: Credit) -> Tensor:
     """[batch, layer, head]: the credit of each step's argmax key, summed over the steps of the answer."""
     ids, attended = _decode(model, prompt, max_new_tokens)
-    total = torch.full((len(prompt), model.cfg.n_layers, model.cfg.n_heads), torch.nan)
-    for layer, n_heads in enumerate(model.heads_per_layer):
-        total[:, layer, :n_heads] = 0
+    total = model.grid.full(len(prompt), fill=0)
     answering = _before_the_end(model, ids)
     for row in range(len(ids)):
         for step in range(int(answering[row].sum())):

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmlens.arguments import instance_of, one_of
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
-from mmlens.heads import HeadScores
+from mmlens.head_scores import HeadScores
 from mmlens.model.hooked_vlm import Hook, HookedVLM, model_of
 from mmlens.model.prompt import Prompt, answer_ids_of, check_left_padding, prompt_of, with_answers
 from mmlens.model.taps import norm_arithmetic
@@ -67,7 +67,7 @@ def logit_contribution(
     one_of("final_norm", final_norm, FINAL_NORMS)
     if off_evidence is not None:
         one_of("off_evidence", off_evidence, OFF_EVIDENCE)
-    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    per_example = torch.empty(len(examples), *model.grid.shape)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "logit contribution"):
         batch = [examples[i] for i in chosen]
         prompt = with_answers(prompt, model.processor, batch)
@@ -77,7 +77,7 @@ def logit_contribution(
             others = prompt.token_map.is_image if off_evidence == "visual" else ~prompt.token_map.is_padding
             weights -= _length_matched(evidence, others.cpu() & ~evidence)
         per_example[chosen] = position_contributions(model, prompt, weights, final_norm=final_norm)
-    return HeadScores(per_example, "logit contribution", kinds_of_examples(examples), model.heads_per_layer)
+    return HeadScores(per_example, "logit contribution", kinds_of_examples(examples), model.grid)
 
 
 @torch.no_grad()

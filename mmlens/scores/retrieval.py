@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.data.examples import Example
-from mmlens.heads import Heads, HeadScores, as_head_set
+from mmlens.head_scores import HeadScores
+from mmlens.heads import Heads, as_head_set
 from mmlens.model.hooked_vlm import HookedVLM, Inputs, model_of
 from mmlens.model.prompt import Prompt, prompt_of
 from mmlens.scores.rows import (
@@ -99,11 +100,11 @@ def ram(
     `attention_mass` does.
     """
     examples = scored_examples(model, examples, batch_size, progress, mapping)
-    per_example = torch.empty(len(examples), model.cfg.n_layers, model.cfg.n_heads)
+    per_example = torch.empty(len(examples), *model.grid.shape)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM"):
         evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
         per_example[chosen] = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
-    return HeadScores(per_example, "RAM", kinds_of_examples(examples), model.heads_per_layer)
+    return HeadScores(per_example, "RAM", kinds_of_examples(examples), model.grid)
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,12 @@ class EvidenceAttention:
     def key_token_ratio(self) -> HeadScores:
         """100 |T_top(h) & V*| / |V*| (Eq. 23), in percent; the paper calls 50 and more a hit."""
         ratio = torch.stack([100 * hits.float().mean(-1) for hits in self.hits])
-        ratio = ratio.masked_fill(~self.ram.exists, torch.nan)
-        return HeadScores(ratio, "key token ratio", self.ram.kinds, self.ram.heads_per_layer)
+        ratio = ratio.masked_fill(~self.ram.grid.exists, torch.nan)
+        return HeadScores(ratio, "key token ratio", self.ram.kinds, self.ram.grid)
 
     def key_token_coverage(self, heads: Heads) -> Float[Tensor, " example"]:
         """100 |union over the heads of (T_top(h) & V*)| / |V*| (Eq. 25), in percent, for every example."""
-        chosen = list(as_head_set(heads, self.ram.n_layers, self.ram.n_heads, self.ram.heads_per_layer))
+        chosen = list(as_head_set(heads, self.ram.grid))
         layers, within = [layer for layer, _ in chosen], [head for _, head in chosen]
         return torch.stack([100 * hits[layers, within].any(0).float().mean() for hits in self.hits])
 
@@ -147,7 +148,7 @@ def evidence_attention(
     most of it, the earlier first among equals. Arguments and errors as in `ram`.
     """
     examples = scored_examples(model, examples, batch_size, progress, mapping)
-    shape = len(examples), model.cfg.n_layers, model.cfg.n_heads
+    shape = len(examples), *model.grid.shape
     to_evidence, to_vision = torch.empty(shape), torch.empty(shape)
     hits: dict[int, Tensor] = {}
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "evidence attention"):
@@ -156,8 +157,8 @@ def evidence_attention(
         hits |= zip(chosen, of_batch, strict=True)
     kinds = kinds_of_examples(examples)
     return EvidenceAttention(
-        HeadScores(to_evidence, "RAM", kinds, model.heads_per_layer),
-        HeadScores(to_vision, "vision mass", kinds, model.heads_per_layer),
+        HeadScores(to_evidence, "RAM", kinds, model.grid),
+        HeadScores(to_vision, "vision mass", kinds, model.grid),
         tuple(hits[index] for index in range(len(examples))),
     )
 
@@ -169,8 +170,7 @@ def _read_evidence(
     real, is_image = real_positions(prompt), prompt.token_map.is_image
     check_positions("evidence", evidence, real)
     to_evidence, to_vision = LayerBuffer(model, len(prompt)), LayerBuffer(model, len(prompt))
-    shape = model.cfg.n_layers, model.cfg.n_heads
-    hits = [torch.zeros(*shape, int(tokens.sum()), dtype=torch.bool) for tokens in evidence]
+    hits = [torch.zeros(*model.grid.shape, int(tokens.sum()), dtype=torch.bool) for tokens in evidence]
 
     def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
         mean = mean_of_rows(rows, query_mask)
@@ -214,7 +214,7 @@ def key_token_coverage(
 
     See `evidence_attention`, which answers for any number of head sets after one pass.
     """
-    chosen = as_head_set(heads, model_of(model).cfg.n_layers, model.cfg.n_heads, model.heads_per_layer)
+    chosen = as_head_set(heads, model_of(model).grid)
     return evidence_attention(
         model, examples, batch_size=batch_size, mapping=mapping, progress=progress
     ).key_token_coverage(chosen)

@@ -26,7 +26,7 @@ class LayerBuffer:
     """
 
     def __init__(self, model: HookedVLM, batch: int) -> None:
-        self._values = torch.full((batch, model.cfg.n_layers, model.cfg.n_heads), torch.nan)
+        self._values = model.grid.full(batch)
         self._missing = set(model.attention_layers)
 
     def put(self, layer: int, values: Float[Tensor, "batch head"]) -> None:

@@ -27,7 +27,8 @@ from torch import Tensor
 from mmlens.arguments import called, listed, number, seed_of, shown, whole_number
 from mmlens.data.examples import Evidence, Example
 from mmlens.errors import InvalidTypeError, InvalidValueError
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadSet
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 from mmlens.scores.retrieval import mean_of_rows
@@ -118,7 +119,7 @@ def ram_significance(
     True
     """
     examples = scored_examples(model, examples, batch_size, progress, mapping)
-    n_heads = len(model.heads)
+    n_heads = len(model.grid)
     n_resamples, seed = whole_number("n_resamples", n_resamples, least=1), seed_of(seed)
     max_regions = whole_number("max_regions", max_regions)
     if regions is not None:
@@ -143,15 +144,15 @@ def ram_significance(
     kinds = kinds_of_examples(examples)
     evidence = torch.stack([own[0] for own in masses])
     lift = evidence - torch.stack([own.mean(0) for own in masses])
-    scores = HeadScores(evidence, "RAM", kinds, model.heads_per_layer)
+    scores = HeadScores(evidence, "RAM", kinds, model.grid)
     p_values = np.full(evidence.shape[1:], np.nan)
-    exists = scores.exists
+    exists = scores.grid.exists
     p_values[exists.numpy()] = region_permutation_test(
         [own[:, exists] for own in masses], n_resamples=n_resamples, seed=seed
     )
     return RamSignificance(
         scores,
-        HeadScores(lift, "RAM lift", kinds, model.heads_per_layer),
+        HeadScores(lift, "RAM lift", kinds, model.grid),
         p_values,
         benjamini_hochberg(p_values),
         tuple(masses),

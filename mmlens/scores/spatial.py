@@ -13,7 +13,7 @@ from torch import Tensor
 from mmlens.arguments import array_of, number, whole_number
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidTypeError, InvalidValueError
-from mmlens.heads import HeadScores
+from mmlens.head_scores import HeadScores
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.scores.rows import (
     LayerBuffer,
@@ -73,7 +73,7 @@ def localization_score(
         raise InvalidValueError(
             f"{len(without)} of {len(examples)} examples have no image, and maps need one: {without[:5]}"
         )
-    shape = len(examples), model.cfg.n_layers, model.cfg.n_heads
+    shape = len(examples), *model.grid.shape
     mass, entropy, lowest_row = torch.empty(shape), torch.empty(shape), torch.empty(shape)
     for chosen, prompt in prompts_of(model, examples, batch_size, progress, "localization"):
         canvases = [_canvas(prompt.token_map, row) for row in range(len(prompt))]
@@ -112,7 +112,7 @@ def localization_score(
     selected = _selected(mass[:, exists].numpy(), entropy[:, exists].numpy(), cut, n_lowest)
     per_example = torch.full(shape, torch.nan)
     per_example[:, exists] = torch.from_numpy(selected)
-    return HeadScores(per_example, "localization score", kinds_of_examples(examples), model.heads_per_layer)
+    return HeadScores(per_example, "localization score", kinds_of_examples(examples), model.grid)
 
 
 def spatial_entropy(

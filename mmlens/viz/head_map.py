@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mmlens.arguments import array_of
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadSet
 from mmlens.viz.style import (
     INK,
     LABEL_SIZE,
@@ -125,7 +126,9 @@ def _checked_scores(
         raise InvalidValueError(
             f"a head map takes scores [layer, head], not an array of shape {list(values.shape)}"
         )
-    exists = scores.exists.numpy() if isinstance(scores, HeadScores) else np.ones(values.shape, dtype=bool)
+    exists = (
+        scores.grid.exists.numpy() if isinstance(scores, HeadScores) else np.ones(values.shape, dtype=bool)
+    )
     if not np.isfinite(values[exists]).all():
         layer, head = np.argwhere(~np.isfinite(values) & exists)[0]
         raise InvalidValueError(
@@ -140,9 +143,10 @@ def _check_heads(heads: HeadSet, exists: NDArray[np.bool_]) -> None:
         raise InvalidTypeError(
             f"the marked heads are a HeadSet, not {type(heads).__name__}: HeadSet([(layer, head)], ...)"
         )
-    if heads.shape != shape:
+    own = heads.grid
+    if own.shape != shape:
         raise InvalidValueError(
-            f"the marked heads are of a model with {heads.n_layers} x {heads.n_heads} heads, the scores of one "
+            f"the marked heads are of a model with {own.n_layers} x {own.n_heads} heads, the scores of one "
             f"with {shape[0]} x {shape[1]} (layers x heads)"
         )
     absent = [head for head in heads if not exists[head]]
@@ -169,7 +173,7 @@ def _hatch(ax: Axes, absent: NDArray[np.bool_]) -> None:
 
 
 def _outline(ax: Axes, heads: HeadSet) -> None:
-    width = 1.8 if max(heads.shape) <= 16 else 1.1
+    width = 1.8 if max(heads.grid.shape) <= 16 else 1.1
     halo = matplotlib.patheffects.withStroke(linewidth=width + 1.6, foreground=PAPER)
     for layer, head in heads:
         frame = Rectangle(

@@ -582,7 +582,7 @@ def test_hybrid_families_have_heads_in_their_attention_layers_only() -> None:
     assert {name for name in attribution.scores if "hook_z" in name} == {
         f"blocks.{layer}.attn.hook_z" for layer in model.attention_layers
     }
-    assert attribution.heads().heads_per_layer == model.heads_per_layer
+    assert attribution.heads().grid == model.grid
 
 
 def test_comparison_statistics_against_scipy_and_by_hand() -> None:

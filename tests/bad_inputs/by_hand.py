@@ -217,7 +217,7 @@ def bad_rows(w: World) -> list[Row]:
 def good_rows(w: World) -> list[tuple[str, str, Callable[[], Any]]]:
     """(call, what is unusual and right, the call itself)"""
     image = w.examples[0].images[0]
-    one = mmlens.HeadSet([(0, 1)], n_layers=8, n_heads=8)
+    one = mmlens.HeadSet([(0, 1)], grid=(8, 8))
     return [
         ("Evidence", "NumPy numbers", lambda: mmlens.Evidence(np.int64(0), np.array([0, 0, 9.5, 9]))),  # type: ignore[arg-type]
         (
@@ -238,7 +238,7 @@ def good_rows(w: World) -> list[tuple[str, str, Callable[[], Any]]]:
             "a batch of tuples",
             lambda: w.model.prompt(("What colour is K",), images=([image],)),
         ),
-        ("HeadSet", "an empty one", lambda: mmlens.HeadSet([], n_layers=2, n_heads=2)),
+        ("HeadSet", "an empty one", lambda: mmlens.HeadSet([], grid=(2, 2))),
         ("HeadSet", "sets of sets", lambda: (one | one) & one),
         ("HeadScores", "an array", lambda: mmlens.HeadScores(np.ones((1, 2, 2)) * [[0.0, 1.0], [2.0, 3.0]])),  # type: ignore[arg-type]
         ("HeadScores", "kinds in a list", lambda: mmlens.HeadScores(torch.rand(2, 2, 2), kinds=["a", "b"])),  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from mmlens.data.scenes import draw_scene, iterate_scenes, scene_of, scene_vocab
 from mmlens.experiments import catalog
 from mmlens.experiments.core_heads_report import question_attention
 from mmlens.experiments.experiment import Setup
+from mmlens.heads import HeadGrid
 from mmlens.hybrid.rule import StreamingRule
 from mmlens.hybrid.speed import prefill_speed
 from mmlens.metrics.answers import parse_answer
@@ -649,25 +650,16 @@ def _statistics(w: World) -> list[Call]:
 
 
 def _heads(w: World) -> list[Call]:
-    heads = mmlens.HeadSet([(0, 1), (2, 3)], n_layers=8, n_heads=8)
+    heads = mmlens.HeadSet([(0, 1), (2, 3)], grid=(8, 8))
     return [
+        Call("HeadGrid", HeadGrid, {"heads_per_layer": (8,) * 8}, {"heads_per_layer": "heads per layer"}),
         Call(
             "HeadSet",
             mmlens.HeadSet,
-            {"heads": [(0, 1)], "n_layers": 8, "n_heads": 8},
-            {
-                "heads": "heads or none of them",
-                "n_layers": "count",
-                "n_heads": "count",
-                "heads_per_layer": "heads per layer",
-            },
+            {"heads": [(0, 1)], "grid": (8, 8)},
+            {"heads": "heads or none of them", "grid": "head grid"},
         ),
-        Call(
-            "HeadSet.every",
-            mmlens.HeadSet.every,
-            {"n_layers": 8, "n_heads": 8},
-            {"n_layers": "count", "n_heads": "count"},
-        ),
+        Call("HeadSet.every", mmlens.HeadSet.every, {"grid": (8, 8)}, {"grid": "head grid"}),
         Call("HeadSet.random", heads.random, {"seed": 0}, {"seed": "seed"}),
         Call("HeadSet.matched_random", heads.matched_random, {"seed": 0}, {"seed": "seed"}),
         *(
@@ -683,7 +675,7 @@ def _heads(w: World) -> list[Call]:
             "HeadScores",
             mmlens.HeadScores,
             {"per_example": w.scores.per_example},
-            {"per_example": "scores", "kinds": "kinds", "heads_per_layer": "heads per layer"},
+            {"per_example": "scores", "kinds": "kinds", "grid": "head grid of scores"},
         ),
         *(
             Call(

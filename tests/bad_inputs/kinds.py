@@ -205,7 +205,7 @@ def bad_values(w: World) -> dict[str, Values]:
             "a class": mmlens.interventions.Edit,
             "a prompt": w.prompt,
             "the model": w.model,
-            "heads": mmlens.HeadSet([(0, 1)], n_layers=8, n_heads=8),
+            "heads": mmlens.HeadSet([(0, 1)], grid=(8, 8)),
         },
         "heads": {
             "None": None,
@@ -423,11 +423,20 @@ def special_values(w: World) -> dict[str, Values]:
     per_layer: Values = {
         "a number": 8,
         "a text": "8",
-        "too few": [8],
         "floats": [8.0] * 8,
         "bools": [True] * 8,
-        "too many heads": [9] * 8,
+        "no head at all": [0] * 8,
         "below 0": [-1] * 8,
+    }
+    head_grid: Values = {
+        "a number": 8,
+        "a text": "88",
+        "one number": (8,),
+        "heads per layer": (8,) * 8,
+        "floats": (8.0, 8.0),
+        "bools": (True, True),
+        "no layers": (0, 8),
+        "below 0": (8, -1),
     }
     names: Values = {
         "one text": "a",
@@ -600,11 +609,13 @@ def special_values(w: World) -> dict[str, Values]:
             name: value for name, value in bad_values(w)["heads"].items() if name != "none of them"
         },
         "heads per layer": per_layer,
+        "head grid": head_grid | {"None": None},
+        "head grid of scores": head_grid | {"of another model": (2, 8)},
         "head set": {
             "None": None,
             "a list": [(0, 1)],
             "a number": 3,
-            "of another model": mmlens.HeadSet([(0, 1)], n_layers=2, n_heads=2),
+            "of another model": mmlens.HeadSet([(0, 1)], grid=(2, 2)),
             "scores": w.scores,
         },
         "scores": {
@@ -643,7 +654,7 @@ def special_values(w: World) -> dict[str, Values]:
             "a number": 3,
             "a tensor": w.scores.values,
             "a path": "x.parquet",
-            "heads": mmlens.HeadSet([(0, 1)], n_layers=8, n_heads=8),
+            "heads": mmlens.HeadSet([(0, 1)], grid=(8, 8)),
         },
         "file to read": {
             "None": None,
@@ -714,13 +725,13 @@ def special_values(w: World) -> dict[str, Values]:
             "NaN": [[NAN]],
             "a dict": {0: [1.0]},
             "ragged": [[1.0], [1.0, 2.0]],
-            "heads": mmlens.HeadSet([(0, 1)], n_layers=8, n_heads=8),
+            "heads": mmlens.HeadSet([(0, 1)], grid=(8, 8)),
         },
         "marked heads": {
             "a list": [(0, 1)],
             "a number": 3,
             "scores": w.scores,
-            "of another model": mmlens.HeadSet([(0, 1)], n_layers=2, n_heads=2),
+            "of another model": mmlens.HeadSet([(0, 1)], grid=(2, 2)),
         },
         "axes": {"a text": "ax", "a number": 3, "a list": []},
         "matrix": {
@@ -942,7 +953,7 @@ def special_values(w: World) -> dict[str, Values]:
         "head sets by name": {
             "None": None,
             "a list": [(0, 1)],
-            "a HeadSet": mmlens.HeadSet([(0, 1)], n_layers=8, n_heads=8),
+            "a HeadSet": mmlens.HeadSet([(0, 1)], grid=(8, 8)),
             "numbers": {"a": 3},
             "none of them": {},
         },
@@ -1024,7 +1035,7 @@ def good_values(w: World) -> dict[str, Values]:
             "of answers": mmlens.metrics.exact_match,
         },
         "heads": {
-            "a HeadSet": mmlens.HeadSet([(0, 1), (2, 3)], n_layers=8, n_heads=8),
+            "a HeadSet": mmlens.HeadSet([(0, 1), (2, 3)], grid=(8, 8)),
             "lists": [[0, 1], [2, 3]],
             "an array": np.array([[0, 1], [2, 3]]),
             "a tensor": torch.tensor([[0, 1], [2, 3]]),

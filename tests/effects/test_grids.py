@@ -184,7 +184,7 @@ def test_labels_follow_the_model() -> None:
     kinds = patch_heads_qkv(model, clean, kinds=["v", "pattern"])
     assert list(kinds) == [(*head, "v") for head in kv_heads] + [(*head, "pattern") for head in model.heads]
     hybrid = mmlens.HookedVLM(tiny.tiny_model("qwen3_5"))
-    attended = [layer for layer, count in enumerate(hybrid.heads_per_layer) if count]
+    attended = hybrid.grid.layers
     assert 0 < len(attended) < hybrid.cfg.n_layers
     assert list(patch_layers(hybrid, clean, "attn.hook_pattern")) == attended
     assert list(patch_heads(hybrid, clean)) == hybrid.heads

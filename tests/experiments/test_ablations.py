@@ -47,14 +47,10 @@ def test_single_head_costs_are_those_of_the_plain_model(micro: mmlens.HookedVLM)
     )
 
 
-def grid(heads: mmlens.HeadSet) -> dict[str, object]:
-    return {"n_layers": heads.n_layers, "n_heads": heads.n_heads, "heads_per_layer": heads.heads_per_layer}
-
-
 def test_equal_sets_share_a_run_and_every_name_keeps_its_rows(micro: mmlens.HookedVLM) -> None:
     setup = small_setup(micro)
-    one = mmlens.HeadSet([(0, 1), (1, 2)], **grid(all_heads(setup)))
-    same = mmlens.HeadSet([(1, 2), (0, 1)], **grid(all_heads(setup)))
+    one = mmlens.HeadSet([(0, 1), (1, 2)], setup.model.grid)
+    same = mmlens.HeadSet([(1, 2), (0, 1)], setup.model.grid)
     table = ablated(setup, setup.evaluation[:3], {"a": one, "b": same}, references(setup, ["zero", "mean"]),
                     {"accuracy": mmlens.accuracy, "logit_difference": mmlens.logit_difference})  # fmt: skip
     assert len(table) == 2 * 2 * 2 * 3

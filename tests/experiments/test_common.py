@@ -22,7 +22,8 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Setup
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadGrid, HeadSet
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def setup(micro: mmlens.HookedVLM) -> Setup:
 @pytest.fixture(scope="module")
 def arms() -> dict[str, list[HeadSet]]:
     def heads(*pairs: tuple[int, int]) -> HeadSet:
-        return HeadSet(pairs, n_layers=8, n_heads=8)
+        return HeadSet(pairs, grid=(8, 8))
 
     return {"top": [heads((0, 4), (0, 5))], "random": [heads((3, 1), (3, 2)), heads((0, 4), (0, 5))]}
 
@@ -105,18 +106,18 @@ def test_resamples_keep_the_number_of_examples_of_each_kind() -> None:
 
 def test_heads_that_do_not_exist_are_no_columns() -> None:
     values = torch.tensor([[[0.1, 0.2], [0.3, torch.nan]]] * 3)
-    assert resampled_means(HeadScores(values, heads_per_layer=(2, 1)), 5, seed=0).shape == (5, 3)
+    assert resampled_means(HeadScores(values, grid=HeadGrid((2, 1))), 5, seed=0).shape == (5, 3)
 
 
 def test_a_shortfall_of_layer_matched_heads_is_said() -> None:
-    crowded = HeadSet([(0, 0), (0, 1)], n_layers=3, n_heads=3)
+    crowded = HeadSet([(0, 0), (0, 1)], grid=(3, 3))
     drawn, moved = matched_controls(crowded, 2, seed=0)
     assert len(drawn) == 2 and "1 of layer 0" in moved and not any(heads & crowded for heads in drawn)
-    assert matched_controls(HeadSet([(0, 0)], n_layers=3, n_heads=3), 2, seed=0)[1] == ""
+    assert matched_controls(HeadSet([(0, 0)], grid=(3, 3)), 2, seed=0)[1] == ""
 
 
 def test_small_things() -> None:
-    assert plain({"heads": HeadSet([(1, 0)], n_layers=2, n_heads=1)}) == {"heads": [[1, 0]]}
+    assert plain({"heads": HeadSet([(1, 0)], grid=(2, 1))}) == {"heads": [[1, 0]]}
     with pytest.raises(ValueError, match="none of the 2 examples has evidence"):
         with_evidence(scenes(2, 0, ["text_recall"]))
 
@@ -132,5 +133,5 @@ def test_tops_are_none_where_equal_scores_would_choose_by_place() -> None:
     same = HeadScores(torch.full((2, 2, 3), 0.25))
     assert all_equal(same) and not all_equal(scores) and top_unless_tied(same, 0.5) is None
     # A head that the model lacks is no head that differs.
-    ragged = HeadScores(torch.tensor([[[1.0, 1.0], [1.0, torch.nan]]]), heads_per_layer=(2, 1))
+    ragged = HeadScores(torch.tensor([[[1.0, 1.0], [1.0, torch.nan]]]), grid=HeadGrid((2, 1)))
     assert all_equal(ragged)

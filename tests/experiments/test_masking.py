@@ -12,7 +12,7 @@ import mmlens
 from mmlens.experiments.common import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.masking import EXPERIMENT, PUBLISHED, across
-from mmlens.heads import share_of
+from mmlens.head_scores import share_of
 from mmlens.scores.retrieval import ram
 
 MODES = ("uniform_leaky", "zero")

@@ -14,7 +14,7 @@ import mmlens
 from mmlens.experiments import prediction
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.prediction import EXPERIMENT, attributed_cost, run
-from mmlens.heads import HeadScores
+from mmlens.head_scores import HeadScores
 
 N_HEADS = 64
 
@@ -97,7 +97,7 @@ def test_a_score_that_is_the_cost_predicts_it_and_noise_does_not(
     def scored(values: np.ndarray):
         def score(model, examples, **_):
             grid = torch.tensor(values).reshape(1, 8, 8).repeat(len(examples), 1, 1)
-            return HeadScores(grid, "planted", tuple(e.kind for e in examples), model.heads_per_layer)
+            return HeadScores(grid, "planted", tuple(e.kind for e in examples), model.grid)
 
         return score
 

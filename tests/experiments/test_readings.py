@@ -171,7 +171,7 @@ def test_a_model_without_the_paper_s_index_says_so() -> None:
 
 
 def test_the_difference_is_that_of_the_other_reading() -> None:
-    heads = HeadSet([(0, 0)], n_layers=1, n_heads=2)
+    heads = HeadSet([(0, 0)], grid=(1, 2))
     reading = Reading("point", "ours", "theirs", heads, heads, "mean", "zero")
     values = {"point: ours": ("mean", [1, 1, 1, 0]), "point: theirs": ("zero", [1, 0, 0, 0])}
     outcomes = pd.concat(

@@ -167,7 +167,7 @@ def test_scores_that_rank_no_heads_are_left_out_and_ties_are_told(
             values = torch.zeros(len(examples), 8, 8)
             for head in above:
                 values[:, head[0], head[1]] = 1.0
-            return mmlens.HeadScores(values, name, tuple(e.kind for e in examples), model.heads_per_layer)
+            return mmlens.HeadScores(values, name, tuple(e.kind for e in examples), model.grid)
 
         return score
 

@@ -10,6 +10,7 @@ from plain_runs import small_setup, without_heads
 import mmlens
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.sufficiency import EXPERIMENT, _smallest, run, same_layers
+from mmlens.heads import HeadGrid
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_the_smallest_count_is_one_from_which_on_all_keep_enough() -> None:
 
 
 def test_layer_matched_sets_have_as_many_heads_in_each_layer_and_may_repeat_the_top() -> None:
-    chosen = mmlens.HeadSet([(0, 0), (0, 1), (2, 3)], n_layers=3, n_heads=4, heads_per_layer=(2, 0, 4))
+    chosen = mmlens.HeadSet([(0, 0), (0, 1), (2, 3)], HeadGrid((2, 0, 4)))
     seen = set()
     for seed in range(40):
         drawn = same_layers(chosen, np.random.default_rng(seed))

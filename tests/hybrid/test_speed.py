@@ -14,7 +14,7 @@ from mmlens.model.hooked_vlm import HookedVLM
 
 def test_work_is_that_of_scores_and_weights(micro: HookedVLM) -> None:
     rule, n = StreamingRule(2, 6), 20
-    top = HeadSet([(0, 4), (1, 0)], n_layers=8, n_heads=8)
+    top = HeadSet([(0, 4), (1, 0)], grid=(8, 8))
     dense, hybrid = prefill_work(micro, None, n, rule), prefill_work(micro, top, n, rule)
     scores = n * (n + 1) // 2
     streamed = sum(min(at + 1, 8) for at in range(n))

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 
 def one_head_a_layer(model: HookedVLM) -> list[tuple[int, int]]:
-    return [(layer, (layer + 1) % count) for layer, count in enumerate(model.heads_per_layer) if count]
+    return [(layer, (layer + 1) % count) for layer, count in enumerate(model.grid.heads_per_layer) if count]
 
 
 def cut_scores(scores: Tensor, real: Tensor, dense: set[int]) -> Tensor:

@@ -92,7 +92,7 @@ def plain_eager(family: str) -> PreTrainedModel:
 
 
 def softmax_layers(model: HookedVLM) -> list[int]:
-    return [layer for layer, count in enumerate(model.heads_per_layer) if count]
+    return model.grid.layers
 
 
 @torch.no_grad()
@@ -118,11 +118,15 @@ def test_knockout_equals_the_plain_eager_model_with_its_mask_edited(family: str)
     assert [edit.fired for _, edit in hooks] == [1] * len(layers)
     assert all(0 < edit.size <= 1 for _, edit in hooks)
 
-    some = edges(prompt, prompt.last, is_image).expand(-1, model.heads_per_layer[layers[-1]], -1, -1).clone()
+    some = (
+        edges(prompt, prompt.last, is_image)
+        .expand(-1, model.grid.heads_per_layer[layers[-1]], -1, -1)
+        .clone()
+    )
     some[:, [0, 2]] = False
     with edited_masks(plain, layers[-1:], lambda mask: mask.masked_fill(some, lowest)):
         expected = plain(**prompt.inputs).logits
-    others = [head for head in range(model.heads_per_layer[layers[-1]]) if head not in (0, 2)]
+    others = [head for head in range(model.grid.heads_per_layer[layers[-1]]) if head not in (0, 2)]
     for intervention in (
         knockout("last", "image", layers=layers[-1], heads=others),
         knockout(lambda p: p.last, is_image, heads=[(layers[-1], head) for head in others]),

@@ -43,7 +43,7 @@ def test_lists_of_components() -> None:
     mixed = [(0, 1), "image", (0, "mlp"), ("vision", 0, 0)]
     assert [part.label for part in components(model, mixed)] == ["L0H1", "image", "L0 mlp", "vision L0H0"]
     assert [part.label for part in components(model, "image")] == ["image"]
-    heads = mmlens.HeadSet([(2, 1), (0, 3)], n_layers=3, n_heads=4)
+    heads = mmlens.HeadSet([(2, 1), (0, 3)], grid=(3, 4))
     for given in (heads, [(2, 1), (0, 3)], np.array([[2, 1], [0, 3]]), torch.tensor([[2, 1], [0, 3]])):
         assert [part.label for part in components(model, given)] == ["L2H1", "L0H3"]
 

@@ -30,6 +30,7 @@ from mmlens.data.examples import Evidence, Example
 from mmlens.data.scenes import KINDS, TEXT_KINDS
 from mmlens.experiments.core_heads_claim import core_heads
 from mmlens.experiments.core_heads_report import question_attention, write_core_heads_report
+from mmlens.heads import HeadGrid
 from mmlens.hook_names import block
 from mmlens.interventions.ablation import Means, mean_activations
 from mmlens.model.prompt import Prompt
@@ -188,7 +189,7 @@ def uneven(request: pytest.FixtureRequest) -> str:
 
 def test_the_model_says_which_heads_it_has(uneven: str) -> None:
     model, heads = hooked(uneven), FAMILIES[uneven]
-    assert list(model.heads_per_layer) == heads.per_layer
+    assert list(model.grid.heads_per_layer) == heads.per_layer
     assert model.heads == heads.every
     assert model.cfg.n_heads == max(heads.per_layer) and model.cfg.n_layers == heads.n_layers
 
@@ -235,7 +236,7 @@ def test_scores_on_examples_are_those_of_the_plain_model(family: str) -> None:
     read = evidence_attention(model, examples, batch_size=3, progress=False)
     chosen = [(1, 3), (2, 0)]
     coverage = read.key_token_coverage(chosen)
-    assert scores.heads_per_layer == read.key_token_ratio.heads_per_layer == (0, 4, 4)
+    assert scores.grid == read.key_token_ratio.grid == HeadGrid((0, 4, 4))
     for index, example in enumerate(examples):
         prompt = model.prompt_examples([example])
         # Layers without softmax attention give no pattern, or None.
@@ -408,12 +409,7 @@ def test_resample_takes_the_other_example_s_z() -> None:
 
 def test_controls_of_a_model_hold_only_heads_that_it_has(uneven: str) -> None:
     model, heads = hooked(uneven), FAMILIES[uneven]
-    chosen = mmlens.HeadSet(
-        heads.every[-2:],
-        n_layers=heads.n_layers,
-        n_heads=max(heads.per_layer),
-        heads_per_layer=heads.per_layer,
-    )
+    chosen = mmlens.HeadSet(heads.every[-2:], HeadGrid(tuple(heads.per_layer)))
     absent = [
         (layer, head)
         for layer, count in enumerate(heads.per_layer)

@@ -13,7 +13,8 @@ from PIL import Image
 from tiny import REPRESENTATIVES, tiny_images, tiny_model, tiny_processor
 
 from mmlens.data.examples import Evidence, Example
-from mmlens.heads import HeadScores
+from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadGrid
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.scores.attention import (
     _sum_of_documents,
@@ -271,7 +272,7 @@ def test_half_mass_share_by_hand() -> None:
     assert share(3.0, 4.0, 1.1, 0.0) == 0.5
     assert share(-50.0, 1.0, 0.0, 0.0) == 0.25
     assert share(0.1, 0.1, 0.1, 0.1, of=1.0) == 1.0
-    absent = HeadScores(torch.tensor([[[2.0, 1.0], [1.0, torch.nan]]]), heads_per_layer=(2, 1))
+    absent = HeadScores(torch.tensor([[[2.0, 1.0], [1.0, torch.nan]]]), grid=HeadGrid((2, 1)))
     assert half_mass_share(absent) == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="no head has a positive score"):
         share(-1.0, 0.0)

@@ -17,7 +17,7 @@ from tiny import REPRESENTATIVES, tiny_images, tiny_model, tiny_processor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmlens.data.examples import Evidence, Example
-from mmlens.heads import HeadScores
+from mmlens.head_scores import HeadScores
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 from mmlens.scores.retrieval import (

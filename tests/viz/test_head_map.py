@@ -11,7 +11,8 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mmlens.heads import HeadScores, HeadSet
+from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadGrid, HeadSet
 from mmlens.viz.head_map import plot_head_map
 
 
@@ -75,7 +76,7 @@ def test_bad_scores_and_heads_are_refused() -> None:
         plot_head_map(np.zeros(3))
     with pytest.raises(ValueError, match=r"head \(1, 0\) is nan"):
         plot_head_map(np.array([[0.0], [np.nan]]))
-    other = HeadSet([(0, 0)], n_layers=3, n_heads=2)
+    other = HeadSet([(0, 0)], grid=(3, 2))
     with pytest.raises(ValueError, match=r"3 x 2 heads.*2 x 2"):
         plot_head_map(np.zeros((2, 2)), heads=other)
     with pytest.raises(TypeError, match="HeadSet"):
@@ -85,14 +86,14 @@ def test_bad_scores_and_heads_are_refused() -> None:
 def test_cells_without_a_head_are_hatched_and_nothing_else() -> None:
     values = torch.rand(3, 4, 3, dtype=torch.float64)
     values[:, 1], values[:, 3, 2:] = torch.nan, torch.nan
-    scores = HeadScores(values, name="RAM", heads_per_layer=(3, 0, 3, 2))
+    scores = HeadScores(values, name="RAM", grid=HeadGrid((3, 0, 3, 2)))
     figure = plot_head_map(scores, heads=scores.top(2))
     drawn = mesh(figure).get_array()
     assert drawn is not None
     absent = np.ma.getmaskarray(drawn).reshape(4, 3)
-    assert np.array_equal(absent, ~scores.exists.numpy())
+    assert np.array_equal(absent, ~scores.grid.exists.numpy())
     assert np.allclose(drawn.reshape(4, 3)[~absent], scores.values.numpy()[~absent])
-    assert mesh(figure).norm.vmax == pytest.approx(float(scores.values[scores.exists].max()))
+    assert mesh(figure).norm.vmax == pytest.approx(float(scores.values[scores.grid.exists].max()))
     (hatched,) = [artist for artist in figure.axes[0].collections if artist.get_gid() == "absent"]
     corners = [path.get_extents() for path in hatched.get_paths()]
     cells = {(round(box.y0 + 0.5), round(box.x0 + 0.5)) for box in corners}
@@ -103,4 +104,4 @@ def test_cells_without_a_head_are_hatched_and_nothing_else() -> None:
     full = plot_head_map(HeadScores(torch.rand(2, 3, 3)))
     assert full.axes[0].get_legend() is None and len(full.axes[0].collections) == 1
     with pytest.raises(IndexError, match=r"marked heads \[\(1, 0\)\] have no score"):
-        plot_head_map(scores, heads=HeadSet([(1, 0)], n_layers=4, n_heads=3))
+        plot_head_map(scores, heads=HeadSet([(1, 0)], grid=(4, 3)))
