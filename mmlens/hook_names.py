@@ -78,6 +78,35 @@ MODEL_HOOKS: dict[str, str] = {
 """Hook points outside the layers, or of language layers alone. Only where a family has them: vision.ln_post, the
 deep ones, what heads read (needs a norm before attention and projections from the stream), neurons of plain MLPs."""
 
+PARTS: dict[str, str] = {
+    "attn": "hook_attn_out",
+    "mlp": "hook_mlp_out",
+    "z": "attn.hook_z",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "pattern": "attn.hook_pattern",
+    "result": "attn.hook_result",
+    "post": "mlp.hook_post",
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "deepstack": "hook_deepstack",
+}
+"""The word for a part of a layer, as TransformerLens abbreviates it, and the hook point that holds what it gives."""
+
+MODEL_PARTS: dict[str, str] = {"embed": "hook_embed", "image": "image.hook_embed"}
+"""Words for what enters the first layer: all embeddings, those of images alone."""
+
+PART_INPUTS: dict[str, str] = {
+    "attn": "hook_attn_in",
+    "mlp": "hook_mlp_in",
+    "q": "attn.hook_q_input",
+    "k": "attn.hook_k_input",
+    "v": "attn.hook_v_input",
+}
+"""What a part of a layer reads from the residual stream, and it alone."""
+
 COSTLY_HOOKS = ("hook_result", "hook_q_input", "hook_k_input", "hook_v_input")
 """Left out of a cache of everything unless named: [batch, pos, head, d_model] for every layer is huge."""
 

@@ -198,7 +198,7 @@ class _Target:
         return x.index_select(self.parts[0].axis, torch.tensor(self.index, device=x.device))
 
     def edit(self, model: HookedVLM, prompt: Prompt, change: Change, where: Positions) -> Edit:
-        if self.parts[0].kind == "head":
+        if self.parts[0].part == "z":
             return Edit(model, prompt, self.hook, change, positions=where, heads=self.index)
         if self.index is None:
             return Edit(model, prompt, self.hook, change, positions=where)
@@ -214,7 +214,7 @@ class _Target:
 def _targets(parts: Sequence[Component], mode: str) -> list[_Target]:
     by_hook: dict[str, list[Component]] = {}
     for part in parts:
-        if mode in _HEAD_MODES and (part.kind != "head" or part.stack):
+        if mode in _HEAD_MODES and (part.part != "z" or part.stack):
             raise InvalidValueError(
                 f"mode {mode!r} is for heads of the language model; {part.label} takes 'zero', 'mean' or 'resample'"
             )
@@ -282,7 +282,7 @@ def _mean(
         if first.index is not None and means.shape[first.axis] != first.size:
             raise InvalidValueError(
                 f"the reference means of {target.hook} have shape {list(means.shape)}; this model has "
-                f"{first.size} {first.kind}s there"
+                f"{first.size} {first.unit}s there"
             )
         means = target.of(means)
         if is_batched(target.hook) and has_images and bool(means[1].isnan().all()):

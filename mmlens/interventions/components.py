@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -32,20 +32,15 @@ from mmlens.arguments import unknown_name_message
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.families.anatomy import LayerParts
 from mmlens.heads import HeadSet, as_head_set
+from mmlens.hook_names import MODEL_PARTS, PARTS, block
 from mmlens.model.hooked_vlm import HookedVLM, UnknownHookError
 from mmlens.model.weights import Block
 
-Kind = Literal["head", "attn", "mlp", "layer", "neuron", "image"]
 Spec = Any
 """A component as it is written: a tuple or "image", see the table above."""
 Specs = Iterable[Any]
 """A HeadSet, (layer, head) pairs as an integer array, a list of specs, or "image" alone."""
 
-_OUTPUTS: dict[str, tuple[Kind, tuple[str, ...]]] = {
-    "attn": ("attn", ("hook_attn_out",)),
-    "mlp": ("mlp", ("hook_mlp_out",)),
-    "layer": ("layer", ("hook_attn_out", "hook_mlp_out")),
-}
 _WAYS = (
     "(layer, head), (layer, 'attn'), (layer, 'mlp'), (layer, 'layer'), (layer, 'mlp', neuron), "
     "('vision', layer, head) or 'image'"
@@ -53,10 +48,55 @@ _WAYS = (
 
 
 @dataclass(frozen=True)
+class _Part:
+    """What a word for a part of a layer means: a whole activation, or one of many along an axis."""
+
+    hooks: tuple[str, ...]
+    label: str
+    unit: str = ""
+    """What it is one of: "head", "neuron"; "" for a whole activation."""
+    axis: int = -1
+    size: Callable[[LayerParts], int] = lambda parts: 0
+    """How many there are along the axis."""
+    why_missing: Callable[[LayerParts], str] = lambda parts: ""
+    """Why a layer has no such hook point, where the family's record does not say."""
+
+
+def _n_heads(parts: LayerParts) -> int:
+    return parts.attention.n_heads if parts.attention is not None else 0
+
+
+def _n_neurons(parts: LayerParts) -> int:
+    mlp = Block("", parts).mlp
+    # An offloaded weight cannot be read; a linear module that is wrapped has no width of its own.
+    return getattr(mlp.out, "in_features", None) or mlp.W_out.shape[0]
+
+
+def _no_neurons(parts: LayerParts) -> str:
+    if parts.mlp_out is None:
+        return "the layer has no MLP"
+    return f"the layer's MLP is a {type(parts.mlp_out).__name__}, not one layer of neurons"
+
+
+_PARTS: dict[str, _Part] = {
+    "attn": _Part((PARTS["attn"],), "{place} attn"),
+    "mlp": _Part((PARTS["mlp"],), "{place} mlp"),
+    "layer": _Part((PARTS["attn"], PARTS["mlp"]), "{place}"),
+    "z": _Part((PARTS["z"],), "{place}H{index}", "head", axis=-2, size=_n_heads),
+    "post": _Part(
+        (PARTS["post"],), "{place} mlp {index}", "neuron", size=_n_neurons, why_missing=_no_neurons
+    ),
+}
+_WHOLE = [word for word, part in _PARTS.items() if not part.unit]
+"""The words that are written; heads and neurons are written as numbers."""
+
+
+@dataclass(frozen=True)
 class Component:
     """A part of a model: the whole activation at `hooks`, or number `index` along their axis `axis`."""
 
-    kind: Kind
+    part: str
+    """"attn", "mlp", "layer" (both), "z" (a head), "post" (a neuron) or "image"."""
     hooks: tuple[str, ...]
     stack: str = ""
     """"" for the language model, else the prefix of its stack's hook points ("vision.")."""
@@ -73,13 +113,14 @@ class Component:
     def label(self) -> str:
         """Its name in tables and messages: L3H5, L3 attn, L3 mlp, L3 mlp 17, L3, vision L1H2, image."""
         if self.layer is None:
-            return "image"
+            return self.part
         place = f"{self.stack.replace('.', ' ')}L{self.layer}"
-        return {
-            "head": f"{place}H{self.index}",
-            "neuron": f"{place} mlp {self.index}",
-            "layer": place,
-        }.get(self.kind, f"{place} {self.kind}")
+        return _PARTS[self.part].label.format(place=place, index=self.index)
+
+    @property
+    def unit(self) -> str:
+        """What `index` counts: "head" or "neuron"."""
+        return _PARTS[self.part].unit
 
 
 def component(model: HookedVLM, spec: Spec) -> Component:
@@ -98,50 +139,29 @@ def component(model: HookedVLM, spec: Spec) -> Component:
     mmlens.errors.InvalidValueError: there is no component (2, 'mpl') of a layer, 'mpl'; the nearest: 'mlp'
     """
     if isinstance(spec, str):
-        if spec != "image":
-            raise InvalidValueError(f"there is no component {spec!r}; components are a list of {_WAYS}")
-        why = model.family.past_the_stream
-        if why:
-            raise UnknownHookError(
-                f"{model.family.model_type} has no component 'image': {why}, so no hook point holds all of them"
-            )
-        deep = [f"blocks.{layer}.hook_deepstack" for layer in model.anatomy.deep_after]
-        return _known(model, spec, Component("image", ("image.hook_embed", *deep)))
-    if not isinstance(spec, Sequence):
-        raise InvalidTypeError(f"components are a list of {_WAYS}; {spec!r} is none of them")
-    stack, within = (
-        ("", tuple(spec)) if not spec or not isinstance(spec[0], str) else (f"{spec[0]}.", spec[1:])
-    )
-    layers = model.anatomy.language if not stack else _stack(model, spec, stack)
-    if len(within) not in (2, 3) or not _is_integer(within[0]):
-        raise InvalidTypeError(f"a component is {_WAYS}, not {spec!r}")
-    layer, what = int(within[0]), within[1]
-    if not stack and len(within) == 2 and not isinstance(what, str):
-        as_head_set([within], model.grid)
-    if not 0 <= layer < len(layers):
-        where = f"its {spec[0]} stack" if stack else "the model"
+        return _of_the_model(model, spec)
+    stack, layer, word, index = _read(spec)
+    parts = _layer(model, spec, stack, layer, index if word == "z" else None)
+    if index is None and word not in _WHOLE:
+        raise InvalidValueError(unknown_name_message(f"component {spec!r} of a layer,", word, _WHOLE))
+    part = _PARTS[word]
+    hooks = tuple(f"{stack}{block(layer, hook)}" for hook in part.hooks)
+    if len(hooks) > 1:
+        # A layer of one branch has no other: its record says so.
+        hooks = tuple(h for h in hooks if h in model.hook_dict or not why_missing(model, h)) or hooks
+    for hook in hooks:
+        if hook not in model.hook_dict:
+            why = why_missing(model, hook) or part.why_missing(parts)
+            if word == "post" and stack:
+                why = "only language layers have hook points at neurons"
+            raise _missing(model, spec, hook, why)
+    size = part.size(parts) if part.unit else None
+    if size is not None and index is not None and not 0 <= index < size:
         raise OutOfRangeError(
-            f"component {spec!r}: layer {layer} is out of range; {where} has {len(layers)} layers "
-            f"(0 to {len(layers) - 1})"
+            f"component {spec!r}: {part.unit} {index} is out of range; {hooks[0]} has {size} {part.unit}s "
+            f"(0 to {size - 1})"
         )
-    prefix, parts = f"{stack}blocks.{layer}.", layers[layer]
-    if len(within) == 3:
-        return _neuron(model, spec, stack, layer, parts, within[1:])
-    if isinstance(what, str):
-        if what not in _OUTPUTS:
-            raise InvalidValueError(unknown_name_message(f"component {spec!r} of a layer,", what, _OUTPUTS))
-        kind, outputs = _OUTPUTS[what]
-        hooks = tuple(prefix + hook for hook in outputs)
-        if kind == "layer":
-            # A layer of one branch has no other: its record says so.
-            hooks = tuple(h for h in hooks if h in model.hook_dict or not why_missing(model, h)) or hooks
-        return _known(model, spec, Component(kind, hooks, stack, layer))
-    if not _is_integer(what):
-        raise InvalidTypeError(f"a component is {_WAYS}, not {spec!r}")
-    hook = f"{prefix}attn.hook_z"
-    size = parts.attention.n_heads if parts.attention is not None else 0
-    found = _known(model, spec, Component("head", (hook,), stack, layer, int(what), axis=-2, size=size))
-    return _in_range(spec, found, "head")
+    return Component(word, hooks, stack, layer, index, part.axis, size)
 
 
 def components(model: HookedVLM, given: Specs) -> list[Component]:
@@ -163,6 +183,51 @@ def components(model: HookedVLM, given: Specs) -> list[Component]:
     return found
 
 
+def _of_the_model(model: HookedVLM, word: str) -> Component:
+    if word != "image":
+        raise InvalidValueError(f"there is no component {word!r}; components are a list of {_WAYS}")
+    why, hook = model.family.past_the_stream, MODEL_PARTS[word]
+    if why:
+        raise UnknownHookError(
+            f"{model.family.model_type} has no component {word!r}: {why}, so no hook point holds all of them"
+        )
+    if hook not in model.hook_dict:
+        raise _missing(model, word, hook, why_missing(model, hook))
+    deep = [block(layer, PARTS["deepstack"]) for layer in model.anatomy.deep_after]
+    return Component(word, (hook, *deep))
+
+
+def _read(spec: Spec) -> tuple[str, int, str, int | None]:
+    """(the stack's prefix, layer, word of the part, head or neuron) that a spec is written for."""
+    if not isinstance(spec, Sequence):
+        raise InvalidTypeError(f"components are a list of {_WAYS}; {spec!r} is none of them")
+    stack, within = (f"{spec[0]}.", spec[1:]) if spec and isinstance(spec[0], str) else ("", spec)
+    match tuple(within):
+        case (layer, str(word)) if _is_integer(layer):
+            return stack, int(layer), word, None
+        case (layer, head) if _is_integer(layer) and _is_integer(head):
+            return stack, int(layer), "z", int(head)
+        case (layer, "mlp", neuron) if _is_integer(layer) and _is_integer(neuron):
+            return stack, int(layer), "post", int(neuron)
+        case (layer, _, _) if _is_integer(layer):
+            raise InvalidTypeError(f"a neuron is (layer, 'mlp', neuron), not {spec!r}")
+    raise InvalidTypeError(f"a component is {_WAYS}, not {spec!r}")
+
+
+def _layer(model: HookedVLM, spec: Spec, stack: str, layer: int, head: int | None) -> LayerParts:
+    """The layer of a stack; errors name the stack, or the head of the language model."""
+    if not stack and head is not None:
+        as_head_set([(layer, head)], model.grid)
+    layers = model.anatomy.language if not stack else _stack(model, spec, stack)
+    if not 0 <= layer < len(layers):
+        where = f"its {spec[0]} stack" if stack else "the model"
+        raise OutOfRangeError(
+            f"component {spec!r}: layer {layer} is out of range; {where} has {len(layers)} layers "
+            f"(0 to {len(layers) - 1})"
+        )
+    return layers[layer]
+
+
 def _stack(model: HookedVLM, spec: Spec, prefix: str) -> list[LayerParts]:
     if prefix not in model.anatomy.stacks:
         why = why_missing(model, f"{prefix}blocks.0.hook_resid_pre")
@@ -173,44 +238,11 @@ def _stack(model: HookedVLM, spec: Spec, prefix: str) -> list[LayerParts]:
     return model.anatomy.stacks[prefix]
 
 
-def _neuron(
-    model: HookedVLM, spec: Spec, stack: str, layer: int, parts: LayerParts, within: Sequence[Any]
-) -> Component:
-    what, neuron = within
-    if what != "mlp" or not _is_integer(neuron):
-        raise InvalidTypeError(f"a neuron is (layer, 'mlp', neuron), not {spec!r}")
-    hook = f"{stack}blocks.{layer}.mlp.hook_post"
-    if hook not in model.hook_dict:
-        kind = (
-            "no MLP" if parts.mlp_out is None else f"{type(parts.mlp_out).__name__}, not one layer of neurons"
-        )
-        why = "only language layers have hook points at neurons" if stack else f"layer {layer} has {kind}"
-        raise UnknownHookError(f"{model.family.model_type} has no component {spec!r}: {why}")
-    mlp = Block(f"blocks.{layer}", parts).mlp
-    # An offloaded weight cannot be read; a linear module that is wrapped has no width of its own.
-    size = getattr(mlp.out, "in_features", None) or mlp.W_out.shape[0]
-    return _in_range(spec, Component("neuron", (hook,), stack, layer, int(neuron), size=size), "neuron")
-
-
-def _known(model: HookedVLM, spec: Spec, found: Component) -> Component:
-    for hook in found.hooks:
-        if hook not in model.hook_dict:
-            why = why_missing(model, hook)
-            raise UnknownHookError(
-                f"{model.family.model_type} has no component {spec!r}: it has no hook point {hook!r}"
-                + (f" ({why})" if why else "")
-            )
-    return found
-
-
-def _in_range(spec: Spec, found: Component, what: str) -> Component:
-    assert found.index is not None and found.size is not None
-    if not 0 <= found.index < found.size:
-        raise OutOfRangeError(
-            f"component {spec!r}: {what} {found.index} is out of range; {found.hooks[0]} has {found.size} {what}s "
-            f"(0 to {found.size - 1})"
-        )
-    return found
+def _missing(model: HookedVLM, spec: Spec, hook: str, why: str) -> UnknownHookError:
+    return UnknownHookError(
+        f"{model.family.model_type} has no component {spec!r}: it has no hook point {hook!r}"
+        + (f" ({why})" if why else "")
+    )
 
 
 def why_missing(model: HookedVLM, hook: str) -> str:

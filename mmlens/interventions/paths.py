@@ -38,7 +38,7 @@ from mmlens.arguments import listed, one_of, unknown_name_message
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.families.anatomy import scale_of
 from mmlens.heads import HeadSet, as_head_set
-from mmlens.hook_names import block, layer_of
+from mmlens.hook_names import PART_INPUTS, PARTS, block, layer_of
 from mmlens.interventions.components import Component, Spec, components, why_missing
 from mmlens.interventions.edits import (
     Change,
@@ -137,7 +137,7 @@ def path_patch(
         mask = ~prompt.token_map.is_padding if mask is None else mask
         if not bool(mask.any()):
             return []
-        if any(part.kind == "image" for part in sending) and not isinstance(positions, IfAny):
+        if any(part.part == "image" for part in sending) and not isinstance(positions, IfAny):
             _check_image(model, prompt, mask)
         shared_clean.wanted[intervention] = of_clean + _wanted_of_model(model, sending, mlps, downstream)
         path = _Path(
@@ -193,7 +193,7 @@ def _senders(model: HookedVLM, given: HeadSet | Sequence[Spec] | str) -> list[Co
         )
     whole = {(part.layer, hook) for part in sending for hook in part.hooks if part.index is None}
     for part in sending:
-        held = "hook_attn_out" if part.kind == "head" else "hook_mlp_out"
+        held = PARTS["attn" if part.part == "z" else "mlp"]
         if part.index is not None and (part.layer, f"blocks.{part.layer}.{held}") in whole:
             raise InvalidValueError(
                 f"sender {part.label} is part of another sender, the whole {held} of its layer"
@@ -202,7 +202,7 @@ def _senders(model: HookedVLM, given: HeadSet | Sequence[Spec] | str) -> list[Co
             continue
         parts = model.anatomy.language[part.layer]
         what, output, known = "attn", parts.attention_output, (parts.mixer, parts.post_norm1)
-        if part.kind == "neuron":
+        if part.part == "post":
             what, output, known = "mlp", parts.mlp_output, (parts.mlp_out, parts.post_norm2)
         if output not in known:
             raise InvalidValueError(
@@ -246,13 +246,13 @@ def _reader(model: HookedVLM, receiver: Any) -> _Reader:
     if len(receiver) == 2:
         layer = receiver[0]
         (part,) = components(model, [(layer, "mlp")])
-        hook = block(layer, "hook_mlp_in")
+        hook = block(layer, PART_INPUTS["mlp"])
         _require(model, f"receiver {receiver!r}", hook)
         return _Reader("mlp", layer, _depth(layer, _MLP), hook, f"{part.label} in")
     ((layer, head),) = as_head_set([receiver[:2]], model.grid)
     attention = model.anatomy.language[layer].attention
     assert attention is not None
-    hook = block(layer, f"attn.hook_{what}")
+    hook = block(layer, PARTS[what])
     others = "from the image" if attends_elsewhere(attention) else "of an earlier layer"
     if what != "q" and (
         attends_elsewhere(attention) or getattr(attention.module, "is_kv_shared_layer", False)
@@ -445,7 +445,7 @@ def _added_to_the_stream(
     """What a layer's branch adds to the stream where its heads or neurons are `x`."""
     assert part.layer is not None
     parts = model.anatomy.language[part.layer]
-    if part.kind == "head":
+    if part.part == "z":
         assert parts.attention is not None
         out, norm, scale, x = parts.attention.out, parts.post_norm1, parts.attention_scale, x.flatten(-2)
     else:
@@ -599,11 +599,13 @@ def _wanted(
     of_source = []
     for spec in [] if isinstance(senders, str) else senders:
         if isinstance(spec, tuple) and len(spec) == 2:
-            name = {"attn": "hook_attn_out", "mlp": "hook_mlp_out"}.get(str(spec[1]), "attn.hook_z")
-            of_source.append(f"blocks.{spec[0]}.{name}")
+            word = spec[1] if isinstance(spec[1], str) else "z"
+            of_source.append(f"blocks.{spec[0]}.{PARTS.get(word, '')}")
     reads = [receiver for receiver in receivers if isinstance(receiver, tuple)]
-    streams = {"mlp": "hook_mlp_in"}
-    of_clean = [f"blocks.{read[0]}.{streams.get(str(read[-1]), 'hook_resid_pre')}" for read in reads]
+    of_clean = [
+        f"blocks.{read[0]}.{PART_INPUTS['mlp'] if read[-1] == 'mlp' else PARTS['resid_pre']}"
+        for read in reads
+    ]
     return tuple(of_source), (*of_source, *of_clean)
 
 

@@ -31,8 +31,8 @@ def test_every_way_of_writing_a_component() -> None:
     found = {spec: component(model, spec) for spec in WAYS}
     assert {spec: (part.label, part.hooks) for spec, part in found.items()} == WAYS
     neuron, head = found[(1, "mlp", 95)], found["vision", 0, 3]
-    assert (neuron.kind, neuron.layer, neuron.index, neuron.axis, neuron.size) == ("neuron", 1, 95, -1, 96)
-    assert (head.kind, head.stack, head.index, head.axis, head.size) == ("head", "vision.", 3, -2, 4)
+    assert (neuron.part, neuron.layer, neuron.index, neuron.axis, neuron.size) == ("post", 1, 95, -1, 96)
+    assert (head.part, head.stack, head.index, head.axis, head.size) == ("z", "vision.", 3, -2, 4)
     assert component(model, "image").hooks == ("image.hook_embed",)
     deep = ("image.hook_embed", "blocks.0.hook_deepstack", "blocks.1.hook_deepstack")
     assert component(hooked("qwen3_vl"), "image").hooks == deep
@@ -60,6 +60,7 @@ def test_what_is_no_component_is_an_error() -> None:
         (("vision", 3, 0), IndexError, r"layer 3 is out of range; its vision stack has 3 layers"),
         (("vision", 0, 4), IndexError, r"head 4 is out of range; .* has 4 heads"),
         ((0, "mlps"), ValueError, r"'mlps'; the nearest: 'mlp'"),
+        ((0, "z"), ValueError, r"component \(0, 'z'\) of a layer, 'z'"),
         (("vison", 0, 0), ValueError, r"'vison'; the nearest: 'vision'"),
         ("images", ValueError, r"no component 'images'; components are a list"),
         ((0, "attn", 1), TypeError, r"a neuron is \(layer, 'mlp', neuron\)"),
@@ -69,7 +70,7 @@ def test_what_is_no_component_is_an_error() -> None:
         ((), TypeError, r"a component is \(layer, head\)"),
         (("vision", "mlp"), TypeError, r"a component is"),
         ((True, "mlp"), TypeError, r"a component is"),
-        ((0, 1.5), TypeError, r"pairs of integers"),
+        ((0, 1.5), TypeError, r"a component is"),
         (("vision", 0, 1.5), TypeError, r"a component is"),
         (("vision", 0, "mlp", 3), UnknownHookError, r"only language layers have hook points at neurons"),
     ):
@@ -92,7 +93,7 @@ def test_components_that_a_family_does_not_have_are_refused_with_the_reason() ->
         ("fuyu", ("vision", 0, 0), "its vision side is one projection"),
         ("lfm3_vl", ("vision", 0, 0), "its short convolution layers have no softmax attention"),
         ("nemotron_h_omni", (0, "mlp"), "each of its layers is one norm and one mixer"),
-        ("nemotron_h_omni", (0, "mlp", 0), "layer 0 has no MLP"),
+        ("nemotron_h_omni", (0, "mlp", 0), "the layer has no MLP"),
         ("aria", (0, "mlp", 0), "AriaTextMoELayer, not one layer of neurons"),
     ):
         model = mmlens.HookedVLM(tiny.tiny_model(family))
