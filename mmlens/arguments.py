@@ -26,6 +26,9 @@ from mmlens.errors import InvalidTypeError, InvalidValueError
 
 T = TypeVar("T")
 
+BATCH_SIZE = 16
+"""How many examples run together where a function's `batch_size` is left out."""
+
 
 def shown(value: object) -> str:
     """A value and its type as an error message shows them, cut short.
