@@ -14,6 +14,7 @@ from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
 from typing import Any, get_type_hints
 
+import jaxtyping
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import AnnotationError, TypeCheckError, jaxtyped
@@ -45,6 +46,8 @@ def checked(definition: Any = None, **_: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         nonlocal checks
+        if jaxtyping.config.jaxtyping_disable:
+            return definition(*args, **kwargs)
         if checks is None:
             checks = _checks(definition)
         parameters, returned = checks
