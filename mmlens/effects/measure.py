@@ -1,17 +1,14 @@
 """What an intervention does to a metric: per example, against the clean run, with intervals.
 
-`effect` runs the prompts clean and under the intervention, hands each metric what it reads (mmlens.metrics.outcomes:
-logits, the clean run's logits too, or generated answers), and watches every hook: how often it fired, and how much it
-changed (`Effect.report`).
+`effect` runs the prompts clean and under the intervention in whole runs, hands each metric what it reads
+(mmlens.metrics.outcomes: logits, the clean run's logits too, or generated answers), and watches every hook: how often
+it fired, and how much it changed (`Effect.report`).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import numpy as np
@@ -19,130 +16,27 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from mmlens.arguments import flag, instance_of, listed, number, shown, whole_number, whole_numbers
+from mmlens.arguments import instance_of, listed, number, shown, whole_numbers
 from mmlens.data.examples import Example
-from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
-from mmlens.interventions.edits import Edit, hooks_of, intervention_of
-from mmlens.metrics.outcomes import (
-    DEFAULT_MAX_NEW_TOKENS,
-    Metric,
-    evaluate,
-    metric_name,
-    metric_of,
-    what_reads,
+from mmlens.effects.runner import (
+    MetricRuns,
+    Metrics,
+    Outcome,
+    PromptRuns,
+    Values,
+    checked_run,
+    prompt_batches,
+    warn_of_nothing,
 )
-from mmlens.model.evaluation import check_same_twice
+from mmlens.effects.watching import hook_report
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+from mmlens.interventions.edits import intervention_of
+from mmlens.metrics.outcomes import Metric
 from mmlens.model.fingerprints import same_weights, weights_fingerprints
-from mmlens.model.hooked_vlm import Hook, HookedVLM, HookName, Intervention, NoChangeWarning, model_of
+from mmlens.model.hooked_vlm import HookedVLM, Intervention
 from mmlens.model.prompt import Prompt
 from mmlens.statistics import Interval, mean_interval, paired_difference_interval, ratio_interval
-
-Metrics = Mapping[str, Metric] | Sequence[Metric]
-
-
-# ---------------------------------------------------------------------- what hooks did
-
-
-@dataclass(eq=False)
-class WatchedHook:
-    """A hook and what it did: `fired` counts its calls, `size` is the largest absolute change of one element.
-
-    `hook` is what to set in its place. Masking a score (to -inf) has size inf.
-    """
-
-    name: str
-    hook: Hook
-    _fired: int = 0
-    _sizes: list[Tensor] = field(default_factory=list)
-    _edit: Edit | None = None
-
-    @property
-    def fired(self) -> int:
-        return self._fired if self._edit is None else self._edit.fired
-
-    @property
-    def size(self) -> float:
-        if self._edit is not None:
-            return self._edit.size
-        return max((float(size) for size in self._sizes), default=0.0)
-
-
-def watched(hooks: Sequence[Hook]) -> list[WatchedHook]:
-    """Each hook with a count of its calls and the size of its changes; set `[each.hook for each in watched(hooks)]`.
-
-    An `Edit` that has not fired yet counts for itself. Any other function is wrapped: what it returns, or the tensor
-    that it edited in place, is compared with a copy taken before. A hook set by a filter goes by the filter's name.
-
-    >>> import mmlens
-    >>> model = mmlens.HookedVLM.from_pretrained("micro")
-    >>> hooks = watched([("hook_embed", lambda x, hook: x + 2)])
-    >>> _ = model.run_with_hooks(model.prompt("What colour is K"), fwd_hooks=[each.hook for each in hooks])
-    >>> hooks[0].name, hooks[0].fired, round(hooks[0].size, 3)
-    ('hook_embed', 1, 2.0)
-    """
-    return [_watch(name, function) for name, function in hooks]
-
-
-def _watch(point: HookName, function: Callable[..., Any]) -> WatchedHook:
-    name = point if isinstance(point, str) else getattr(point, "__name__", repr(point))
-    # One that has fired before would report that too.
-    if isinstance(function, Edit) and not function.fired:
-        return WatchedHook(name, (point, function), _edit=function)
-    this = WatchedHook(name, (point, function))
-
-    def measured(tensor: Tensor, **kwargs: Any) -> Any:
-        before = tensor.detach().clone()
-        result = function(tensor, **kwargs)
-        after = result if isinstance(result, Tensor) else tensor
-        if after.shape != before.shape:
-            raise InvalidValueError(
-                f"the hook on {name} gave a tensor {list(after.shape)} for an activation {list(before.shape)}"
-            )
-        this._fired += 1
-        if before.numel():
-            this._sizes.append(_largest_change(before, after.detach()))
-        return result
-
-    this.hook = (point, measured)
-    return this
-
-
-def _largest_change(before: Tensor, after: Tensor) -> Float[Tensor, ""]:
-    """Largest |after - before|: 0 where both are one infinity or both NaN, infinite where one of them is NaN."""
-    dtype = torch.promote_types(before.dtype, torch.float32)
-    before, after = before.to(dtype), after.to(device=before.device, dtype=dtype)
-    alike = (after == before) | (after.isnan() & before.isnan())
-    change = (after - before).abs().masked_fill(alike, 0.0)
-    return change.nan_to_num(nan=torch.inf, posinf=torch.inf).max()
-
-
-def hook_report(of_prompts: Iterable[Sequence[tuple[str, int, float]]]) -> pd.DataFrame:
-    """One row per hook - hook, fired, size - from the (name, fired, size) of every prompt's hooks.
-
-    `fired` is summed over prompts, `size` is the largest. The second hook that a prompt has on one point is the same
-    row as the second that another prompt has there.
-
-    >>> hook_report([[("hook_embed", 1, 0.5)], [("hook_embed", 1, 2.0)]]).to_dict("records")
-    [{'hook': 'hook_embed', 'fired': 2, 'size': 2.0}]
-    """
-    totals: dict[tuple[str, int], tuple[int, float]] = {}
-    for hooks in of_prompts:
-        seen: Counter[str] = Counter()
-        for name, fired, size in hooks:
-            seen[name] += 1
-            before, largest = totals.get((name, seen[name]), (0, 0.0))
-            totals[name, seen[name]] = before + fired, max(largest, size)
-    rows = [(name, fired, size) for (name, _), (fired, size) in totals.items()]
-    return pd.DataFrame(rows, columns=["hook", "fired", "size"])
-
-
-def _no_report() -> pd.DataFrame:
-    return hook_report([])
-
-
-# ---------------------------------------------------------------------- the effect
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +79,7 @@ class Effect:
     clean: Float[Tensor, " example"]
     metric: str = "metric"
     level: float = 0.95
-    report: pd.DataFrame = field(default_factory=_no_report)
+    report: pd.DataFrame = field(default_factory=lambda: hook_report([]))
     examples: tuple[str, ...] = ()
     """A fingerprint of each example (`Prompt.fingerprints`); none where that is not known."""
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -396,142 +290,52 @@ def effect(
     or a `clean` of other metrics, other examples or another model; TypeError for prompts that are neither Prompt nor
     Example.
     """
-    model_of(model)
-    items = checked_run(prompts, batch_size, logits_to_keep, progress)
+    runs = MetricRuns(model, metric, logits_to_keep)
+    items = checked_run(prompts, batch_size, progress)
     level = number("level", level, above=0, below=1)
     if intervention is not None:
         intervention_of(intervention)
-    metrics = named_metrics(metric)
-    earlier = None if clean is None else _earlier(clean, metrics)
-    runs = MetricRuns(model, metrics, logits_to_keep)
-    values: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    clean_values: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    did: list[list[tuple[str, int, float]]] = []
+    earlier = None if clean is None else _earlier(clean, runs.metrics)
+    under: list[Outcome] = []
+    clean_values: list[Values] = []
     moved: list[bool] = []
     seen: list[str] = []
     weights = weights_fingerprints(model.hf_model)
     for prompt in prompt_batches(model, items, batch_size, progress):
         seen += prompt.fingerprints
         _check_earlier(earlier, seen, weights)
-        clean_logits = None
-        if earlier is None or (runs.compares and intervention is not None):
-            clean_logits = runs.logits(prompt, [])
+        own = PromptRuns(runs, prompt, clean=earlier is None or (runs.compares and intervention is not None))
         if earlier is None:
-            answers = runs.answers(prompt, [])
-            runs.measure(clean_values, prompt, clean_logits, clean_logits, answers)
-        if intervention is None:
-            continue
-        watching = watched(hooks_of(intervention, model, prompt))
-        hooks = [each.hook for each in watching]
-        logits = runs.logits(prompt, hooks)
-        runs.measure(values, prompt, logits, clean_logits, runs.answers(prompt, hooks))
-        did.append([(each.name, each.fired, each.size) for each in watching])
-        if logits is not None and clean_logits is not None:
-            moved.append(not torch.equal(logits, clean_logits))
-    report = hook_report(did)
-    if intervention is not None:
-        _warn_of_nothing(report, moved)
+            clean_values.append(own.clean_values)
+        for outcome in own.under([] if intervention is None else [intervention]):
+            if outcome.logits is not None and own.clean_logits is not None:
+                moved.append(not torch.equal(outcome.logits, own.clean_logits))
+            under.append(replace(outcome, logits=None))
+    report = hook_report(outcome.hooks for outcome in under)
+    nothing = "" if intervention is None else _nothing_done(report, moved)
+    if nothing:
+        warn_of_nothing(f"the intervention {nothing}: its effect is that of the clean run")
 
     effects = {}
-    for name in metrics:
-        without = earlier[name].clean if earlier is not None else torch.cat(clean_values[name])
-        under = without if intervention is None else torch.cat(values[name])
-        if len(under) != len(without):
+    for name in runs.metrics:
+        without = earlier[name].clean if earlier else torch.cat([values[name] for values in clean_values])
+        values = torch.cat([outcome.values[name] for outcome in under]) if under else without
+        if len(values) != len(without):
             raise InvalidValueError(
-                f"`clean` holds {len(without)} examples, these prompts {len(under)}: "
+                f"`clean` holds {len(without)} examples, these prompts {len(values)}: "
                 "it must come from the same prompts"
             )
-        effects[name] = Effect(under, without, name, level, report, tuple(seen), weights)
-    return effects[next(iter(metrics))] if callable(metric) else effects
+        effects[name] = Effect(values, without, name, level, report, tuple(seen), weights)
+    return effects[next(iter(effects))] if callable(metric) else effects
 
 
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """What changes nothing on one prompt may change something on another: that is judged at the end."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoChangeWarning)
-        yield
-
-
-class MetricRuns:
-    """The runs that a set of metrics needs of each prompt, and what the metrics make of them."""
-
-    def __init__(self, model: HookedVLM, metrics: Mapping[str, Metric], logits_to_keep: int) -> None:
-        check_same_twice(model.hf_model)
-        self.model, self.metrics, self.logits_to_keep = model, metrics, logits_to_keep
-        read = {name: what_reads(function) for name, function in metrics.items()}
-        self.compares = "clean logits" in read.values()
-        self.reads_logits = self.compares or "logits" in read.values()
-        self._n_tokens = {
-            name: getattr(metrics[name], "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
-            for name, what in read.items()
-            if what == "answers"
-        }
-
-    def logits(self, prompt: Prompt, hooks: list[Hook]) -> Tensor | None:
-        if not self.reads_logits:
-            return None
-        with _unwarned():
-            return self.model.run_with_hooks(prompt, fwd_hooks=hooks, logits_to_keep=self.logits_to_keep)
-
-    def answers(self, prompt: Prompt, hooks: list[Hook]) -> dict[int, list[str]]:
-        """{number of new tokens: the generated texts}"""
-        texts = {}
-        for n_tokens in sorted(set(self._n_tokens.values())):
-            with _unwarned(), self.model.hooks(fwd_hooks=hooks):
-                texts[n_tokens] = self.model.answer(prompt, max_new_tokens=n_tokens, do_sample=False)
-        return texts
-
-    def measure(
-        self,
-        into: dict[str, list[Tensor]],
-        prompt: Prompt,
-        logits: Tensor | None,
-        clean_logits: Tensor | None,
-        answers: Mapping[int, Sequence[str]],
-    ) -> None:
-        for name, function in self.metrics.items():
-            texts = answers.get(self._n_tokens.get(name, 0))
-            what = what_reads(function)
-            # A metric may work in place, and other metrics and later runs read the same logits: each gets a copy.
-            own = None if logits is None or what == "answers" else logits.clone()
-            clean = None if clean_logits is None or what != "clean logits" else clean_logits.clone()
-            value = evaluate(function, name, prompt, logits=own, clean_logits=clean, answers=texts)
-            into[name].append(value.detach())
-
-
-def _warn_of_nothing(report: pd.DataFrame, moved: Sequence[bool]) -> None:
+def _nothing_done(report: pd.DataFrame, moved: Sequence[bool]) -> str:
+    """What an intervention left undone on every prompt, in words; nothing where it changed something."""
     if report.empty:
-        what = "set no hook on any prompt"
-    elif not (report["size"] > 0).any():
-        what = "changed no activation of any prompt (the size of every edit is 0)"
-    elif moved and not any(moved):
-        what = "changed no logit of any prompt"
-    else:
-        return
-    message = f"the intervention {what}: its effect is that of the clean run"
-    warnings.warn(message, NoChangeWarning, stacklevel=4)
-
-
-def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:
-    """The metrics by name; raises InvalidTypeError for what is none, with the nearest metric where a name was given."""
-    if isinstance(metric, Mapping):
-        metrics = {
-            instance_of("the name of a metric", name, str, "a text"): metric_of(f"metric[{name!r}]", own)
-            for name, own in metric.items()
-        }
-    else:
-        if callable(metric) or isinstance(metric, str) or metric is None:
-            functions = [metric_of("metric", metric)]
-        else:
-            given = listed("metric", metric, "a metric, a list of metrics or {name: metric}")
-            functions = [metric_of(f"metric[{at}]", own) for at, own in enumerate(given)]
-        metrics = {metric_name(function): function for function in functions}
-        if len(metrics) < len(functions):
-            raise InvalidValueError("two of the metrics have the same name; pass {name: metric}")
-    if not metrics:
-        raise InvalidValueError("no metric given: expected a metric, a list of metrics or {name: metric}")
-    return metrics
+        return "set no hook on any prompt"
+    if not (report["size"] > 0).any():
+        return "changed no activation of any prompt (the size of every edit is 0)"
+    return "changed no logit of any prompt" if moved and not any(moved) else ""
 
 
 def _earlier(clean: Effect | Mapping[str, Effect], metrics: Mapping[str, Metric]) -> dict[str, Effect]:
@@ -559,47 +363,3 @@ def _check_earlier(
                 f"`clean` ({name}) is of other prompts: example {other} has another text, image or answer there. It is "
                 "an earlier result on the same prompts in the same order"
             )
-
-
-def checked_run(
-    prompts: Prompt | Sequence[Prompt] | Sequence[Example],
-    batch_size: int,
-    logits_to_keep: int,
-    progress: bool,
-) -> list[Prompt | Example]:
-    """The prompts, or the examples, as a list, once what all runs of metrics take has been checked."""
-    whole_number("batch_size", batch_size, least=1)
-    whole_number("logits_to_keep", logits_to_keep, least=0)
-    flag("progress", progress)
-    return prompts_or_examples(prompts)
-
-
-def prompts_or_examples(prompts: Prompt | Sequence[Prompt] | Sequence[Example]) -> list[Prompt | Example]:
-    """The prompts, or the examples, as a list; raises InvalidTypeError for anything else, or both together."""
-    expected = "a Prompt, a list of Prompt or a list of Example, all of one type"
-    if isinstance(prompts, Prompt):
-        return [prompts]
-    if isinstance(prompts, Example):
-        raise InvalidTypeError(
-            f"prompts is {shown(prompts)}; expected {expected}: one example is written [example]"
-        )
-    items = listed("prompts", prompts, expected, least=1)
-    if not any(all(isinstance(item, kind) for item in items) for kind in (Prompt, Example)):
-        raise InvalidTypeError(
-            f"prompts are {expected}; got {', '.join(sorted({type(item).__name__ for item in items}))}"
-        )
-    return items
-
-
-def prompt_batches(
-    model: HookedVLM, items: Sequence[Prompt | Example], batch_size: int, progress: bool
-) -> Iterator[Prompt]:
-    """The prompts, or those of the examples, `batch_size` at a time; items as `checked_run` gives them."""
-    ready = [item for item in items if isinstance(item, Prompt)]
-    examples = [item for item in items if isinstance(item, Example)]
-    starts = range(0, len(examples), batch_size)
-    made = (model.prompt_examples(examples[start : start + batch_size]) for start in starts)
-    with tqdm(total=len(examples) or sum(map(len, ready)), unit="example", disable=not progress) as bar:
-        for prompt in ready or made:
-            yield prompt
-            bar.update(len(prompt))

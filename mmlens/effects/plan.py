@@ -14,14 +14,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from mmlens.effects.partial import CleanRun, NotExactError
+from mmlens.effects.partial import CleanRun, NotExactError, is_out_of_memory
 from mmlens.hook_names import BLOCK_HOOKS, layer_of
 from mmlens.internals import attention_implementation
 from mmlens.interventions.edits import Edit
 from mmlens.model.hooked_vlm import Hook, HookedVLM
 
-_FIRST_BEHIND_ATTENTION = "attn.hook_z"
-_BEHIND_ATTENTION = set(list(BLOCK_HOOKS)[list(BLOCK_HOOKS).index(_FIRST_BEHIND_ATTENTION) :]) | {
+_FIRST_AFTER_ATTENTION = "attn.hook_z"
+_AFTER_ATTENTION = set(list(BLOCK_HOOKS)[list(BLOCK_HOOKS).index(_FIRST_AFTER_ATTENTION) :]) | {
     "mlp.hook_post",
     "hook_deepstack",
 }
@@ -54,40 +54,67 @@ class Start:
         return self.layer, self.attention_is_clean, self.may_trim
 
 
-def start_of(model: HookedVLM, clean: CleanRun, hooks: Sequence[Hook]) -> Start:
-    """The first layer and position that the hooks touch, at which the run can be cut."""
+def planned(
+    model: HookedVLM,
+    clean: CleanRun | None,
+    hooks: Sequence[Sequence[Hook]],
+    memory: float,
+    why_whole: str = "",
+) -> tuple[list[Start], list[Group]]:
+    """Where each intervention's run starts, and which of them run as one batch, of at most `memory` GiB.
+
+    Without a clean run, for the reason `why_whole`, each is a whole run of its own.
+    """
+    starts = [start_of(model, clean, own, why_whole) for own in hooks]
+    if clean is None:
+        return starts, groups_of(starts, lambda first: 1)
+    reuse = reuse_of(clean, starts)
+    starts = [reuse.of(start) for start in starts]
+    names = (name for own in hooks for match, _ in own for name in model.hook_names(match))
+    edits_scores = any(name.endswith(("hook_attn_scores", "hook_pattern")) for name in names)
+
+    def most(first: int) -> int:
+        return _most_in_memory(clean, first, memory, edits_scores) if reuse.batch else 1
+
+    return starts, groups_of(starts, most)
+
+
+def start_of(model: HookedVLM, clean: CleanRun | None, hooks: Sequence[Hook], why_whole: str = "") -> Start:
+    """The first layer and position that the hooks touch, at which the run can be cut; `why_whole` without a clean
+    run to start from."""
     touched = [(name, function) for match, function in hooks for name in model.hook_names(match)]
-    if not touched:
-        return Start(whole="it sets no hook")
-    layers = []
-    for name, _ in touched:
-        layer = _layer(name, clean.n_layers)
-        if layer is None:
-            return Start(whole=f"it touches {name}, outside the language layers", needs_images=True)
-        layers.append(layer)
-    layer = min(layers)
-    # A function that states no first position, as edits do, may touch any.
-    firsts = [getattr(function, "first_position", None) for _, function in touched]
-    known = [first for first in firsts if first is not None]
-    reason = "" if len(known) == len(firsts) else "the positions that a hook function touches are not known"
-    wanted = 0 if reason else min(known)
-    first = clean.cut_before(wanted)
-    if wanted and not reason and wanted > clean.shape[1] - clean.logits_to_keep:
-        reason = f"the metric reads the last {clean.logits_to_keep} positions" if first < wanted else ""
-    elif wanted and not reason:
-        reason = clean.no_cut or (
-            f"positions {first} to {wanted} are attended to from before" if first < wanted else ""
-        )
-    at_start = [name for (name, _), own in zip(touched, layers, strict=True) if own == layer]
+    layers = {name: _layer(name, model.cfg.n_layers) for name, _ in touched}
+    outside = [name for name, layer in layers.items() if layer is None]
+    if clean is None or not touched or outside:
+        where = f"it touches {outside[0]}, outside the language layers" if outside else "it sets no hook"
+        return Start(whole=why_whole or where, needs_images=bool(outside))
+    layer = min(own for own in layers.values() if own is not None)
+    first, reason = _first_of(clean, [function for _, function in touched])
+    at_start = [name for name, own in layers.items() if own == layer]
     return Start(
         layer=layer,
         first=first,
-        attention_is_clean=layer < clean.n_layers and all(map(_is_behind_attention, at_start)),
+        attention_is_clean=layer < clean.n_layers and all(map(_is_after_attention, at_start)),
         may_trim=all(
             _may_trim(name, function, clean.n_layers, clean.logits_to_keep) for name, function in touched
         ),
         reason=reason,
     )
+
+
+def _first_of(clean: CleanRun, functions: Sequence[Callable[..., Any]]) -> tuple[int, str]:
+    """The position to start from for functions that touch the prompt, and why it is none further on."""
+    # A function that states no first position, as edits do, may touch any.
+    firsts = [getattr(function, "first_position", None) for function in functions]
+    if None in firsts:
+        return clean.cut_before(0), "the positions that a hook function touches are not known"
+    wanted = min(firsts)
+    first = clean.cut_before(wanted)
+    if wanted > clean.shape[1] - clean.logits_to_keep:
+        return first, f"the metric reads the last {clean.logits_to_keep} positions" if first < wanted else ""
+    if not wanted or clean.no_cut:
+        return first, clean.no_cut if wanted else ""
+    return first, f"positions {first} to {wanted} are attended to from before" if first < wanted else ""
 
 
 def _layer(name: str, n_layers: int) -> int | None:
@@ -96,9 +123,9 @@ def _layer(name: str, n_layers: int) -> int | None:
     return n_layers if name.startswith("ln_final.") else layer_of(name)
 
 
-def _is_behind_attention(name: str) -> bool:
+def _is_after_attention(name: str) -> bool:
     within = name.split(".", 2)[2] if name.startswith("blocks.") else ""
-    return within.replace("image.hook_z", "attn.hook_z").removeprefix("image.") in _BEHIND_ATTENTION
+    return within.replace("image.hook_z", "attn.hook_z").removeprefix("image.") in _AFTER_ATTENTION
 
 
 def _may_trim(name: str, function: Callable[..., Any], n_layers: int, n_kept: int) -> bool:
@@ -114,7 +141,7 @@ def _may_trim(name: str, function: Callable[..., Any], n_layers: int, n_kept: in
         return False
     if function.mask is not None and not bool(function.mask[:, -n_kept:].any()):
         return False
-    return layer == n_layers or _is_behind_attention(name)
+    return layer == n_layers or _is_after_attention(name)
 
 
 @dataclass(frozen=True)
@@ -197,6 +224,10 @@ def reuse_of(clean: CleanRun, starts: Iterable[Start]) -> Reuse:
         except NotExactError as error:
             reason = tried.reason or str(error).split("\n")[0]
             tried.level, tried.layers, tried.is_edited, tried.reason = tried.level + 1, set(), False, reason
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return Reuse(partial=False, reason="there was no memory to try partial runs")
         else:
             return replace(reuse, reason=tried.reason)
     return Reuse(partial=False, reason=f"no partial run is exact here: {tried.reason}")
@@ -258,3 +289,25 @@ def groups_of(starts: Sequence[Start], most: Callable[[int], int]) -> list[Group
         batch.append(index)
     close()
     return [*groups, *(Group((index,), starts[index]) for index in whole)]
+
+
+_NUMBERS_AT_ONCE = 2**20
+"""Of the stream, on a CPU: 2,048 positions of width 512."""
+
+
+def _most_in_memory(clean: CleanRun, first: int, memory: float, edits_scores: bool) -> int:
+    """How many interventions from position `first` on fit into `memory` GiB, by the sizes of what a layer holds."""
+    model, (batch, length) = clean.model, clean.shape
+    cfg = model.cfg
+    d_mlp = cfg.d_mlp or 4 * cfg.d_model
+    n_kv_heads = cfg.n_key_value_heads or cfg.n_heads
+    of_position = 8 * cfg.d_model + 3 * d_mlp
+    of_key = 4 * n_kv_heads * cfg.d_head
+    if edits_scores:
+        of_key += 3 * cfg.n_heads * (length - first)
+    numbers = (length - first) * of_position + length * of_key + 3 * clean.logits[0].numel()
+    most = int(memory * 2**30 / (batch * numbers * clean.logits.element_size()))
+    if model.device.type == "cpu":
+        # A processor gains nothing from more at once than fills its caches.
+        most = min(most, _NUMBERS_AT_ONCE // (batch * (length - first) * cfg.d_model))
+    return max(1, most)

@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from mmlens.arguments import instance_of, number, shown
 from mmlens.data.examples import Example
-from mmlens.effects.measure import (
-    Metric,
+from mmlens.effects.runner import (
     MetricRuns,
     Metrics,
-    WatchedHook,
+    PromptRuns,
     checked_run,
-    named_metrics,
     prompt_batches,
-    watched,
+    warn_of_nothing,
 )
-from mmlens.effects.partial import CleanRun, is_out_of_memory
-from mmlens.effects.plan import Group, Start, groups_of, reuse_of, start_of
 from mmlens.errors import InvalidTypeError, InvalidValueError
-from mmlens.interventions.edits import hooks_of, intervention_of
-from mmlens.model.hooked_vlm import (
-    Hook,
-    HookedVLM,
-    HookNeverFiredError,
-    Intervention,
-    NoChangeWarning,
-    model_of,
-)
+from mmlens.interventions.edits import intervention_of
+from mmlens.metrics.outcomes import Metric
+from mmlens.model.hooked_vlm import HookedVLM, Intervention
 from mmlens.model.prompt import Prompt
 
-_NUMBERS_AT_ONCE = 2**20
-"""Of the stream, on a CPU: 2,048 positions of width 512."""
+Part = tuple[int, Tensor, Tensor]
+"""A batch's first example, and each example's value and clean value."""
 
 
 @torch.no_grad()
@@ -83,26 +70,53 @@ def sweep(
     >>> list(table.columns), len(table)
     (['intervention', 'example', 'metric', 'value', 'clean'], 12)
     """
-    model_of(model)
-    items = checked_run(prompts, batch_size, logits_to_keep, progress)
+    runs = MetricRuns(model, metric, logits_to_keep)
+    items = checked_run(prompts, batch_size, progress)
     memory = number("memory", memory, above=0)
     _check_interventions(interventions)
-    metrics = named_metrics(metric)
-    collected = _Collected(list(interventions), list(metrics))
-    with tqdm(
-        total=len(interventions) * _n_batches(items, batch_size), disable=not progress, unit="run"
-    ) as bar:
+    labels, first = list(interventions), 0
+    notes: list[dict[str, Any]] = []
+    found: dict[tuple[int, str], list[Part]] = {
+        (index, name): [] for index in range(len(labels)) for name in runs.metrics
+    }
+    n_prompts = -(-len(items) // batch_size) if isinstance(items[0], Example) else len(items)
+    with tqdm(total=len(labels) * n_prompts, disable=not progress, unit="run") as bar:
         for prompt in prompt_batches(model, items, batch_size, progress=False):
-            own = _PromptSweep(model, prompt, MetricRuns(model, metrics, logits_to_keep), memory)
-            hooks = [
-                watched(hooks_of(intervention, model, prompt)) for intervention in interventions.values()
-            ]
-            for index, values, note in own.run(hooks):
-                collected.add(index, values, own.clean_values, {**note, **_done(hooks[index])})
+            own = PromptRuns(runs, prompt, memory=memory)
+            clean = own.clean_values
+            for outcome in own.under(list(interventions.values())):
+                for name, values in outcome.values.items():
+                    found[outcome.index, name].append((first, values, clean[name]))
+                notes.append({"intervention": labels[outcome.index], "example": first, **outcome.how})
                 bar.update()
-            collected.next_prompt(len(prompt))
-    collected.warn_of_nothing()
-    return collected.table()
+            first += len(prompt)
+    changed = {note["intervention"] for note in notes if note["size"] > 0}
+    idle = [label for label in labels if label not in changed]
+    if idle:
+        warn_of_nothing(
+            f"{len(idle)} of {len(labels)} interventions changed no activation of any prompt, the first of them "
+            f"{idle[0]!r}: their values are the clean run's"
+        )
+    return _table(labels, found, notes)
+
+
+def _table(
+    labels: Sequence[Any], found: Mapping[tuple[int, str], Sequence[Part]], notes: list[dict[str, Any]]
+) -> pd.DataFrame:
+    rows: dict[str, list[Any]] = {
+        name: [] for name in ("intervention", "example", "metric", "value", "clean")
+    }
+    for (index, metric), parts in found.items():
+        for first, values, clean in parts:
+            n = len(values)
+            rows["intervention"] += [labels[index]] * n
+            rows["example"] += range(first, first + n)
+            rows["metric"] += [metric] * n
+            rows["value"] += values.double().tolist()
+            rows["clean"] += clean.double().tolist()
+    frame = pd.DataFrame({**rows, "intervention": pd.Series(rows["intervention"], dtype=object)})
+    frame.attrs["reuse"] = notes
+    return frame
 
 
 def reuse_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -130,194 +144,3 @@ def _check_interventions(interventions: object) -> None:
         )
     for label, intervention in interventions.items():
         intervention_of(intervention, f"interventions[{label!r}]")
-
-
-class _PromptSweep:
-    """All interventions on one prompt."""
-
-    def __init__(self, model: HookedVLM, prompt: Prompt, runs: MetricRuns, memory: float) -> None:
-        self.model, self.prompt, self.runs, self.memory = model, prompt, runs, memory
-        self.encoded = model.encode_images(prompt)
-        self.stacks, self.edits_scores = True, False
-        self.clean: CleanRun | None = None
-        self.why_whole = self._why_whole()
-        if not self.why_whole:
-            try:
-                self.clean = CleanRun.of(model, self.encoded, runs.logits_to_keep)
-            except ValueError as error:
-                self.why_whole = str(error)
-        self.clean_logits = self._whole(self.encoded, []) if self.clean is None else self.clean.logits
-        self.clean_values = self._values(self.clean_logits, [])
-
-    def _why_whole(self) -> str:
-        """Why all runs are whole ones, where that is known beforehand."""
-        live = [name for name, point in self.model.hook_dict.items() if point.is_live]
-        if live:
-            # They would see cut and stacked activations, and act on the recorded ones a second time.
-            return f"hooks are set on the model already, at {live[0]}"
-        if not self.runs.reads_logits:
-            return "the metrics read generated answers, for which every run is whole"
-        return ""
-
-    def run(
-        self, hooks: Sequence[Sequence[WatchedHook]]
-    ) -> Iterator[tuple[int, dict[str, Tensor], dict[str, Any]]]:
-        """(number, {metric: values}, what was reused) of every intervention, as they are done."""
-        functions = [[each.hook for each in own] for own in hooks]
-        starts = self._starts(functions)
-        waiting = groups_of(starts, self._most)
-        while waiting:
-            group = waiting.pop(0)
-            try:
-                logits = self._logits(group, [functions[member] for member in group.members])
-            except (MemoryError, RuntimeError) as error:
-                if len(group.members) == 1 or not is_out_of_memory(error):
-                    raise
-                half = (len(group.members) + 1) // 2
-                waiting[:0] = [
-                    replace(group, members=part) for part in (group.members[:half], group.members[half:])
-                ]
-                continue
-            for member, own in zip(group.members, logits, strict=True):
-                values = self._values(own, functions[member])
-                silent = [each.name for each in hooks[member] if not each.fired]
-                if silent:
-                    raise HookNeverFiredError(
-                        f"the model ran, but these hooks never fired: {', '.join(sorted(set(silent))[:5])}"
-                    )
-                yield member, values, self._note(group, starts[member])
-
-    def _note(self, group: Group, own: Start) -> dict[str, Any]:
-        start = group.start
-        images = (
-            "once" if self.encoded.image_features is not None and not start.needs_images else "with every run"
-        )
-        beside = f"it ran beside one that starts at position {start.first}" if start.first < own.first else ""
-        return {
-            "layer": start.layer,
-            "position": start.first,
-            "batch": len(group.members),
-            "images": images if bool(self.prompt.token_map.is_image.any()) else "none",
-            "why_not_more": start.whole or "; ".join(filter(None, [own.reason, beside])),
-        }
-
-    def _starts(self, functions: Sequence[Sequence[Hook]]) -> list[Start]:
-        if self.clean is None:
-            return [Start(whole=self.why_whole)] * len(functions)
-        wanted = [start_of(self.model, self.clean, own) for own in functions]
-        names = {name for own in functions for match, _ in own for name in self.model.hook_names(match)}
-        self.edits_scores = any(name.endswith(("hook_attn_scores", "hook_pattern")) for name in names)
-        try:
-            reuse = reuse_of(self.clean, wanted)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return [Start(whole="there was no memory to try partial runs")] * len(functions)
-        self.stacks = reuse.batch
-        return [reuse.of(start) for start in wanted]
-
-    def _logits(
-        self, group: Group, hooks: Sequence[Sequence[Hook]]
-    ) -> Sequence[Tensor | None] | Float[Tensor, "intervention batch kept vocab"]:
-        """The logits under each of a group's interventions; None where no metric reads them."""
-        start = group.start
-        if start.whole:
-            return [self._whole(self.prompt if start.needs_images else self.encoded, hooks[0])]
-        assert self.clean is not None
-        return self.clean.partial(
-            start.layer,
-            start.first,
-            hooks,
-            attention_is_clean=start.attention_is_clean,
-            may_trim=start.may_trim,
-        )
-
-    def _whole(self, prompt: Prompt, hooks: Sequence[Hook]) -> Float[Tensor, "batch kept vocab"] | None:
-        logits = self.runs.logits(prompt, list(hooks))
-        return None if logits is None else logits[:, -self.runs.logits_to_keep :]
-
-    def _values(self, logits: Tensor | None, hooks: list[Hook]) -> dict[str, Tensor]:
-        values: dict[str, list[Tensor]] = {name: [] for name in self.runs.metrics}
-        answers = self.runs.answers(self.prompt, hooks)
-        self.runs.measure(values, self.prompt, logits, self.clean_logits, answers)
-        return {name: own[0] for name, own in values.items()}
-
-    def _most(self, first: int) -> int:
-        """How many interventions from position `first` on fit into `memory`, by the sizes of what a layer holds."""
-        if not self.stacks or self.clean is None:
-            return 1
-        cfg, (batch, length) = self.model.cfg, self.prompt.shape
-        d_mlp = cfg.d_mlp or 4 * cfg.d_model
-        n_kv_heads = cfg.n_key_value_heads or cfg.n_heads
-        of_position = 8 * cfg.d_model + 3 * d_mlp
-        of_key = 4 * n_kv_heads * cfg.d_head
-        if self.edits_scores:
-            of_key += 3 * cfg.n_heads * (length - first)
-        numbers = (length - first) * of_position + length * of_key + 3 * self.clean.logits[0].numel()
-        bytes_each = batch * numbers * self.clean.logits.element_size()
-        most = int(self.memory * 2**30 / bytes_each)
-        if self.model.device.type == "cpu":
-            # A processor gains nothing from more at once than fills its caches.
-            most = min(most, _NUMBERS_AT_ONCE // (batch * (length - first) * cfg.d_model))
-        return max(1, most)
-
-
-def _n_batches(items: Sequence[Prompt | Example], batch_size: int) -> int:
-    return -(-len(items) // batch_size) if isinstance(items[0], Example) else len(items)
-
-
-def _done(hooks: Sequence[WatchedHook]) -> dict[str, Any]:
-    return {
-        "fired": sum(each.fired for each in hooks),
-        "size": max((each.size for each in hooks), default=0.0),
-    }
-
-
-class _Collected:
-    """A sweep's numbers as they come in, in the order of interventions and examples in the end."""
-
-    def __init__(self, labels: list[Any], metrics: list[str]) -> None:
-        self.labels, self.metrics = labels, metrics
-        self.first_example = 0
-        self.values: dict[tuple[int, str], list[tuple[int, Tensor, Tensor]]] = {
-            (index, name): [] for index in range(len(labels)) for name in metrics
-        }
-        self.notes: list[dict[str, Any]] = []
-
-    def add(
-        self, index: int, values: Mapping[str, Tensor], clean: Mapping[str, Tensor], note: Mapping[str, Any]
-    ) -> None:
-        for name, own in values.items():
-            self.values[index, name].append((self.first_example, own, clean[name]))
-        self.notes.append({"intervention": self.labels[index], "example": self.first_example, **note})
-
-    def next_prompt(self, n_examples: int) -> None:
-        self.first_example += n_examples
-
-    def warn_of_nothing(self) -> None:
-        changed = {note["intervention"] for note in self.notes if note["size"] > 0}
-        idle = [label for label in self.labels if label not in changed]
-        if idle:
-            warnings.warn(
-                f"{len(idle)} of {len(self.labels)} interventions changed no activation of any prompt, the first "
-                f"of them {idle[0]!r}: their values are the clean run's",
-                NoChangeWarning,
-                # After this method, `sweep` and torch.no_grad's wrapper.
-                stacklevel=4,
-            )
-
-    def table(self) -> pd.DataFrame:
-        rows: dict[str, list[Any]] = {
-            name: [] for name in ("intervention", "example", "metric", "value", "clean")
-        }
-        for (index, metric), batches in self.values.items():
-            for first, values, clean in batches:
-                n = len(values)
-                rows["intervention"] += [self.labels[index]] * n
-                rows["example"] += range(first, first + n)
-                rows["metric"] += [metric] * n
-                rows["value"] += values.double().tolist()
-                rows["clean"] += clean.double().tolist()
-        frame = pd.DataFrame({**rows, "intervention": pd.Series(rows["intervention"], dtype=object)})
-        frame.attrs["reuse"] = self.notes
-        return frame

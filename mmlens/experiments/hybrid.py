@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from mmlens.data.examples import Example
-from mmlens.effects.measure import prompt_batches
+from mmlens.effects.runner import prompt_batches
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from mmlens.data.examples import Example
 from mmlens.data.scenes import scene_examples
-from mmlens.effects.measure import Effect, _largest_change, effect, hook_report, watched
+from mmlens.effects.measure import Effect, effect
 from mmlens.effects.sweeps import sweep
+from mmlens.effects.watching import _largest_change, hook_report, watched
 from mmlens.interventions.ablation import ablate
 from mmlens.interventions.edits import Edit
 from mmlens.metrics.answers import exact_match, generated_accuracy, generated_invalid, generating

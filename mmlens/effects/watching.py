@@ -1,0 +1,117 @@
+"""What hooks did: how often each fired, and how much it changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmlens.errors import InvalidValueError
+from mmlens.interventions.edits import Edit
+from mmlens.model.hooked_vlm import Hook, HookName
+
+HookDone = tuple[str, int, float]
+"""A hook's name, how often it fired, and the largest change that it made."""
+
+
+@dataclass(eq=False)
+class WatchedHook:
+    """A hook and what it did: `fired` counts its calls, `size` is the largest absolute change of one element.
+
+    `hook` is what to set in its place. Masking a score (to -inf) has size inf.
+    """
+
+    name: str
+    hook: Hook
+    _fired: int = 0
+    _sizes: list[Tensor] = field(default_factory=list)
+    _edit: Edit | None = None
+
+    @property
+    def fired(self) -> int:
+        return self._fired if self._edit is None else self._edit.fired
+
+    @property
+    def done(self) -> HookDone:
+        return self.name, self.fired, self.size
+
+    @property
+    def size(self) -> float:
+        if self._edit is not None:
+            return self._edit.size
+        return max((float(size) for size in self._sizes), default=0.0)
+
+
+def watched(hooks: Sequence[Hook]) -> list[WatchedHook]:
+    """Each hook with a count of its calls and the size of its changes; set `[each.hook for each in watched(hooks)]`.
+
+    An `Edit` that has not fired yet counts for itself. Any other function is wrapped: what it returns, or the tensor
+    that it edited in place, is compared with a copy taken before. A hook set by a filter goes by the filter's name.
+
+    >>> import mmlens
+    >>> model = mmlens.HookedVLM.from_pretrained("micro")
+    >>> hooks = watched([("hook_embed", lambda x, hook: x + 2)])
+    >>> _ = model.run_with_hooks(model.prompt("What colour is K"), fwd_hooks=[each.hook for each in hooks])
+    >>> hooks[0].name, hooks[0].fired, round(hooks[0].size, 3)
+    ('hook_embed', 1, 2.0)
+    """
+    return [_watch(name, function) for name, function in hooks]
+
+
+def _watch(point: HookName, function: Callable[..., Any]) -> WatchedHook:
+    name = point if isinstance(point, str) else getattr(point, "__name__", repr(point))
+    # One that has fired before would report that too.
+    if isinstance(function, Edit) and not function.fired:
+        return WatchedHook(name, (point, function), _edit=function)
+    this = WatchedHook(name, (point, function))
+
+    def measured(tensor: Tensor, **kwargs: Any) -> Any:
+        before = tensor.detach().clone()
+        result = function(tensor, **kwargs)
+        after = result if isinstance(result, Tensor) else tensor
+        if after.shape != before.shape:
+            raise InvalidValueError(
+                f"the hook on {name} gave a tensor {list(after.shape)} for an activation {list(before.shape)}"
+            )
+        this._fired += 1
+        if before.numel():
+            this._sizes.append(_largest_change(before, after.detach()))
+        return result
+
+    this.hook = (point, measured)
+    return this
+
+
+def _largest_change(before: Tensor, after: Tensor) -> Float[Tensor, ""]:
+    """Largest |after - before|: 0 where both are one infinity or both NaN, infinite where one of them is NaN."""
+    dtype = torch.promote_types(before.dtype, torch.float32)
+    before, after = before.to(dtype), after.to(device=before.device, dtype=dtype)
+    alike = (after == before) | (after.isnan() & before.isnan())
+    change = (after - before).abs().masked_fill(alike, 0.0)
+    return change.nan_to_num(nan=torch.inf, posinf=torch.inf).max()
+
+
+def hook_report(of_prompts: Iterable[Sequence[HookDone]]) -> pd.DataFrame:
+    """One row per hook - hook, fired, size - from the (name, fired, size) of every prompt's hooks.
+
+    `fired` is summed over prompts, `size` is the largest. The second hook that a prompt has on one point is the same
+    row as the second that another prompt has there.
+
+    >>> hook_report([[("hook_embed", 1, 0.5)], [("hook_embed", 1, 2.0)]]).to_dict("records")
+    [{'hook': 'hook_embed', 'fired': 2, 'size': 2.0}]
+    """
+    totals: dict[tuple[str, int], tuple[int, float]] = {}
+    for hooks in of_prompts:
+        seen: Counter[str] = Counter()
+        for name, fired, size in hooks:
+            seen[name] += 1
+            before, largest = totals.get((name, seen[name]), (0, 0.0))
+            totals[name, seen[name]] = before + fired, max(largest, size)
+    rows = [(name, fired, size) for (name, _), (fired, size) in totals.items()]
+    return pd.DataFrame(rows, columns=["hook", "fired", "size"])
