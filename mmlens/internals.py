@@ -136,6 +136,28 @@ def rest_of(output: Any) -> tuple[Any, ...] | None:
     return output[1:] if isinstance(output, tuple) else None
 
 
+LAYER_INPUTS: dict[str, tuple[str, ...]] = {
+    "attention_mask": ("batch head pos key", "batch pos"),
+    "cache_position": ("pos",),
+    "conv_mask": ("batch pos",),
+    "cross_attention_mask": ("batch head pos key",),
+    "full_text_row_masked_out_mask": ("batch head pos key",),
+    "moe_mm_token_type_ids": ("batch pos",),
+    "per_layer_input": ("batch pos d",),
+    "ple_input_ids": ("batch pos",),
+    "position_embeddings": ("batch pos d", "section batch pos d"),
+    "position_ids": ("batch pos", "section batch pos"),
+}
+"""The axes of what models give their decoder layers beside the stream; where there are two ways, they differ in number.
+An axis of 1 stands for all."""
+
+
+def input_names(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """The names of a layer's arguments, those given by place first."""
+    by_place = list(inspect.signature(layer.forward).parameters)[: len(args)] if len(args) > 1 else ["stream"]
+    return [*by_place[: len(args)], *kwargs]
+
+
 LayerCall = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -55,16 +55,16 @@ class CleanRun:
     model: HookedVLM
     prompt: Prompt
     logits_to_keep: int
-    logits: Float[Tensor, "batch kept vocab"]
-    streams: list[Tensor]
+    logits: Float[Tensor, "batch kept vocab"] = field(init=False)
+    streams: list[Tensor] = field(default_factory=list)
     """What enters each layer, and at the end what leaves the last one."""
-    gains: dict[int, Tensor]
+    gains: dict[int, Tensor] = field(default_factory=dict)
     """What the stream gains between a layer and the next, where it gains anything (deep injection)."""
-    outputs: list[Any]
+    outputs: list[Any] = field(default_factory=list)
     """What each layer gives, without the stream: a tuple's further entries, or None where it gives the stream alone."""
-    calls: dict[int, list[CleanKeys]]
+    calls: dict[int, list[CleanKeys]] = field(default_factory=dict)
     """What each layer's calls of the attention function attended to."""
-    attention: dict[int, AttentionEnd]
+    attention: dict[int, AttentionEnd] = field(default_factory=dict)
     """How each attention module ended, where it ends with W_O."""
 
     @property
@@ -82,20 +82,12 @@ class CleanRun:
     def of(cls, model: HookedVLM, prompt: Prompt, logits_to_keep: int = 1) -> CleanRun:
         """Run the prompt with no hook and keep the pieces. Raises ValueError where a layer does not run once."""
         check_same_twice(model.hf_model)
-        recorder = _Recorder(model)
-        logits = recorder.recording(lambda: model(prompt, logits_to_keep=logits_to_keep, use_cache=False))
-        recorder.finish()
-        return cls(
-            model=model,
-            prompt=prompt,
-            logits_to_keep=logits_to_keep,
-            logits=logits[:, -logits_to_keep:],
-            streams=recorder.streams,
-            gains=recorder.gains,
-            outputs=recorder.outputs,
-            calls=recorder.calls,
-            attention=recorder.attention,
+        clean = cls(model, prompt, logits_to_keep)
+        logits = _Recorder(clean).recorded(
+            lambda: model(prompt, logits_to_keep=logits_to_keep, use_cache=False)
         )
+        clean.logits = logits[:, -logits_to_keep:]
+        return clean
 
     def cut_before(self, position: int) -> int:
         """The last position at or before `position` at which a run may be cut; 0 where there is none."""
@@ -180,11 +172,9 @@ class CleanRun:
         return ""
 
     def _why_no_cut(self) -> str:
-        batch, length = self.shape
+        length = self.shape[1]
         if self.logits_to_keep == 0:
             return "the metric reads the logits of all positions"
-        if batch == length:
-            return "as many examples as positions"
         for layer, parts in enumerate(self.model.anatomy.language):
             calls = self.calls.get(layer, [])
             if parts.attention is None:
@@ -233,22 +223,17 @@ class AttentionEnd:
 
 
 class _Recorder:
-    """Fills a CleanRun's pieces while the model runs."""
+    """Fills a clean run's pieces while the model runs."""
 
-    def __init__(self, model: HookedVLM) -> None:
-        self.model = model
-        self.streams: list[Tensor] = []
-        self.gains: dict[int, Tensor] = {}
-        self.outputs: list[Any] = []
-        self.calls: dict[int, list[CleanKeys]] = {}
-        self.attention: dict[int, AttentionEnd] = {}
+    def __init__(self, clean: CleanRun) -> None:
+        self.clean, self.model = clean, clean.model
         self._left: Tensor | None = None
         """What the latest layer gave."""
         self._ended: tuple[Tensor, Tensor] | None = None
         """What the latest W_O read and gave."""
 
-    def recording(self, run: Callable[[], T]) -> T:
-        """What `run()` gives, its pieces recorded."""
+    def recorded(self, run: Callable[[], T]) -> T:
+        """What `run()` gives, its pieces recorded. Raises ValueError where a layer did not run once."""
         anatomy = self.model.anatomy
         # What is hooked where: known before the first is set, so that all are found again.
         hooks: list[tuple[nn.Module, Side, Callable[..., Any]]] = []
@@ -260,7 +245,7 @@ class _Recorder:
                 hooks.append((out, "output", self._on_attention_out))
                 hooks.append((module, "output", functools.partial(self._on_attention, index, out)))
 
-        def recorded() -> T:
+        def recording() -> T:
             self.model.watch.add(self)
             for module, side, hook in hooks:
                 attach(module, side, hook)
@@ -272,14 +257,12 @@ class _Recorder:
                 detach(module, side, hook)
             self.model.watch.discard(self)
 
-        return undone(recorded, undo)
-
-    def finish(self) -> None:
-        """Raise ValueError where a layer did not run once."""
-        n_layers = len(self.model.anatomy.layers)
-        if len(self.streams) != n_layers or len(self.outputs) != n_layers or self._left is None:
-            raise InvalidValueError(f"{len(self.outputs)} layer calls in a model of {n_layers} layers")
-        self.streams.append(self._left)
+        result = undone(recording, undo)
+        clean, n_layers = self.clean, len(anatomy.layers)
+        if len(clean.streams) != n_layers or len(clean.outputs) != n_layers or self._left is None:
+            raise InvalidValueError(f"{len(clean.outputs)} layer calls in a model of {n_layers} layers")
+        clean.streams.append(self._left)
+        return result
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.model.watch.check_thread()
@@ -288,14 +271,14 @@ class _Recorder:
         if self._left is not None:
             gained = stream - self._left.to(stream.device)
             if bool(gained.any()):
-                self.gains[len(self.streams) - 1] = gained
-        self.streams.append(stream)
+                self.clean.gains[len(self.clean.streams) - 1] = gained
+        self.clean.streams.append(stream)
 
     def _on_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         self._left = internals.stream_out(output).clone()
-        self.outputs.append(internals.rest_of(output))
+        self.clean.outputs.append(internals.rest_of(output))
 
     def _on_attention_out(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -313,19 +296,19 @@ class _Recorder:
     ) -> None:
         ended, self._ended = self._ended, None
         # A second call has its own keys, and no single end.
-        if ended is None or len(self.calls.get(layer, ())) != 1 or internals.moves_weights(module):
-            self.attention.pop(layer, None)
+        if ended is None or len(self.clean.calls.get(layer, ())) != 1 or internals.moves_weights(module):
+            self.clean.attention.pop(layer, None)
             return
         z, given = ended
         attended = internals.stream_out(output)
         if isinstance(attended, Tensor) and attended.shape == given.shape and torch.equal(attended, given):
-            self.attention[layer] = AttentionEnd(module, out, z, internals.rest_of(output))
+            self.clean.attention[layer] = AttentionEnd(module, out, z, internals.rest_of(output))
 
     def _attention(self, layer: int) -> Around:
         def around(attend: Attend, call: AttentionCall) -> tuple[Tensor, Any]:
             parts = self.model.anatomy.language[layer].attention
             causal = is_causal(parts.module if parts else None, call.options.get("is_causal"))
-            self.calls.setdefault(layer, []).append(CleanKeys(call.key, call.value, call.mask, causal))
+            self.clean.calls.setdefault(layer, []).append(CleanKeys(call.key, call.value, call.mask, causal))
             return attend(call)
 
         return around
@@ -435,7 +418,7 @@ class _Replay:
         if known is not None and first and end is None:
             around = self._attention(self.model.attention_tap(index), known, own, first)
         self._place(first)
-        given_args, given_kwargs = self._given(args, kwargs, first)
+        given_args, given_kwargs = self._given(layer, args, kwargs, first)
 
         def run() -> Any:
             return layer(*given_args, **given_kwargs)
@@ -457,7 +440,7 @@ class _Replay:
             raise _StopAtAttentionError
 
         self._place(self.first)
-        given_args, given_kwargs = self._given(args, kwargs, self.first)
+        given_args, given_kwargs = self._given(layer, args, kwargs, self.first)
         with suppress(_StopAtAttentionError):
             _around_attention(self.model, {index: around}).around(lambda: layer(*given_args, **given_kwargs))
         key, value = (x[:, :, : stop - self.first] for x in found)
@@ -498,45 +481,38 @@ class _Replay:
         self.model.narrow_inputs(first, self.n)
 
     def _given(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], first: int
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a layer is called with: the stream in hand, and all else cut to positions and rows."""
+        names = internals.input_names(layer, args, kwargs)
+        _, *others = (*args, *kwargs.values())
+        given = [
+            _cut(value, internals.LAYER_INPUTS.get(name, ()), self.clean.shape, first, self.n)
+            for name, value in zip(names[1:], others, strict=True)
+        ]
+        given = [self.state, *given]
+        return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
 
-        def cut(value: Any) -> Any:
-            return _cut(value, self.clean.shape, first, self.n)
 
-        if args:
-            return (self.state, *map(cut, args[1:])), {name: cut(value) for name, value in kwargs.items()}
-        name = next(iter(kwargs))
-        return (), {**{key: cut(value) for key, value in kwargs.items()}, name: self.state}
-
-
-def _cut(value: Any, shape: tuple[int, int], first: int, n: int) -> Any:
+def _cut(value: Any, ways: Sequence[str], shape: tuple[int, int], first: int, n: int) -> Any:
     """A layer's argument made for [batch, pos], for positions from `first` on and the batch `n` times.
 
-    The position axis is the first as long as the prompt (of a mask's two: the queries'); the batch axis stands right
-    before it, or first of all.
+    `ways` are the axes that it may have, which its number of axes decides; of none of them it stays as it is.
     """
     if isinstance(value, (tuple, list)):
-        return type(value)(_cut(entry, shape, first, n) for entry in value)
-    if not isinstance(value, Tensor) or not value.ndim:
+        return type(value)(_cut(entry, ways, shape, first, n) for entry in value)
+    if not isinstance(value, Tensor):
         return value
     batch, length = shape
-    axes = [axis for axis, size in enumerate(value.shape) if size == length]
-    is_mask = value.ndim > 2 and axes[-2:] == [value.ndim - 2, value.ndim - 1]
-    position = value.ndim - 2 if is_mask else axes[0] if axes else None
-    row = 0 if is_mask or position is None else position - 1
-    if position is not None:
-        value = value.narrow(position, first, length - first)
-    if n == 1 or row < 0 or value.shape[row] != batch or (position is None and value.ndim == 1):
+    axes = next((axes for axes in map(str.split, ways) if len(axes) == value.ndim), [])
+    if "pos" in axes:
+        value = value.narrow(axes.index("pos"), first, length - first)
+    row = axes.index("batch") if "batch" in axes else None
+    if n == 1 or row is None or value.shape[row] != batch:
         return value
     if batch == 1:
-        sizes = list(value.shape)
-        sizes[row] = n
-        return value.expand(sizes)
-    repeats = [1] * value.ndim
-    repeats[row] = n
-    return value.repeat(repeats)
+        return value.expand([n if axis == row else size for axis, size in enumerate(value.shape)])
+    return value.repeat([n if axis == row else 1 for axis in range(value.ndim)])
 
 
 def _stacked_hook(model: HookedVLM, hooks: Sequence[Sequence[Hook]]) -> list[Hook]:

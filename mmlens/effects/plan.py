@@ -234,18 +234,15 @@ def reuse_of(clean: CleanRun, starts: Iterable[Start]) -> Reuse:
 
 
 def _kind(clean: CleanRun) -> Hashable:
-    """Prompts alike in this are alike in what is exact: the batch, images, padding, and sizes that may be confused."""
-    model, token_map, (batch, length) = clean.model, clean.prompt.token_map, clean.shape
-    cfg = model.cfg
-    sizes = (cfg.n_heads, cfg.n_key_value_heads, cfg.d_head, cfg.d_model, cfg.d_mlp, cfg.n_layers)
+    """Prompts alike in this are alike in what is exact."""
+    token_map = clean.prompt.token_map
     return (
-        batch,
+        len(clean.prompt),
         bool(token_map.is_image.any()),
         bool(token_map.is_padding.any()),
-        length if length in sizes else None,
         clean.logits_to_keep,
         clean.logits.dtype,
-        attention_implementation(model.hf_model),
+        attention_implementation(clean.model.hf_model),
         bool(clean.no_cut),
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import mmlens
 from conftest import hooked, padded_prompt
+from mmlens import internals
 from mmlens.effects import partial
 from mmlens.effects.partial import CleanKeys, CleanRun, NotExactError, _cut, _cuts
 from mmlens.interventions.edits import Edit, Positions
@@ -91,27 +92,30 @@ def test_the_edges_of_an_image_that_looks_both_ways() -> None:
 # ---------------------------------------------------------------------- what a layer is given
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (2, 5), (3, 5), (4, 16), (2, 3)])
+@pytest.mark.parametrize("shape", [(1, 5), (2, 5), (3, 5), (4, 16), (2, 3), (3, 3)])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_arguments_are_cut_at_positions_and_stacked_by_copies(shape: tuple[int, int], n: int) -> None:
-    """Each argument of a layer, beside the same made by hand from its known axes."""
+    """Each argument of a layer, beside the same made by hand; sizes may agree, names of axes decide."""
     batch, length = shape
     first = 2
-    for axes in ("bpd", "b1pp", "bhpp", "11pp", "bp", "1p", "1pd", "p", "3bp", "3bpd", "bpld"):
-        sizes = {"b": batch, "p": length, "d": 16, "h": 4, "l": 3, "1": 1, "3": 3}
-        if axes in ("3bp", "3bpd") and length in (3, 16):
-            # Another axis is as long; a sweep's check finds out where that matters.
-            continue
-        value = torch.randn([sizes[axis] for axis in axes])
-        expected = value.narrow(axes.index("p"), first, length - first)
-        if "b" in axes and n > 1:
-            expected = torch.cat([expected] * n, axes.index("b"))
-        got = _cut(value, shape, first, n)
-        # An axis of 1 stands for all rows.
-        assert torch.equal(*torch.broadcast_tensors(got, expected)), axes
-        assert got.shape[axes.index("p")] == length - first
-    together = _cut((torch.zeros(batch, length), [None, "x", torch.tensor(2)]), shape, first, n)
-    assert together[0].shape[1] == length - first and together[1][:2] == [None, "x"]
+    sizes = {"batch": batch, "pos": length, "key": length, "head": 4, "section": 3, "d": 16}
+    for name, way in ((name, way) for name, ways in internals.LAYER_INPUTS.items() for way in ways):
+        axes = way.split()
+        for of_one in ((), ("batch",), ("head",)):
+            value = torch.randn([1 if axis in of_one else sizes[axis] for axis in axes])
+            expected = value.narrow(axes.index("pos"), first, length - first)
+            if "batch" in axes and n > 1:
+                expected = torch.cat([expected] * n, axes.index("batch"))
+            got = _cut(value, internals.LAYER_INPUTS[name], shape, first, n)
+            # An axis of 1 stands for all rows.
+            if "batch" in of_one and batch > 1:
+                expected = value.narrow(axes.index("pos"), first, length - first)
+            assert torch.equal(*torch.broadcast_tensors(got, expected)), (name, axes)
+            assert got.shape[axes.index("pos")] == length - first
+    together = _cut((torch.zeros(batch, length), [None, "x"]), ("batch pos",), shape, first, n)
+    assert together[0].shape[1] == length - first and together[1] == [None, "x"]
+    unknown = torch.zeros(batch, length)
+    assert _cut(unknown, (), shape, first, n) is unknown
 
 
 # ---------------------------------------------------------------------- equal to whole runs
