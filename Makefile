@@ -39,7 +39,7 @@ test-slow: $(INSTALLED)
 	$(PYTEST) --no-loadscope-reorder -m slow
 
 # What reads transformers' models, processors, caches and attention.
-VERSIONED := tests/families tests/test_internals.py tests/test_prompt.py tests/test_hooked_vlm.py tests/interventions
+VERSIONED := tests/families tests/test_internals.py tests/model/test_prompt.py tests/model/test_hooked_vlm.py tests/interventions
 
 test-versions: test-torchvision test-previous
 
@@ -49,7 +49,7 @@ TORCHVISION := $(VENV)-torchvision
 
 test-torchvision: $(TORCHVISION)/.installed
 	OMP_NUM_THREADS=1 $(TORCHVISION)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(VERSIONED) \
-		tests/test_quantised.py
+		tests/model/test_quantised.py
 
 $(TORCHVISION)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TORCHVISION)

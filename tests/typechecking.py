@@ -20,7 +20,7 @@ from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import AnnotationError, TypeCheckError, jaxtyped
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
-_dimensions = functools.partial(jaxtyped, "context")
+_dimensions = jaxtyped("context")
 """Within it a dimension of one name has one size."""
 
 _UNCHECKED = inspect.Parameter.empty
@@ -51,7 +51,7 @@ def checked(definition: Any = None, **_: Any) -> Any:
         if checks is None:
             checks = _checks(definition)
         parameters, returned = checks
-        with _dimensions():
+        with _dimensions:
             try:
                 parameters(*args, **kwargs)
             except BeartypeCallHintViolation as error:
