@@ -23,7 +23,8 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def rows() -> Rows:
-    paths = [str(Path(mmlens.__file__).parents[1]), str(FOLDER)]
+    root = Path(mmlens.__file__).parents[1]
+    paths = [str(root), str(FOLDER), str(root / "experiments" / "validation")]
     done = subprocess.run(
         [sys.executable, str(FOLDER / "run.py")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
