@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from tiny.wrapped import generate, hooked, two_image_prompt
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformer_lens.hook_points import HookPoint
 
 import mmlens
-from conftest import generate, hooked, two_image_prompt
 from mmlens import internals
 
 PRIVATE = {

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from interrupting import interrupted, left_behind, n_lines, plain
+from tiny.wrapped import hooked, two_image_prompt
 
 import mmlens
-from conftest import hooked, two_image_prompt
 from mmlens.interrupts import Temporary, undone
 
 

@@ -14,10 +14,10 @@ import pytest
 import tiny
 import torch
 from scipy import stats
+from tiny.wrapped import QUESTION, hooked
 from torch import Tensor, nn
 
 import mmlens
-from conftest import QUESTION, hooked
 from mmlens.attribution.check import PatchingComparison, compare_with_patching
 from mmlens.attribution.edges import EdgeAttribution, Site, attribute_edges
 from mmlens.attribution.nodes import Attribution, attribute

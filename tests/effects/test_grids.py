@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from tiny.wrapped import hooked
 from torch import Tensor
 from transformer_lens import patching
 
 import mmlens
-from conftest import hooked
 from mmlens.effects.grids import (
     grid,
     patch_heads,

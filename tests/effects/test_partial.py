@@ -11,10 +11,10 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny.wrapped import hooked, padded_prompt
 from torch import Tensor
 
 import mmlens
-from conftest import hooked, padded_prompt
 from mmlens import internals
 from mmlens.effects import partial
 from mmlens.effects.partial import CleanKeys, CleanRun, NotExactError, _cut, _cuts

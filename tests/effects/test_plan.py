@@ -10,9 +10,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny.wrapped import hooked, padded_prompt
 from torch import Tensor
 
-from conftest import hooked, padded_prompt
 from mmlens.effects.partial import CleanRun, NotExactError
 from mmlens.effects.plan import Start, groups_of, reuse_of, start_of
 from mmlens.interventions.edits import Edit, Positions

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from tiny.wrapped import family_prompt, hooked_family, largest_logit
 from torch import Tensor
 
-from conftest import family_prompt, hooked_family, largest_logit
 from mmlens.effects.sweeps import reuse_table, sweep
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.model.hooked_vlm import HookedVLM, Intervention, NoChangeWarning

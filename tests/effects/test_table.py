@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from tiny.wrapped import hooked, padded_prompt
 from torch import Tensor
 
 import mmlens
-from conftest import hooked, padded_prompt
 from mmlens.effects.partial import CleanRun
 from mmlens.effects.sweeps import reuse_table, sweep
 from mmlens.interventions.composition import relay

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny.wrapped import largest_logit
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
-from conftest import largest_logit
 from mmlens import hook_names, internals
 from mmlens.families.catalog import FAMILIES
 from mmlens.model.hooked_vlm import HookedVLM

@@ -8,11 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import Tensor
-from transformers import LlamaModel
-
-import mmlens
-from conftest import (
+from tiny.wrapped import (
     family_prompt,
     hooked,
     hooked_family,
@@ -20,6 +16,10 @@ from conftest import (
     padded_prompt,
     two_image_prompt,
 )
+from torch import Tensor
+from transformers import LlamaModel
+
+import mmlens
 from mmlens.hybrid import layer as sparse_layer
 from mmlens.hybrid.layer import NotCausalError
 from mmlens.internals import CACHE_KEYWORDS

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny.wrapped import QUESTION, hooked, padded_prompt, two_image_prompt
 from torch import Tensor, nn
 
 import mmlens
-from conftest import QUESTION, hooked, padded_prompt, two_image_prompt
 from mmlens.data.examples import Example
 from mmlens.errors import StateError
 from mmlens.interventions.ablation import MODES, mean_activations

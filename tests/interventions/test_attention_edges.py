@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny.wrapped import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import mmlens
-from conftest import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from mmlens.interventions.attention_edges import bias_attention, knockout, scale_heads
 from mmlens.interventions.composition import during
 from mmlens.interventions.edits import Edit, Here, if_any

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny.wrapped import hooked
 from torch import Tensor
 
 import mmlens
-from conftest import hooked
 from mmlens.interventions.components import component, components
 from mmlens.model.hooked_vlm import UnknownHookError
 

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from tiny.wrapped import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from torch import Tensor
 
 import mmlens
-from conftest import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from mmlens.data.examples import Example
 from mmlens.interventions.attention_edges import bias_attention, knockout, scale_heads
 from mmlens.interventions.composition import by_layer, compose, during, edit_report, relay

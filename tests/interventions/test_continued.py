@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny.wrapped import hooked, two_image_prompt
 from torch import Tensor
 from transformers import DynamicCache
 
 import mmlens
-from conftest import hooked, two_image_prompt
 from mmlens.errors import InvalidValueError
 from mmlens.internals import CACHE_KEYWORDS
 from mmlens.model.hooked_vlm import HookNeverFiredError

@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 from PIL import Image, ImageStat
+from tiny.wrapped import QUESTION, hooked, padded_prompt
 from torch import Tensor
 
 import mmlens
-from conftest import QUESTION, hooked, padded_prompt
 from mmlens.data.examples import Evidence, Example
 from mmlens.errors import PromptError
 from mmlens.interventions.corruptions import (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from tiny.wrapped import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from torch import Tensor
 
 import mmlens
-from conftest import QUESTION, generate, hooked, padded_prompt, two_image_prompt
 from mmlens.interventions.corruptions import noise_images
 from mmlens.interventions.patching import patch
 from mmlens.model.prompt import Prompt

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny.wrapped import QUESTION, hooked
 from torch import Tensor
 
 import mmlens
-from conftest import QUESTION, hooked
 from mmlens.hook_names import axes_of
 from mmlens.interventions import patching
 from mmlens.interventions.corruptions import noise_images

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny.wrapped import QUESTION, hooked
 from torch import Tensor
 
 import mmlens
-from conftest import QUESTION, hooked
 from mmlens.data.scenes import scene_examples
 from mmlens.interventions.edits import Edit, positions_mask
 from mmlens.interventions.paths import path_patch

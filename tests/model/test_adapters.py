@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny.wrapped import two_image_prompt
 from torch import Tensor, nn
 
 import mmlens
-from conftest import two_image_prompt
 from mmlens.errors import StateError, UnsupportedError
 from mmlens.model.adapters import AdapterError
 from mmlens.model.loading import load

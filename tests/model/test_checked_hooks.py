@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from interrupting import left_behind
+from tiny.wrapped import hooked, two_image_prompt
 from torch import Tensor
 
 import mmlens
-from conftest import hooked, two_image_prompt
 from mmlens.errors import InvalidTypeError, InvalidValueError
 
 STREAM, Z, SCORES = "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "blocks.1.attn.hook_attn_scores"

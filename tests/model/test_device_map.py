@@ -11,10 +11,10 @@ import tiny
 import torch
 from accelerate import dispatch_model
 from fake_devices import FakeTensor, fake_devices
+from tiny.wrapped import hooked, padded_prompt
 from torch import Tensor, nn
 
 import mmlens
-from conftest import hooked, padded_prompt
 
 # Plain; with deep injection; with gates on the tower's branches; with norms after attention and tied embeddings.
 OFFLOADED = ("llava", "qwen3_vl", "internvl")

@@ -7,11 +7,11 @@ import copy
 import pytest
 import tiny
 import torch
+from tiny.wrapped import hooked, padded_prompt, two_image_prompt
 from torch import Tensor
 from transformer_lens import ActivationCache
 
 import mmlens
-from conftest import hooked, padded_prompt, two_image_prompt
 from mmlens.errors import PromptError
 from mmlens.model.hooked_vlm import HookNeverFiredError, UnknownHookError
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny.wrapped import hooked, padded_prompt
 
 import mmlens
-from conftest import hooked, padded_prompt
 from mmlens import internals
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.model import keywords

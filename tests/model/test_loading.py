@@ -12,9 +12,9 @@ import tiny
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
+from tiny.wrapped import QUESTION
 
 import mmlens
-from conftest import QUESTION
 from mmlens.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from mmlens.families.catalog import FAMILIES, UnknownFamilyError
 from mmlens.model import loading

@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from tiny.wrapped import hooked, padded_prompt, two_image_prompt
 from torch import Tensor
 from transformer_lens import ActivationCache, head_detector, patching
 from transformer_lens.tools.analysis import direct_logit_attribution, logit_lens
 
 import mmlens
-from conftest import hooked, padded_prompt, two_image_prompt
 from mmlens.model.hooked_vlm import HookNeverFiredError
 from mmlens.model.prompt import Prompt
 

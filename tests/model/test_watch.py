@@ -15,12 +15,12 @@ import pytest
 import tiny
 import torch
 from interrupting import left_behind, plain
+from tiny.wrapped import hooked, padded_prompt, two_image_prompt
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
 
 import mmlens
-from conftest import hooked, padded_prompt, two_image_prompt
 from mmlens.errors import InvalidTypeError, MmlensWarning, StateError
 from mmlens.model.hooked_vlm import HookNeverFiredError
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from tiny.wrapped import hooked, two_image_prompt
 from torch import Tensor
 from transformers.activations import ACT2FN
 
 import mmlens
-from conftest import hooked, two_image_prompt
 from mmlens.model.taps import norm_arithmetic
 from mmlens.model.weights import NoWeightError
 

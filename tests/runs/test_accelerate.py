@@ -10,9 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from tiny.wrapped import hooked
 
 import mmlens
-from conftest import hooked
 from mmlens.cli import main
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.runs.accelerate import accelerate

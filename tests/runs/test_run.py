@@ -154,7 +154,7 @@ def test_a_rerun_in_this_process_and_in_a_fresh_one_gives_the_same_numbers(
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)],
-        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300, check=False,
+        cwd=Path(__file__).parents[1] / "support", capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"{found.n_values} values compared, 0 differ" in done.stdout

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 from planted import Planted, planted_model
+from tiny.wrapped import hooked
 
 import mmlens
-from conftest import hooked
 from mmlens.data.examples import Evidence, Example
 from mmlens.scores.significance import other_places, ram_significance, region_permutation_test
 
