@@ -18,7 +18,6 @@ from mmlens.attribution.runs import attention_of, finite
 from mmlens.errors import InvalidValueError
 from mmlens.hook_names import block, layer_of
 from mmlens.model.hooked_vlm import HookedVLM
-from mmlens.model.weights import reads_latent
 
 FIX_HOOKS = ("attn.hook_rot_q", "attn.hook_rot_k", "attn.hook_attn_scores", "attn.hook_pattern")
 
@@ -37,7 +36,7 @@ def fixed_layers(model: HookedVLM, names: Sequence[str]) -> dict[str, int]:
                 "several patterns"
             )
         used = [projection for role, projection in attention.projections.items() if role != "v"]
-        if any(reads_latent(attention, projection) for projection in used):
+        if any(projection.of_latent for projection in used):
             raise InvalidValueError(
                 f"the QK fix of {name} is refused: under latent attention hook_k is only a part of the keys"
             )

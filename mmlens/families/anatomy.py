@@ -2,7 +2,8 @@
 
 1. The decoder is what transformers says it is (`get_decoder`); its layers are its first list of modules.
 2. The vision tower's layers are the first list of attending layers outside the decoder.
-3. Within a layer, a part is known by its attribute's name (ROLES); a family with another name says so in its record.
+3. Within a layer, a part is known by its attribute's name (`names.ROLES`); a family with another name says so in its
+   record.
 4. An attention module is one whose forward asks for transformers' attention interface; every other mixer of
    positions (convolution, linear attention, relative-position attention) has no scores to hook.
 5. Sizes follow from the projections' own weights, and how a projection's output is cut into heads from the sizes.
@@ -10,6 +11,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,89 +23,27 @@ from transformers import PreTrainedModel
 from mmlens import internals
 from mmlens.errors import InvalidValueError
 from mmlens.families.media import OtherMedia, other_media
+from mmlens.families.names import (
+    ATTENTION_ROLES,
+    BETWEEN_LAYERS,
+    EPSILONS,
+    IMAGE_STATES,
+    IMAGE_TOKENS,
+    KEYS_OF_AN_EARLIER_LAYER,
+    LATENT_QUERIES,
+    LAYER_NORMS_AROUND_MLP,
+    MLP_ROLES,
+    NOT_VISION,
+    PROJECTORS,
+    ROLES,
+    STREAM_NORMS,
+)
 from mmlens.families.record import Family, Stack
-
-ROLES: dict[str, tuple[str, ...]] = {
-    "attention": ("self_attn", "attn", "attention", "self_attention", "cross_attn", "mixer"),
-    "mixer": ("linear_attn", "conv", "mamba", "mixer"),
-    "norm1": (
-        "input_layernorm",
-        "layer_norm1",
-        "norm1",
-        "layernorm_before",
-        "attention_norm",
-        "rms_norm1",
-        "operator_norm",
-        "self_attn_layer_norm",
-        "input_latents_norm",
-        "norm",
-    ),
-    "post_norm1": ("post_self_attn_layernorm", "post_operator_norm", "post_norm1", "layer_scale1"),
-    "norm2": (
-        "pre_feedforward_layernorm",
-        "post_attention_layernorm",
-        "layer_norm2",
-        "norm2",
-        "layernorm_after",
-        "ffn_norm",
-        "rms_norm2",
-        "final_layer_norm",
-    ),
-    "post_norm2": (
-        "post_feedforward_layernorm",
-        "post_mlp_layernorm",
-        "post_ffn_norm",
-        "post_norm2",
-        "layer_scale2",
-    ),
-    "mlp": ("mlp", "feed_forward", "ffn"),
-    "mlp_in": ("fc1",),
-    "mlp_out": ("fc2",),
-    "attention_scale": (
-        "residual_multiplier",
-        "lambda_1",
-        "tanh cross_attn_attn_gate",
-        "tanh alpha_cross_attn",
-    ),
-    "mlp_scale": ("residual_multiplier", "lambda_2", "tanh cross_attn_mlp_gate", "tanh alpha_dense"),
-}
-"""Parts of a layer by the names they go by; the first that is there counts."""
-
-ATTENTION_ROLES: dict[str, tuple[str, ...]] = {
-    "q": ("q_proj", "q_b_proj", "query", "q"),
-    "k": ("k_proj", "key", "k"),
-    "v": ("v_proj", "value", "v"),
-    "latent_kv": ("kv_b_proj",),
-    "qkv": ("qkv", "query_key_value", "qkv_proj"),
-    "out": ("o_proj", "out_proj", "proj", "projection_layer", "projection", "dense"),
-}
-"""Parts of an attention module."""
 
 Roles = Mapping[str, tuple[str, ...]]
 Names = Mapping[str, str | tuple[str, ...] | None]
 
 _TANH = "tanh "
-_LAYER_NORMS_AROUND_MLP = "post_feedforward_layernorm"
-"""Where a layer has this, its post_attention_layernorm closes attention; elsewhere it opens the MLP."""
-
-_STREAM_NORMS = ("norm", "final_layernorm", "final_layer_norm", "embedding_norm", "norm_f", "layer_norm")
-_PROJECTORS = (
-    "multi_modal_projector",
-    "mm_projector",
-    "connector",
-    "aligner",
-    "projector",
-    "vision_projection",
-    "language_projection",
-    "image_to_text_projection",
-    "embed_vision",
-    "resampler_model",
-    "merger",
-    "patch_merger",
-    "vision_adapter",
-)
-_IMAGE_TOKENS = ("image_token_id", "image_token_index", "image_patch_id")
-_NOT_VISION = ("audio", "qformer", "resampler", "video_tower")
 
 
 class AnatomyError(InvalidValueError):
@@ -123,6 +63,8 @@ class Projection:
     widths: tuple[int, ...]
     part: int
     d_head: int
+    of_latent: bool = False
+    """Whether it is projected from a latent, not from the (normalized) residual stream."""
 
     def read(self, output: Tensor) -> Tensor:
         """[..., head, d_head]."""
@@ -148,6 +90,10 @@ class AttentionParts:
     d_value: int
     projections: Mapping[str, Projection]
     """Of "q", "k" and "v", those that the module has."""
+    reads_image: bool = False
+    """Whether keys and values are projected from images, not from the stream (cross-attention)."""
+    borrows_keys: bool = False
+    """Whether it attends with the keys and values of an earlier layer."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +142,11 @@ class Anatomy:
     other_media: OtherMedia
     """What inputs can hold beside text and images."""
 
+    @property
+    def has_layers_between(self) -> bool:
+        """Whether layers that read the image stand between the language layers."""
+        return BETWEEN_LAYERS in self.stacks
+
 
 def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
     """The model's parts. Raises AnatomyError, naming the part, where a needed one is not found."""
@@ -242,7 +193,7 @@ def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
 def layer_parts(layer: nn.Module, stack: Stack) -> LayerParts:
     """The parts of one layer, by the record's names or the common ones."""
     names = dict(stack.names)
-    if hasattr(layer, _LAYER_NORMS_AROUND_MLP) and hasattr(layer, "post_attention_layernorm"):
+    if hasattr(layer, LAYER_NORMS_AROUND_MLP) and hasattr(layer, "post_attention_layernorm"):
         names.setdefault("post_norm1", "post_attention_layernorm")
         if not hasattr(layer, "pre_feedforward_layernorm"):
             names.setdefault("norm2", None)
@@ -312,17 +263,43 @@ def attention_parts(module: nn.Module, names: Names, out: nn.Module | None = Non
     if q is not None:
         # Twice the width: every head's queries are followed by its gate.
         gated = _width(q, "out_features") == 2 * n_heads * d_head
-        projections["q"] = Projection(q, (d_head, d_head) if gated else (d_head,), 0, d_head)
+        of_latent = getattr(module, LATENT_QUERIES, None) is q
+        projections["q"] = Projection(q, (d_head, d_head) if gated else (d_head,), 0, d_head, of_latent)
     if latent is not None:
         d_nope = _width(latent, "out_features") // n_heads - d_value
-        projections["k"] = Projection(latent, (d_nope, d_value), 0, d_nope)
-        projections["v"] = Projection(latent, (d_nope, d_value), 1, d_value)
-    if k is not None and _uses_own_keys(module):
+        projections["k"] = Projection(latent, (d_nope, d_value), 0, d_nope, True)
+        projections["v"] = Projection(latent, (d_nope, d_value), 1, d_value, True)
+    borrows_keys = bool(getattr(module, KEYS_OF_AN_EARLIER_LAYER, False))
+    if k is not None and not borrows_keys:
         n_kv_heads = _width(k, "out_features") // d_head
         projections["k"] = Projection(k, (d_head,), 0, d_head)
-    if v is not None and _uses_own_keys(module):
+    if v is not None and not borrows_keys:
         projections["v"] = Projection(v, (d_value,), 0, d_value)
-    return AttentionParts(module, out, n_heads, n_kv_heads, d_head, d_value, projections)
+    reads_image = IMAGE_STATES in inspect.signature(module.forward).parameters
+    return AttentionParts(
+        module, out, n_heads, n_kv_heads, d_head, d_value, projections, reads_image, borrows_keys
+    )
+
+
+def mlp_linear(parts: LayerParts, role: str) -> nn.Module | None:
+    """A linear module of a layer's MLP ("in", "gate", "gate_and_in", "out"); None where there is none."""
+    first, last = parts.mlp_in, parts.mlp_out
+    if first is not last:
+        # Two linear modules of the layer itself.
+        return {"in": first, "out": last}.get(role)
+    found = (getattr(last, name, None) for name in MLP_ROLES[role])
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def is_called_norm(module: nn.Module) -> bool:
+    """Whether a module in a norm's place divides by a scale (some families have gates or factors there)."""
+    return "Norm" in type(module).__name__
+
+
+def epsilon_of(norm: nn.Module) -> float | None:
+    """What a norm adds before the root; None where it goes by no known name."""
+    found = (getattr(norm, name, None) for name in EPSILONS)
+    return next((float(value) for value in found if value is not None), None)
 
 
 def scale_of(layer: nn.Module, name: str | None) -> Tensor | float | None:
@@ -412,11 +389,6 @@ def _d_head(module: nn.Module, n_heads: int, d_value: int) -> int:
     return d_value
 
 
-def _uses_own_keys(module: nn.Module) -> bool:
-    """False in layers that attend with the keys and values of an earlier layer."""
-    return not getattr(module, "is_kv_shared_layer", False)
-
-
 def _lists(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """Lists of modules, those nearest to the root first."""
     found = [(name, module) for name, module in root.named_modules() if isinstance(module, nn.ModuleList)]
@@ -436,7 +408,7 @@ def _layers(
     if stack.layers is not None:
         return stack.layers, _submodule(model, stack.layers)
     for path, modules in _lists(root):
-        if id(modules) in exclude or any(word in path for word in _NOT_VISION):
+        if id(modules) in exclude or any(word in path for word in NOT_VISION):
             continue
         if len(modules) and any(_attends(layer) for layer in modules):
             return next(name for name, module in model.named_modules() if module is modules), modules
@@ -448,7 +420,7 @@ def _final_norm(model: PreTrainedModel, stack: Stack, layers: str) -> nn.Module 
     if stack.norm is not None:
         return _submodule(model, stack.norm)
     owner = _submodule(model, layers.rpartition(".")[0])
-    found = (getattr(owner, name, None) for name in _STREAM_NORMS)
+    found = (getattr(owner, name, None) for name in STREAM_NORMS)
     return next((norm for norm in found if isinstance(norm, nn.Module)), None)
 
 
@@ -460,18 +432,18 @@ def _projector(model: PreTrainedModel, family: Family, inside_decoder: set[int])
         for name, module in model.named_modules()
         if id(module) not in inside_decoder
     ]
-    known = [entry for entry in outside if entry[0] in _PROJECTORS]
-    return min(known, key=lambda entry: (entry[1], _PROJECTORS.index(entry[0])))[2] if known else None
+    known = [entry for entry in outside if entry[0] in PROJECTORS]
+    return min(known, key=lambda entry: (entry[1], PROJECTORS.index(entry[0])))[2] if known else None
 
 
 def _image_token(model: PreTrainedModel, family: Family) -> str:
     if family.image_token is not None or family.image_positions:
         return family.image_token or ""
-    for name in _IMAGE_TOKENS:
+    for name in IMAGE_TOKENS:
         if isinstance(getattr(model.config, name, None), int):
             return name
     raise AnatomyError(
-        f"{type(model.config).__name__} has none of {', '.join(_IMAGE_TOKENS)}: which positions are images?"
+        f"{type(model.config).__name__} has none of {', '.join(IMAGE_TOKENS)}: which positions are images?"
     )
 
 

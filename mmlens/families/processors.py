@@ -173,9 +173,6 @@ def _named_as(original: type[ProcessorMixin], changed: type[ProcessorMixin]) -> 
     return changed
 
 
-DROP_ALPHA = ("Idefics2Processor",)
-"""Processors that load images anew and lose the alpha channel, which all others lay over white."""
-
 _CALLED_IN_OTHER_WAYS: dict[str, Callable[[Any], type[ProcessorMixin]]] = {
     "FuyuProcessor": with_placeholders,
     "GotOcr2Processor": with_flat_images,

@@ -20,7 +20,7 @@ class Stack:
     layers: str | None = None
     """Path of its list of layers from the model; None: discovered."""
     names: Mapping[str, str | tuple[str, ...] | None] = field(default_factory=dict)
-    """Role (see anatomy.ROLES) -> the attribute's path from the layer, or from the attention module for its
+    """Role (see names.ROLES) -> the attribute's path from the layer, or from the attention module for its
     projections, where it has an uncommon name; of several the first that is there (versions of transformers differ);
     None where the layer has no such part."""
     norm: str | None = None
@@ -72,3 +72,8 @@ class Family:
     missing: Mapping[str, str] = field(default_factory=dict)
     """Pattern of hook points (layer numbers written {l}) that this family, or some of its layers, does not have
     -> why. "other attention" stands for attention that has no hook points at all."""
+
+    @property
+    def reads_by_cross_attention(self) -> bool:
+        """Whether no position of a prompt is an image's: the language model looks at images from outside."""
+        return self.image_token == "" and not self.image_positions

@@ -38,7 +38,6 @@ from mmlens.interventions.edits import (
 from mmlens.model.cache import is_masked
 from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, Span
 from mmlens.model.prompt import Prompt
-from mmlens.model.weights import attends_elsewhere
 
 PerHead = float | Sequence[float] | Float[Tensor, ""] | Float[Tensor, " head"]
 """One number for all heads, or one for each of them, in the order in which the heads are given."""
@@ -279,7 +278,7 @@ def _are_integers(values: Sequence[Any]) -> bool:
 
 def _looks_elsewhere(model: HookedVLM, layer: int) -> bool:
     parts = model.anatomy.language[layer].attention
-    return parts is not None and attends_elsewhere(parts)
+    return parts is not None and parts.reads_image
 
 
 def _by_hook(model: HookedVLM, heads: HeadSet, hook: str) -> list[tuple[str, list[int] | None]]:

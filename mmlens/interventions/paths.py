@@ -56,7 +56,7 @@ from mmlens.model.cache import is_packed
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, UnknownHookError
 from mmlens.model.prompt import Prompt
-from mmlens.model.weights import Block, attends_elsewhere, reads_latent
+from mmlens.model.weights import Block
 
 Receiver = tuple[int, int, str] | tuple[int, str] | str
 """What reads: (layer, head, "q" | "k" | "v"), (layer, "mlp") or "logits"."""
@@ -253,13 +253,11 @@ def _reader(model: HookedVLM, receiver: Any) -> _Reader:
     attention = model.anatomy.language[layer].attention
     assert attention is not None
     hook = block(layer, PARTS[what])
-    others = "from the image" if attends_elsewhere(attention) else "of an earlier layer"
-    if what != "q" and (
-        attends_elsewhere(attention) or getattr(attention.module, "is_kv_shared_layer", False)
-    ):
+    others = "from the image" if attention.reads_image else "of an earlier layer"
+    if what != "q" and (attention.reads_image or attention.borrows_keys):
         raise InvalidValueError(f"receiver {receiver!r}: layer {layer} attends with keys and values {others}")
     _require(model, f"receiver {receiver!r}", hook)
-    if what == "k" and reads_latent(attention, attention.projections["k"]):
+    if what == "k" and attention.projections["k"].of_latent:
         raise InvalidValueError(
             f"receiver {receiver!r}: under latent attention part of a key is rotated and shared by all heads of the "
             "layer, so no head has a key of its own; its 'q' and 'v' can receive"
@@ -283,7 +281,7 @@ def _check_family(model: HookedVLM, mlps: str) -> None:
             f"path_patch: the layers of {name!r} do more than add to the residual stream, so what one part tells "
             "another has no path of its own; patch() replaces any activation"
         )
-    if "cross." in model.anatomy.stacks:
+    if model.anatomy.has_layers_between:
         raise InvalidValueError(
             f"path_patch: layers of {name!r} that read the image stand between its layers"
         )

@@ -85,10 +85,8 @@ from mmlens.model.watch import RunHooks, Watch, check_checkpointing, take_over
 from mmlens.model.weights import (
     Block,
     WeightProperties,
-    attends_elsewhere,
     is_norm,
     normalization_of,
-    reads_latent,
 )
 from mmlens.token_map import TokenMapError
 
@@ -1043,7 +1041,7 @@ class HookedVLM(WeightProperties, TokenMethods, HookedRootModule):
         return {
             role: forked_input(self._point(f"{prefix}hook_{role}_input"), projection, norm)
             for role, projection in attention.projections.items()
-            if not reads_latent(attention, projection) and (role == "q" or not attends_elsewhere(attention))
+            if not projection.of_latent and (role == "q" or not attention.reads_image)
         }
 
     def _lay_attention(

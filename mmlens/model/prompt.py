@@ -37,7 +37,12 @@ from mmlens.errors import (
 )
 from mmlens.families.layouts.grids import Layout
 from mmlens.families.media import media_of, unmapped_message
-from mmlens.families.processors import DROP_ALPHA
+from mmlens.families.placeholders import (
+    drops_alpha,
+    image_positions,
+    placeholder_of,
+    sees_missing_images,
+)
 from mmlens.model.fingerprints import example_fingerprint, processor_fingerprint, vision_fingerprints
 from mmlens.token_map import ImageGrid, TokenMap
 
@@ -263,7 +268,7 @@ def assembled_prompt(
             f"{type(processor).__name__} takes no such prompt, with {list(map(len, images))} image(s) of {shapes} "
             f"pixels: {error}"
         ) from error
-    is_image = _image_positions(processor, layout, encoded)
+    is_image = image_positions(processor, layout, encoded)
     for example in unplaced:
         if not bool(is_image[example].any()):
             raise unplaced_error(example)
@@ -290,7 +295,7 @@ def assembled_prompt(
     # Some models take numbers of tiles as lists; what else is no tensor is the processor's own bookkeeping.
     listed = getattr(getattr(processor, "image_processor", None), "model_input_names", ())
     inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor) or name in listed}
-    if "cross_attention_mask" in inputs and len(set(map(len, images))) > 1:
+    if sees_missing_images(inputs, list(map(len, images))):
         warnings.warn(
             f"the examples of this batch have {list(map(len, images))} images: plain transformers lets what stands "
             "before an example's image look at the padding of those it lacks, so its logits are others than alone; "
@@ -331,7 +336,7 @@ def prompt_from_inputs(
             f"inputs is {shown(inputs)}; expected what a processor gives, with input_ids [batch, pos]"
         )
     ids = inputs["input_ids"]
-    held = media_of(processor, ids[_image_positions(processor, layout, inputs).to(ids.device)]).held(inputs)
+    held = media_of(processor, ids[image_positions(processor, layout, inputs).to(ids.device)]).held(inputs)
     if held is not None:
         raise UnsupportedError(unmapped_message(held, "a token map"))
     mask = inputs.get("attention_mask", torch.ones_like(ids))
@@ -406,20 +411,15 @@ def render(
     return prefix, middle, suffix
 
 
-def _image_token(processor: ProcessorMixin) -> str | None:
-    token = getattr(processor, "image_placeholder_token", None) or getattr(processor, "image_token", None)
-    return None if token is None else str(token)
-
-
 def _n_placeholders(processor: ProcessorMixin, text: str) -> int:
-    image_token = _image_token(processor)
-    return text.count(image_token) if image_token else 0
+    placeholder = placeholder_of(processor)
+    return text.count(placeholder) if placeholder else 0
 
 
 def _placeholder_error(processor: ProcessorMixin, text: str, n_images: int, where: str) -> PromptError:
     return PromptError(
         f"{where}: {n_images} image(s) were given, but the rendered prompt holds "
-        f"{_n_placeholders(processor, text)} placeholder(s) {_image_token(processor)!r}: {text!r}"
+        f"{_n_placeholders(processor, text)} placeholder(s) {placeholder_of(processor)!r}: {text!r}"
     )
 
 
@@ -579,9 +579,9 @@ def _spelt(start: str, answer: str) -> str:
 
 
 def _warn_of_dropped_alpha(processor: ProcessorMixin, images: list[list[Any]]) -> None:
-    if type(processor).__name__ not in DROP_ALPHA:
-        return
-    if any(isinstance(image, Image.Image) and is_transparent(image) for own in images for image in own):
+    if drops_alpha(processor) and any(
+        isinstance(image, Image.Image) and is_transparent(image) for own in images for image in own
+    ):
         warnings.warn(
             f"transparent images were laid over white, as transformers does for other models; plain "
             f"{type(processor).__name__} drops the alpha channel and shows the colours that lie under it",
@@ -727,28 +727,8 @@ def _token_map(
     grids = iter(layout(processor, inputs, [size for own in sizes for size in own]))
     per_example: list[list[ImageGrid]] = [[next(grids) for _ in own] for own in sizes]
     return TokenMap.from_grids(
-        _image_positions(processor, layout, inputs), inputs["attention_mask"], is_question, per_example
+        image_positions(processor, layout, inputs), inputs["attention_mask"], is_question, per_example
     )
-
-
-def _image_positions(
-    processor: ProcessorMixin, layout: Layout, inputs: Mapping[str, Any]
-) -> Bool[Tensor, "batch pos"]:
-    """Where the images' embeddings stand: marked by the processor itself, or by the id of its image token."""
-    if hasattr(layout, "visual_token"):
-        token = layout.visual_token(processor)
-        visual_id = None if token is None else processor.tokenizer.convert_tokens_to_ids(token)
-        ids = inputs["input_ids"].cpu()
-        return torch.zeros_like(ids, dtype=torch.bool) if visual_id is None else ids == visual_id
-    if "image_embeds_position_mask" in inputs:
-        return inputs["image_embeds_position_mask"].cpu() == 1
-    token_id = getattr(processor, "image_token_id", None)
-    if token_id is None:
-        token = _image_token(processor) or getattr(processor, "video_token", None)
-        if token is None:
-            raise PromptError(f"the processor {type(processor).__name__} names no image token")
-        token_id = processor.tokenizer.convert_tokens_to_ids(str(token))
-    return inputs["input_ids"].cpu() == token_id
 
 
 def _first_token_after(processor: ProcessorMixin, text: str, answer: str, *, unknown: bool = False) -> int:

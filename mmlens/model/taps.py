@@ -17,7 +17,7 @@ from transformer_lens.hook_points import HookPoint, LensHandle
 from transformers.utils import ModelOutput
 
 from mmlens.errors import InvalidValueError, UnsupportedError
-from mmlens.families.anatomy import Projection
+from mmlens.families.anatomy import Projection, epsilon_of
 from mmlens.internals import Side, attach, detach, drop_unlisted, has_functions
 from mmlens.interrupts import undone
 from mmlens.model.checked_hooks import CheckedHook, hook_function
@@ -298,14 +298,7 @@ def norm_arithmetic(norm: nn.Module, width: int, like: Tensor) -> tuple[Tensor, 
     of alternating ones (mean 0, mean square 1) is its gain, and only a norm that subtracts the mean maps a
     constant to its bias.
     """
-    eps = next(
-        (
-            float(value)
-            for name in ("variance_epsilon", "eps", "epsilon", "norm_eps")
-            if (value := getattr(unadapted(norm), name, None)) is not None
-        ),
-        None,
-    )
+    eps = epsilon_of(unadapted(norm))
     if eps is None:
         raise UnsupportedError(f"{type(norm).__name__} has no epsilon that mmlens knows of")
     weight = next(norm.parameters(), like)

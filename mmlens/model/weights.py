@@ -8,7 +8,6 @@ it; `QK` and `OV` repeat them to one per query head.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +18,17 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformers import PreTrainedModel
 
-from mmlens.families.anatomy import Anatomy, AttentionParts, LayerParts, Projection, scale_of
+from mmlens.families.anatomy import (
+    Anatomy,
+    AttentionParts,
+    LayerParts,
+    Projection,
+    is_called_norm,
+    mlp_linear,
+    scale_of,
+)
 from mmlens.model.linear import NoWeightError, bias_of, unadapted, weight_of
 from mmlens.model.taps import norm_arithmetic
-
-MLP_ROLES: dict[str, tuple[str, ...]] = {
-    "in": ("up_proj", "w3", "fc1", "dense_h_to_4h"),
-    "gate": ("gate_proj", "w1"),
-    "gate_and_in": ("gate_up_proj",),
-    "out": ("down_proj", "w2", "fc2", "dense_4h_to_h"),
-}
-"""Parts of an MLP by the names they go by; the first that is there counts."""
-
-_LATENT = ("kv_b_proj", "q_b_proj")
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class AttentionWeights:
                 f"{self.name} has no {role} projection: {type(self.parts.module).__name__} attends with the "
                 "keys and values of an earlier layer"
             )
-        if reads_latent(self.parts, projection):
+        if projection.of_latent:
             raise NoWeightError(
                 f"{self.name} has no {role} weight on the residual stream: under latent attention "
                 f"({type(self.parts.module).__name__}) it is projected from a normalized latent of "
@@ -171,15 +168,7 @@ class MLPWeights:
         return self._find("out") is not None
 
     def _find(self, role: str) -> nn.Module | None:
-        first, last = self.parts.mlp_in, self.parts.mlp_out
-        if first is not last:
-            # Two linear modules of the layer itself.
-            return {"in": first, "out": last}.get(role)
-        for name in MLP_ROLES[role]:
-            found = getattr(last, name, None)
-            if isinstance(found, nn.Module):
-                return found
-        return None
+        return mlp_linear(self.parts, role)
 
     def _reader(self, role: str, weight: str) -> tuple[nn.Module, str]:
         module = self._find(role) or self._find("gate_and_in")
@@ -457,16 +446,6 @@ class WeightProperties:
         return torch.stack([weight.to(weights[0].device) for weight in weights])
 
 
-def reads_latent(parts: AttentionParts, projection: Projection) -> bool:
-    """Whether a projection reads a latent, not the (normalized) residual stream."""
-    return any(getattr(parts.module, name, None) is projection.module for name in _LATENT)
-
-
-def attends_elsewhere(parts: AttentionParts) -> bool:
-    """Whether keys and values are projected from something else than the stream (cross-attention to images)."""
-    return "cross_attention_states" in inspect.signature(parts.module.forward).parameters
-
-
 def normalization_of(anatomy: Anatomy) -> tuple[str | None, bool]:
     """TransformerLens' normalization_type ("LN", "RMS" or None) of the layers, and whether the final norm is RMS.
 
@@ -483,7 +462,7 @@ def normalization_of(anatomy: Anatomy) -> tuple[str | None, bool]:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module in a norm's place divides by a scale (some families have gates or factors there)."""
-    return "Norm" in type(unadapted(module)).__name__
+    return is_called_norm(unadapted(module))
 
 
 @torch.no_grad()

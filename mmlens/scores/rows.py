@@ -45,7 +45,7 @@ class CrossAttentionError(InvalidTypeError):
 
 def refuse_cross_attention(model: HookedVLM) -> None:
     """Raise CrossAttentionError for a model whose image keys are at no position of the prompt."""
-    if model.family.image_token == "" and not model.family.image_positions:
+    if model.family.reads_by_cross_attention:
         raise CrossAttentionError(
             f"{model.family.model_type} reads images by cross-attention: the keys there are image patches, and no "
             "position of the prompt is one, so no attention goes from the question to the image's positions. Hooks "

@@ -16,7 +16,6 @@ from mmlens.effects.sweeps import reuse_table, sweep
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.model.hooked_vlm import HookedVLM, Intervention, NoChangeWarning
 from mmlens.model.prompt import Prompt
-from mmlens.model.weights import attends_elsewhere
 
 ONE_BY_ONE = {
     *("gemma4", "mistral_large4", "glm5_next", "idefics"),
@@ -58,7 +57,7 @@ def every_kind(model: HookedVLM) -> dict[str, Intervention]:
     wanted: dict[str, tuple[str, Intervention]] = {}
     for layer in {first, last}:
         attention = model.anatomy.language[layer].attention
-        own_keys = attention is not None and not attends_elsewhere(attention)
+        own_keys = attention is not None and not attention.reads_image
         for hook, positions, heads in (
             ("attn.hook_z", None, [0]),
             ("attn.hook_z", "last", [0]),

@@ -260,7 +260,7 @@ def test_a_head_ablated_at_z_equals_its_columns_of_the_output_projection_set_to_
 @torch.no_grad()
 def test_attention_rows_are_the_full_pattern_s(family: str, model: HookedVLM) -> None:
     inputs = _inputs(family, PADDED)
-    if model.family.image_token == "" and not model.family.image_positions:
+    if model.family.reads_by_cross_attention:
         pytest.skip("cross-attention layers have patterns over image patches")
     _, cache = model.run_with_cache(
         inputs, names_filter=lambda name: name.startswith("blocks.") and name.endswith("hook_pattern")
