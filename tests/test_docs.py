@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/hybrid.md", "docs/interventions.md", "experiments/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/hybrid.md", "docs/interventions.md", "experiments/README.md"]
+)
 def test_python_in_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert blocks
