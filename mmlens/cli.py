@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import itertools
 import json
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from mmlens.arguments import file_to_write, unknown_name_message, whole_number
 from mmlens.errors import InvalidValueError, MmlensError
 from mmlens.experiments.catalog import EXPERIMENTS
-from mmlens.experiments.core_heads_claim import MODES
 from mmlens.experiments.experiment import Experiment
 from mmlens.families.catalog import UnknownFamilyError
 from mmlens.hybrid.speed import PARTS
-from mmlens.interventions.ablation import MODES as ABLATION_MODES
+from mmlens.interventions.ablation import MODES
 from mmlens.model.loading import shipped_models
 from mmlens.model.support import support_table
 from mmlens.runs.accelerate import RECORD as ACCELERATE_RECORD
@@ -30,7 +31,7 @@ from mmlens.runs.accelerate import accelerate, load_scores
 from mmlens.runs.folder import check_folder
 from mmlens.runs.paper import run_all
 from mmlens.runs.record import read_record
-from mmlens.runs.rerun import TOLERANCE, rerun, runs_in
+from mmlens.runs.rerun import rerun, runs_in
 from mmlens.runs.run import (
     MOST_SEED,
     MOST_THREADS,
@@ -43,11 +44,11 @@ from mmlens.runs.run import (
     write_across,
 )
 
+T = TypeVar("T")
+
 _USER_ERRORS = (MmlensError, OSError, ValueError, IndexError)
 
 _DIFFERENCES_SHOWN = 50
-
-_OUTSIDE = "with --data: read images that lie outside the folder too"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,16 +83,15 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _main(arguments: list[str]) -> int:
-    options = _parser(arguments).parse_args(arguments)
+    options = _parsed_arguments(arguments)
     options.command = shlex.join(["mmlens", *arguments])
-    if options.threads:
+    if getattr(options, "threads", None):
         torch.set_num_threads(options.threads)
     try:
-        code: int | None = options.run(options)
+        return COMMANDS[options.command_name].does(options) or 0
     except _USER_ERRORS as error:
         print(f"mmlens: {_printable(str(error))}", file=sys.stderr)
         return 2
-    return code or 0
 
 
 def _printable(text: str) -> str:
@@ -99,168 +99,59 @@ def _printable(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+# ---------------------------------------------------------------------- options
+
+
+def _parsed_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="mmlens",
         description="Find and test attention heads of vision-language models.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-
-    def command(
-        name: str, does: Callable[[argparse.Namespace], int | None], help: str
-    ) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command_name")
+    for name, command in COMMANDS.items():
+        added = parsers.add_parser(
+            name,
+            help=command.help,
+            description=command.help,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
         )
-        added.set_defaults(run=does, threads=0, given=set())
-        return added
-
-    core = command(
-        "core-heads", _core_heads, "find CoRe heads on one split and test them causally on another"
-    )
-    core.add_argument("--model", default="micro", help="a shipped model, a folder, or a hub id")
-    core.add_argument(
-        "--out", type=Path, required=True, help="folder for summary.json, tables and report.html"
-    )
-    _add_run_options(core)
-    core.add_argument(
-        "--counts", type=_whole(1), nargs="+", help="numbers of heads to ablate; 5%% of all is always added"
-    )
-    core.add_argument(
-        "--modes",
-        nargs="+",
-        default=list(MODES),
-        type=_name_of("mode", list(ABLATION_MODES)),
-        help=f"ablation modes: {', '.join(ABLATION_MODES)}",
-    )
-    core.add_argument("--draws", type=_whole(1), default=10, help="draws of each random arm")
-    core.add_argument(
-        "--mapping",
-        default="merged",
-        type=_name_of("mapping", ("merged", "paper_floor")),
-        help="box to token: merged or paper_floor",
-    )
-
-    one = command("run", _run, "run one experiment on one or more models (docs/experiments.md)")
-    one.add_argument("experiment", help="its name; `mmlens experiments` lists them")
-    _add_models(one)
-    one.add_argument("--out", type=Path, required=True, help="folder for a folder of every model")
-    _add_run_options(one)
-    one.add_argument(
-        "--set",
-        dest="settings",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="settings of the experiment; `mmlens experiments NAME` lists them",
-    )
-
-    listed = command("experiments", _experiments, "list the experiments, or all about one")
-    listed.add_argument("experiment", nargs="?", help="one experiment, with its method and settings")
-
-    again = command("rerun", _rerun, "run again what a run's folder says, and compare every number")
-    again.add_argument("folder", type=Path, help="a run's folder, or one with runs below it")
-    again.add_argument("--out", type=Path, help="keep the new run in this folder")
-    again.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="relative difference at which floats still agree"
-    )
-    again.add_argument("--model", help="where the model lies now, if not where it lay")
-    again.add_argument("--data", help="where the folder of examples lies now, if not where it lay")
-    again.add_argument("--images-outside", action="store_true", help=_OUTSIDE)
-    again.add_argument(
-        "--threads", type=_whole(0, MOST_THREADS), help="torch threads, if not those of the run"
-    )
-    again.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run code that lies in the model's folder, where the run did",
-    )
-    again.add_argument(
-        "--set",
-        dest="settings",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="settings in place of the record's, which are not taken from it above a million",
-    )
-
-    paper = command("paper", _paper, "run all experiments on all models, and write one report of them")
-    _add_models(paper)
-    paper.add_argument("--out", type=Path, required=True, help="folder for the runs and report.html")
-    paper.add_argument("--experiments", nargs="+", metavar="NAME", help="these alone (default: all)")
-    paper.add_argument("--jobs", type=_whole(1), default=1, help="models run at a time (default: 1)")
-    _add_run_options(paper)
-
-    faster = command(
-        "accelerate",
-        _accelerate,
-        "time prefill with the heads of the highest scores dense, the others streaming",
-    )
-    faster.add_argument("--model", default="micro", help="a shipped model, a folder, or a hub id")
-    faster.add_argument(
-        "--heads", type=Path, required=True, help="scores, as `mmlens core-heads` writes them"
-    )
-    faster.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens of the prompts")
-    faster.add_argument("--fractions", type=float, nargs="+", default=[0.05], help="shares of dense heads")
-    faster.add_argument("--sink", type=int, default=512, help="first tokens that every head sees")
-    faster.add_argument("--window", type=int, default=4096, help="last tokens that every head sees")
-    faster.add_argument(
-        "--parts",
-        nargs="+",
-        default=list(PARTS),
-        type=_name_of("part", PARTS),
-        help=f"what to time: {', '.join(PARTS)}",
-    )
-    faster.add_argument(
-        "--quality", type=Path, help="a run of `mmlens run hybrid`, to put accuracy beside speed"
-    )
-    faster.add_argument(
-        "--repeats", type=_whole(1), default=5, help="pairs of runs, after two of either side"
-    )
-    faster.add_argument("--out", type=Path, required=True, help="folder for speed.csv and report.html")
-    faster.add_argument("--seed", type=_whole(0, MOST_SEED), default=0, help="seed of the random tokens")
-    _add_loading_options(faster)
-
-    families = command(
-        "families",
-        _families,
-        "which of transformers' image-text-to-text families are supported, and how far",
-    )
-    families.add_argument("family", nargs="?", help="one family (a model_type), with all its notes")
-    families.add_argument("--csv", type=Path, help="write the whole table to this file")
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
-        parser.error(unknown_name_message("command", arguments[0], commands.choices))
-    return parser
+        defaults = {key: value for function in command.calls for key, value in defaults_of(function).items()}
+        for option, given in command.options.items():
+            action: dict[str, Any] = {"action": _Once} if option.startswith("--") else {}
+            default = defaults.get(given.get("dest", option.removeprefix("--").replace("-", "_")))
+            added.add_argument(option, **action | {"default": default} | given)
+    # What argparse says of an unknown command or option names none that is near.
+    name = next(iter(arguments), "-")
+    if name in COMMANDS:
+        known = ["--help", *COMMANDS[name].options]
+        before = itertools.takewhile(lambda text: text != "--", arguments[1:])
+        for option in (text.partition("=")[0] for text in before if text.startswith("--")):
+            if option not in known:
+                parsers.choices[name].error(unknown_name_message("option", option, known))
+    elif not name.startswith("-"):
+        parser.error(unknown_name_message("command", name, COMMANDS))
+    return parser.parse_args(arguments)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse's, but for what it lets pass: an option cut short, or given twice, of which it takes the last.
+class _Once(argparse.Action):
+    """An option that is given once, its values all different; one of no values is a flag."""
 
-    An option that there is not is named with the nearest.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        self.names: list[str] = []
-        super().__init__(allow_abbrev=False, **options)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        for text in args or ():
-            name = str(text).partition("=")[0]
-            if name == "--":
-                break
-            if name.startswith("--") and name not in self.names:
-                self.error(unknown_name_message("option", name, self.names))
-        return super().parse_known_args(args, namespace)
-
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        self.names += [name for name in names if str(name).startswith("--")]
-        if names and str(names[0]).startswith("--"):
-            known = {"store": _Once, "store_true": _FlagOnce}
-            options["action"] = known.get(options.get("action", "store"), options.get("action"))
-        return super().add_argument(*names, **options)
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        given = namespace.__dict__.setdefault("given", set())
+        several = values if isinstance(values, list) else []
+        twice = [repr(value) for i, value in enumerate(several) if value in several[:i]]
+        if self.dest in given or twice:
+            raise argparse.ArgumentError(self, f"{option if self.dest in given else twice[0]} is given twice")
+        given.add(self.dest)
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -287,91 +178,19 @@ def _name_of(kind: str, names: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
-def _note_given(namespace: argparse.Namespace, action: argparse.Action, option: str | None) -> None:
-    given = namespace.__dict__.setdefault("given", set())
-    if action.dest in given:
-        raise argparse.ArgumentError(action, f"{option} is given twice")
-    given.add(action.dest)
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that may be left out, with their defaults; tuples as lists, as a command line gives them."""
+    return {
+        name: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not parameter.empty
+    }
 
 
-class _Once(argparse.Action):
-    """An option with a value, or with several that all differ."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option: str | None = None,
-    ) -> None:
-        _note_given(namespace, self, option)
-        for index, value in enumerate(values if isinstance(values, list) else []):
-            if value in values[:index]:
-                raise argparse.ArgumentError(self, f"{value!r} is given twice")
-        setattr(namespace, self.dest, values)
-
-
-class _FlagOnce(argparse.Action):
-    """An option without a value."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(nargs=0, default=False, **options)
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option: str | None = None,
-    ) -> None:
-        _note_given(namespace, self, option)
-        setattr(namespace, self.dest, True)
-
-
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        dest="models",
-        default=shipped_models(),
-        help="shipped models, folders, or hub ids",
-    )
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    """The options that are fields of `Request`."""
-    parser.add_argument("--data", help="a folder of examples (docs/data.md); shipped models have their own")
-    parser.add_argument("--images-outside", action="store_true", help=_OUTSIDE)
-    parser.add_argument(
-        "--n-selection", type=_whole(1), default=40, help="generated examples of each kind to choose heads on"
-    )
-    parser.add_argument(
-        "--n-evaluation", type=_whole(1), default=30, help="generated examples of each kind to judge heads on"
-    )
-    parser.add_argument(
-        "--selection-share", type=float, default=0.5, help="with --data: share of it to choose heads on"
-    )
-    parser.add_argument(
-        "--seed", type=_whole(0, MOST_SEED), default=0, help="seed of examples and of all random choices"
-    )
-    parser.add_argument("--batch-size", type=_whole(1), default=30, help="examples in a forward pass")
-    _add_loading_options(parser)
-
-
-def _add_loading_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", help="as transformers takes it, e.g. bfloat16")
-    parser.add_argument("--device-map", help="as transformers takes it, e.g. auto")
-    parser.add_argument("--attn-implementation", help="as transformers takes it, e.g. sdpa")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the hub")
-    parser.add_argument(
-        "--threads", type=_whole(0, MOST_THREADS), default=0, help="torch threads (0: torch's own choice)"
-    )
-
-
-def _request(options: argparse.Namespace, experiment: str, model: str, settings: dict[str, Any]) -> Request:
-    names = {field.name for field in fields(Request)} - {"experiment", "model", "settings"}
-    given = {name: getattr(options, name) for name in names}
-    return Request(experiment, model, settings=settings, **given)
+def _called(function: Callable[..., T], options: argparse.Namespace, **given: Any) -> T:
+    """`function` with the options that it has arguments for, and with these in place of options."""
+    names = inspect.signature(function).parameters
+    return function(**{name: getattr(options, name) for name in names if name in options} | given)
 
 
 def parsed_settings(experiment: Experiment, given: Sequence[str]) -> dict[str, Any]:
@@ -439,7 +258,8 @@ def _run(options: argparse.Namespace) -> None:
     for folder in folders.values():
         check_folder(folder)
     for model, folder in folders.items():
-        run(_request(options, experiment.name, model, settings), folder, command=options.command)
+        request = _called(Request, options, experiment=experiment.name, model=model, settings=settings)
+        run(request, folder, command=options.command)
         print(f"\n{model}: {read_record(folder)['statement']}\nreport: {folder / 'report.html'}")
     across = options.out / "across"
     found = write_across(experiment, folders, across)
@@ -467,17 +287,9 @@ def _rerun(options: argparse.Namespace) -> int:
     differ = False
     for folder in runs_in(options.folder):
         out = options.out / folder.relative_to(options.folder) if options.out is not None else None
-        found = rerun(
-            folder,
-            out,
-            tolerance=options.tolerance,
-            model=options.model,
-            data=options.data,
-            threads=options.threads,
-            trust_remote_code=options.trust_remote_code,
-            images_outside=options.images_outside,
-            settings=_given_settings(folder, options.settings),
-        )
+        request = request_of(read_record(folder)) if options.settings else None
+        settings = parsed_settings(experiment_named(request.experiment), options.settings) if request else {}
+        found = _called(rerun, options, folder=folder, out=out, settings=settings)
         print(f"{folder}: {found.n_values} values compared, {len(found.differences)} differ")
         for name, (before, after) in found.changed.items():
             print(_printable(f"    {name}: was {before}, is {after}"))
@@ -491,21 +303,9 @@ def _rerun(options: argparse.Namespace) -> int:
     return int(differ)
 
 
-def _given_settings(folder: Path, given: Sequence[str]) -> dict[str, Any]:
-    if not given:
-        return {}
-    return parsed_settings(experiment_named(request_of(read_record(folder)).experiment), given)
-
-
 def _paper(options: argparse.Namespace) -> int:
-    outcomes = run_all(
-        options.models,
-        options.out,
-        _request(options, "", "", {}),
-        experiments=options.experiments,
-        jobs=options.jobs,
-        command=options.command,
-    )
+    request = _called(Request, options, experiment="", model="")
+    outcomes = _called(run_all, options, request=request)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     print(f"{len(outcomes)} runs, {len(failed)} failed\nreport: {options.out / 'report.html'}")
     return int(bool(failed))
@@ -514,29 +314,8 @@ def _paper(options: argparse.Namespace) -> int:
 def _accelerate(options: argparse.Namespace) -> None:
     check_folder(options.out, ACCELERATE_RECORD)
     scores = load_scores(options.heads)
-    model = load_model(
-        Request(
-            "",
-            options.model,
-            dtype=options.dtype,
-            device_map=options.device_map,
-            attn_implementation=options.attn_implementation,
-            trust_remote_code=options.trust_remote_code,
-        )
-    )
-    found = accelerate(
-        model,
-        scores,
-        options.lengths,
-        fractions=options.fractions,
-        sink=options.sink,
-        window=options.window,
-        parts=options.parts,
-        repeats=options.repeats,
-        seed=options.seed,
-        name=options.model,
-        quality=options.quality,
-    )
+    model = load_model(_called(Request, options, experiment=""))
+    found = _called(accelerate, options, model=model, scores=scores, name=options.model)
     shown = found.table[["heads", "length", "part", "dense_seconds", "hybrid_seconds", "speedup", "limit"]]
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
     print(f"report: {found.save(options.out) / 'report.html'}")
@@ -566,12 +345,168 @@ def _families(options: argparse.Namespace) -> None:
 
 
 def _core_heads(options: argparse.Namespace) -> None:
-    settings = {
-        "counts": options.counts,
-        "modes": options.modes,
-        "n_draws": options.draws,
-        "mapping": options.mapping,
-    }
-    run(_request(options, "core-heads", options.model, settings), options.out, command=options.command)
+    settings = {name: getattr(options, name) for name in ("counts", "modes", "n_draws", "mapping")}
+    request = _called(Request, options, experiment="core-heads", settings=settings)
+    run(request, options.out, command=options.command)
     print(f"\n{read_record(options.out)['statement']}")
     print(f"report: {options.out / 'report.html'}")
+
+
+# ---------------------------------------------------------------------- the commands and their options
+
+
+Options = dict[str, dict[str, Any]]
+"""What argparse's `add_argument` takes, by name."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command does, in code and in words, and its options; its exit status is what `does` returns, or 0.
+
+    An option that has no default of its own has that of its name in the functions that it `calls`, or else None.
+    """
+
+    does: Callable[[argparse.Namespace], int | None]
+    help: str
+    options: Options
+    calls: Sequence[Callable[..., Any]] = ()
+
+
+def _option(help: str, read: Callable[[str], Any] = str, **given: Any) -> dict[str, Any]:
+    return {"help": help, "type": read} | given
+
+
+def _several(help: str, read: Callable[[str], Any] = str, **given: Any) -> dict[str, Any]:
+    return _option(help, read, nargs="+", **given)
+
+
+def _flag(help: str) -> dict[str, Any]:
+    return _option(help, nargs=0, default=False)
+
+
+def _settings(help: str) -> dict[str, Any]:
+    return _several(help, dest="settings", action="extend", default=[], metavar="NAME=VALUE")
+
+
+def _out(help: str) -> Options:
+    return {"--out": _option(help, Path, required=True)}
+
+
+_MODEL = {"--model": _option("a shipped model, a folder, or a hub id", default="micro")}
+_MODELS = {
+    "--model": _several("shipped models, folders, or hub ids", dest="models", default=shipped_models())
+}
+_OUTSIDE = {"--images-outside": _flag("with --data: read images that lie outside the folder too")}
+_SEED = _whole(0, MOST_SEED)
+_THREADS = _whole(0, MOST_THREADS)
+_LOADING = {
+    "--dtype": _option("as transformers takes it, e.g. bfloat16"),
+    "--device-map": _option("as transformers takes it, e.g. auto"),
+    "--attn-implementation": _option("as transformers takes it, e.g. sdpa"),
+    "--trust-remote-code": _flag("run model code from the hub"),
+    "--threads": _option("torch threads (0: torch's own choice)", _THREADS),
+}
+# The fields of `Request`, but for the experiment, the model and the settings.
+_REQUEST = {
+    "--data": _option("a folder of examples (docs/data.md); shipped models have their own"),
+    **_OUTSIDE,
+    "--n-selection": _option("generated examples of each kind to choose heads on", _whole(1)),
+    "--n-evaluation": _option("generated examples of each kind to judge heads on", _whole(1)),
+    "--selection-share": _option("with --data: share of it to choose heads on", float),
+    "--seed": _option("seed of examples and of all random choices", _SEED),
+    "--batch-size": _option("examples in a forward pass", _whole(1)),
+    **_LOADING,
+}
+
+COMMANDS = {
+    "core-heads": Command(
+        _core_heads,
+        "find CoRe heads on one split and test them causally on another",
+        {
+            **_MODEL,
+            **_out("folder for summary.json, tables and report.html"),
+            **_REQUEST,
+            "--counts": _several("numbers of heads to ablate; 5%% of all is always added", _whole(1)),
+            "--modes": _several(f"ablation modes: {', '.join(MODES)}", _name_of("mode", MODES)),
+            "--draws": _option("draws of each random arm", _whole(1), dest="n_draws", metavar="DRAWS"),
+            "--mapping": _option(
+                "box to token: merged or paper_floor", _name_of("mapping", ("merged", "paper_floor"))
+            ),
+        },
+        (Request, experiment_named("core-heads").run),
+    ),
+    "run": Command(
+        _run,
+        "run one experiment on one or more models (docs/experiments.md)",
+        {
+            "experiment": _option("its name; `mmlens experiments` lists them"),
+            **_MODELS,
+            **_out("folder for a folder of every model"),
+            **_REQUEST,
+            "--set": _settings("settings of the experiment; `mmlens experiments NAME` lists them"),
+        },
+        (Request,),
+    ),
+    "experiments": Command(
+        _experiments,
+        "list the experiments, or all about one",
+        {"experiment": _option("one experiment, with its method and settings", nargs="?")},
+    ),
+    "rerun": Command(
+        _rerun,
+        "run again what a run's folder says, and compare every number",
+        {
+            "folder": _option("a run's folder, or one with runs below it", Path),
+            "--out": _option("keep the new run in this folder", Path),
+            "--tolerance": _option("relative difference at which floats still agree", float),
+            "--model": _option("where the model lies now, if not where it lay"),
+            "--data": _option("where the folder of examples lies now, if not where it lay"),
+            **_OUTSIDE,
+            "--threads": _option("torch threads, if not those of the run", _THREADS),
+            "--trust-remote-code": _flag("run code that lies in the model's folder, where the run did"),
+            "--set": _settings(
+                "settings in place of the record's, which are not taken from it above a million"
+            ),
+        },
+        (rerun,),
+    ),
+    "paper": Command(
+        _paper,
+        "run all experiments on all models, and write one report of them",
+        {
+            **_MODELS,
+            **_out("folder for the runs and report.html"),
+            "--experiments": _several("these alone (default: all)", metavar="NAME"),
+            "--jobs": _option("models run at a time (default: 1)", _whole(1), default=1),
+            **_REQUEST,
+        },
+        (Request,),
+    ),
+    "accelerate": Command(
+        _accelerate,
+        "time prefill with the heads of the highest scores dense, the others streaming",
+        {
+            **_MODEL,
+            "--heads": _option("scores, as `mmlens core-heads` writes them", Path, required=True),
+            "--lengths": _several("tokens of the prompts", int, required=True),
+            "--fractions": _several("shares of dense heads", float),
+            "--sink": _option("first tokens that every head sees", int),
+            "--window": _option("last tokens that every head sees", int),
+            "--parts": _several(f"what to time: {', '.join(PARTS)}", _name_of("part", PARTS)),
+            "--quality": _option("a run of `mmlens run hybrid`, to put accuracy beside speed", Path),
+            "--repeats": _option("pairs of runs, after two of either side", _whole(1)),
+            **_out("folder for speed.csv and report.html"),
+            "--seed": _option("seed of the random tokens", _SEED),
+            **_LOADING,
+        },
+        (Request, accelerate),
+    ),
+    "families": Command(
+        _families,
+        "which of transformers' image-text-to-text families are supported, and how far",
+        {
+            "family": _option("one family (a model_type), with all its notes", nargs="?"),
+            "--csv": _option("write the whole table to this file", Path),
+        },
+    ),
+}

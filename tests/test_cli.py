@@ -16,13 +16,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import small_experiment
+import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import mmlens
-from mmlens.cli import main, parsed_settings
+from mmlens.cli import COMMANDS, main, parsed_settings
 from mmlens.runs.folder import broken_parts
 from mmlens.runs.rerun import compare
-from mmlens.runs.run import read_record
+from mmlens.runs.run import Request, read_record
 
 SIZES = ["--n-selection", "2", "--n-evaluation", "2"]
 
@@ -59,7 +60,14 @@ def test_families_writes_the_table(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.usefixtures("small")
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("small", "threads")
 def test_run_and_rerun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     given = [
@@ -70,19 +78,25 @@ def test_run_and_rerun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "--out",
         str(out),
         *SIZES,
+        "--threads",
+        "2",
         "--set",
         "share=.1",
         "--set",
         "modes=zero,uniform",
     ]
     assert main(given) == 0
+    torch.set_num_threads(1)
     assert "The largest RAM of micro is" in capsys.readouterr().out
     record = read_record(out / "micro")
     assert record["command"] == " ".join(["mmlens", *given])
     assert record["request"]["settings"]["modes"] == ["zero", "uniform"]
     assert len(json.loads((out / "micro/numbers.json").read_text())["top"]) == 6
     assert main(["rerun", str(out), "--out", str(tmp_path / "again")]) == 0
-    assert "0 differ" in capsys.readouterr().out and read_record(tmp_path / "again/micro")
+    assert "0 differ" in capsys.readouterr().out
+    # With the threads of the run, where this machine has as many.
+    again = read_record(tmp_path / "again/micro")
+    assert again["machine"]["threads"] == min(record["machine"]["threads"], os.cpu_count() or 1)
     numbers = out / "micro/numbers.json"
     numbers.write_text(numbers.read_text().replace('"nothing": null', '"nothing": 1'))
     assert main(["rerun", str(out / "micro")]) == 1
@@ -150,6 +164,12 @@ def test_settings_have_the_type_of_their_defaults() -> None:
     assert isinstance(found["share"], float)
     for text, value in {"none": None, "a,b": ("a", "b"), "1,.5": (1, 0.5), "[1, 2]": [1, 2], "3": 3}.items():
         assert parsed_settings(small_experiment.EXPERIMENT, [f"kinds={text}"]) == {"kinds": value}
+
+
+@pytest.mark.parametrize("name", ["core-heads", "run", "paper"])
+def test_all_that_a_request_says_can_be_asked_for(name: str) -> None:
+    named = {field.name for field in dataclasses.fields(Request)} - {"experiment", "model", "settings"}
+    assert {f"--{field.replace('_', '-')}" for field in named} <= set(COMMANDS[name].options)
 
 
 def test_a_folder_in_use_is_refused_before_anything_runs(

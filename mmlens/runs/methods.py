@@ -139,11 +139,9 @@ def bibtex_entries() -> dict[str, str]:
     # No middleware: fields and names stay as they are written.
     library = bibtexparser.parse_string(text, parse_stack=[])
     if library.failed_blocks:
-        first = library.failed_blocks[0]
-        raise InvalidValueError(
-            f"references.bib: an entry is broken or stands twice, line {first.start_line + 1}: {first.raw!r:.60}"
-        )
-    return {entry.key: entry.raw for entry in library.entries}
+        first = library.failed_blocks[0].raw
+        raise InvalidValueError(f"references.bib: an entry is broken or stands twice: {first!r:.60}")
+    return {entry.key: str(entry.raw) for entry in library.entries}
 
 
 def _escaped(value: Any) -> Any:
