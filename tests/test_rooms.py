@@ -158,8 +158,16 @@ PACKAGES = [name for name, path in MODULES.items() if path.name == "__init__.py"
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_no_package_exports_a_name_that_one_of_its_modules_has(name: str) -> None:
-    """`import mmlens.x.y as m` is the module, whatever else has been imported."""
+    """`import mmlens.x.y as m` is the module, and `mmlens.x.y` too, whatever else has been imported."""
     package = importlib.import_module(name)
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{name}.{module.name}")
-        assert isinstance(getattr(package, module.name), ModuleType), module.name
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    for module in modules:
+        importlib.import_module(f"{name}.{module}")
+        assert isinstance(getattr(package, module), ModuleType), module
+    exported = {
+        alias.asname or alias.name
+        for node in ast.walk(ast.parse(MODULES[name].read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module != name
+        for alias in node.names
+    }
+    assert exported & modules == set()
