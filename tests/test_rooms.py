@@ -55,7 +55,6 @@ UPWARDS: dict[tuple[str, str], str] = {}
 LARGEST_CLASS, LARGEST_FUNCTION = 350, 80
 LARGE_CLASSES = {"mmlens.model.hooked_vlm.HookedVLM"}
 LONG_FUNCTIONS = {
-    "mmlens.cli._parser",
     "mmlens.experiments.emergence.run",
     "mmlens.experiments.key_tokens.run",
     "mmlens.experiments.masking.run",

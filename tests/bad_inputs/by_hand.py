@@ -53,7 +53,7 @@ def bad_rows(w: World) -> list[Row]:
             "a misspelt metric",
             "acuracy",
             lambda: mmlens.effect(w.model, w.prompt, zero, "acuracy"),  # type: ignore[call-overload]
-            "mmlens.accuracy",
+            "mmlens.metrics.accuracy",
         ),
         (
             "sweep",
