@@ -1,7 +1,8 @@
 # `make core-heads` installs and runs the main job on the shipped model; `make paper` runs all experiments on all
 # shipped models and writes one report of them; `make test` lints, type-checks and tests; `make test-slow` runs the
-# tests that it leaves out; `make test-versions` runs what depends on versions in two environments that users have.
-# All need Python 3.11, 3.12 or 3.13 and nothing else; the environment is made once, in .venv.
+# tests that it leaves out; `make test-versions` runs what depends on versions in two environments that users have;
+# `make test-newest` runs `make test`'s tests on the newest packages that pyproject.toml admits; `make dist` builds what
+# is released. All need Python 3.11, 3.12 or 3.13 and nothing else; the environment is made once, in .venv.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -10,7 +11,8 @@ OUT ?= out/core-heads
 PAPER_OUT ?= out/paper
 INSTALLED := $(VENV)/.installed
 
-.PHONY: core-heads paper test test-slow test-versions test-torchvision test-previous lint types tests clean
+.PHONY: core-heads paper test test-slow test-versions test-torchvision test-previous test-newest lint types tests dist \
+	clean
 
 core-heads: $(INSTALLED)
 	$(BIN)/mmlens core-heads --model micro --out $(OUT)
@@ -28,8 +30,12 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# By file: a module's fixtures, some of them whole experiments, are made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# By file: a module's fixtures, some of them whole experiments, are made once. Compiled files are kept: many tests start
+# programs that import the package.
+WORKERS ?= 2
+RUN_TESTS := -m pytest -n $(WORKERS) --dist loadfile
+ENVIRONMENT := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+PYTEST := $(ENVIRONMENT) $(BIN)/python $(RUN_TESTS)
 
 tests: $(INSTALLED)
 	$(PYTEST) -m "not slow"
@@ -48,7 +54,7 @@ test-versions: test-torchvision test-previous
 TORCHVISION := $(VENV)-torchvision
 
 test-torchvision: $(TORCHVISION)/.installed
-	OMP_NUM_THREADS=1 $(TORCHVISION)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(VERSIONED) \
+	$(ENVIRONMENT) $(TORCHVISION)/bin/python $(RUN_TESTS) -m "not slow" $(VERSIONED) \
 		tests/model/test_quantised.py
 
 $(TORCHVISION)/.installed: pyproject.toml constraints.txt
@@ -62,11 +68,27 @@ $(TORCHVISION)/.installed: pyproject.toml constraints.txt
 PREVIOUS := $(VENV)-previous
 
 test-previous: $(PREVIOUS)/.installed
-	OMP_NUM_THREADS=1 PYTHONPATH=$(PREVIOUS) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(VERSIONED)
+	PYTHONPATH=$(PREVIOUS) $(PYTEST) -m "not slow" $(VERSIONED)
 
 $(PREVIOUS)/.installed: $(INSTALLED)
 	$(BIN)/python -m pip install -q --no-deps --target $(PREVIOUS) transformers==5.23.0
 	touch $@
+
+# Without constraints, to hear of a release that breaks something before its users do.
+NEWEST := $(VENV)-newest
+
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q --upgrade -e ".[test]"
+	$(NEWEST)/bin/python -m pip freeze --exclude-editable
+	$(ENVIRONMENT) $(NEWEST)/bin/python $(RUN_TESTS) -m "not slow"
+
+dist:
+	$(PYTHON) -m venv --clear $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install -q build twine
+	rm -rf dist
+	$(VENV)-dist/bin/python -m build --outdir dist
+	$(VENV)-dist/bin/python -m twine check --strict dist/*
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -75,4 +97,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TORCHVISION) $(PREVIOUS) out build *.egg-info
+	rm -rf $(VENV) $(TORCHVISION) $(PREVIOUS) $(NEWEST) $(VENV)-dist out build dist *.egg-info
