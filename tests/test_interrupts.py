@@ -53,7 +53,7 @@ def path_patched(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
 
 
 def attributed(model: mmlens.HookedVLM, prompt: mmlens.Prompt) -> None:
-    mmlens.attribute(model, prompt, NOISE, mmlens.logit_difference, nodes="head")
+    mmlens.attribute(model, prompt, NOISE, mmlens.logit_difference, nodes="z")
 
 
 RUNS: dict[str, Callable[[mmlens.HookedVLM, mmlens.Prompt], object]] = {

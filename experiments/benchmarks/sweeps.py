@@ -394,7 +394,7 @@ def positions_case(length: int, *, with_image: bool) -> Case:
 
     def make() -> dict[Any, Intervention]:
         own = dataclasses.replace(source)
-        return patch_layers_positions(model, prompt, own, positions=last_positions(length))
+        return patch_layers_positions(model, own, prompt=prompt, positions=last_positions(length))
 
     made, work = make(), Work(length)
     partial_runs = [work.partial(layer, first, behind_attention=False) for layer, first in made]

@@ -75,7 +75,7 @@ def findings(planted: Planted, *, n: int = 24, seed: int = 0, progress: bool = T
         runs[f"knockout {queries} to {label}", ""] = edges
     for what, source in sources.items():
         runs["patch z", what] = dict(patch_heads(model, source))
-        runs["patch q, k, v", what] = dict(patch_heads_qkv(model, source, kinds=("q", "k", "v")))
+        runs["patch q, k, v", what] = dict(patch_heads_qkv(model, source, parts=("q", "k", "v")))
         runs["path", what] = _paths(planted, source)
     frames = []
     for (method, what), interventions in tqdm(runs.items(), desc="planted heads", disable=not progress):
@@ -88,7 +88,7 @@ def findings(planted: Planted, *, n: int = 24, seed: int = 0, progress: bool = T
     for what, source in sources.items():
         for way in ("gradient", "qk_fix"):
             attribution = attribute(
-                model, prompt, source, logit_difference, nodes=("head", "q", "k"), method=way
+                model, prompt, source, logit_difference, nodes=("z", "q", "k"), method=way
             )
             table = attribution.table()
             table = table.assign(part=table["hook"].str[-1], effect=table["score"].abs())

@@ -227,7 +227,7 @@ def _tower_patch(model: HookedVLM, prompt: Prompt, *, source: PatchSource, place
 
 
 def _exact_edge(model: HookedVLM, source: PatchSource, sender: Site, receiver: Site) -> Intervention:
-    sends = {"head": sender.head, "attention": "attn", "mlp": "mlp"}.get(sender.kind)
+    sends = sender.head if sender.kind == "z" else sender.kind
     reads: tuple[Any, ...] | str = "logits"
     if receiver.kind == "mlp":
         reads = (receiver.layer, "mlp")
@@ -235,7 +235,7 @@ def _exact_edge(model: HookedVLM, source: PatchSource, sender: Site, receiver: S
         attention = attention_of(model, receiver.layer)
         shared_by = 1 if receiver.kind == "q" else attention.n_heads // attention.n_kv_heads
         reads = (receiver.layer, receiver.head * shared_by, receiver.kind)
-    if sends is None or receiver.kind == "attention":
+    if sender.kind not in ("z", "attn", "mlp") or receiver.kind == "attn":
         return partial(_added, source=source, sender=sender, receiver=receiver)
     return path_patch([(sender.layer, sends)], [reads], source)
 

@@ -27,8 +27,8 @@ from mmlens.attribution.runs import (
     clean_values,
     difference,
     finite,
+    laid_out,
     mean_of,
-    over_positions,
     source_values,
 )
 from mmlens.effects.grids import layers_with
@@ -44,8 +44,21 @@ from mmlens.model.linear import is_linear, weight_of
 from mmlens.model.prompt import Prompt
 
 EDGE_METHODS = ("gradient", "integrated")
-SENDERS = ("embed", "image", "head", "attention", "mlp", "deepstack")
-RECEIVERS = ("q", "k", "v", "attention", "mlp", "logits")
+_WRITES = {
+    "embed": "hook_embed",
+    "image": "image.hook_embed",
+    "z": "attn.hook_z",
+    "attn": "hook_attn_out",
+    "mlp": "hook_mlp_out",
+    "deepstack": "hook_deepstack",
+}
+_READS = {
+    **{part: f"attn.hook_{part}_input" for part in ("q", "k", "v")},
+    "attn": "hook_attn_in",
+    "mlp": "hook_mlp_in",
+    "logits": "hook_resid_post",
+}
+SENDERS, RECEIVERS = tuple(_WRITES), tuple(_READS)
 
 _SENDER_CHUNK_BYTES = 256 * 2**20
 
@@ -56,7 +69,7 @@ class Site:
 
     `kind` is a word of SENDERS or RECEIVERS; `head` is a KV head where the kind is "k" or "v".
 
-    >>> print(Site("head", 1, 3), Site("k", 2, 0), Site("mlp", 0), Site("logits"))
+    >>> print(Site("z", 1, 3), Site("k", 2, 0), Site("mlp", 0), Site("logits"))
     L1H3 L2KV0.k L0.mlp logits
     """
 
@@ -70,7 +83,7 @@ class Site:
         if self.head is None:
             return f"L{self.layer}.{self.kind}"
         group = "KV" if self.kind in ("k", "v") else "H"
-        suffix = "" if self.kind == "head" else f".{self.kind}"
+        suffix = "" if self.kind == "z" else f".{self.kind}"
         return f"L{self.layer}{group}{self.head}{suffix}"
 
     @property
@@ -131,7 +144,7 @@ def attribute_edges(
     source: PatchSource,
     metric: Metric,
     *,
-    senders: str | Sequence[str] = ("embed", "head", "mlp", "deepstack"),
+    senders: str | Sequence[str] = ("embed", "z", "mlp", "deepstack"),
     receivers: str | Sequence[str] = ("q", "k", "v", "mlp", "logits"),
     method: str = "gradient",
     steps: int = 8,
@@ -144,7 +157,7 @@ def attribute_edges(
     the stream: after a post-norm it is taken through the norm's derivative at the clean activations, and times the
     layer's factor. Over all receivers ("q", "k", "v", "mlp", "logits") the edges of a sender sum to its node score, as
     long as all layers' attention reads by q, k and v alone: not where heads are gated or a layer has another
-    mixer of positions, for which "attention" is the receiver (all that ln1 feeds).
+    mixer of positions, for which "attn" is the receiver (all that ln1 feeds).
 
     `senders` are words of SENDERS ("image": image embeddings, "embed": all embeddings, those included; "deepstack":
     deep image features, left out where a model has none), `receivers` of RECEIVERS; q by head, k and v by KV head.
@@ -166,7 +179,7 @@ def attribute_edges(
     >>> model = HookedVLM.from_pretrained("micro")
     >>> prompt, source = (model.prompt_examples([e]) for e in scene_examples("objects", 2, seed=0))
     >>> edges = attribute_edges(
-    ...     model, prompt, source, answer_log_probability, senders="head", receivers="logits"
+    ...     model, prompt, source, answer_log_probability, senders="z", receivers="logits"
     ... )
     >>> edges.scores.shape == (1, len(model.heads), 1)
     True
@@ -223,7 +236,7 @@ def _senders(model: HookedVLM, prompt: Prompt, word: str) -> list[Site]:
         deep = model.anatomy.deep_after if mask is not None and bool(mask.any()) else []
         return [Site("deepstack", layer) for layer in deep]
     layers = [layer_of(name) for name in word_names(model, word)]
-    if word != "head":
+    if word != "z":
         return [Site(word, layer) for layer in layers]
     sites = []
     for layer in layers:
@@ -232,18 +245,17 @@ def _senders(model: HookedVLM, prompt: Prompt, word: str) -> list[Site]:
         if not is_linear(attention.out):
             raise InvalidValueError(
                 f"the output projection of layer {layer} is a {type(attention.out).__name__}, not linear: what one "
-                "head writes is not defined; take the sender 'attention'"
+                "head writes is not defined; take the sender 'attn'"
             )
-        sites += [Site("head", layer, head) for head in range(attention.n_heads)]
+        sites += [Site("z", layer, head) for head in range(attention.n_heads)]
     return sites
 
 
 def _receivers(model: HookedVLM, word: str) -> list[Site]:
     if word == "logits":
         return [Site("logits")]
-    hook = {"attention": "hook_attn_in", "mlp": "hook_mlp_in"}.get(word, f"attn.hook_{word}_input")
-    layers = layers_with(model, hook)
-    if word in ("attention", "mlp"):
+    layers = layers_with(model, _READS[word])
+    if word in ("attn", "mlp"):
         return [Site(word, layer) for layer in layers]
     sites = []
     for layer in layers:
@@ -255,18 +267,14 @@ def _receivers(model: HookedVLM, word: str) -> list[Site]:
 
 def written_at(site: Site) -> str:
     """The hook point of what a sender writes; of a head its z."""
-    if site.layer is None:
-        return {"embed": "hook_embed", "image": "image.hook_embed"}[site.kind]
-    hooks = {"head": "attn.hook_z", "attention": "hook_attn_out", "mlp": "hook_mlp_out"}
-    return block(site.layer, hooks.get(site.kind, "hook_deepstack"))
+    hook = _WRITES[site.kind]
+    return hook if site.layer is None else block(site.layer, hook)
 
 
 def read_at(model: HookedVLM, site: Site) -> str:
     """The hook point of what a receiver reads, which it alone reads."""
-    if site.layer is None:
-        return block(model.cfg.n_layers - 1, "hook_resid_post")
-    hooks = {"mlp": "hook_mlp_in", "attention": "hook_attn_in"}
-    return block(site.layer, hooks.get(site.kind, f"attn.hook_{site.kind}_input"))
+    layer = model.cfg.n_layers - 1 if site.layer is None else site.layer
+    return block(layer, _READS[site.kind])
 
 
 def _recorded(model: HookedVLM, site: Site) -> list[str]:
@@ -281,7 +289,7 @@ def _recorded(model: HookedVLM, site: Site) -> list[str]:
 
 def _over_positions(model: HookedVLM, prompt: Prompt, name: str, rows: Tensor) -> Tensor:
     """Rows of image tokens laid over all positions, zeros at text; other activations as they are."""
-    return over_positions(model, prompt, rows) if is_packed(name) else rows
+    return laid_out(model, prompt, rows) if is_packed(name) else rows
 
 
 @torch.no_grad()
@@ -336,7 +344,7 @@ def _writes(
     device = next(iter(changes.values())).device
     for name, group in itertools.groupby(senders, key=written_at):
         sender, change = next(group), changes[name][:, here]
-        if sender.kind == "head":
+        if sender.kind == "z":
             assert sender.layer is not None
             change = _head_writes(model, sender.layer, values[name][:, here], change)
         else:

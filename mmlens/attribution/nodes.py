@@ -21,7 +21,7 @@ adds to the stream|, L being the number of layers. A node's own layer adds 0 to 
 others. What was verified: the 1 / (L - 1), the sum of sizes and the QK fix, against a public implementation that
 cites the paper's equations 7 to 11 (github.com/koayon/atp_star). From memory, as the paper's text was not at hand: that
 what is dropped is attention and MLP of a layer together. The library's own: nodes on the stream (embeddings,
-`residual`, deep features) lie in no layer and get the mean over all L; scores are of each example, not their mean.
+`resid_pre`, deep features) lie in no layer and get the mean over all L; scores are of each example, not their mean.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from mmlens.attribution.runs import (
     clean_values,
     difference,
     finite,
+    laid_out,
     mean_of,
-    over_positions,
     source_values,
     towards,
 )
@@ -65,13 +65,10 @@ UNSIGNED = ("graddrop", "atp_star")
 """Methods whose scores are sizes: mean absolute values, without a sign."""
 
 _LAYER_NODES = {
-    "head": "attn.hook_z",
-    "q": "attn.hook_q",
-    "k": "attn.hook_k",
-    "v": "attn.hook_v",
-    "attention": "hook_attn_out",
+    **{part: f"attn.hook_{part}" for part in ("z", "q", "k", "v")},
+    "attn": "hook_attn_out",
     "mlp": "hook_mlp_out",
-    "residual": "hook_resid_pre",
+    "resid_pre": "hook_resid_pre",
 }
 _MODEL_NODES = {"embed": "hook_embed", "image": "image.hook_embed"}
 NODES = (*_LAYER_NODES, *_MODEL_NODES)
@@ -125,14 +122,14 @@ class Attribution:
         table = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
         return table.astype(dict.fromkeys(("layer", "head", "position"), "Int64"))
 
-    def heads(self, node: str = "head") -> HeadScores:
-        """The scores of every head ("head", "q") as `HeadScores`, for rankings, sets and maps.
+    def heads(self, node: str = "z") -> HeadScores:
+        """The scores of every head ("z", "q") as `HeadScores`, for rankings, sets and maps.
 
         Raises ValueError for scores by position, for "k" and "v" under grouped queries (they have KV heads), and where
         these nodes were not scored.
         """
-        if node not in ("head", "q", "k", "v"):
-            raise InvalidValueError(unknown_name_message("head node", node, ("head", "q", "k", "v")))
+        if node not in ("z", "q", "k", "v"):
+            raise InvalidValueError(unknown_name_message("head node", node, ("z", "q", "k", "v")))
         if self.by_position:
             raise InvalidValueError(
                 "these scores are by position; a head's one score takes by_position=False"
@@ -168,7 +165,7 @@ def attribute(
     source: PatchSource,
     metric: Metric,
     *,
-    nodes: str | Callable[[str], bool] | Sequence[str] = ("head", "mlp"),
+    nodes: str | Callable[[str], bool] | Sequence[str] = ("z", "mlp"),
     method: str = "gradient",
     steps: int = 8,
     by_position: bool = False,
@@ -207,46 +204,74 @@ def attribute(
     names = _node_names(model, nodes)
     _check_method(model, prompt, method, names)
     fixed = fixed_layers(model, names) if method in ("qk_fix", "atp_star") else {}
-    plain = [name for name in names if name not in fixed]
-    inside = [block(layer, hook) for layer in sorted(set(fixed.values())) for hook in FIX_HOOKS]
-    recorded = [*plain, *(name for name in inside if name not in plain)]
-    rotated = [name for name in inside if name.endswith(FIX_HOOKS[:2])]
-    sources = source_values(model, prompt, source, [*plain, *rotated])
+    scores = _estimates(_Nodes(run, names, fixed, by_position, source), method)
+    weights = weights_fingerprints(model.hf_model)
+    ordered = {name: scores[name] for name in names}
+    return Attribution(ordered, method, by_position, model.grid, prompt.fingerprints, weights)
 
-    def scored(values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+
+# ---------------------------------------------------------------------- estimates
+
+
+class _Nodes:
+    """The nodes of one attribution: those of `fixed` are scored through their layer's pattern, the others plainly."""
+
+    def __init__(
+        self,
+        run: GradientRuns,
+        names: list[str],
+        fixed: dict[str, int],
+        by_position: bool,
+        source: PatchSource,
+    ) -> None:
+        self.run, self.names, self.fixed, self.by_position, self.source = (
+            run,
+            names,
+            fixed,
+            by_position,
+            source,
+        )
+        self.plain = [name for name in names if name not in fixed]
+        inside = [block(layer, hook) for layer in sorted(set(fixed.values())) for hook in FIX_HOOKS]
+        self.recorded = [*self.plain, *(name for name in inside if name not in self.plain)]
+        rotated = [name for name in inside if name.endswith(FIX_HOOKS[:2])]
+        self.sources = source_values(run.model, run.prompt, source, [*self.plain, *rotated])
+
+    def scores(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the nodes whose values are given."""
+        model, prompt, by_position = self.run.model, self.run.prompt, self.by_position
         scores = {}
-        for name in (name for name in plain if name in values):
-            change = difference(name, sources[name], values[name])
+        for name in (name for name in self.plain if name in values):
+            change = difference(name, self.sources[name], values[name])
             scores[name] = _node_scores(model, prompt, name, change * gradients[name].float(), by_position)
-        for name in fixed:
-            scores[name] = pattern_score(model, name, values, sources, gradients, by_position)
+        for name in self.fixed:
+            scores[name] = pattern_score(model, name, values, self.sources, gradients, by_position)
             if by_position:
                 scores[name].masked_fill_(prompt.token_map.is_padding.cpu()[..., None], torch.nan)
         return scores
 
+
+def _estimates(nodes: _Nodes, method: str) -> dict[str, Tensor]:
+    """Scores by hook point, as the table of methods says."""
+    run, names = nodes.run, nodes.names
     if method in ("gradient", "qk_fix"):
-        graph = run.forward(recorded)
-        scores = scored(graph.values, graph.gradients())
-    elif method in UNSIGNED:
-        graph = run.forward(recorded, drops=_contributions(model))
-        scores = _dropped(model, graph, scored, names)
-    else:
-        clean = clean_values(model, prompt, names)
-        if all(map(runs_over_positions, names)):
-            run.encode_images()
-        if method == "integrated":
-            graphs = run.along_embeddings(source, names)
-            scores = mean_of(scored(clean, graph.gradients()) for graph in graphs)
-        else:
-            scores = {}
-            for name in names:
-                midpoints = (towards(sources[name], part) for part in run.midpoints())
-                graphs = (run.forward([name], [(name, edit)]) for edit in midpoints)
-                only = {name: clean[name]}
-                scores |= mean_of(scored(only, graph.gradients()) for graph in graphs)
-    weights = weights_fingerprints(model.hf_model)
-    ordered = {name: scores[name] for name in names}
-    return Attribution(ordered, method, by_position, model.grid, prompt.fingerprints, weights)
+        graph = run.forward(nodes.recorded)
+        return nodes.scores(graph.values, graph.gradients())
+    if method in UNSIGNED:
+        return _dropped(nodes, run.forward(nodes.recorded, drops=_contributions(run.model)))
+    clean = clean_values(run.model, run.prompt, names)
+    if all(map(runs_over_positions, names)):
+        run.encode_images()
+    if method == "integrated":
+        graphs = run.along_embeddings(nodes.source, names)
+        return mean_of(nodes.scores(clean, graph.gradients()) for graph in graphs)
+    scores: dict[str, Tensor] = {}
+    for name in names:
+        midpoints = (towards(nodes.sources[name], part) for part in run.midpoints())
+        graphs = (run.forward([name], [(name, edit)]) for edit in midpoints)
+        only = {name: clean[name]}
+        scores |= mean_of(nodes.scores(only, graph.gradients()) for graph in graphs)
+    return scores
 
 
 # ---------------------------------------------------------------------- nodes
@@ -296,7 +321,7 @@ def word_names(model: HookedVLM, word: str) -> list[str]:
         return model.hook_names(_MODEL_NODES[word])
     hook = _LAYER_NODES[word]
     names = [block(layer, hook) for layer in layers_with(model, hook)]
-    if word == "residual":
+    if word == "resid_pre":
         names.append(block(model.cfg.n_layers - 1, "hook_resid_post"))
     return names
 
@@ -341,7 +366,7 @@ def _node_scores(
 
 def _of_examples(model: HookedVLM, prompt: Prompt, rows: Tensor, by_position: bool) -> Float[Tensor, "*node"]:
     """Scores of image tokens, laid over the positions or summed for each example."""
-    scores = over_positions(model, prompt, rows, torch.nan)
+    scores = laid_out(model, prompt, rows, torch.nan)
     return scores if by_position else scores.nansum(1).masked_fill(scores.isnan().all(1), torch.nan)
 
 
@@ -362,23 +387,19 @@ def _contributions(model: HookedVLM) -> dict[str, int]:
     return found
 
 
-def _dropped(
-    model: HookedVLM,
-    graph: Graph,
-    scored: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]],
-    names: Sequence[str],
-) -> dict[str, Tensor]:
+def _dropped(nodes: _Nodes, graph: Graph) -> dict[str, Tensor]:
     """The mean of |score| over backward passes that leave one layer out: never the layer whose branch a node is in."""
     totals: dict[str, Tensor] = {}
-    counts = dict.fromkeys(names, 0)
-    for layer in range(model.cfg.n_layers):
+    counts = dict.fromkeys(nodes.names, 0)
+    n_layers = nodes.run.model.cfg.n_layers
+    for layer in range(n_layers):
         graph.dropping[:] = [layer]
-        scores = scored(graph.values, graph.gradients(keep=layer + 1 < model.cfg.n_layers))
-        for name in names:
+        scores = nodes.scores(graph.values, graph.gradients(keep=layer + 1 < n_layers))
+        for name in nodes.names:
             if layer_of(name) == layer and not name.endswith(_ON_STREAM):
                 continue
             totals[name] = scores[name].abs() + totals.get(name, 0.0)
             counts[name] += 1
-    if len(totals) < len(names):
+    if len(totals) < len(nodes.names):
         raise InvalidValueError("GradDrop needs a model of at least two layers")
-    return {name: totals[name] / counts[name] for name in names}
+    return {name: totals[name] / counts[name] for name in nodes.names}

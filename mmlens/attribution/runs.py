@@ -22,6 +22,7 @@ from mmlens.interrupts import Temporary
 from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.patching import PatchSource, Source, shared_source
 from mmlens.metrics.outcomes import Metric, evaluate, metric_name, metric_of, what_reads
+from mmlens.model.cache import over_positions
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import Hook, HookedVLM, model_of
 from mmlens.model.linear import gradients_pass
@@ -236,14 +237,13 @@ def towards(end: Tensor, part: float) -> Callable[..., Tensor]:
     return edit
 
 
-def over_positions(
+def laid_out(
     model: HookedVLM, prompt: Prompt, rows: Float[Tensor, "image_token ..."], fill: float = 0.0
 ) -> Float[Tensor, "batch pos ..."]:
-    """Rows of image tokens laid over all positions, `fill` at text."""
+    """Rows of the prompt's image tokens over all its positions, `fill` at text."""
     mask = model.image_mask(prompt)
     assert mask is not None
-    mask = mask.to(rows.device)
-    return rows.new_full((*mask.shape, *rows.shape[1:]), fill).index_put((mask,), rows)
+    return over_positions(rows, mask, fill)
 
 
 def attention_of(model: HookedVLM, layer: int) -> AttentionParts:

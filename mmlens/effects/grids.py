@@ -1,7 +1,9 @@
 """Sweeps that a TransformerLens user knows, as {label: intervention}: patching by layer and position, region or head.
 
-Labels are (layer, ...), so that `grid` can lay a sweep's table out again, layers in rows. Layers that have no such
-hook point (hybrid models) and heads that a layer does not have are left out.
+All of them take (model, source, hook), and by name what else they need: `positions`, or the `prompt` or `regions` that
+name their columns. `source` is as for `patch`. Labels are (layer, ...), so that `grid` can lay a sweep's table out
+again, layers in rows. Layers that have no such hook point (hybrid models) and heads that a layer does not have are left
+out.
 """
 
 from __future__ import annotations
@@ -20,13 +22,7 @@ from mmlens.interventions.patching import PatchSource, patch
 from mmlens.model.hooked_vlm import HookedVLM, Intervention, UnknownHookError, model_of
 from mmlens.model.prompt import Prompt, prompt_of
 
-KINDS: dict[str, str] = {
-    "z": "attn.hook_z",
-    "q": "attn.hook_q",
-    "k": "attn.hook_k",
-    "v": "attn.hook_v",
-    "pattern": "attn.hook_pattern",
-}
+PARTS = ("z", "q", "k", "v", "pattern")
 """What `patch_heads_qkv` patches of a head."""
 
 
@@ -50,10 +46,10 @@ def patch_layers(
 
 def patch_layers_positions(
     model: HookedVLM,
-    prompt: Prompt,
     source: PatchSource,
     hook: str = "hook_resid_pre",
     *,
+    prompt: Prompt,
     positions: Positions = None,
 ) -> dict[tuple[int, int], Intervention]:
     """{(layer, position): `patch` of `hook` there} for every position that is chosen (None: that is not padding).
@@ -78,8 +74,9 @@ def patch_layers_positions(
 def patch_layers_regions(
     model: HookedVLM,
     source: PatchSource,
-    regions: Mapping[str, Positions],
     hook: str = "hook_resid_pre",
+    *,
+    regions: Mapping[str, Positions],
 ) -> dict[tuple[int, str], Intervention]:
     """{(layer, name): `patch` of `hook` at that region}; `regions` gives positions by name.
 
@@ -116,21 +113,18 @@ def patch_heads_qkv(
     model: HookedVLM,
     source: PatchSource,
     *,
-    kinds: Sequence[str] = tuple(KINDS),
+    parts: Sequence[str] = PARTS,
     positions: Positions = None,
 ) -> dict[tuple[int, int, str], Intervention]:
-    """{(layer, head, kind): `patch`} for each of `kinds` of KINDS; for k and v the key-value heads.
+    """{(layer, head, part): `patch`} for each of `parts` of PARTS; for k and v the key-value heads.
 
-    At `positions` of the queries z, q and pattern, of the keys and values k and v. A kind that no layer has (k and v,
-    where heads read a latent one) is an UnknownHookError; ValueError for an unknown kind.
+    At `positions` of the queries z, q and pattern, of the keys and values k and v. A part that no layer has (k and v,
+    where heads read a latent one) is an UnknownHookError; ValueError for an unknown part.
     """
-    kinds = names_of("kinds", kinds, KINDS)
     return {
-        (layer, head, kind): intervention
-        for kind in kinds
-        for (layer, head), intervention in patch_heads(
-            model, source, KINDS[kind], positions=positions
-        ).items()
+        (*head, part): intervention
+        for part in names_of("parts", parts, PARTS)
+        for head, intervention in patch_heads(model, source, f"attn.hook_{part}", positions=positions).items()
     }
 
 
@@ -159,11 +153,11 @@ def n_heads_at(model: HookedVLM, layer: int, hook: str) -> int:
     return attention.n_kv_heads if "kv_head" in axes else attention.n_heads
 
 
-def grid(table: pd.DataFrame, metric: str | None = None, *, of: str = "effect") -> pd.DataFrame:
+def grid(table: pd.DataFrame, metric: str | None = None, *, quantity: str = "effect") -> pd.DataFrame:
     """A sweep's table as layers x positions, regions or heads: means over examples.
 
     `table` has the columns intervention, example, metric, value and clean; labels are (layer, column) or longer,
-    which gives columns of several levels, or a layer alone. `of` is "effect" (value - clean), "value" or "clean".
+    which gives columns of several levels, or a layer alone. `quantity` is "effect" (value - clean), "value" or "clean".
     What was not run is NaN. Rows and columns stand in the table's order.
 
     Raises ValueError where the table holds several metrics and none is named, one that it does not hold, no rows, or
@@ -178,14 +172,14 @@ def grid(table: pd.DataFrame, metric: str | None = None, *, of: str = "effect") 
     1      4.0  5.0
     """
     table_of("table", table, ["intervention", "metric", "value", "clean"], "a sweep's table")
-    one_of("quantity", of, ("effect", "value", "clean"))
+    one_of("quantity", quantity, ("effect", "value", "clean"))
     metrics = list(table["metric"].unique())
     if metric is None and len(metrics) > 1:
         raise InvalidValueError(f"the table holds the metrics {', '.join(map(repr, metrics))}: name one")
     if metric is not None and metric not in metrics:
         raise InvalidValueError(unknown_name_message("metric in the table", metric, map(str, metrics)))
     chosen = table[table["metric"] == (metrics[0] if metric is None else metric)]
-    values = chosen["value"] - chosen["clean"] if of == "effect" else chosen[of]
+    values = chosen["value"] - chosen["clean"] if quantity == "effect" else chosen[quantity]
     by_label: dict[tuple[Any, ...], list[float]] = {}
     for label, value in zip(chosen["intervention"], values, strict=True):
         by_label.setdefault(label if isinstance(label, tuple) else (label,), []).append(float(value))
@@ -202,6 +196,6 @@ def grid(table: pd.DataFrame, metric: str | None = None, *, of: str = "effect") 
     names: Any = (
         pd.MultiIndex.from_tuples(columns)
         if n_levels > 1
-        else [column[0] if column else of for column in columns]
+        else [column[0] if column else quantity for column in columns]
     )
     return pd.DataFrame(means, index=pd.Index(rows, name="layer"), columns=names)

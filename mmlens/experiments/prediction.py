@@ -88,7 +88,7 @@ def attributed_cost(
     parts = []
     for start in range(0, len(examples), batch_size):
         prompt = model.prompt_examples(examples[start : start + batch_size])
-        found = attribute(model, prompt, mean_of, metric, nodes="head").heads()
+        found = attribute(model, prompt, mean_of, metric, nodes="z").heads()
         parts.append(-found.per_example)
     kinds = tuple(example.kind for example in examples)
     return HeadScores(torch.cat(parts), "attribution", kinds, model.grid)

@@ -312,11 +312,11 @@ def is_packed(name: str) -> bool:
 
 
 def over_positions(
-    rows: Float[Tensor, "image_token ..."], mask: Bool[Tensor, "batch pos"]
+    rows: Float[Tensor, "image_token ..."], mask: Bool[Tensor, "batch pos"], fill: float = 0.0
 ) -> Float[Tensor, "batch pos ..."]:
-    """The rows of a packed activation at the visual positions `mask`, in batch-major order; zeros elsewhere."""
+    """The rows of a packed activation at the visual positions `mask`, in batch-major order; `fill` elsewhere."""
     mask = mask.to(rows.device)
-    return rows.new_zeros(*mask.shape, *rows.shape[1:]).index_put((mask,), rows)
+    return rows.new_full((*mask.shape, *rows.shape[1:]), fill).index_put((mask,), rows)
 
 
 def is_masked(scores: Float[Tensor, "*rows key"], mask_dtype: torch.dtype) -> Bool[Tensor, "*rows key"]:

@@ -129,7 +129,7 @@ def test_gradients_are_those_of_the_plain_model() -> None:
     handle.remove()
     expected = ((seen[1] - seen[0]) * seen[0].grad).unflatten(-1, (4, 16)).sum((1, 3))
     close(
-        attribute(model, prompt, source, contrast, nodes="head").scores["blocks.1.attn.hook_z"],
+        attribute(model, prompt, source, contrast, nodes="z").scores["blocks.1.attn.hook_z"],
         expected,
         atol=1e-5,
     )
@@ -140,7 +140,7 @@ def test_scores_of_a_batch_are_those_of_its_examples() -> None:
     images = tiny.tiny_images(4, seed=3, sizes=[(64, 48)])
     both = model.prompt([QUESTION] * 2, images=[images[:1], images[1:2]])
     other = model.prompt([QUESTION] * 2, images=[images[2:3], images[3:]])
-    nodes = ("head", "mlp", "residual", "image")
+    nodes = ("z", "mlp", "resid_pre", "image")
     together = attribute(model, both, other, contrast, nodes=nodes, by_position=True)
     for row in (0, 1):
         alone, its = (model.prompt(QUESTION, images=images[i : i + 1]) for i in (row, 2 + row))
@@ -252,7 +252,7 @@ def test_integrated_refuses_a_path_that_does_not_reach_the_source() -> None:
     """Gemma 4's layers read embeddings of the token ids of their own."""
     model, prompt, source = setting("gemma4")
     with pytest.raises(ValueError, match=r"cannot reach the source: 'gemma4'"):
-        attribute(model, prompt, source, contrast, nodes="head", method="integrated")
+        attribute(model, prompt, source, contrast, nodes="z", method="integrated")
 
 
 @pytest.mark.parametrize("family", ["gemma3", "granite4_vision"])
@@ -387,14 +387,14 @@ def test_qk_fix_is_refused_where_a_pattern_is_no_softmax_of_q_k() -> None:
 def test_edges_are_slopes_at_what_the_receiver_reads(family: str) -> None:
     """The receiver's input moves towards what it would read if the sender's output came from the source."""
     model, prompt, source = setting(family)
-    edges = attribute_edges(model, prompt, source, contrast, senders=("head", "mlp", "image", "deepstack"))
+    edges = attribute_edges(model, prompt, source, contrast, senders=("z", "mlp", "image", "deepstack"))
     chosen = [
-        (Site("head", 0, 1), Site("q", 1, 2), "blocks.1.attn.hook_q_input"),
-        (Site("head", 0, 3), Site("v", 2, 1), "blocks.2.attn.hook_v_input"),
-        (Site("head", 1, 2), Site("mlp", 1), "blocks.1.hook_mlp_in"),
+        (Site("z", 0, 1), Site("q", 1, 2), "blocks.1.attn.hook_q_input"),
+        (Site("z", 0, 3), Site("v", 2, 1), "blocks.2.attn.hook_v_input"),
+        (Site("z", 1, 2), Site("mlp", 1), "blocks.1.hook_mlp_in"),
         (Site("mlp", 0), Site("k", 2, 0), "blocks.2.attn.hook_k_input"),
         (Site("image"), Site("v", 0, 1), "blocks.0.attn.hook_v_input"),
-        (Site("head", 2, 0), Site("logits"), "blocks.2.hook_resid_post"),
+        (Site("z", 2, 0), Site("logits"), "blocks.2.hook_resid_post"),
     ]
     if model.anatomy.deep_after:
         chosen.append((Site("deepstack", 0), Site("mlp", 1), "blocks.1.hook_mlp_in"))
@@ -417,13 +417,13 @@ def test_edges_are_slopes_at_what_the_receiver_reads(family: str) -> None:
 @torch.no_grad()
 def write_change(model: HookedVLM, prompt: Prompt, source: Prompt, sender: Site) -> Tensor:
     """How the stream after the sender moves, per unit of the sender's way to the source, by finite differences."""
-    names = {"head": "attn.hook_z", "mlp": "hook_mlp_out", "deepstack": "hook_deepstack"}
+    names = {"z": "attn.hook_z", "mlp": "hook_mlp_out", "deepstack": "hook_deepstack"}
     name = "image.hook_embed" if sender.layer is None else f"blocks.{sender.layer}.{names[sender.kind]}"
     change = cached(model, source, name)[name] - cached(model, prompt, name)[name]
-    if sender.kind == "head":
+    if sender.kind == "z":
         others = [head for head in range(4) if head != sender.head]
         change[:, :, others] = 0
-    after = {"head": "hook_resid_mid", "mlp": "hook_resid_post"}.get(sender.kind, "hook_resid_pre")
+    after = {"z": "hook_resid_mid", "mlp": "hook_resid_post"}.get(sender.kind, "hook_resid_pre")
     layer = {"deepstack": 1, "image": 0}.get(sender.kind, sender.layer)
 
     def stream(part: float) -> Tensor:
@@ -442,10 +442,10 @@ def test_edges_of_a_sender_sum_to_its_node(family: str, method: str, monkeypatch
     # Few positions at a time, which no sum over positions may notice.
     monkeypatch.setattr("mmlens.attribution.edges._SENDER_CHUNK_BYTES", 4 * 2 * 17 * 64 * 16)
     edges = attribute_edges(
-        model, prompt, source, contrast, senders=("embed", "head", "mlp"), method=method, steps=2
+        model, prompt, source, contrast, senders=("embed", "z", "mlp"), method=method, steps=2
     )
-    nodes = attribute(model, prompt, source, contrast, nodes=("embed", "head", "mlp"), method=method, steps=2)
-    hooks = {"head": "attn.hook_z", "mlp": "hook_mlp_out"}
+    nodes = attribute(model, prompt, source, contrast, nodes=("embed", "z", "mlp"), method=method, steps=2)
+    hooks = {"z": "attn.hook_z", "mlp": "hook_mlp_out"}
     for i, sender in enumerate(edges.senders):
         name = "hook_embed" if sender.layer is None else f"blocks.{sender.layer}.{hooks[sender.kind]}"
         node = nodes.scores[name] if sender.head is None else nodes.scores[name][:, sender.head]
@@ -461,7 +461,7 @@ def test_edges_of_a_sender_sum_to_its_node(family: str, method: str, monkeypatch
 def test_edges_to_attention_as_a_whole_are_those_to_its_heads() -> None:
     model, prompt, source = setting("qwen3_vl")
     split = attribute_edges(model, prompt, source, contrast, receivers=("q", "k", "v"))
-    whole = attribute_edges(model, prompt, source, contrast, receivers="attention")
+    whole = attribute_edges(model, prompt, source, contrast, receivers="attn")
     for i, receiver in enumerate(whole.receivers):
         columns = [j for j, one in enumerate(split.receivers) if one.layer == receiver.layer]
         close(split.scores[:, :, columns].sum(-1).nan_to_num(), whole.scores[:, :, i].nan_to_num(), atol=1e-4)
@@ -473,7 +473,7 @@ def test_edges_of_a_linear_reader_are_exact() -> None:
     model = HookedVLM(plain, tiny.tiny_processor("qwen3_vl"))
     _, prompt, source = setting("qwen3_vl")
     edges = attribute_edges(
-        model, prompt, source, contrast, senders=("image", "head", "mlp", "deepstack"), receivers="logits"
+        model, prompt, source, contrast, senders=("image", "z", "mlp", "deepstack"), receivers="logits"
     )
     compared = compare_with_patching(model, prompt, source, contrast, edges, n=None)
     assert compared.n == 2 * (1 + 12 + 3 + 2 + (len(model.anatomy.deep_after) - 2))
@@ -496,7 +496,7 @@ def test_weights_and_hooks_are_as_before_even_after_an_error() -> None:
 
     with torch.no_grad():
         for method in ("gradient", "atp_star"):
-            attribute(model, prompt, source, contrast, nodes=("head", "q"), method=method)
+            attribute(model, prompt, source, contrast, nodes=("z", "q"), method=method)
         attribute_edges(model, prompt, source, contrast)
         for function in (attribute, attribute_edges):
             with pytest.raises(KeyError, match="own"):
@@ -528,7 +528,7 @@ def test_bfloat16_gives_the_same_ranking() -> None:
     casts = [
         dataclasses.replace(one, inputs=tiny.cast(one.inputs, torch.bfloat16)) for one in (prompt, source)
     ]
-    for nodes, method in ((("head", "mlp"), "gradient"), ("q", "qk_fix")):
+    for nodes, method in ((("z", "mlp"), "gradient"), ("q", "qk_fix")):
         full = attribute(model, prompt, source, contrast, nodes=nodes, method=method)
         half = attribute(halved, *casts, contrast, nodes=nodes, method=method)
         pairs = [torch.cat([x.scores[name].flatten() for name in full.scores]) for x in (full, half)]
@@ -556,7 +556,7 @@ def test_a_cache_is_a_source() -> None:
 
 def test_tables_and_head_scores() -> None:
     model, prompt, source = setting("qwen3_vl")
-    attribution = attribute(model, prompt, source, contrast, nodes=("head", "k", "mlp"))
+    attribution = attribute(model, prompt, source, contrast, nodes=("z", "k", "mlp"))
     table = attribution.table()
     assert list(table.columns) == ["hook", "layer", "head", "position", "example", "score"]
     assert len(table) == 2 * 3 * (4 + 2 + 1)
@@ -625,11 +625,11 @@ def test_estimates_agree_with_exact_patching_on_the_micro_model(micro: HookedVLM
     examples = mmlens.scene_examples("objects", 8, seed=0)
     prompt, source = micro.prompt_examples(examples[:4]), micro.prompt_examples(examples[4:])
     agreement = {}
-    for nodes, method in (("head", "gradient"), ("q", "gradient"), ("q", "qk_fix")):
+    for nodes, method in (("z", "gradient"), ("q", "gradient"), ("q", "qk_fix")):
         attribution = attribute(micro, prompt, source, mmlens.logit_difference, nodes=nodes, method=method)
         compared = compare_with_patching(micro, prompt, source, mmlens.logit_difference, attribution, n=20)
         agreement[nodes, method] = compared.spearman
-    assert agreement["head", "gradient"] > 0.75
+    assert agreement["z", "gradient"] > 0.75
     # Saturated attention hides queries from the gradient; the recomputed pattern finds them.
     assert agreement["q", "qk_fix"] > max(0.75, agreement["q", "gradient"] + 0.1)
 
@@ -639,24 +639,24 @@ def test_compared_edges_are_those_of_plain_hooks(family: str) -> None:
     """The sender's write is known from a run with its output patched, and added to what the receiver reads."""
     model, prompt, source = setting(family)
     pairs: list[tuple[Site, Site]] = [
-        (Site("head", 0, 1), Site("q", 1, 2)),
-        (Site("head", 0, 3), Site("k", 2, 1)),
+        (Site("z", 0, 1), Site("q", 1, 2)),
+        (Site("z", 0, 3), Site("k", 2, 1)),
         (Site("mlp", 0), Site("v", 2, 1)),
-        (Site("attention", 0), Site("mlp", 0)),
-        (Site("head", 1, 2), Site("attention", 2)),
+        (Site("attn", 0), Site("mlp", 0)),
+        (Site("z", 1, 2), Site("attn", 2)),
         (Site("image"), Site("v", 0, 1)),
         (Site("embed"), Site("k", 0, 0)),
-        (Site("head", 2, 0), Site("logits")),
+        (Site("z", 2, 0), Site("logits")),
     ]
     pairs += [(Site("deepstack", 0), Site("mlp", 1))] if model.anatomy.deep_after else []
-    hooks = {"mlp": "hook_mlp_in", "attention": "hook_attn_in"}
+    hooks = {"mlp": "hook_mlp_in", "attn": "hook_attn_in"}
     outputs = {
-        "head": "attn.hook_z",
+        "z": "attn.hook_z",
         "mlp": "hook_mlp_out",
         "deepstack": "hook_deepstack",
-        "attention": "hook_attn_out",
+        "attn": "hook_attn_out",
     }
-    streams = {"mlp": "hook_resid_post", "head": "hook_resid_mid", "attention": "hook_resid_mid"}
+    streams = {"mlp": "hook_resid_post", "z": "hook_resid_mid", "attn": "hook_resid_mid"}
     clean, truths = measured(model, prompt), []
     for sender, receiver in pairs:
         write_at = f"blocks.{sender.layer}.{outputs[sender.kind]}" if sender.layer is not None else ""
@@ -716,7 +716,7 @@ def test_edges_from_the_embeddings_fall_off_a_cliff(micro: HookedVLM) -> None:
     close(score, slope(value, h=5e-3), rtol=2e-2, atol=2e-2)
     effect = value(1.0) - value(0.0)
     assert float((effect - score).min()) < -20
-    of_heads = attribute_edges(micro, prompt, source, metric, senders=("head", "mlp"))
+    of_heads = attribute_edges(micro, prompt, source, metric, senders=("z", "mlp"))
     compared = compare_with_patching(micro, prompt, source, metric, of_heads, n=32)
     assert compared.pearson > 0.9 and compared.spearman > 0.9
 
@@ -724,8 +724,8 @@ def test_edges_from_the_embeddings_fall_off_a_cliff(micro: HookedVLM) -> None:
 def test_sources_are_those_of_patch() -> None:
     """A corruption, and a run under an intervention, give what their activations give."""
     model, prompt, source = setting("qwen3_vl")
-    plain = attribute(model, prompt, source, contrast, nodes=("head", "image"))
-    made = attribute(model, prompt, lambda model, prompt: source, contrast, nodes=("head", "image"))
+    plain = attribute(model, prompt, source, contrast, nodes=("z", "image"))
+    made = attribute(model, prompt, lambda model, prompt: source, contrast, nodes=("z", "image"))
     for name, scores in plain.scores.items():
         assert torch.equal(made.scores[name], scores)
     corruption = mmlens.interventions.blank_region((0, 0, 20, 20), fill="grey")
@@ -738,7 +738,7 @@ def test_sources_are_those_of_patch() -> None:
         assert torch.equal(by_prompt.scores.nan_to_num(), by_function.scores.nan_to_num())
     ablated = mmlens.interventions.Source(under=mmlens.ablate([(0, 1)]))
     name = "blocks.0.attn.hook_z"
-    scores = attribute(model, prompt, ablated, contrast, nodes="head").scores[name]
+    scores = attribute(model, prompt, ablated, contrast, nodes="z").scores[name]
     zeros = {name: cached(model, prompt, name)[name]}
     zeros[name][:, :, 1] = 0
     close(scores, attribute(model, prompt, zeros, contrast, nodes=name).scores[name], atol=1e-5)
@@ -786,7 +786,7 @@ def test_a_metric_that_edits_its_logits_changes_no_score() -> None:
         ("integrated_activation", weighted, weighted_in_place),
     ):
         plain, edited = (
-            attribute(model, prompt, source, own, nodes="head", method=method) for own in (metric, edits)
+            attribute(model, prompt, source, own, nodes="z", method=method) for own in (metric, edits)
         )
         for name in plain.scores:
             assert torch.equal(plain.scores[name], edited.scores[name])
@@ -800,8 +800,8 @@ def test_bad_arguments_are_errors() -> None:
     model, prompt, source = setting("llava")
     with pytest.raises(ValueError, match=r"'gradients'; the nearest: 'gradient'"):
         attribute(model, prompt, source, contrast, method="gradients")
-    with pytest.raises(ValueError, match=r"'heads'; the nearest: 'head'"):
-        attribute(model, prompt, source, contrast, nodes="heads")
+    with pytest.raises(ValueError, match=r"'resid'; the nearest: 'resid_pre'"):
+        attribute(model, prompt, source, contrast, nodes="resid")
     with pytest.raises(ValueError, match=r"'blocks.0.attn.hook_Z'; the nearest: 'blocks.0.attn.hook_z'"):
         attribute(model, prompt, source, contrast, nodes=["blocks.0.attn.hook_Z"])
     with pytest.raises(ValueError, match="no nodes"):

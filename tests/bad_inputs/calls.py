@@ -585,7 +585,7 @@ def _interventions(w: World) -> list[Call]:
             "patch_heads_qkv",
             mmlens.effects.patch_heads_qkv,
             {"model": w.model, "source": w.other},
-            {"model": "model", "source": "source", "kinds": "choices"},
+            {"model": "model", "source": "source", "parts": "choices"},
         ),
     ]
 

@@ -70,11 +70,11 @@ def test_grids_are_those_of_transformer_lens(family: str) -> None:
         table = sweep(
             model,
             corrupted,
-            patch_layers_positions(model, corrupted, clean, hook, positions=chosen),
+            patch_layers_positions(model, clean, hook, prompt=corrupted, positions=chosen),
             gap,
             progress=False,
         )
-        ours = grid(table, of="value")
+        ours = grid(table, quantity="value")
         assert ours.index.tolist() == [0, 1, 2] and ours.columns.tolist() == [5, length - 4, length - 1]
         expected = theirs(
             model,
@@ -86,7 +86,7 @@ def test_grids_are_those_of_transformer_lens(family: str) -> None:
         )
         np.testing.assert_allclose(ours.to_numpy().flatten(), expected, atol=1e-5)
     table = sweep(model, corrupted, patch_heads_qkv(model, clean), gap, progress=False)
-    ours = grid(table, of="value")
+    ours = grid(table, quantity="value")
     for kind, theirs in (
         ("z", patching.get_act_patch_attn_head_out_all_pos),
         ("q", patching.get_act_patch_attn_head_q_all_pos),
@@ -157,8 +157,10 @@ def test_regions_of_a_data_set(micro: mmlens.HookedVLM) -> None:
         "text": lambda prompt: ~prompt.token_map.is_image & ~prompt.token_map.is_padding,
     }
     metric = mmlens.answer_log_probability
-    table = sweep(micro, corrupted, patch_layers_regions(micro, clean, regions), metric, progress=False)
-    found, reached = grid(table), grid(table, of="value")
+    table = sweep(
+        micro, corrupted, patch_layers_regions(micro, clean, regions=regions), metric, progress=False
+    )
+    found, reached = grid(table), grid(table, quantity="value")
     assert found.columns.tolist() == list(regions) and len(found) == micro.cfg.n_layers
     with_clean = float(metric(micro(clean), clean).mean())
     assert reached.loc[0, "image"] == pytest.approx(with_clean, abs=1e-4)
@@ -172,16 +174,16 @@ def test_labels_follow_the_model() -> None:
     model = hooked("qwen3_vl")
     clean, corrupted = pair(model)
     mask = corrupted.last | corrupted.token_map.is_question
-    made = patch_layers_positions(model, corrupted, clean, "attn.hook_z", positions=mask)
+    made = patch_layers_positions(model, clean, "attn.hook_z", prompt=corrupted, positions=mask)
     columns = mask.any(0).nonzero().flatten().tolist()
     assert list(made) == list(itertools.product(range(3), columns))
-    assert list(patch_layers_positions(model, corrupted, clean)) == list(
+    assert list(patch_layers_positions(model, clean, prompt=corrupted)) == list(
         itertools.product(range(3), range(corrupted.shape[1]))
     )
     kv_heads = list(itertools.product(range(3), range(2)))
     assert list(patch_heads(model, clean, "attn.hook_v")) == kv_heads
     assert list(patch_heads(model, clean)) == model.heads
-    kinds = patch_heads_qkv(model, clean, kinds=["v", "pattern"])
+    kinds = patch_heads_qkv(model, clean, parts=["v", "pattern"])
     assert list(kinds) == [(*head, "v") for head in kv_heads] + [(*head, "pattern") for head in model.heads]
     hybrid = mmlens.HookedVLM(tiny.tiny_model("qwen3_5"))
     attended = hybrid.grid.layers
@@ -198,11 +200,11 @@ def test_bad_grids_are_errors() -> None:
     with pytest.raises(ValueError, match=r"hook_mlp_out is \[batch, pos, d_model\]: it has no heads"):
         patch_heads(model, clean, "hook_mlp_out")
     with pytest.raises(ValueError, match=r"no kind 'patern'; the nearest: 'pattern'"):
-        patch_heads_qkv(model, clean, kinds=["patern"])
+        patch_heads_qkv(model, clean, parts=["patern"])
     with pytest.raises(ValueError, match="regions is empty"):
-        patch_layers_regions(model, clean, {})
+        patch_layers_regions(model, clean, regions={})
     with pytest.raises(ValueError, match=r"named positions 'lst'; the nearest: 'last'"):
-        patch_layers_positions(model, corrupted, clean, positions="lst")
+        patch_layers_positions(model, clean, prompt=corrupted, positions="lst")
 
 
 def a_table() -> pd.DataFrame:
@@ -221,9 +223,9 @@ def test_a_grid_holds_means_over_examples_in_the_tables_order() -> None:
     assert found.columns.tolist() == [(0, "q"), (1, "q"), (0, "v")]
     assert found.loc[2, (1, "q")] == (21 + 22) / 2 - 1 and found.loc[0, (0, "v")] == 0.5 - 1
     assert math.isnan(found.loc[2, (0, "v")]) and math.isnan(found.loc[0, (0, "q")])
-    assert grid(a_table(), "one", of="clean").loc[2, (0, "q")] == 1
+    assert grid(a_table(), "one", quantity="clean").loc[2, (0, "q")] == 1
     by_layer = a_table().assign(intervention=[label[0] for label in a_table()["intervention"]])
-    alone = grid(by_layer, "one", of="value")
+    alone = grid(by_layer, "one", quantity="value")
     assert alone.columns.tolist() == ["value"] and alone.loc[2, "value"] == (20 + 21 + 21 + 22) / 4
 
 
@@ -234,7 +236,7 @@ def test_tables_that_are_no_grid_are_errors() -> None:
     with pytest.raises(ValueError, match=r"no metric in the table 'tow'; the nearest: 'two'"):
         grid(table, "tow")
     with pytest.raises(ValueError, match=r"no quantity 'values'; the nearest: 'value'"):
-        grid(table, "one", of="values")
+        grid(table, "one", quantity="values")
     with pytest.raises(ValueError, match="has no rows"):
         grid(table.iloc[:0])
     with pytest.raises(ValueError, match="lacks the columns"):

@@ -60,7 +60,7 @@ READERS: dict[str, Callable[[HookedVLM, Where], Intervention]] = {
         mmlens.interventions.during(mmlens.ablate([(0, 1)], positions=where), "prompt"),
     ),
     "regions of a grid": lambda model, where: mmlens.effects.patch_layers_regions(
-        model, other_images, {"there": where}
+        model, other_images, regions={"there": where}
     )[1, "there"],
 }
 
@@ -170,7 +170,7 @@ def test_masks_names_and_padding(micro: HookedVLM) -> None:
 def test_grids_by_position_patch_the_rows_that_have_it(micro: HookedVLM) -> None:
     """A column is padding in one row: that row is left, as the grid says."""
     prompt = micro.prompt_examples(examples())
-    grid = mmlens.effects.patch_layers_positions(micro, prompt, other_images)
+    grid = mmlens.effects.patch_layers_positions(micro, other_images, prompt=prompt)
     hooks = grid[1, 0](micro, prompt)
     assert hooks[0][1].mask.nonzero().tolist() == [[0, 0], [2, 0]]
 

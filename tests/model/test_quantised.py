@@ -157,7 +157,7 @@ def test_gradients_are_the_plain_model_s_or_refused(pair: Pair) -> None:
         ).scores.nan_to_num(0)
 
     def heads(model: mmlens.HookedVLM) -> Tensor:
-        found = mmlens.attribute(model, prompt, blank, mmlens.logit_difference, nodes="head")
+        found = mmlens.attribute(model, prompt, blank, mmlens.logit_difference, nodes="z")
         return found.heads().per_example
 
     def cached(model: mmlens.HookedVLM) -> Tensor:
