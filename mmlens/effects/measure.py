@@ -17,25 +17,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.arguments import instance_of, listed, number, shown, whole_numbers
-from mmlens.data.examples import Example
+from mmlens.arguments import BATCH_SIZE, instance_of, listed, number, shown, whole_numbers
 from mmlens.effects.runner import (
     MetricRuns,
     Metrics,
     Outcome,
     PromptRuns,
     Values,
-    checked_run,
-    prompt_batches,
     warn_of_nothing,
 )
 from mmlens.effects.watching import hook_report
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.interventions.edits import intervention_of
 from mmlens.metrics.outcomes import Metric
+from mmlens.model.batches import Batches, Prompts
 from mmlens.model.fingerprints import same_weights, weights_fingerprints
 from mmlens.model.hooked_vlm import HookedVLM, Intervention
-from mmlens.model.prompt import Prompt
 from mmlens.statistics import Interval, mean_interval, paired_difference_interval, ratio_interval
 
 
@@ -231,12 +228,12 @@ def _chosen_examples(examples: object, n: int) -> Tensor:
 @overload
 def effect(
     model: HookedVLM,
-    prompts: Prompt | Sequence[Prompt] | Sequence[Example],
+    prompts: Prompts,
     intervention: Intervention | None,
     metric: Metric,
     *,
     clean: Effect | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     level: float = 0.95,
     logits_to_keep: int = 1,
     progress: bool = False,
@@ -246,12 +243,12 @@ def effect(
 @overload
 def effect(
     model: HookedVLM,
-    prompts: Prompt | Sequence[Prompt] | Sequence[Example],
+    prompts: Prompts,
     intervention: Intervention | None,
     metric: Metrics,
     *,
     clean: Mapping[str, Effect] | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     level: float = 0.95,
     logits_to_keep: int = 1,
     progress: bool = False,
@@ -261,12 +258,12 @@ def effect(
 @torch.no_grad()
 def effect(
     model: HookedVLM,
-    prompts: Prompt | Sequence[Prompt] | Sequence[Example],
+    prompts: Prompts,
     intervention: Intervention | None,
     metric: Metric | Metrics,
     *,
     clean: Effect | Mapping[str, Effect] | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     level: float = 0.95,
     logits_to_keep: int = 1,
     progress: bool = False,
@@ -291,7 +288,7 @@ def effect(
     Example.
     """
     runs = MetricRuns(model, metric, logits_to_keep)
-    items = checked_run(prompts, batch_size, progress)
+    batches = Batches(model, prompts, batch_size, progress=progress)
     level = number("level", level, above=0, below=1)
     if intervention is not None:
         intervention_of(intervention)
@@ -301,7 +298,7 @@ def effect(
     moved: list[bool] = []
     seen: list[str] = []
     weights = weights_fingerprints(model.hf_model)
-    for prompt in prompt_batches(model, items, batch_size, progress):
+    for _, prompt in batches:
         seen += prompt.fingerprints
         _check_earlier(earlier, seen, weights)
         own = PromptRuns(runs, prompt, clean=earlier is None or (runs.compares and intervention is not None))

@@ -15,14 +15,12 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
-from mmlens.arguments import flag, instance_of, listed, shown, whole_number
-from mmlens.data.examples import Example
+from mmlens.arguments import instance_of, listed, whole_number
 from mmlens.effects.partial import CleanRun, is_out_of_memory
 from mmlens.effects.plan import Group, Start, planned
 from mmlens.effects.watching import HookDone, watched
-from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.errors import InvalidValueError
 from mmlens.interventions.edits import hooks_of
 from mmlens.metrics.outcomes import (
     DEFAULT_MAX_NEW_TOKENS,
@@ -224,9 +222,6 @@ def _unwarned() -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------------- what is run
-
-
 def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:
     """The metrics by name; raises InvalidTypeError for what is none, with the nearest metric where a name was given."""
     if isinstance(metric, Mapping):
@@ -246,43 +241,3 @@ def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:
     if not metrics:
         raise InvalidValueError("no metric given: expected a metric, a list of metrics or {name: metric}")
     return metrics
-
-
-def checked_run(
-    prompts: Prompt | Sequence[Prompt] | Sequence[Example], batch_size: int, progress: bool
-) -> list[Prompt | Example]:
-    """The prompts, or the examples, as a list, once what all runs of metrics take has been checked."""
-    whole_number("batch_size", batch_size, least=1)
-    flag("progress", progress)
-    return prompts_or_examples(prompts)
-
-
-def prompts_or_examples(prompts: Prompt | Sequence[Prompt] | Sequence[Example]) -> list[Prompt | Example]:
-    """The prompts, or the examples, as a list; raises InvalidTypeError for anything else, or both together."""
-    expected = "a Prompt, a list of Prompt or a list of Example, all of one type"
-    if isinstance(prompts, Prompt):
-        return [prompts]
-    if isinstance(prompts, Example):
-        raise InvalidTypeError(
-            f"prompts is {shown(prompts)}; expected {expected}: one example is written [example]"
-        )
-    items = listed("prompts", prompts, expected, least=1)
-    if not any(all(isinstance(item, kind) for item in items) for kind in (Prompt, Example)):
-        raise InvalidTypeError(
-            f"prompts are {expected}; got {', '.join(sorted({type(item).__name__ for item in items}))}"
-        )
-    return items
-
-
-def prompt_batches(
-    model: HookedVLM, items: Sequence[Prompt | Example], batch_size: int, progress: bool
-) -> Iterator[Prompt]:
-    """The prompts, or those of the examples, `batch_size` at a time; items as `checked_run` gives them."""
-    ready = [item for item in items if isinstance(item, Prompt)]
-    examples = [item for item in items if isinstance(item, Example)]
-    starts = range(0, len(examples), batch_size)
-    made = (model.prompt_examples(examples[start : start + batch_size]) for start in starts)
-    with tqdm(total=len(examples) or sum(map(len, ready)), unit="example", disable=not progress) as bar:
-        for prompt in ready or made:
-            yield prompt
-            bar.update(len(prompt))

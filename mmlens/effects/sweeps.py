@@ -10,21 +10,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.arguments import instance_of, number, shown
-from mmlens.data.examples import Example
+from mmlens.arguments import BATCH_SIZE, flag, instance_of, number, shown
 from mmlens.effects.runner import (
     MetricRuns,
     Metrics,
     PromptRuns,
-    checked_run,
-    prompt_batches,
     warn_of_nothing,
 )
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.interventions.edits import intervention_of
 from mmlens.metrics.outcomes import Metric
+from mmlens.model.batches import Batches, Prompts
 from mmlens.model.hooked_vlm import HookedVLM, Intervention
-from mmlens.model.prompt import Prompt
 
 Part = tuple[int, Tensor, Tensor]
 """A batch's first example, and each example's value and clean value."""
@@ -33,11 +30,11 @@ Part = tuple[int, Tensor, Tensor]
 @torch.no_grad()
 def sweep(
     model: HookedVLM,
-    prompts: Prompt | Sequence[Prompt] | Sequence[Example],
+    prompts: Prompts,
     interventions: Mapping[Any, Intervention],
     metric: Metric | Metrics,
     *,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     memory: float = 1.0,
     logits_to_keep: int = 1,
     progress: bool = True,
@@ -71,17 +68,17 @@ def sweep(
     (['intervention', 'example', 'metric', 'value', 'clean'], 12)
     """
     runs = MetricRuns(model, metric, logits_to_keep)
-    items = checked_run(prompts, batch_size, progress)
+    batches = Batches(model, prompts, batch_size)
+    flag("progress", progress)
     memory = number("memory", memory, above=0)
     _check_interventions(interventions)
-    labels, first = list(interventions), 0
+    labels = list(interventions)
     notes: list[dict[str, Any]] = []
     found: dict[tuple[int, str], list[Part]] = {
         (index, name): [] for index in range(len(labels)) for name in runs.metrics
     }
-    n_prompts = -(-len(items) // batch_size) if isinstance(items[0], Example) else len(items)
-    with tqdm(total=len(labels) * n_prompts, disable=not progress, unit="run") as bar:
-        for prompt in prompt_batches(model, items, batch_size, progress=False):
+    with tqdm(total=len(labels) * len(batches), disable=not progress, unit="run") as bar:
+        for (first, *_), prompt in batches:
             own = PromptRuns(runs, prompt, memory=memory)
             clean = own.clean_values
             for outcome in own.under(list(interventions.values())):
@@ -89,7 +86,6 @@ def sweep(
                     found[outcome.index, name].append((first, values, clean[name]))
                 notes.append({"intervention": labels[outcome.index], "example": first, **outcome.how})
                 bar.update()
-            first += len(prompt)
     changed = {note["intervention"] for note in notes if note["size"] > 0}
     idle = [label for label in labels if label not in changed]
     if idle:

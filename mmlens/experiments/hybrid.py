@@ -12,7 +12,6 @@ import torch
 from matplotlib.figure import Figure
 
 from mmlens.data.examples import Example
-from mmlens.effects.runner import prompt_batches
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
@@ -32,6 +31,7 @@ from mmlens.heads import HeadSet, as_head_set
 from mmlens.hybrid.rule import StreamingRule
 from mmlens.hybrid.streaming import hybrid_attention
 from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
+from mmlens.model.batches import Batches
 from mmlens.model.hooked_vlm import NoChangeWarning
 from mmlens.model.prompt import Prompt
 from mmlens.scores.logits import logit_contribution
@@ -200,7 +200,7 @@ def _outcomes(
     rows: list[pd.DataFrame] = []
     at = 0
     graded = all(len(set(example.candidates)) > 1 for example in examples)
-    for prompt in prompt_batches(setup.model, list(examples), setup.batch_size, setup.progress):
+    for _, prompt in Batches(setup.model, list(examples), setup.batch_size, progress=setup.progress):
         part = examples[at : at + len(prompt)]
         frame = pd.DataFrame(
             {
