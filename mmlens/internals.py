@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
+from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
-from transformers import ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_utils import AttentionInterface
-from transformers.utils import is_torchvision_available
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
+from transformers.utils import ModelOutput, TransformersKwargs, is_torchvision_available
 
 from mmlens.interrupts import Temporary
 
@@ -51,6 +56,28 @@ def cached_length(kwargs: Mapping[str, Any]) -> int:
     held = (kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None)
     cache = next(held, None)
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+# ---------------------------------------------------------------------- transformers: what there is
+
+IMAGE_TEXT_MODELS: Mapping[str, str] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+"""model_type -> the class of every image-text-to-text model."""
+
+IMAGE_PROCESSORS: Mapping[str, Mapping[str, str]] = IMAGE_PROCESSOR_MAPPING_NAMES
+"""model_type -> {"pil" or "torchvision": the class of its image processor}."""
+
+MODEL_KEYWORDS = frozenset(TransformersKwargs.__annotations__)
+"""Keywords that every model hands on to its parts."""
+
+
+def processor_class_of(config_class: type) -> type[ProcessorMixin] | None:
+    """The processor that belongs to a family; None where it has none of its own."""
+    return PROCESSOR_MAPPING.get(config_class, None)
+
+
+def processor_class_named(name: str) -> type[ProcessorMixin]:
+    """The processor class that a file names."""
+    return processor_class_from_name(name)
 
 
 # ---------------------------------------------------------------------- transformers: renamed keywords
@@ -86,6 +113,15 @@ def query_blocks(wanted: bool) -> dict[str, Any]:
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 """(module, query, key, value, mask, **options) -> output and, of eager functions, the pattern."""
+
+BEYOND_THE_SOFTMAX = ("softcap", "s_aux", "position_bias")
+"""Keyword arguments with which softmax(q k^T scale + mask) is not the pattern: a cap, a learnt sink, a bias."""
+
+
+def is_causal(module: nn.Module | None, stated: bool | None) -> bool:
+    """Whether an attention call without a mask is causal: as its arguments state, or as its module does."""
+    return bool(getattr(module, "is_causal", True) if stated is None else stated)
+
 
 EAGER_SOFTMAX, EAGER_DROPOUT = F.softmax, F.dropout
 """What every family's eager attention function calls: the first on the scores, then the second on the pattern."""
@@ -129,6 +165,26 @@ def stream_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def stream_out(output: Any) -> Any:
     """The residual stream in what a decoder layer gives, an attention module's output in what that gives."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def with_stream(
+    args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A module's arguments with another first tensor."""
+    return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): stream})
+
+
+def with_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with its tensor changed: alone, first of a tuple, each of a list, or of a ModelOutput what the
+    next module reads."""
+    if isinstance(output, ModelOutput):
+        field = "pooler_output" if output.get("pooler_output") is not None else "last_hidden_state"
+        return type(output)(**{**output, field: change(output[field])})
+    if isinstance(output, list):
+        return [change(tensor) for tensor in output]
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    return change(output)
 
 
 def rest_of(output: Any) -> tuple[Any, ...] | None:
@@ -245,6 +301,44 @@ def detach(module: nn.Module, side: Side, hook: Callable[..., Any]) -> None:
             mark.pop(key, None)
 
 
+# ---------------------------------------------------------------------- torch: modules and tensors
+
+DROPOUT, BATCH_STATISTICS = nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm
+"""The classes of all modules with dropout's rate `p`, and of all that compute other numbers in training mode."""
+
+COMPILED = "_orig_mod"
+"""Where torch.compile keeps the module that it wraps."""
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's own children by name; what is set here is what it calls."""
+    return module._modules
+
+
+def own_tensors(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's own parameters and buffers by name."""
+    return module._parameters, module._buffers
+
+
+def n_changes(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; tensors made in inference mode keep no count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def is_made_of_others(tensor: Tensor) -> bool:
+    """Whether a tensor is made of others, as torchao's are, and holds its numbers in a form of its own."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def tensors_in(tensor: Any) -> list[Tensor]:
+    """The tensors that a tensor is made of; a plain one alone."""
+    return (
+        [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        if is_made_of_others(tensor)
+        else [tensor]
+    )
+
+
 # ---------------------------------------------------------------------- torch: function modes
 
 
@@ -287,7 +381,32 @@ def drop_unlisted(point: HookPoint) -> None:
                 registered.pop(key, None)
 
 
+def is_processed(bridge: Any) -> bool:
+    """Whether a TransformerBridge has folded or centred its model's weights."""
+    return bool(bridge.compatibility_mode or bridge._weights_processed)
+
+
+def compute_head_results(cache: ActivationCache) -> None:
+    """Have a cache hold hook_result of every layer."""
+    cache._ensure_head_results()
+
+
+# ---------------------------------------------------------------------- transformers: a model without weights
+
+
+def empty_model(
+    like: PreTrainedModel, config: PreTrainedConfig, attn_implementation: str | None
+) -> PreTrainedModel:
+    """A model of the same class and dtype, to be given its tensors."""
+    return type(like)._from_config(config, dtype=like.dtype, attn_implementation=attn_implementation)
+
+
 # ---------------------------------------------------------------------- transformers: processors
+
+
+def flat_images(images: Any) -> list[Any]:
+    """A list of images out of lists of lists of them."""
+    return make_flat_list_of_images(images)
 
 
 def pixtral_processor() -> type[ProcessorMixin]:

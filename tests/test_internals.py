@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +17,79 @@ from tiny.wrapped import generate, hooked, two_image_prompt
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformer_lens.hook_points import HookPoint
+from transformers import LlavaConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mmlens
 from mmlens import internals
 
-PRIVATE = {
-    "_attn_implementation",
-    "_hf_hook",
-    "_forward_hooks",
-    "_backward_hooks",
-    "__code__",
-    "get_interface",
-}
+MARKS = {"__code__", "__closure__", "__tensor_flatten__", "get_interface", *internals.CACHE_KEYWORDS[1:]}
+"""What is private by use, if not by its name."""
+OTHERS = ("accelerate", "torch", "transformer_lens", "transformers")
 PACKAGE = Path(mmlens.__file__).parent
+SOURCES = {
+    path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+def names_defined(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return found
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def names_read(tree: ast.AST) -> set[str]:
+    """The private names that a module reads of what is not its own object."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            if node.attr in MARKS or (is_private(node.attr) and not own):
+                found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MARKS:
+            found.add(node.value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and is_private(str(name.value)):
+                found.add(str(name.value))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in OTHERS:
+            found |= {name.name for name in node.names if is_private(name.name)}
+    return found
 
 
 def test_private_names_are_read_in_one_place() -> None:
+    defined = {"_replace", "_exit"}.union(*map(names_defined, SOURCES.values()))
+    elsewhere = {
+        path: names_read(tree) - defined
+        for path, tree in SOURCES.items()
+        # Layouts call the arithmetic of processors, which occlusion proves for each.
+        if path != "internals.py" and not path.startswith("families/layouts/")
+    }
+    assert not {path: names for path, names in elsewhere.items() if names}, (
+        "read these through mmlens.internals"
+    )
+
+
+def test_fast_moving_modules_of_transformers_are_imported_in_one_place() -> None:
     elsewhere = [
-        f"{path.relative_to(PACKAGE)}: {node.attr if isinstance(node, ast.Attribute) else node.value}"
-        for path in PACKAGE.rglob("*.py")
-        if path.name != "internals.py"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if (isinstance(node, ast.Attribute) and node.attr in PRIVATE)
-        or (isinstance(node, ast.Constant) and node.value in {*PRIVATE, *internals.CACHE_KEYWORDS[1:]})
+        f"{path}: {node.module}"
+        for path, tree in SOURCES.items()
+        if path != "internals.py" and not path.startswith("families/layouts/")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.")
     ]
-    assert not elsewhere, "read these through mmlens.internals"
+    assert not elsewhere, "import these through mmlens.internals"
 
 
 # ---------------------------------------------------------------------- the key-value cache
@@ -139,6 +189,24 @@ def test_eager_attention_calls_softmax_then_dropout(family: str) -> None:
         torch.testing.assert_close(pattern.sum(-1), torch.ones_like(pattern[..., 0]))
 
 
+@pytest.mark.parametrize(
+    ("name", "family"), [("softcap", "gemma2"), ("s_aux", "gpt_oss"), ("position_bias", "inkling")]
+)
+def test_what_is_beyond_the_softmax_is_given_by_keyword(name: str, family: str) -> None:
+    assert name in internals.BEYOND_THE_SOFTMAX
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    assert f"{name}=self." in inspect.getsource(modeling) or f"{name}={name}" in inspect.getsource(
+        modeling
+    ), f"transformers' attention layers call {name} otherwise"
+
+
+def test_attention_modules_say_whether_they_are_causal(model: mmlens.HookedVLM) -> None:
+    attention = model.anatomy.language[model.attention_layers[0]].attention
+    assert attention is not None and isinstance(attention.module.is_causal, bool)
+    assert internals.is_causal(attention.module, None) == attention.module.is_causal
+    assert not internals.is_causal(attention.module, False)
+
+
 # ---------------------------------------------------------------------- decoder layers
 
 
@@ -195,6 +263,68 @@ def test_a_replaced_forward_is_put_back() -> None:
     with internals.forward_replaced(module, lambda x: x + 1):
         assert torch.equal(module(x), x + 1), "torch calls something else than a module's own forward"
     assert torch.equal(module(x), plain) and "forward" not in vars(module)
+
+
+def test_arguments_and_outputs_are_changed_where_they_stand() -> None:
+    one, other = torch.zeros(1), torch.ones(1)
+    assert internals.with_stream((one, 2), {"mask": 3}, other) == ((other, 2), {"mask": 3})
+    assert internals.with_stream((), {"hidden_states": one, "mask": 3}, other) == (
+        (),
+        {"hidden_states": other, "mask": 3},
+    )
+
+    def change(x: Tensor) -> Tensor:
+        return x + 1
+
+    assert internals.with_output((one, "kept"), change) == (other, "kept")
+    assert internals.with_output([one, one], change) == [other, other]
+    given = internals.with_output(
+        BaseModelOutputWithPooling(last_hidden_state=one, pooler_output=one), change
+    )
+    assert (given.last_hidden_state, given.pooler_output) == (one, other)
+    assert internals.with_output(BaseModelOutputWithPooling(last_hidden_state=one), change)[0] == other
+
+
+# ---------------------------------------------------------------------- modules and tensors
+
+
+def test_a_modules_parts_are_where_torch_keeps_them() -> None:
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    drop, linear, norm = module
+    assert list(internals.children_of(module).values()) == [drop, linear, norm]
+    parameters, buffers = internals.own_tensors(norm)
+    assert set(parameters) == {"weight", "bias"} and "running_mean" in buffers
+    assert isinstance(drop, internals.DROPOUT) and not isinstance(linear, internals.DROPOUT)
+    assert isinstance(norm, internals.BATCH_STATISTICS)
+    assert getattr(torch.compile(linear, backend="eager"), internals.COMPILED) is linear, (
+        "torch.compile keeps its module elsewhere"
+    )
+
+
+def test_a_tensor_counts_its_changes() -> None:
+    x = torch.zeros(2)
+    before = internals.n_changes(x)
+    x.add_(1)
+    assert internals.n_changes(x) != before, "torch renamed tensor._version"
+    with torch.inference_mode():
+        assert internals.n_changes(torch.zeros(2)) is None
+    assert internals.tensors_in(x) == [x]
+
+
+# ---------------------------------------------------------------------- what there is
+
+
+def test_transformers_names_its_models_and_their_processors() -> None:
+    assert internals.IMAGE_TEXT_MODELS["llava"] == "LlavaForConditionalGeneration"
+    assert internals.IMAGE_PROCESSORS["qwen2_vl"]["pil"] is not None
+    assert {"output_attentions", "position_ids"} & internals.MODEL_KEYWORDS
+    assert internals.processor_class_of(LlavaConfig) is internals.processor_class_named("LlavaProcessor")
+
+
+def test_a_model_is_made_without_loading() -> None:
+    source = tiny.tiny_model("llava")
+    made = internals.empty_model(source, source.config, "eager")
+    assert type(made) is type(source) and internals.attention_implementation(made) == "eager"
 
 
 # ---------------------------------------------------------------------- accelerate

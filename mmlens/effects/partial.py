@@ -29,7 +29,7 @@ from mmlens.hook_names import block
 from mmlens.internals import Side, attach, detach
 from mmlens.interrupts import Temporary, undone
 from mmlens.interventions.edits import Edit, if_any
-from mmlens.model.attention import Around, Attend, AttentionCall, AttentionTap, is_causal
+from mmlens.model.attention import Around, Attend, AttentionCall, AttentionTap
 from mmlens.model.checked_hooks import CheckedHook
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import Hook, HookedVLM, Span
@@ -307,7 +307,7 @@ class _Recorder:
     def _attention(self, layer: int) -> Around:
         def around(attend: Attend, call: AttentionCall) -> tuple[Tensor, Any]:
             parts = self.model.anatomy.language[layer].attention
-            causal = is_causal(parts.module if parts else None, call.options.get("is_causal"))
+            causal = internals.is_causal(parts.module if parts else None, call.options.get("is_causal"))
             self.clean.calls.setdefault(layer, []).append(CleanKeys(call.key, call.value, call.mask, causal))
             return attend(call)
 

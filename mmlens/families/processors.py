@@ -22,12 +22,9 @@ from transformers import (
     ImageProcessingMixin,
     ProcessorMixin,
 )
-from transformers.image_utils import make_flat_list_of_images
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
-from transformers.utils import is_torchvision_available
 
+from mmlens import internals
 from mmlens.errors import InvalidValueError
-from mmlens.internals import pixtral_processor
 
 
 class _NoVideo:
@@ -88,10 +85,10 @@ def _processor_class(name_or_path: str | Path, **hub_options: Any) -> type[Proce
     """The family's processor, or the one that the files name where the family has none of its own (GLM-OCR)."""
     config_class = type(AutoConfig.from_pretrained(name_or_path, **hub_options))
     named, _ = ProcessorMixin.get_processor_dict(name_or_path, **hub_options)
-    of_family = PROCESSOR_MAPPING.get(config_class, None)
+    of_family = internals.processor_class_of(config_class)
     if "PixtralProcessor" in (named.get("processor_class"), getattr(of_family, "__name__", None)):
         # Pixtral-12B's family is LLaVA, whose processor is another.
-        return pixtral_processor()
+        return internals.pixtral_processor()
     if of_family is not None:
         return of_family
     if "processor_class" not in named:
@@ -100,7 +97,7 @@ def _processor_class(name_or_path: str | Path, **hub_options: Any) -> type[Proce
         raise InvalidValueError(
             f"no file of {name_or_path} names its processor_class; transformers knows no other way"
         )
-    return processor_class_from_name(named["processor_class"])
+    return internals.processor_class_named(named["processor_class"])
 
 
 def with_flat_images(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -135,7 +132,7 @@ def with_placeholders(processor_class: type[FuyuProcessor]) -> type[FuyuProcesso
             return super().__call__(images=images, text=text, return_legacy_image_output=False, **kwargs)
 
         def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-            flat = None if images is None else make_flat_list_of_images([own for own in images if own])
+            flat = None if images is None else internals.flat_images([own for own in images if own])
             return flat, [text] if isinstance(text, str) else list(text), None, None
 
         def _process_images(
@@ -196,7 +193,7 @@ def load_processor(name_or_path: str | Path, **hub_options: Any) -> ProcessorMix
         config = AutoConfig.from_pretrained(name_or_path, **hub_options)
         if hasattr(config, "image_token_id"):
             processor.image_token_id = config.image_token_id
-    if is_torchvision_available():
+    if internals.is_torchvision_available():
         processor.image_processor = AutoImageProcessor.from_pretrained(
             name_or_path, backend="pil", **hub_options
         )

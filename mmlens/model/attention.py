@@ -49,9 +49,6 @@ Attend = Callable[[AttentionCall], tuple[Tensor, Any]]
 Around = Callable[[Attend, AttentionCall], tuple[Tensor, Any]]
 """(attend, call) -> what attention gives."""
 
-# Keyword arguments with which softmax(q k^T scale + mask) is not the family's pattern.
-_PATTERN_CHANGING_ARGUMENTS = ("softcap", "s_aux", "position_bias")
-
 
 @dataclass(frozen=True)
 class QueryRows:
@@ -155,7 +152,7 @@ class AttentionTap:
         start = 0 if self.runs is None else self.runs.span.first
         if self.streaming is not None and self.streaming.acts_on(query, start):
             _check_readable(module, attention_mask)
-            causal = is_causal(module, kwargs.get("is_causal"))
+            causal = internals.is_causal(module, kwargs.get("is_causal"))
             reads = self.rows is not None or self.needs_softmax or not _is_softmax_alone(kwargs)
             if not (reads or start or fast is eager) and self.streaming.is_fast(attention_mask):
                 scaling = kwargs.get("scaling")
@@ -210,7 +207,7 @@ class AttentionTap:
 
 def _is_softmax_alone(kwargs: Mapping[str, Any]) -> bool:
     """Whether softmax(q k^T scaling + mask) is the family's pattern: no cap, sink or bias."""
-    return all(kwargs.get(name) is None for name in _PATTERN_CHANGING_ARGUMENTS)
+    return all(kwargs.get(name) is None for name in internals.BEYOND_THE_SOFTMAX)
 
 
 # Both held weakly: a tap belongs to its HookedVLM, a module to its Hugging Face model.
@@ -291,11 +288,6 @@ def _check_readable(module: nn.Module, mask: Any) -> None:
         )
 
 
-def is_causal(module: nn.Module | None, stated: bool | None) -> bool:
-    """Whether an attention call without a mask is causal: as its arguments state, or as its module does."""
-    return bool(getattr(module, "is_causal", True) if stated is None else stated)
-
-
 def _attending(mask: Tensor | None, kwargs: dict[str, Any], first: int = 0) -> Tensor | None:
     """[batch, head or 1, query, 1] which rows of a boolean mask allow a key; None where every row does.
 
@@ -323,7 +315,7 @@ def _additive_mask(
     """
     q_length, k_length = query.shape[2], key.shape[2]
     if mask is None:
-        if q_length == 1 or not is_causal(module, causal):
+        if q_length == 1 or not internals.is_causal(module, causal):
             return None
         rows = torch.ones(q_length - first, k_length, dtype=torch.bool, device=query.device)
         mask = rows.tril(first)[None, None]
@@ -368,7 +360,7 @@ def _attention_rows(
             scores = scores.masked_fill(~picked, torch.finfo(scores.dtype).min)
             return scores.softmax(-1) * picked.any(-1, keepdim=True)
         scores = scores + picked.float()
-    elif query.shape[2] > 1 and is_causal(module, kwargs.get("is_causal")):
+    elif query.shape[2] > 1 and internals.is_causal(module, kwargs.get("is_causal")):
         future = torch.arange(k_length, device=index.device) > index[..., None]
         scores = scores.masked_fill(future[:, None], torch.finfo(scores.dtype).min)
     return scores.softmax(-1)

@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from mmlens import internals
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.model.hooked_vlm import HookedVLM
 
@@ -53,7 +54,7 @@ def from_bridge(
     source = _hf_model(bridge)
     config = _plain_config(source.config)
     with init_empty_weights(include_buffers=False):
-        model = type(source)._from_config(config, dtype=source.dtype, attn_implementation=attn_implementation)
+        model = internals.empty_model(source, config, attn_implementation)
     _share(model, source, "")
     model.generation_config = copy.deepcopy(source.generation_config)
     hooked = HookedVLM(model, processor or bridge.processor)
@@ -79,7 +80,7 @@ def _hf_model(bridge: Any) -> PreTrainedModel:
             f"the bridge holds a {type(model).__name__}, a text-only model; HookedVLM is for vision-language "
             "models. Keep the bridge for it"
         )
-    if bridge.compatibility_mode or bridge._weights_processed:
+    if internals.is_processed(bridge):
         raise BridgeError(
             "the bridge is in compatibility mode, where norms may be folded and weights centred: they are no longer "
             "the Hugging Face model's. Call from_bridge before enable_compatibility_mode, or boot a new bridge"
@@ -111,12 +112,12 @@ def _share(module: nn.Module, source: nn.Module | None, path: str) -> None:
             f"{path or 'the model'} is a {type(source).__name__} in the bridge, not a {type(module).__name__}: "
             "its weights are not those of the plain Hugging Face model"
         )
-    _share_tensors(module._parameters, source._parameters, path)
-    _share_tensors(module._buffers, source._buffers, path)
+    for own, given in zip(internals.own_tensors(module), internals.own_tensors(source), strict=True):
+        _share_tensors(own, given, path)
     module.training = source.training
-    for name, child in module._modules.items():
+    for name, child in internals.children_of(module).items():
         if child is not None:
-            _share(child, source._modules.get(name), f"{path}.{name}".lstrip("."))
+            _share(child, internals.children_of(source).get(name), f"{path}.{name}".lstrip("."))
 
 
 def _unwrapped(module: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, get_act_name
 
+from mmlens import internals
 from mmlens.arguments import instance_of, one_of, shown, unknown_name_message, whole_number
 from mmlens.errors import InvalidTypeError, InvalidValueError, UnknownNameError, UnsupportedError
 from mmlens.families.media import unmapped_message
@@ -196,7 +197,7 @@ class VLMActivationCache(ActivationCache):
                 f"layers {uneven} have another number of heads than cfg.n_heads = {self.model.cfg.n_heads}; read "
                 "blocks.{layer}.attn.hook_result layer by layer"
             )
-        self._ensure_head_results()
+        internals.compute_head_results(self)
         results = {
             name: self._entering(index, self.cache_dict[name])
             for index in range(n)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmlens import internals
 from mmlens.arguments import called
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.internals import place_of
@@ -40,10 +41,10 @@ class CheckedHook:
         # Scores of -inf are keys that are blocked.
         is_wrong = torch.isnan if hook.name.endswith("hook_attn_scores") else _is_not_finite
         was_wrong = self._edits_in_place and _has(is_wrong, x)
-        version = None if x.is_inference() else x._version
+        version = internals.n_changes(x)
         given = self.function(x, hook=hook)
         # A tensor of inference mode does not count its changes.
-        is_changed = version is None or x._version != version
+        is_changed = version is None or internals.n_changes(x) != version
         # A backward hook may give its gradient in a tuple of one.
         in_tuple = self.is_backward and isinstance(given, tuple) and len(given) == 1
         result = given[0] if in_tuple else given

@@ -6,6 +6,7 @@ import re
 
 from torch import nn
 
+from mmlens import internals
 from mmlens.errors import StateError
 
 _RANDOM = re.compile(r"drop|jitter")
@@ -26,11 +27,11 @@ def active_in_training(model: nn.Module) -> list[str]:
         rates = {
             key: value
             for key, value in vars(module).items()
-            if (_RANDOM.search(key) or (key == "p" and isinstance(module, nn.modules.dropout._DropoutNd)))
+            if (_RANDOM.search(key) or (key == "p" and isinstance(module, internals.DROPOUT)))
             and isinstance(value, float)
             and value > 0
         }
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, internals.BATCH_STATISTICS):
             found.append(f"{name} (statistics of the batch)")
         elif rates:
             found.append(f"{name} ({', '.join(f'{key} {value:g}' for key, value in rates.items())})")

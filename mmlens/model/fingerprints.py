@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmlens import internals
 from mmlens.data.images import pixel_fingerprint
 
 if TYPE_CHECKING:
@@ -108,7 +109,9 @@ _WEIGHTS: weakref.WeakKeyDictionary[nn.Module, tuple[int, dict[str, str]]] = wea
 
 def weights_version(model: nn.Module) -> int:
     """A number that changes when a weight is replaced or changed in place (not through `.data`)."""
-    return hash(tuple((name, id(tensor), _version(tensor)) for name, tensor in model.named_parameters()))
+    return hash(
+        tuple((name, id(tensor), internals.n_changes(tensor)) for name, tensor in model.named_parameters())
+    )
 
 
 def weights_fingerprints(model: nn.Module) -> dict[str, str]:
@@ -138,19 +141,12 @@ def same_weights(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
 def _sampled(model: nn.Module, dtype: torch.dtype) -> Iterator[bytes]:
     for name, tensor in sorted(model.named_parameters()):
         yield f"{name} {tuple(tensor.shape)}".encode()
-        # A tensor made of others, as torchao's are, is read by them.
-        flatten: Any = getattr(tensor, "__tensor_flatten__", None)
-        for part in [tensor] if flatten is None else [getattr(tensor, each) for each in flatten()[0]]:
+        for part in internals.tensors_in(tensor):
             if part.device.type == "meta":
                 continue
             flat = part.detach().reshape(-1)
             sample = flat[:: -(-max(len(flat), 1) // _SAMPLED_WEIGHTS)]
             yield tensor_bytes(sample.to(dtype) if sample.is_floating_point() else sample)
-
-
-def _version(tensor: Tensor) -> int:
-    # Tensors made in inference mode keep no count of their changes.
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:

@@ -1152,7 +1152,7 @@ def _places(
     places = []
     for path in holders:
         parent, _, name = path.rpartition(".")
-        siblings: dict[str, Any] = hf_model.get_submodule(parent)._modules
+        siblings: dict[str, Any] = internals.children_of(hf_model.get_submodule(parent))
         places.append((siblings, path, name, siblings[name]))
     return places
 

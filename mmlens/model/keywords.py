@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import TransformersKwargs
 
 from mmlens.arguments import known_keywords, shown, unknown_name_message
 from mmlens.errors import InvalidTypeError, InvalidValueError
-from mmlens.internals import renamed_keywords
+from mmlens.internals import MODEL_KEYWORDS, renamed_keywords
 
 _ALWAYS_READ = (
     "return_dict",
@@ -140,7 +139,7 @@ def _keywords_of(functions: tuple[Callable[..., Any], ...]) -> frozenset[str]:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         for function in functions[1:]:
             known |= _explicit(function)
-        known |= {*TransformersKwargs.__annotations__, *_READ_BY_LOSSES}
+        known |= {*MODEL_KEYWORDS, *_READ_BY_LOSSES}
     return frozenset(known | {*_ALWAYS_READ})
 
 

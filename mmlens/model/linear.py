@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from mmlens import internals
 from mmlens.errors import InvalidValueError, StateError, UnsupportedError
 from mmlens.internals import attach, detach
 from mmlens.interrupts import Temporary
@@ -133,7 +134,7 @@ def _is_plain(module: nn.Module) -> bool:
         unadapted(module) is module
         and isinstance(weight, Tensor)
         # A tensor made of others, as torchao's are, holds its numbers in a form of its own.
-        and not hasattr(type(weight), "__tensor_flatten__")
+        and not internals.is_made_of_others(weight)
         and weight.is_floating_point()
         and weight.dtype.itemsize > 1
         and (not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward)
@@ -201,10 +202,10 @@ def _zeros(module: nn.Module, name: str) -> Tensor:
 
 
 def _check_still(module: nn.Module, name: str) -> None:
-    drops = (part for part in module.modules() if isinstance(part, nn.modules.dropout._DropoutNd))
+    drops = (part for part in module.modules() if isinstance(part, internals.DROPOUT))
     if any(part.training and part.p > 0 for part in drops):
         raise StateError(f"{name} cannot be read while an adapter's dropout is active: call model.eval()")
 
 
 def _held(module: nn.Module, name: str) -> Any:
-    return module._modules.get(name)
+    return internals.children_of(module).get(name)

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mmlens import internals
 from mmlens.arguments import instance_of, shown, unknown_name_message
@@ -200,7 +199,12 @@ def checked_model(model: Any) -> PreTrainedModel:
         }
         # torch.compile and parallel wrappers hold the model.
         held = next(
-            (n for n in ("_orig_mod", "module") if isinstance(getattr(model, n, None), PreTrainedModel)), ""
+            (
+                n
+                for n in (internals.COMPILED, "module")
+                if isinstance(getattr(model, n, None), PreTrainedModel)
+            ),
+            "",
         )
         loads = "HookedVLM.from_pretrained(name or folder) loads one"
         way = (
@@ -232,7 +236,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 def _check_takes_images(config: PretrainedConfig) -> None:
     """Refuse, before any weight is read, what transformers has no image-text-to-text model for."""
-    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    known = internals.IMAGE_TEXT_MODELS
     if config.model_type not in known and not getattr(config, "auto_map", None):
         raise UnknownFamilyError(
             unknown_name_message("image-text-to-text family", config.model_type, known)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import pandas as pd
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mmlens.families.catalog import FAMILIES
 from mmlens.families.record import Family
 from mmlens.families.refused import refusal
 from mmlens.hook_names import BLOCK_HOOKS, BLOCK_IMAGE_HOOKS, MODEL_HOOKS
+from mmlens.internals import IMAGE_PROCESSORS, IMAGE_TEXT_MODELS
 
 if TYPE_CHECKING:
     from mmlens.model.hooked_vlm import HookedVLM
@@ -55,14 +54,14 @@ def support_table() -> pd.DataFrame:
     >>> table.loc["qwen3_vl", "status"], table.loc["blip", "status"]
     ('supported', 'refused')
     """
-    rows = [_row(name) for name in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)]
+    rows = [_row(name) for name in sorted(IMAGE_TEXT_MODELS)]
     return pd.DataFrame(rows, columns=["family", "status", "token_map", "notes"])
 
 
 def _token_map(family: Family) -> str:
     if family.layout is None:
         return f"no: {family.no_layout}"
-    images = IMAGE_PROCESSOR_MAPPING_NAMES.get(family.model_type) or {"pil": ""}
+    images = IMAGE_PROCESSORS.get(family.model_type) or {"pil": ""}
     return "yes" if images.get("pil") is not None else "yes; its image processor needs torchvision"
 
 

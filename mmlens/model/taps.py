@@ -14,11 +14,19 @@ from weakref import WeakMethod, WeakSet
 import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
-from transformers.utils import ModelOutput
 
 from mmlens.errors import InvalidValueError, UnsupportedError
 from mmlens.families.anatomy import Projection, epsilon_of
-from mmlens.internals import Side, attach, detach, drop_unlisted, has_functions
+from mmlens.internals import (
+    Side,
+    attach,
+    detach,
+    drop_unlisted,
+    has_functions,
+    stream_in,
+    with_output,
+    with_stream,
+)
 from mmlens.interrupts import undone
 from mmlens.model.checked_hooks import CheckedHook, hook_function
 from mmlens.model.linear import unadapted, weight_of
@@ -167,23 +175,14 @@ class ModuleTap:
         return tensor if n_rows is None else tensor.flatten(0, 1)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (self._run(args[0], args), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return args, {**kwargs, name: self._run(kwargs[name], (kwargs[name],))}
+        first = stream_in(args, kwargs)
+        return with_stream(args, kwargs, self._run(first, args or (first,)))
 
     def _on_output(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         inputs = args or tuple(kwargs.values())
-        if isinstance(output, ModelOutput):
-            field = "pooler_output" if output.get("pooler_output") is not None else "last_hidden_state"
-            return type(output)(**{**output, field: self._run(output[field], inputs)})
-        if isinstance(output, list):
-            return [self._run(tensor, inputs) for tensor in output]
-        if isinstance(output, tuple):
-            return (self._run(output[0], inputs), *output[1:])
-        return self._run(output, inputs)
+        return with_output(output, lambda tensor: self._run(tensor, inputs))
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:

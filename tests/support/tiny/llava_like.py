@@ -26,7 +26,8 @@ from transformers.models.video_llava.image_processing_video_llava import VideoLl
 from transformers.models.video_llava.processing_video_llava import VideoLlavaProcessor
 from transformers.utils import is_timm_available, is_torchvision_available
 
-from mmlens.families.processors import pixtral_processor, without_video
+from mmlens.families.processors import without_video
+from mmlens.internals import pixtral_processor
 from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tower
 
 VIEW = 24
