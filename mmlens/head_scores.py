@@ -16,7 +16,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmlens.arguments import file_to_write, instance_of, number, path_of, seed_of, shown, texts, whole_number
+from mmlens.arguments import (
+    file_to_write,
+    fraction_of,
+    instance_of,
+    number,
+    path_of,
+    seed_of,
+    shown,
+    texts,
+    whole_number,
+)
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensWarning
 from mmlens.files import read_parquet
 from mmlens.heads import NO_HEAD, Head, HeadGrid, HeadSet, head_name
@@ -372,6 +382,29 @@ class HeadScores:
         if not 1 <= count <= total:
             raise InvalidValueError(f"a count of heads lies in 1 to {total} (all heads), not {count}")
         return count
+
+
+def half_mass_share(scores: HeadScores, share: float = 0.5) -> float:
+    """rho: the smallest fraction of all heads that holds `share` of the sum of the positive scores.
+
+    Source: rho_0.5 of arXiv 2605.27243, which heads' means over examples enter. 0.05 is a sparse score; half of the
+    share of heads with a positive score is the most there can be (all positive scores equal).
+
+    Raises ValueError for a share outside (0, 1], and where no score is positive.
+
+    >>> half_mass_share(HeadScores(torch.tensor([[[5.0, 2.0, 1.0, 1.0, -9.0]]])))  # 5 of 9
+    0.2
+    """
+    instance_of("scores", scores, HeadScores, "HeadScores")
+    share = fraction_of("share", share)
+    values = scores.values[scores.grid.exists].double()
+    positive = values.clamp(min=0).sort(descending=True).values
+    if not bool(positive[0] > 0):
+        raise InvalidValueError(f"{scores.name}: no head has a positive score, so there is no mass to share")
+    held = positive.cumsum(0)
+    # A sum that should meet the share exactly may miss it by rounding.
+    n = int((held < share * held[-1] * (1 - 1e-12)).sum()) + 1
+    return n / len(values)
 
 
 def share_of(fraction: float, n_heads: int) -> int:

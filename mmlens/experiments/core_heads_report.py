@@ -16,7 +16,7 @@ from mmlens.experiments.common import FIVE_PERCENT, POOLED
 from mmlens.experiments.core_heads_claim import CoreHeads
 from mmlens.heads import Head, head_name
 from mmlens.model.hooked_vlm import HookedVLM, model_of
-from mmlens.scores.retrieval import mean_of_rows
+from mmlens.scores.rows import mean_of_rows
 from mmlens.viz.ablation_curves import plot_ablation_panels
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.overlay import plot_overlay_grid

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from mmlens.arguments import BATCH_SIZE
 from mmlens.attribution.nodes import attribute
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
@@ -37,11 +38,10 @@ from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.interventions.ablation import mean_activations
 from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.model.batches import Batches
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
-from mmlens.scores.attention import null_calibrated_ram, ram_lift, ram_per_token
-from mmlens.scores.logits import logit_contribution
-from mmlens.scores.retrieval import evidence_attention, ram
+from mmlens.scores.registry import SCORES
 from mmlens.statistics import (
     benjamini_hochberg,
     paired_permutation_test,
@@ -58,15 +58,8 @@ FEWEST = 5
 """Fewer heads than this give no rank correlation worth a number."""
 
 
-def vision_mass_scores(
-    model: HookedVLM, examples: Sequence[Example], *, batch_size: int = 8, progress: bool = True
-) -> HeadScores:
-    """Attention from the question to all visual tokens, by which the paper ranks its "vision heads"."""
-    return evidence_attention(model, examples, batch_size=batch_size, progress=progress).vision_mass
-
-
 def attributed_cost(
-    model: HookedVLM, examples: Sequence[Example], *, batch_size: int = 8, progress: bool = True
+    model: HookedVLM, examples: Sequence[Example], *, batch_size: int = BATCH_SIZE, progress: bool = True
 ) -> HeadScores:
     """The gradient's estimate of what mean ablation of each head costs: one forward and one backward run.
 
@@ -86,31 +79,30 @@ def attributed_cost(
         return {name: torch.where(is_image, mean[1], mean[0]) for name, mean in at.items()}
 
     parts = []
-    for start in range(0, len(examples), batch_size):
-        prompt = model.prompt_examples(examples[start : start + batch_size])
+    for _, prompt in Batches(model, examples, batch_size, progress=progress, label="attribution"):
         found = attribute(model, prompt, mean_of, metric, nodes="z").heads()
         parts.append(-found.per_example)
     kinds = tuple(example.kind for example in examples)
     return HeadScores(torch.cat(parts), "attribution", kinds, model.grid)
 
 
-SCORES: dict[str, Callable[..., HeadScores]] = {
-    "ram": ram,
-    "null_calibrated_ram": null_calibrated_ram,
-    "ram_per_token": ram_per_token,
-    "ram_lift": ram_lift,
-    "logit_contribution": logit_contribution,
-    "vision_mass": vision_mass_scores,
-    "attribution": attributed_cost,
-}
-"""What may predict: (model, examples, *, batch_size, progress) -> HeadScores."""
+PREDICTORS = (
+    "ram",
+    "null_calibrated_ram",
+    "ram_per_token",
+    "ram_lift",
+    "logit_contribution",
+    "vision_mass",
+    "attribution",
+)
+"""What may predict where nothing else is asked for: names in `mmlens.scores.SCORES`, and `attributed_cost`."""
 
 
 @checked_settings
 def run(
     setup: Setup,
     *,
-    scores: Sequence[str] = tuple(SCORES),
+    scores: Sequence[str] = PREDICTORS,
     mode: str = "mean",
     n_per_kind: int | None = 12,
     n_groups: int = 10,
@@ -125,7 +117,8 @@ def run(
     5%; and rho over `n_groups` equal groups of the score's ranking, each ablated as a whole. `n_per_kind` examples of
     each kind of either split (None: all).
     """
-    names = named(SCORES, scores, "score")
+    known: dict[str, Callable[..., HeadScores]] = {**SCORES, "attribution": attributed_cost}
+    names = named(known, scores, "score")
     heads = all_heads(setup)
     if not 3 <= n_groups <= len(heads):
         raise InvalidValueError(
@@ -134,7 +127,7 @@ def run(
     selection = first_with_evidence(setup.selection, n_per_kind)
     evaluation = first_with_evidence(setup.evaluation, n_per_kind)
     found = {
-        name: SCORES[name](setup.model, selection, batch_size=setup.batch_size, progress=setup.progress)
+        name: known[name](setup.model, selection, batch_size=setup.batch_size, progress=setup.progress)
         for name in names
     }
     graded, graded_function = graded_metric(evaluation)

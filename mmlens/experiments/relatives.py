@@ -37,39 +37,22 @@ from mmlens.experiments.common import (
     resampled_means,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.head_scores import HeadScores, share_of
+from mmlens.head_scores import HeadScores, half_mass_share, share_of
 from mmlens.heads import HeadSet
 from mmlens.metrics.outcomes import accuracy
-from mmlens.scores.attention import (
-    gaze_score,
-    half_mass_share,
-    null_calibrated_ram,
-    query_focused_score,
-    ram_lift,
-    ram_per_token,
-)
+from mmlens.scores.attention import gaze_score, null_calibrated_ram, query_focused_score, ram_per_token
 from mmlens.scores.decoding import copy_score, visual_head_score
+from mmlens.scores.lift import ram_lift
 from mmlens.scores.logits import logit_contribution
+from mmlens.scores.registry import SCORES
 from mmlens.scores.retrieval import evidence_attention
 from mmlens.scores.spatial import localization_score
 from mmlens.statistics import difference_interval_of, rank_correlation, rank_correlation_interval
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
 
-SOURCES: dict[str, str] = {
-    "RAM": "arXiv 2606.05843",
-    "vision mass": "arXiv 2606.05843, the contrast",
-    "RAM per token": "RAM / |V*|",
-    "RAM lift": "RAM against fake regions",
-    "null-calibrated": "arXiv 2605.27243",
-    "query-focused": "arXiv 2506.09944",
-    "gaze": "arXiv 2606.14703",
-    "visual head": "arXiv 2506.05344",
-    "localization": "arXiv 2503.06287",
-    "logit contribution": "arXiv 2607.01002",
-    "copy (text)": "arXiv 2404.15574",
-}
-"""The scores, and where they come from."""
+SOURCES = {score.label: score.source for score in SCORES.values()}
+"""Where the scores come from."""
 
 TOP, CONTROL = "top", "layer-matched"
 

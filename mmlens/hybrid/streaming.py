@@ -23,8 +23,8 @@ from mmlens.hybrid.layer import PATHS, StreamingLayer, Tally
 from mmlens.hybrid.rule import StreamingRule
 from mmlens.internals import attention_implementation
 from mmlens.interrupts import Temporary
+from mmlens.model.cross_attention import refuse_cross_attention
 from mmlens.model.hooked_vlm import HookedVLM, NoChangeWarning, model_of
-from mmlens.scores.rows import refuse_cross_attention
 
 
 def hybrid_attention(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from tqdm import tqdm
 
@@ -49,9 +50,10 @@ class Batches:
         self.model = model_of(model)
         self.batch_size = whole_number("batch_size", batch_size, least=1)
         self.progress, self.label, self.answers = flag("progress", progress), label, answers
-        given = _prompts_or_examples(prompts)
-        self._prompts = [item for item in given if isinstance(item, Prompt)]
-        self._examples = [item for item in given if isinstance(item, Example)]
+        self.prompts: Any = _prompts_or_examples(prompts)
+        """What was given, as a list."""
+        self._prompts = [item for item in self.prompts if isinstance(item, Prompt)]
+        self._examples = [item for item in self.prompts if isinstance(item, Example)]
         self.by_size = by_size
 
     @property

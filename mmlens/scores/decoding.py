@@ -11,37 +11,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmlens.arguments import listed, shown, texts, whole_number
+from mmlens.arguments import BATCH_SIZE, listed, shown, texts, whole_number
 from mmlens.data.examples import Evidence, Example, regions_of
 from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
 from mmlens.head_scores import HeadScores
+from mmlens.model.batches import Batches, Prompts
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
-from mmlens.scores.rows import (
-    checked_examples,
-    kinds_of_examples,
-    prompts_of,
-    scored_examples,
-)
-from mmlens.token_map import BoxMapping
+from mmlens.scores.score import HeadScore, known_examples
+from mmlens.token_map import BoxMapping, mapping_of
 
 MAX_NEW_TOKENS = 8
 
 Credit = Callable[[Prompt, int, int], dict[int, float]]
 """(prompt, batch row, generated token id) -> what a head earns whose argmax key is that position."""
 
+_Pairs = list[tuple[str, Sequence[Evidence]]]
+
 
 def copy_score(
     model: HookedVLM,
-    examples: Sequence[Example],
+    prompts: Prompts,
     *,
     needles: Sequence[str] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> HeadScores:
     """The retrieval head's copy score: how much of the needle a head copies into the answer.
@@ -62,8 +60,9 @@ def copy_score(
     >>> copy_score(model, examples, progress=False)
     HeadScores(copy score: 8 layers x 8 heads, 2 examples)
     """
-    examples = checked_examples(model, examples, batch_size, progress)
     whole_number("max_new_tokens", max_new_tokens, least=1)
+    batches = Batches(model, prompts)
+    examples = known_examples(batches)
     own = (
         [example.answer for example in examples]
         if needles is None
@@ -71,28 +70,48 @@ def copy_score(
     )
     if len(own) != len(examples):
         raise InvalidValueError(f"{len(own)} needles for {len(examples)} examples: one text each")
+    for example, needle in zip(examples, own, strict=True):
+        _needle_span(example, needle)  # Raises before anything runs.
+    return COPY_SCORE(
+        model,
+        batches.prompts,
+        batch_size=batch_size,
+        progress=progress,
+        max_new_tokens=max_new_tokens,
+        of_example={"needles": own},
+    )
+
+
+def _copy_score(
+    model: HookedVLM,
+    prompt: Prompt,
+    needles: Sequence[str] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Float[Tensor, "batch layer head"]:
+    examples = known_examples(prompt)
+    own = [example.answer for example in examples] if needles is None else needles
     spans = [_needle_span(example, needle) for example, needle in zip(examples, own, strict=True)]
-    per_example = torch.empty(len(examples), *model.grid.shape)
-    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "copy score"):
-        positions = [_question_positions(model, prompt, row, spans[i]) for row, i in enumerate(chosen)]
+    positions = [_question_positions(model, prompt, row, span) for row, span in enumerate(spans)]
 
-        def credit(
-            prompt: Prompt, row: int, token: int, positions: list[list[int]] = positions
-        ) -> dict[int, float]:
-            ids = prompt.inputs["input_ids"][row]
-            return {at: 1 / len(positions[row]) for at in positions[row] if int(ids[at]) == token}
+    def credit(prompt: Prompt, row: int, token: int) -> dict[int, float]:
+        ids = prompt.inputs["input_ids"][row]
+        return {at: 1 / len(positions[row]) for at in positions[row] if int(ids[at]) == token}
 
-        per_example[chosen] = _decoded_credit(model, prompt, max_new_tokens, credit)
-    return HeadScores(per_example, "copy score", kinds_of_examples(examples), model.grid)
+    return _decoded_credit(model, prompt, max_new_tokens, credit)
+
+
+COPY_SCORE = HeadScore(
+    "copy score", _copy_score, label="copy (text)", source="arXiv 2404.15574", needs=("decoding",)
+)
 
 
 def visual_head_score(
     model: HookedVLM,
-    examples: Sequence[Example],
+    prompts: Prompts,
     *,
     words: Sequence[Sequence[tuple[str, Evidence]]] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
 ) -> HeadScores:
@@ -114,36 +133,54 @@ def visual_head_score(
     >>> visual_head_score(model, mmlens.scene_examples("documents", 2, seed=0), progress=False)
     HeadScores(visual head score: 8 layers x 8 heads, 2 examples)
     """
-    examples = scored_examples(model, examples, batch_size, progress, mapping)
     whole_number("max_new_tokens", max_new_tokens, least=1)
-    pairs: list[list[tuple[str, Sequence[Evidence]]]]
-    if words is None:
-        pairs = [[(example.answer, example.evidence)] for example in examples]
-    else:
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "mapping": mapping_of(mapping)}
+    if words is not None:
         pairs = [_word_pairs(f"words[{at}]", own) for at, own in enumerate(listed("words", words, _WORDS))]
-    if len(pairs) != len(examples):
-        raise InvalidValueError(f"words for {len(pairs)} examples, but there are {len(examples)}")
-    per_example = torch.empty(len(examples), *model.grid.shape)
-    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "visual head score"):
-        regions = [
-            [(word, _positions(prompt, row, evidence, mapping)) for word, evidence in pairs[i]]
-            for row, i in enumerate(chosen)
-        ]
+        batches = Batches(model, prompts)
+        if len(pairs) != batches.n_examples:
+            raise InvalidValueError(f"words for {len(pairs)} examples, but there are {batches.n_examples}")
+        prompts = batches.prompts
+        options["of_example"] = {"words": pairs}
+    return VISUAL_HEAD_SCORE(model, prompts, batch_size=batch_size, progress=progress, **options)
 
-        def credit(
-            prompt: Prompt, row: int, token: int, regions: list[list[tuple[str, list[int]]]] = regions
-        ) -> dict[int, float]:
-            said = model.to_text(torch.tensor([[token]]))[0].strip()
-            matching = [positions for word, positions in regions[row] if said and said in word]
-            return {at: 1 / len(matching[0]) for at in matching[0]} if len(matching) == 1 else {}
 
-        per_example[chosen] = _decoded_credit(model, prompt, max_new_tokens, credit)
-    return HeadScores(per_example, "visual head score", kinds_of_examples(examples), model.grid)
+def _visual_head_score(
+    model: HookedVLM,
+    prompt: Prompt,
+    words: Sequence[_Pairs] | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    mapping: BoxMapping = "merged",
+) -> Float[Tensor, "batch layer head"]:
+    if words is None:
+        words = [[(example.answer, example.evidence)] for example in known_examples(prompt)]
+    regions = [
+        [(word, _positions(prompt, row, evidence, mapping)) for word, evidence in own]
+        for row, own in enumerate(words)
+    ]
+
+    def credit(prompt: Prompt, row: int, token: int) -> dict[int, float]:
+        said = model.to_text(torch.tensor([[token]]))[0].strip()
+        matching = [positions for word, positions in regions[row] if said and said in word]
+        return {at: 1 / len(matching[0]) for at in matching[0]} if len(matching) == 1 else {}
+
+    return _decoded_credit(model, prompt, max_new_tokens, credit)
+
+
+VISUAL_HEAD_SCORE = HeadScore(
+    "visual head score",
+    _visual_head_score,
+    label="visual head",
+    source="arXiv 2506.05344",
+    needs=("evidence", "decoding"),
+)
 
 
 @torch.no_grad()
-def _decoded_credit(model: HookedVLM, prompt: Prompt, max_new_tokens: int, credit: Credit) -> Tensor:
-    """[batch, layer, head]: the credit of each step's argmax key, summed over the steps of the answer."""
+def _decoded_credit(
+    model: HookedVLM, prompt: Prompt, max_new_tokens: int, credit: Credit
+) -> Float[Tensor, "batch layer head"]:
+    """The credit of each step's argmax key, summed over the steps of the answer."""
     ids, attended = _decode(model, prompt, max_new_tokens)
     total = model.grid.full(len(prompt), fill=0)
     answering = _before_the_end(model, ids)
@@ -204,8 +241,8 @@ def _positions(prompt: Prompt, row: int, evidence: Sequence[Evidence], mapping: 
 _WORDS = "a list of (word, Evidence) pairs for each example"
 
 
-def _word_pairs(name: str, value: object) -> list[tuple[str, Sequence[Evidence]]]:
-    pairs: list[tuple[str, Sequence[Evidence]]] = []
+def _word_pairs(name: str, value: object) -> _Pairs:
+    pairs: _Pairs = []
     for pair in listed(name, value, _WORDS):
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
             raise InvalidTypeError(

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmlens.arguments import instance_of, one_of
-from mmlens.data.examples import Example
+from mmlens.arguments import BATCH_SIZE, instance_of, one_of
 from mmlens.errors import InvalidValueError
 from mmlens.head_scores import HeadScores
+from mmlens.model.batches import Prompts
 from mmlens.model.hooked_vlm import Hook, HookedVLM, model_of
-from mmlens.model.prompt import Prompt, answer_ids_of, check_left_padding, prompt_of, with_answers
+from mmlens.model.prompt import Prompt, answer_ids_of, check_left_padding, prompt_of
 from mmlens.model.taps import norm_arithmetic
-from mmlens.scores.rows import (
-    LayerBuffer,
-    Rows,
-    kinds_of_examples,
-    prompts_of,
-    scored_examples,
-)
-from mmlens.token_map import BoxMapping
+from mmlens.scores.retrieval import evidence_tokens
+from mmlens.scores.rows import LayerBuffer, Rows
+from mmlens.scores.score import HeadScore
+from mmlens.token_map import BoxMapping, mapping_of
 
 FINAL_NORMS = ("frozen", "none")
 OFF_EVIDENCE = ("all", "visual")
@@ -31,11 +27,11 @@ OFF_EVIDENCE = ("all", "visual")
 
 def logit_contribution(
     model: HookedVLM,
-    examples: Sequence[Example],
+    prompts: Prompts,
     *,
     final_norm: Literal["frozen", "none"] = "frozen",
     off_evidence: Literal["all", "visual"] | None = "all",
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
 ) -> HeadScores:
@@ -63,21 +59,38 @@ def logit_contribution(
     >>> logit_contribution(model, mmlens.scene_examples("objects", 2, seed=0), progress=False)
     HeadScores(logit contribution: 8 layers x 8 heads, 2 examples)
     """
-    examples = scored_examples(model, examples, batch_size, progress, mapping)
     one_of("final_norm", final_norm, FINAL_NORMS)
     if off_evidence is not None:
         one_of("off_evidence", off_evidence, OFF_EVIDENCE)
-    per_example = torch.empty(len(examples), *model.grid.shape)
-    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "logit contribution"):
-        batch = [examples[i] for i in chosen]
-        prompt = with_answers(prompt, model.processor, batch)
-        evidence = prompt.token_map.evidence(batch, mapping=mapping).cpu()
-        weights = evidence.float()
-        if off_evidence is not None:
-            others = prompt.token_map.is_image if off_evidence == "visual" else ~prompt.token_map.is_padding
-            weights -= _length_matched(evidence, others.cpu() & ~evidence)
-        per_example[chosen] = position_contributions(model, prompt, weights, final_norm=final_norm)
-    return HeadScores(per_example, "logit contribution", kinds_of_examples(examples), model.grid)
+    return LOGIT_CONTRIBUTION(
+        model,
+        prompts,
+        batch_size=batch_size,
+        progress=progress,
+        final_norm=final_norm,
+        off_evidence=off_evidence,
+        mapping=mapping_of(mapping),
+    )
+
+
+def _logit_contribution(
+    model: HookedVLM,
+    prompt: Prompt,
+    final_norm: Literal["frozen", "none"] = "frozen",
+    off_evidence: Literal["all", "visual"] | None = "all",
+    mapping: BoxMapping = "merged",
+) -> Float[Tensor, "batch layer head"]:
+    evidence = evidence_tokens(prompt, mapping).cpu()
+    weights = evidence.float()
+    if off_evidence is not None:
+        others = prompt.token_map.is_image if off_evidence == "visual" else ~prompt.token_map.is_padding
+        weights -= _length_matched(evidence, others.cpu() & ~evidence)
+    return position_contributions(model, prompt, weights, final_norm=final_norm)
+
+
+LOGIT_CONTRIBUTION = HeadScore(
+    "logit contribution", _logit_contribution, source="arXiv 2607.01002", needs=("evidence", "answer")
+)
 
 
 @torch.no_grad()

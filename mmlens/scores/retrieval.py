@@ -21,23 +21,25 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmlens.data.examples import Example
+from mmlens.arguments import BATCH_SIZE
 from mmlens.head_scores import HeadScores
-from mmlens.heads import Heads, as_head_set
+from mmlens.heads import HeadGrid, Heads, as_head_set
+from mmlens.model.batches import Prompts
+from mmlens.model.cross_attention import refuse_cross_attention
 from mmlens.model.hooked_vlm import HookedVLM, Inputs, model_of
-from mmlens.model.prompt import Prompt, prompt_of
+from mmlens.model.prompt import Prompt
 from mmlens.scores.rows import (
     LayerBuffer,
     Rows,
     check_positions,
-    kinds_of_examples,
-    prompts_of,
+    mass_of_rows,
+    mean_of_rows,
+    mean_to,
     read_rows,
     real_positions,
-    refuse_cross_attention,
-    scored_examples,
 )
-from mmlens.token_map import BoxMapping
+from mmlens.scores.score import HeadScore, kinds_of_examples, known_examples, score_batches
+from mmlens.token_map import BoxMapping, mapping_of
 
 
 def attention_mass(
@@ -71,40 +73,36 @@ def attention_mass(
     return mass.take()
 
 
-def vision_mass(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
-    """`attention_mass` from the question's tokens to all visual tokens of the prompt.
+def vision_mass(
+    model: HookedVLM, prompts: Prompts, *, batch_size: int = BATCH_SIZE, progress: bool = True
+) -> HeadScores:
+    """Attention from the question's tokens to all visual tokens of the prompt, by which the paper ranks "vision heads".
 
     The visual tokens are those at which the token map says `is_image`, learnt separators among them. Raises
-    ValueError where a prompt of the batch has no image.
+    ValueError where a prompt has no image.
     """
-    token_map = prompt_of(prompt).token_map
-    return attention_mass(model, prompt, token_map.is_question, token_map.is_image)
+    return VISION_MASS(model, prompts, batch_size=batch_size, progress=progress)
 
 
 def ram(
     model: HookedVLM,
-    examples: Sequence[Example],
+    prompts: Prompts,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
 ) -> HeadScores:
     """Retrieval Attention Mass of every head on every example (Eq. 1): from the question to the evidence.
 
     RAM of head h = mean over question tokens x of the sum over evidence tokens y of A_h[x, y]; causal, not
-    divided by the number of evidence tokens. `mapping` is how boxes become tokens ("merged", or
-    "paper_floor" for the paper's index). Examples of like size share a batch, and `per_example` is in the
-    order given.
+    divided by the number of evidence tokens. `prompts` are examples, or prompts made of them
+    (`model.prompt_examples`). `mapping` is how boxes become tokens ("merged", or "paper_floor" for the paper's
+    index). Examples of like size share a batch, and `per_example` is in the order given.
 
-    Raises ValueError for no examples, and for examples without evidence (named); CrossAttentionError as
-    `attention_mass` does.
+    Raises ValueError for no examples, for examples without evidence (named), and prompts that know no examples;
+    CrossAttentionError as `attention_mass` does.
     """
-    examples = scored_examples(model, examples, batch_size, progress, mapping)
-    per_example = torch.empty(len(examples), *model.grid.shape)
-    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM"):
-        evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
-        per_example[chosen] = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
-    return HeadScores(per_example, "RAM", kinds_of_examples(examples), model.grid)
+    return RAM(model, prompts, batch_size=batch_size, progress=progress, mapping=mapping_of(mapping))
 
 
 @dataclass(frozen=True)
@@ -122,9 +120,8 @@ class EvidenceAttention:
     @property
     def key_token_ratio(self) -> HeadScores:
         """100 |T_top(h) & V*| / |V*| (Eq. 23), in percent; the paper calls 50 and more a hit."""
-        ratio = torch.stack([100 * hits.float().mean(-1) for hits in self.hits])
-        ratio = ratio.masked_fill(~self.ram.grid.exists, torch.nan)
-        return HeadScores(ratio, "key token ratio", self.ram.kinds, self.ram.grid)
+        grid = self.ram.grid
+        return HeadScores(_ratio(self.hits, grid), "key token ratio", self.ram.kinds, grid)
 
     def key_token_coverage(self, heads: Heads) -> Float[Tensor, " example"]:
         """100 |union over the heads of (T_top(h) & V*)| / |V*| (Eq. 25), in percent, for every example."""
@@ -135,9 +132,9 @@ class EvidenceAttention:
 
 def evidence_attention(
     model: HookedVLM,
-    examples: Sequence[Example],
+    prompts: Prompts,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
 ) -> EvidenceAttention:
@@ -147,27 +144,27 @@ def evidence_attention(
     prompt (padding is none of them); a head's key tokens T_top are the max(1, floor(.05 L)) positions with
     most of it, the earlier first among equals. Arguments and errors as in `ram`.
     """
-    examples = scored_examples(model, examples, batch_size, progress, mapping)
-    shape = len(examples), *model.grid.shape
-    to_evidence, to_vision = torch.empty(shape), torch.empty(shape)
+    mapping_of(mapping)
+    batches = score_batches(model, prompts, ("evidence",), batch_size, progress, "evidence attention")
+    to_evidence, to_vision = (torch.empty(batches.n_examples, *model.grid.shape) for _ in range(2))
     hits: dict[int, Tensor] = {}
-    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "evidence attention"):
-        evidence = prompt.token_map.evidence([examples[i] for i in chosen], mapping=mapping)
-        to_evidence[chosen], to_vision[chosen], of_batch = _read_evidence(model, prompt, evidence)
-        hits |= zip(chosen, of_batch, strict=True)
-    kinds = kinds_of_examples(examples)
+    for index, prompt in batches:
+        to_evidence[index], to_vision[index], of_batch = _read_evidence(model, prompt, mapping)
+        hits |= zip(index, of_batch, strict=True)
+    kinds = kinds_of_examples(batches.examples)
     return EvidenceAttention(
         HeadScores(to_evidence, "RAM", kinds, model.grid),
         HeadScores(to_vision, "vision mass", kinds, model.grid),
-        tuple(hits[index] for index in range(len(examples))),
+        tuple(hits[index] for index in range(batches.n_examples)),
     )
 
 
 def _read_evidence(
-    model: HookedVLM, prompt: Prompt, evidence: Bool[Tensor, "batch pos"]
+    model: HookedVLM, prompt: Prompt, mapping: BoxMapping
 ) -> tuple[Float[Tensor, "batch layer head"], Float[Tensor, "batch layer head"], list[Tensor]]:
     """Mass on the evidence and on all visual tokens; each example's hits [layer, head, evidence_token]."""
     real, is_image = real_positions(prompt), prompt.token_map.is_image
+    evidence = evidence_tokens(prompt, mapping)
     check_positions("evidence", evidence, real)
     to_evidence, to_vision = LayerBuffer(model, len(prompt)), LayerBuffer(model, len(prompt))
     hits = [torch.zeros(*model.grid.shape, int(tokens.sum()), dtype=torch.bool) for tokens in evidence]
@@ -175,7 +172,7 @@ def _read_evidence(
     def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
         mean = mean_of_rows(rows, query_mask)
         for mass, keys in ((to_evidence, evidence), (to_vision, is_image)):
-            mass.put(layer, torch.einsum("bhk,bk->bh", mean, keys.to(mean.device, mean.dtype)))
+            mass.put(layer, mean_to(mean, keys))
         top = key_tokens(mean, real.to(mean.device)).cpu()
         for row, of_example in enumerate(hits):
             of_example[layer, : top.shape[1]] = top[row][:, evidence[row].cpu()]
@@ -186,9 +183,9 @@ def _read_evidence(
 
 def key_token_ratio(
     model: HookedVLM,
-    examples: Sequence[Example],
+    prompts: Prompts,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
 ) -> HeadScores:
@@ -196,17 +193,17 @@ def key_token_ratio(
 
     See `evidence_attention`, which gives it together with RAM and the coverage of any set of heads.
     """
-    return evidence_attention(
-        model, examples, batch_size=batch_size, mapping=mapping, progress=progress
-    ).key_token_ratio
+    return KEY_TOKEN_RATIO(
+        model, prompts, batch_size=batch_size, progress=progress, mapping=mapping_of(mapping)
+    )
 
 
 def key_token_coverage(
     model: HookedVLM,
-    examples: Sequence[Example],
+    prompts: Prompts,
     heads: Heads,
     *,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
 ) -> Float[Tensor, " example"]:
@@ -216,30 +213,8 @@ def key_token_coverage(
     """
     chosen = as_head_set(heads, model_of(model).grid)
     return evidence_attention(
-        model, examples, batch_size=batch_size, mapping=mapping, progress=progress
+        model, prompts, batch_size=batch_size, mapping=mapping, progress=progress
     ).key_token_coverage(chosen)
-
-
-def mass_of_rows(
-    rows: Rows, query_mask: Bool[Tensor, "batch query"], keys: Bool[Tensor, "batch key"]
-) -> Float[Tensor, "batch head"]:
-    """Mean over the real queries of the sum over `keys`, from rows padded to one number of queries.
-
-    >>> rows = torch.tensor([[[[.9, .1], [.4, .6]]]])  # one example, one head, two queries, two keys
-    >>> mass = mass_of_rows(rows, torch.tensor([[True, True]]), torch.tensor([[False, True]]))
-    >>> round(mass.item(), 4)
-    0.35
-    """
-    sums = torch.einsum("bhqk,bk->bhq", rows, keys.to(rows.dtype))
-    # A padded query's row holds whatever the padding gave, NaN with some masks: drop it before the mean.
-    return sums.masked_fill(~query_mask[:, None], 0).sum(-1) / query_mask.sum(-1)[:, None]
-
-
-def mean_of_rows(rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head key"]:
-    """Mean of the rows over the real queries: the paper's average attention of each head (Eq. 22)."""
-    if not bool(query_mask.all()):
-        rows = rows.masked_fill(~query_mask[:, None, :, None], 0)
-    return rows.sum(2) / query_mask.sum(-1)[:, None, None]
 
 
 def key_tokens(
@@ -255,3 +230,45 @@ def key_tokens(
     counts = (real.sum(-1) // 20).clamp(min=1)
     first = torch.arange(mean.shape[-1], device=mean.device) < counts[:, None, None]
     return torch.zeros_like(mean, dtype=torch.bool).scatter(-1, order, first.expand_as(mean))
+
+
+def evidence_tokens(prompt: Prompt, mapping: BoxMapping = "merged") -> Bool[Tensor, "batch pos"]:
+    """The tokens of the evidence of the prompt's own examples."""
+    return prompt.token_map.evidence(known_examples(prompt), mapping=mapping)
+
+
+def _ratio(
+    hits: Sequence[Bool[Tensor, "layer head _"]], grid: HeadGrid
+) -> Float[Tensor, "example layer head"]:
+    ratio = torch.stack([100 * own.float().mean(-1) for own in hits])
+    return ratio.masked_fill(~grid.exists, torch.nan)
+
+
+def _ram(
+    model: HookedVLM, prompt: Prompt, mapping: BoxMapping = "merged"
+) -> Float[Tensor, "batch layer head"]:
+    return attention_mass(model, prompt, prompt.token_map.is_question, evidence_tokens(prompt, mapping))
+
+
+def _vision_mass(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
+    real, is_image = real_positions(prompt), prompt.token_map.is_image
+    check_positions("the prompt's images", is_image, real)
+    mass = LayerBuffer(model, len(prompt))
+
+    def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
+        mass.put(layer, mean_to(mean_of_rows(rows, query_mask), is_image))
+
+    read_rows(model, prompt, prompt.token_map.is_question, real, consume)
+    return mass.take()
+
+
+def _key_token_ratio(
+    model: HookedVLM, prompt: Prompt, mapping: BoxMapping = "merged"
+) -> Float[Tensor, "batch layer head"]:
+    return _ratio(_read_evidence(model, prompt, mapping)[2], model.grid)
+
+
+_PAPER = "arXiv 2606.05843"
+RAM = HeadScore("RAM", _ram, source=_PAPER, needs=("evidence",))
+VISION_MASS = HeadScore("vision mass", _vision_mass, source=f"{_PAPER}, the contrast", needs=("images",))
+KEY_TOKEN_RATIO = HeadScore("key token ratio", _key_token_ratio, source=_PAPER, needs=("evidence",))

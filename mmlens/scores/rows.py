@@ -1,20 +1,16 @@
-"""Reading the pattern's rows at chosen positions, batch by batch: what all head scores share."""
+"""Reading the pattern's rows at chosen positions, layer by layer in one forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
-from mmlens.arguments import flag, whole_number
-from mmlens.data.examples import Example, examples_of
 from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
-from mmlens.model.hooked_vlm import HookedVLM, Inputs, model_of
-from mmlens.model.prompt import Prompt, prompt_of
-from mmlens.token_map import BoxMapping, mapping_of
+from mmlens.model.hooked_vlm import HookedVLM, Inputs
+from mmlens.model.prompt import prompt_of
 
 Rows = Float[Tensor, "batch head query key"]
 
@@ -37,20 +33,6 @@ class LayerBuffer:
         if self._missing:
             raise StateError(f"layers {sorted(self._missing)} gave no attention rows in this forward pass")
         return self._values
-
-
-class CrossAttentionError(InvalidTypeError):
-    """Attention from positions to positions was asked of a model whose images are at no position."""
-
-
-def refuse_cross_attention(model: HookedVLM) -> None:
-    """Raise CrossAttentionError for a model whose image keys are at no position of the prompt."""
-    if model.family.reads_by_cross_attention:
-        raise CrossAttentionError(
-            f"{model.family.model_type} reads images by cross-attention: the keys there are image patches, and no "
-            "position of the prompt is one, so no attention goes from the question to the image's positions. Hooks "
-            "read the patterns of those layers (attn.hook_pattern)"
-        )
 
 
 def read_rows(
@@ -90,57 +72,30 @@ def check_positions(name: str, chosen: Bool[Tensor, "batch pos"], real: Bool[Ten
         raise InvalidValueError(f"{name} marks padding in batch row(s) {padded}")
 
 
-def checked_examples(
-    model: HookedVLM, examples: Sequence[Example], batch_size: int, progress: bool
-) -> list[Example]:
-    """The examples as a list, once what every score of heads takes has been checked."""
-    model_of(model)
-    whole_number("batch_size", batch_size, least=1)
-    flag("progress", progress)
-    return examples_of(examples)
+def mass_of_rows(
+    rows: Rows, query_mask: Bool[Tensor, "batch query"], keys: Bool[Tensor, "batch key"]
+) -> Float[Tensor, "batch head"]:
+    """Mean over the real queries of the sum over `keys`, from rows padded to one number of queries.
 
-
-def scored_examples(
-    model: HookedVLM, examples: Sequence[Example], batch_size: int, progress: bool, mapping: BoxMapping
-) -> list[Example]:
-    """`checked_examples` of a score of the attention to evidence: each has some, and the model's images positions.
-
-    Raises ValueError for examples without evidence (named), TokenMapError for an unknown mapping, and
-    CrossAttentionError as `refuse_cross_attention`.
+    >>> rows = torch.tensor([[[[.9, .1], [.4, .6]]]])  # one example, one head, two queries, two keys
+    >>> mass = mass_of_rows(rows, torch.tensor([[True, True]]), torch.tensor([[False, True]]))
+    >>> round(mass.item(), 4)
+    0.35
     """
-    examples = checked_examples(model, examples, batch_size, progress)
-    mapping_of(mapping)
-    refuse_cross_attention(model)
-    return _with_evidence(examples)
+    sums = torch.einsum("bhqk,bk->bhq", rows, keys.to(rows.dtype))
+    # A padded query's row holds whatever the padding gave, NaN with some masks: drop it before the mean.
+    return sums.masked_fill(~query_mask[:, None], 0).sum(-1) / query_mask.sum(-1)[:, None]
 
 
-def _with_evidence(examples: list[Example]) -> list[Example]:
-    without = [example.id or f"number {i}" for i, example in enumerate(examples) if not example.evidence]
-    if without:
-        raise InvalidValueError(
-            f"{len(without)} of {len(examples)} examples have no evidence (text-only controls have none): "
-            f"{', '.join(without[:5])}{' ...' if len(without) > 5 else ''}"
-        )
-    return examples
+def mean_of_rows(rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head key"]:
+    """Mean of the rows over the real queries: the paper's average attention of each head (Eq. 22)."""
+    if not bool(query_mask.all()):
+        rows = rows.masked_fill(~query_mask[:, None, :, None], 0)
+    return rows.sum(2) / query_mask.sum(-1)[:, None, None]
 
 
-def kinds_of_examples(examples: Sequence[Example]) -> tuple[str, ...] | None:
-    """The kind of each example, or None where one has none."""
-    return tuple(example.kind for example in examples) if any(example.kind for example in examples) else None
-
-
-def prompts_of(
-    model: HookedVLM, examples: Sequence[Example], batch_size: int, progress: bool, label: str
-) -> Iterator[tuple[list[int], Prompt]]:
-    """Batches of examples of like image size, which keeps the padding short."""
-
-    def pixels(index: int) -> int:
-        return sum(image.width * image.height for image in examples[index].images)
-
-    order = sorted(range(len(examples)), key=pixels)
-    with tqdm(total=len(examples), desc=label, unit="example", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = [examples[index] for index in chosen]
-            yield chosen, model.prompt([e.question for e in batch], images=[list(e.images) for e in batch])
-            bar.update(len(chosen))
+def mean_to(
+    mean: Float[Tensor, "batch head key"], keys: Bool[Tensor, "batch key"] | Float[Tensor, "batch key"]
+) -> Float[Tensor, "batch head"]:
+    """Sum of the average attention over `keys`, or weighted by them."""
+    return torch.einsum("bhk,bk->bh", mean, keys.to(mean.device, mean.dtype))

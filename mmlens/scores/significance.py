@@ -24,25 +24,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmlens.arguments import called, listed, number, seed_of, shown, whole_number
+from mmlens.arguments import BATCH_SIZE, called, listed, number, seed_of, shown, whole_number
 from mmlens.data.examples import Evidence, Example
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet
+from mmlens.model.batches import Prompts
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
-from mmlens.scores.retrieval import mean_of_rows
-from mmlens.scores.rows import (
-    LayerBuffer,
-    Rows,
-    kinds_of_examples,
-    prompts_of,
-    read_rows,
-    real_positions,
-    scored_examples,
-)
+from mmlens.scores.rows import LayerBuffer, Rows, mean_of_rows, read_rows, real_positions
+from mmlens.scores.score import kinds_of_examples, known_examples, score_batches
 from mmlens.statistics import benjamini_hochberg
-from mmlens.token_map import BoxMapping, TokenMapError
+from mmlens.token_map import BoxMapping, TokenMapError, mapping_of
 
 Regions = Callable[[Example], Iterable[Sequence[Evidence]]]
 
@@ -69,7 +62,7 @@ class RamSignificance:
         """
         q = number("q", q, above=0, below=1)
         order = self.lift.top(1.0)
-        return order - order._with(head for head in order if not self.adjusted[head] <= q)
+        return HeadSet([head for head in order if self.adjusted[head] <= q], order.grid)
 
     def table(self) -> pd.DataFrame:
         """One row per head, the largest lift first: layer, head, ram, lift, p_value, adjusted."""
@@ -89,13 +82,13 @@ class RamSignificance:
 
 def ram_significance(
     model: HookedVLM,
-    examples: Sequence[Example],
+    prompts: Prompts,
     *,
     regions: Regions | None = None,
     max_regions: int = 200,
     n_resamples: int = 9999,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
 ) -> RamSignificance:
@@ -118,7 +111,8 @@ def ram_significance(
     >>> found.p_values.shape == (model.cfg.n_layers, model.cfg.n_heads)
     True
     """
-    examples = scored_examples(model, examples, batch_size, progress, mapping)
+    mapping_of(mapping)
+    batches = score_batches(model, prompts, ("evidence",), batch_size, progress, "RAM of regions")
     n_heads = len(model.grid)
     n_resamples, seed = whole_number("n_resamples", n_resamples, least=1), seed_of(seed)
     max_regions = whole_number("max_regions", max_regions)
@@ -133,15 +127,15 @@ def ram_significance(
         raise InvalidValueError(
             f"max_regions counts the evidence's own, so it is at least 2, not {max_regions}"
         )
-    masses: list[Tensor] = [torch.empty(0)] * len(examples)
-    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "RAM of regions"):
+    masses: list[Tensor] = [torch.empty(0)] * batches.n_examples
+    for index, prompt in batches:
         masks = [
-            _masks(prompt, row, examples[i], regions, max_regions, seed, mapping)
-            for row, i in enumerate(chosen)
+            _masks(prompt, row, example, regions, max_regions, seed, mapping)
+            for row, example in enumerate(known_examples(prompt))
         ]
-        for i, own in zip(chosen, _mass_of_regions(model, prompt, masks), strict=True):
-            masses[i] = own
-    kinds = kinds_of_examples(examples)
+        for at, own in zip(index, _mass_of_regions(model, prompt, masks), strict=True):
+            masses[at] = own
+    kinds = kinds_of_examples(batches.examples)
     evidence = torch.stack([own[0] for own in masses])
     lift = evidence - torch.stack([own.mean(0) for own in masses])
     scores = HeadScores(evidence, "RAM", kinds, model.grid)

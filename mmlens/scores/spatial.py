@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import scipy.ndimage
@@ -10,33 +10,26 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmlens.arguments import array_of, number, whole_number
-from mmlens.data.examples import Example
+from mmlens.arguments import BATCH_SIZE, array_of, number, whole_number
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.head_scores import HeadScores
-from mmlens.model.hooked_vlm import HookedVLM
-from mmlens.scores.rows import (
-    LayerBuffer,
-    Rows,
-    checked_examples,
-    kinds_of_examples,
-    prompts_of,
-    read_rows,
-    real_positions,
-    refuse_cross_attention,
-)
+from mmlens.model.batches import Prompts
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.prompt import Prompt
+from mmlens.scores.rows import LayerBuffer, Rows, mean_to, read_rows, real_positions
+from mmlens.scores.score import HeadScore
 from mmlens.token_map import NO_PATCH, TokenMap
 
 
 def localization_score(
     model: HookedVLM,
-    examples: Sequence[Example],
+    prompts: Prompts,
     *,
     cut: float | None = None,
     n_lowest: int = 10,
     first_layer: int = 0,
     last_row: float | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> HeadScores:
     """The localization head's score: how often a head's attention map is among the most compact ones.
@@ -62,57 +55,66 @@ def localization_score(
     >>> round(float(scores.values.sum()), 4)
     3.0
     """
-    examples = checked_examples(model, examples, batch_size, progress)
-    refuse_cross_attention(model)
     n_lowest = whole_number("n_lowest", n_lowest, least=1)
-    first_layer = whole_number("first_layer", first_layer, least=0, most=model.cfg.n_layers - 1)
-    cut = None if cut is None else number("cut", cut)
-    last_row = None if last_row is None else number("last_row", last_row)
-    without = [example.id or f"number {i}" for i, example in enumerate(examples) if not example.images]
-    if without:
-        raise InvalidValueError(
-            f"{len(without)} of {len(examples)} examples have no image, and maps need one: {without[:5]}"
-        )
-    shape = len(examples), *model.grid.shape
-    mass, entropy, lowest_row = torch.empty(shape), torch.empty(shape), torch.empty(shape)
-    for chosen, prompt in prompts_of(model, examples, batch_size, progress, "localization"):
-        canvases = [_canvas(prompt.token_map, row) for row in range(len(prompt))]
-        last_rows = [_last_rows(canvas) for canvas in canvases]
-        is_image = prompt.token_map.is_image
-        of_batch = tuple(LayerBuffer(model, len(prompt)) for _ in range(3))
+    first_layer = whole_number("first_layer", first_layer, least=0, most=model_of(model).cfg.n_layers - 1)
+    return LOCALIZATION_SCORE(
+        model,
+        prompts,
+        batch_size=batch_size,
+        progress=progress,
+        cut=None if cut is None else number("cut", cut),
+        n_lowest=n_lowest,
+        first_layer=first_layer,
+        last_row=None if last_row is None else number("last_row", last_row),
+    )
 
-        def consume(
-            layer: int,
-            rows: Rows,
-            real: Bool[Tensor, "batch query"],
-            canvases: list[np.ndarray] = canvases,
-            last_rows: list[np.ndarray] = last_rows,
-            is_image: Tensor = is_image,
-            of_batch: tuple[LayerBuffer, ...] = of_batch,
-        ) -> None:
-            last = rows[:, :, 0].cpu()
-            of_batch[0].put(layer, torch.einsum("bhk,bk->bh", last, is_image.cpu().float()))
-            of_batch[1].put(
-                layer,
-                torch.stack(
-                    [torch.from_numpy(_map_entropy(a, c)) for a, c in zip(last, canvases, strict=True)]
-                ),
-            )
-            of_batch[2].put(
-                layer,
-                torch.stack([a[:, cells].amax(-1) for a, cells in zip(last, last_rows, strict=True)]),
-            )
 
-        read_rows(model, prompt, prompt.last, real_positions(prompt), consume)
-        mass[chosen], entropy[chosen], lowest_row[chosen] = (values.take() for values in of_batch)
+def _read_maps(model: HookedVLM, prompt: Prompt, **_: Any) -> Float[Tensor, "batch layer head read=3"]:
+    """Of the last token's attention: its mass on the image, its entropy there, the most that a last row's cell gets."""
+    canvases = [_canvas(prompt.token_map, row) for row in range(len(prompt))]
+    last_rows = [_last_rows(canvas) for canvas in canvases]
+    is_image = prompt.token_map.is_image
+    mass, entropy, lowest_row = (LayerBuffer(model, len(prompt)) for _ in range(3))
+
+    def consume(layer: int, rows: Rows, real: Bool[Tensor, "batch query"]) -> None:
+        last = rows[:, :, 0].cpu()
+        mass.put(layer, mean_to(last, is_image))
+        entropies = [torch.from_numpy(_map_entropy(a, c)) for a, c in zip(last, canvases, strict=True)]
+        entropy.put(layer, torch.stack(entropies))
+        most = [a[:, cells].amax(-1) for a, cells in zip(last, last_rows, strict=True)]
+        lowest_row.put(layer, torch.stack(most))
+
+    read_rows(model, prompt, prompt.last, real_positions(prompt), consume)
+    return torch.stack([mass.take(), entropy.take(), lowest_row.take()], dim=-1)
+
+
+def _localized(
+    read: Float[Tensor, "example layer head read=3"],
+    cut: float | None = None,
+    n_lowest: int = 10,
+    first_layer: int = 0,
+    last_row: float | None = None,
+) -> Float[Tensor, "example layer head"]:
+    mass, entropy, lowest_row = read.unbind(-1)
     exists = ~mass[0].isnan()
+    entropy = entropy.clone()
     entropy[:, :first_layer] = torch.inf
     if last_row is not None:
         entropy[lowest_row > last_row] = torch.inf
     selected = _selected(mass[:, exists].numpy(), entropy[:, exists].numpy(), cut, n_lowest)
-    per_example = torch.full(shape, torch.nan)
+    per_example = torch.full_like(mass, torch.nan)
     per_example[:, exists] = torch.from_numpy(selected)
-    return HeadScores(per_example, "localization score", kinds_of_examples(examples), model.grid)
+    return per_example
+
+
+LOCALIZATION_SCORE = HeadScore(
+    "localization score",
+    _read_maps,
+    label="localization",
+    source="arXiv 2503.06287",
+    needs=("images",),
+    of_all=_localized,
+)
 
 
 def spatial_entropy(

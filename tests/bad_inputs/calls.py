@@ -29,7 +29,7 @@ from mmlens.hybrid.speed import prefill_speed
 from mmlens.metrics.answers import parse_answer
 from mmlens.metrics.outcomes import evaluate, reads
 from mmlens.runs.accelerate import accelerate, load_scores
-from mmlens.scores.attention import fake_region
+from mmlens.scores.lift import fake_region
 from mmlens.scores.logits import position_contributions
 from mmlens.scores.significance import region_permutation_test
 from mmlens.scores.spatial import elbow, spatial_entropy
@@ -55,7 +55,7 @@ class Call:
         return self.function(**{**self.arguments, **changed})
 
 
-SHARED = {"model": "model", "examples": "examples", "batch_size": "count", "progress": "flag"}
+SHARED = {"model": "model", "prompts": "prompts", "batch_size": "count", "progress": "flag"}
 OF_EVIDENCE = SHARED | {"mapping": "mapping"}
 RESAMPLED = {"level": "level", "n_resamples": "count", "seed": "seed"}
 
@@ -76,9 +76,9 @@ def calls(w: World) -> list[Call]:
 
 
 def _scores(w: World) -> list[Call]:
-    given = {"model": w.model, "examples": w.examples[:2], "progress": False}
+    given = {"model": w.model, "prompts": w.examples[:2], "progress": False}
     asked = {"model": w.model, "prompt": w.prompt}
-    texts = {"model": w.model, "examples": mmlens.scene_examples("text_recall", 2, seed=0), "progress": False}
+    texts = {"model": w.model, "prompts": mmlens.scene_examples("text_recall", 2, seed=0), "progress": False}
     masses = [torch.rand(5, 3) for _ in range(3)]
     everywhere = torch.ones(tuple(w.prompt.shape), dtype=torch.bool)
     scored = {
@@ -122,7 +122,7 @@ def _scores(w: World) -> list[Call]:
             "copy_score",
             mmlens.scores.copy_score,
             texts | {"max_new_tokens": 2},
-            SHARED | {"examples": "examples!", "max_new_tokens": "count"},
+            SHARED | {"prompts": "prompts!", "max_new_tokens": "count"},
         ),
         Call(
             "localization_score",
@@ -130,7 +130,7 @@ def _scores(w: World) -> list[Call]:
             given,
             SHARED | {"n_lowest": "count", "first_layer": "count or none"},
         ),
-        Call("vision_mass", mmlens.scores.vision_mass, asked, {"model": "model", "prompt": "prompt"}),
+        Call("vision_mass", mmlens.scores.vision_mass, given, SHARED),
         Call(
             "attention_mass",
             lambda model, inputs, queries, keys: mmlens.attention_mass(model, inputs, queries, keys),

@@ -11,10 +11,10 @@ import torch
 from plain_runs import small_setup, without_heads
 
 import mmlens
-from mmlens.experiments import prediction
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.prediction import EXPERIMENT, attributed_cost, run
-from mmlens.head_scores import HeadScores
+from mmlens.scores.registry import SCORES
+from mmlens.scores.score import HeadScore
 
 N_HEADS = 64
 
@@ -95,14 +95,11 @@ def test_a_score_that_is_the_cost_predicts_it_and_noise_does_not(
     rng = np.random.default_rng(0)
 
     def scored(values: np.ndarray):
-        def score(model, examples, **_):
-            grid = torch.tensor(values).reshape(1, 8, 8).repeat(len(examples), 1, 1)
-            return HeadScores(grid, "planted", tuple(e.kind for e in examples), model.grid)
+        of_heads = torch.tensor(values).reshape(1, 8, 8)
+        return HeadScore("planted", lambda model, prompt: of_heads.repeat(len(prompt), 1, 1))
 
-        return score
-
-    monkeypatch.setitem(prediction.SCORES, "oracle", scored(cost))
-    monkeypatch.setitem(prediction.SCORES, "noise", scored(rng.permutation(cost)))
+    monkeypatch.setitem(SCORES, "oracle", scored(cost))
+    monkeypatch.setitem(SCORES, "noise", scored(rng.permutation(cost)))
     again = run(setup, scores=("oracle", "noise"), mode="zero", n_per_kind=3, n_groups=4, n_resamples=50)
     rows = {r["score"]: r for r in again.numbers["correlations"] if r["metric"] == "logit_difference"}
     # Heads whose cost is rounding alone change places between the two runs.

@@ -18,9 +18,10 @@ import mmlens
 from mmlens.experiments import relatives
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.relatives import EXPERIMENT, run
+from mmlens.head_scores import half_mass_share
 from mmlens.runs.methods import bibtex_entries
 from mmlens.runs.run import read_findings, write_findings
-from mmlens.scores.attention import gaze_score, half_mass_share, null_calibrated_ram
+from mmlens.scores.attention import gaze_score, null_calibrated_ram
 from mmlens.scores.decoding import copy_score
 
 N_HEADS = 64

@@ -33,9 +33,9 @@ from mmlens.experiments.core_heads_report import question_attention, write_core_
 from mmlens.heads import HeadGrid
 from mmlens.hook_names import block
 from mmlens.interventions.ablation import Means, mean_activations
+from mmlens.model.cross_attention import CrossAttentionError
 from mmlens.model.prompt import Prompt
 from mmlens.scores.retrieval import attention_mass, evidence_attention, ram, vision_mass
-from mmlens.scores.rows import CrossAttentionError
 from mmlens.token_map import TokenMap
 
 
@@ -204,7 +204,10 @@ def test_attention_mass_is_that_of_the_whole_patterns(uneven: str) -> None:
     _, cache = model.run_with_cache(prompt.inputs, names_filter=lambda name: name.endswith("hook_pattern"))
     queries, keys = prompt.token_map.is_question, prompt.token_map.is_image
     mass = attention_mass(model, prompt, queries, keys)
-    assert torch.equal(torch.nan_to_num(mass, nan=-1), torch.nan_to_num(vision_mass(model, prompt), nan=-1))
+    assert torch.equal(
+        torch.nan_to_num(mass, nan=-1),
+        torch.nan_to_num(vision_mass(model, prompt, progress=False).per_example, nan=-1),
+    )
     expected = np.full(mass.shape, np.nan)
     for example, (layer, head) in ((row, at) for row in range(2) for at in FAMILIES[uneven].every):
         pattern = cache[block(layer, "attn.hook_pattern")][example, head]

@@ -13,19 +13,17 @@ from PIL import Image
 from tiny import REPRESENTATIVES, tiny_images, tiny_model, tiny_processor
 
 from mmlens.data.examples import Evidence, Example
-from mmlens.head_scores import HeadScores
+from mmlens.head_scores import HeadScores, half_mass_share
 from mmlens.heads import HeadGrid
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.scores.attention import (
     _sum_of_documents,
-    fake_region,
     gaze_score,
-    half_mass_share,
     null_calibrated_ram,
     query_focused_score,
-    ram_lift,
     ram_per_token,
 )
+from mmlens.scores.lift import fake_region, ram_lift
 from mmlens.scores.retrieval import ram
 from mmlens.token_map import ImageGrid, TokenMap
 
@@ -288,7 +286,7 @@ def test_half_mass_share_by_hand() -> None:
 )
 def test_bad_examples_are_refused(score: Any) -> None:
     model, examples = hooked("llava"), examples_of("llava")
-    with pytest.raises(ValueError, match="no examples given"):
+    with pytest.raises(ValueError, match="no prompts given"):
         score(model, [])
     with pytest.raises(ValueError, match="1 of 2 examples have no evidence .*: text-7"):
         score(model, [examples[0], Example("Which word?", "K", id="text-7")])

@@ -93,11 +93,8 @@ def test_copy_score_counts_steps_by_hand(micro: HookedVLM, monkeypatch: pytest.M
     decoded = torch.tensor([[77, 78, stop, 77]]), dict.fromkeys(range(8), keys)
     monkeypatch.setattr("mmlens.scores.decoding._decode", lambda *args: decoded)
     monkeypatch.setattr("mmlens.scores.decoding._question_positions", lambda *args: [5, 6])
-    monkeypatch.setattr(
-        "mmlens.scores.decoding.prompts_of",
-        lambda *args: [([0], dataclasses.replace(prompt, inputs={**prompt.inputs, "input_ids": ids}))],
-    )
-    scores = copy_score(micro, [example], progress=False)
+    planted = dataclasses.replace(prompt, inputs={**prompt.inputs, "input_ids": ids})
+    scores = copy_score(micro, planted, progress=False)
     expected = [1.0, 0.5, 0.5, 0.0, 0.5, 0.5, 0.5, 0.0]
     assert scores.per_example[0].tolist() == [expected] * 8
 
@@ -191,7 +188,7 @@ def test_bad_input_is_refused(micro: HookedVLM) -> None:
         copy_score(micro, [example], needles=["cat"], progress=False)
     with pytest.raises(ValueError, match="1 needles for 2 examples"):
         copy_score(micro, [example] * 2, needles=["teak"], progress=False)
-    with pytest.raises(ValueError, match="no examples given"):
+    with pytest.raises(ValueError, match="no prompts given"):
         copy_score(micro, [])
     with pytest.raises(ValueError, match="max_new_tokens is 0; expected"):
         copy_score(micro, [example], needles=["teak"], max_new_tokens=0)

@@ -27,11 +27,10 @@ from mmlens.scores.retrieval import (
     key_token_coverage,
     key_token_ratio,
     key_tokens,
-    mass_of_rows,
-    mean_of_rows,
     ram,
     vision_mass,
 )
+from mmlens.scores.rows import mass_of_rows, mean_of_rows
 
 
 @functools.cache
@@ -152,7 +151,7 @@ def test_attention_mass_is_exact_in_a_padded_batch(family: str) -> None:
     question, evidence = prompt.token_map.is_question, prompt.token_map.evidence(examples)
     mass = attention_mass(model, prompt, question, evidence)
     from_keywords = attention_mass(model, prompt.inputs, question, evidence)
-    looked_at = vision_mass(model, prompt)
+    looked_at = vision_mass(model, prompt, progress=False).per_example
     assert mass.shape == (3, model.cfg.n_layers, model.cfg.n_heads)
     assert float(mass.max()) > 1e-3
     for example in range(3):
@@ -274,14 +273,16 @@ def test_bad_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"keys marks padding in batch row\(s\) \[0\]"):
         attention_mass(model, prompt, question, ~nothing)
     text_only = model.prompt("What colour?")
-    with pytest.raises(ValueError, match="keys marks no position"):
+    with pytest.raises(ValueError, match="the prompt's images marks no position"):
         vision_mass(model, text_only)
+    with pytest.raises(ValueError, match="1 of 1 examples have no image"):
+        vision_mass(model, [Example("What colour?", "red")])
 
 
 @pytest.mark.parametrize("score", [ram, evidence_attention])
 def test_bad_examples_are_refused(score: Any) -> None:
     model, examples = hooked("llava"), examples_of("llava")
-    with pytest.raises(ValueError, match="no examples given"):
+    with pytest.raises(ValueError, match="no prompts given"):
         score(model, [])
     control = Example("Which word?", "K", id="text-7")
     with pytest.raises(ValueError, match=r"2 of 3 examples have no evidence .*: text-7, number 2"):
