@@ -34,7 +34,7 @@ thumbnail or global image. Crops are numbered from 1, row by row."""
 NO_PATCH = -1
 """Image, tile, row and column of what has none: text, padding; row and column of separators."""
 
-_SLIVER = 0.01
+SLIVER = 0.01
 """Pixels of overlap that do not count, so that rounded box edges match no neighbour."""
 
 
@@ -239,7 +239,7 @@ class TokenMap:
             edges = self.boxes[example].nan_to_num(nan=-1.0)
             overlap_x = edges[:, 2].clamp(max=right) - edges[:, 0].clamp(min=left)
             overlap_y = edges[:, 3].clamp(max=bottom) - edges[:, 1].clamp(min=top)
-            hit = (self.image[example] == image) & (overlap_x > _SLIVER) & (overlap_y > _SLIVER)
+            hit = (self.image[example] == image) & (overlap_x > SLIVER) & (overlap_y > SLIVER)
         else:
             hit = self._paper_floor(image, example, grid, (left, top, right, bottom))
         if not bool(hit.any()):

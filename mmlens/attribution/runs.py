@@ -19,7 +19,7 @@ from mmlens.errors import InvalidValueError
 from mmlens.families.anatomy import AttentionParts
 from mmlens.hook_names import block, runs_over_positions
 from mmlens.interrupts import Temporary
-from mmlens.interventions.corruptions import layout_difference
+from mmlens.interventions.layouts import layout_difference
 from mmlens.interventions.patching import PatchSource, Source, shared_source
 from mmlens.metrics.outcomes import Metric, evaluate, metric_name, metric_of, what_reads
 from mmlens.model.cache import over_positions

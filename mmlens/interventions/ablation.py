@@ -39,7 +39,7 @@ from mmlens.interventions.edits import (
     NAMED_POSITIONS,
     Change,
     Edit,
-    Here,
+    EditContext,
     IfAny,
     Mask,
     Positions,
@@ -203,7 +203,7 @@ class _Target:
         if self.index is None:
             return Edit(model, prompt, self.hook, change, positions=where)
 
-        def whole(x: Tensor, here: Here) -> Tensor:
+        def whole(x: Tensor, here: EditContext) -> Tensor:
             chosen = self.of(x)
             index = torch.tensor(self.index, device=x.device)
             return x.index_copy(self.parts[0].axis, index, change(chosen, here).to(x.dtype).expand_as(chosen))
@@ -256,7 +256,7 @@ def _zero(
 def _uniform(
     model: HookedVLM, prompt: Prompt, targets: Sequence[_Target], reference: None, seed: int
 ) -> list[Change]:
-    def change(scores: Tensor, here: Here) -> Tensor:
+    def change(scores: Tensor, here: EditContext) -> Tensor:
         return torch.where(is_masked(scores, model.hf_model.dtype), scores, torch.zeros_like(scores))
 
     return [change] * len(targets)
@@ -307,7 +307,7 @@ def _check_kinds(hook: str, means: Tensor) -> None:
         )
 
 
-def _to_mean(x: Tensor, here: Here, *, means: Float[Tensor, "kind ..."], hook: str) -> Tensor:
+def _to_mean(x: Tensor, here: EditContext, *, means: Float[Tensor, "kind ..."], hook: str) -> Tensor:
     features = means.shape[1:]
     if x.shape[x.ndim - len(features) :] != features:
         raise InvalidValueError(
@@ -375,7 +375,7 @@ def _to_image_values(model: HookedVLM, prompt: Prompt, other: Prompt, source: Te
     return lambda x, here: here.of_prompt(values, 0.0)[here.of_prompt(here_mask, False)].to(x)
 
 
-def _to_same_patches(x: Tensor, here: Here, *, source: Tensor, hook: str) -> Tensor:
+def _to_same_patches(x: Tensor, here: EditContext, *, source: Tensor, hook: str) -> Tensor:
     here.check_run()
     if x.shape != source.shape:
         raise InvalidValueError(

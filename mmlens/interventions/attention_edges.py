@@ -27,7 +27,7 @@ from mmlens.hook_names import block
 from mmlens.interventions.edits import (
     Change,
     Edit,
-    Here,
+    EditContext,
     IfAny,
     Mask,
     Positions,
@@ -94,7 +94,7 @@ def knockout(
         chosen = _edge_heads(model, of_layers, of_heads)
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
 
-        def change(scores: Tensor, here: Here) -> Tensor:
+        def change(scores: Tensor, here: EditContext) -> Tensor:
             blocked = _at_keys(is_key, here, scores) & ~is_masked(scores, model.hf_model.dtype)
             return scores.masked_fill(blocked, torch.finfo(scores.dtype).min)
 
@@ -179,7 +179,7 @@ def bias_attention(
         chosen = _head_set(model, heads, over_the_prompt=True)
         where, is_key = _queries(prompt, queries), _keys(prompt, keys)
 
-        def change(scores: Tensor, here: Here, deltas: Tensor) -> Tensor:
+        def change(scores: Tensor, here: EditContext, deltas: Tensor) -> Tensor:
             biased = _at_keys(is_key, here, scores) & ~is_masked(scores, model.hf_model.dtype)
             return torch.where(biased, scores + deltas.to(scores)[:, None, None], scores)
 
@@ -211,7 +211,7 @@ def scale_heads(
         check_call(model, prompt)
         chosen = _head_set(model, heads)
 
-        def change(z: Tensor, here: Here, deltas: Tensor) -> Tensor:
+        def change(z: Tensor, here: EditContext, deltas: Tensor) -> Tensor:
             return z * deltas.to(z)[:, None]
 
         return _per_head_edits(
@@ -356,7 +356,7 @@ def _keys(prompt: Prompt, keys: Positions) -> Mask:
     return _real(prompt, keys, "keys")
 
 
-def _at_keys(is_key: Mask, here: Here, scores: Tensor) -> Bool[Tensor, "row 1 1 key"]:
+def _at_keys(is_key: Mask, here: EditContext, scores: Tensor) -> Bool[Tensor, "row 1 1 key"]:
     """Which of the scores' keys are chosen.
 
     The last key is the run's newest position, or lies after it, unused, in a cache of fixed length; the first is the

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmlens.arguments import called, instance_of, one_of, whole_number
 from mmlens.errors import InvalidValueError, OutOfRangeError, StateError
 from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions
-from mmlens.interventions.edits import Edit, Here, Positions, check_call, intervention_of
+from mmlens.interventions.edits import Edit, EditContext, Positions, check_call, intervention_of
 from mmlens.model.cache import is_batched, is_packed
 from mmlens.model.hooked_vlm import (
     Hook,
@@ -127,11 +127,11 @@ def _fresh(edit: Edit) -> Edit:
 
 def _of_part(
     prompt: Prompt, name: str, function: Callable[..., Any], hook: Any, when: str
-) -> Callable[[Tensor, Here], Tensor]:
+) -> Callable[[Tensor, EditContext], Tensor]:
     """A hook function as an Edit's change, which hands it the prompt's positions or the generated ones alone."""
     axis = position_axis(name)
 
-    def change(x: Tensor, here: Here) -> Tensor:
+    def change(x: Tensor, here: EditContext) -> Tensor:
         length = x.shape[axis]
         n_prompt = min(max(prompt.shape[1] - here.span.first, 0), length)
         start, stop = (0, n_prompt) if when == "prompt" else (n_prompt, length)
@@ -260,11 +260,11 @@ def relay(
         _check_relay(read, write)
         seen: list[tuple[Tensor, Span]] = []
 
-        def look(x: Tensor, here: Here) -> Tensor:
+        def look(x: Tensor, here: EditContext) -> Tensor:
             seen[:] = [(x.clone(), here.span)]
             return x
 
-        def change(x: Tensor, here: Here) -> Tensor:
+        def change(x: Tensor, here: EditContext) -> Tensor:
             if not seen:
                 raise StateError(f"relay: {write} fired in a run in which {read} had not fired before it")
             source, span = seen.pop()

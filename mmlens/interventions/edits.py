@@ -149,7 +149,7 @@ def check_call(model: object, prompt: object) -> None:
 
 
 @dataclass(frozen=True)
-class Here:
+class EditContext:
     """What part of a prompt the activation in hand covers: `span` positions, of which some may be generated."""
 
     prompt: Prompt
@@ -192,7 +192,7 @@ class Here:
         return self.of_prompt(NAMED_POSITIONS["text"](self.prompt), True)
 
 
-Change = Callable[[Tensor, Here], Tensor]
+Change = Callable[[Tensor, EditContext], Tensor]
 """(the activation at the chosen heads, what it covers) -> what stands in its place; the edit keeps it at the chosen
 positions only."""
 
@@ -269,7 +269,7 @@ class Edit:
         return f"Edit({self.name}{heads}{where}: fired {self.fired} times, size {self.size:.3g})"
 
     def __call__(self, x: Tensor, hook: Any) -> Tensor:
-        here = Here(self.prompt, self._span(x), self.model)
+        here = EditContext(self.prompt, self._span(x), self.model)
         of_heads = head_axis(self.name) or 0
         chosen, index = x, None
         if self.heads is not None:
@@ -306,7 +306,7 @@ class Edit:
             return Span(span.first + span.length - n_keys, n_keys)
         return span
 
-    def _where(self, x: Tensor, here: Here) -> Tensor | None:
+    def _where(self, x: Tensor, here: EditContext) -> Tensor | None:
         if not self.is_language or (self.mask is None and self.generated):
             return None
         mask = torch.ones(tuple(self.prompt.shape), dtype=torch.bool) if self.mask is None else self.mask

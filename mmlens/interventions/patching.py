@@ -24,11 +24,10 @@ from transformer_lens import ActivationCache
 from mmlens.arguments import called, instance_of, shown, unknown_name_message, whole_numbers
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.hook_names import axes_of, head_axis, runs_over_positions
-from mmlens.interventions.corruptions import layout_difference
 from mmlens.interventions.edits import (
     Change,
     Edit,
-    Here,
+    EditContext,
     IfAny,
     Positions,
     check_call,
@@ -36,6 +35,7 @@ from mmlens.interventions.edits import (
     intervention_of,
     positions_mask,
 )
+from mmlens.interventions.layouts import layout_difference
 from mmlens.interventions.origin import OfAnotherModel, check_origin
 from mmlens.model.cache import is_packed, over_positions
 from mmlens.model.evaluation import check_same_twice
@@ -47,8 +47,8 @@ Activations: TypeAlias = ActivationCache | Mapping[str, Tensor]
 """Activations by hook name: TransformerLens' cache, or a dict."""
 
 PromptOrActivations: TypeAlias = Prompt | ActivationCache | Mapping[str, Tensor] | OfAnotherModel
-Corruption = Callable[[HookedVLM, Prompt], PromptOrActivations]
-"""From the prompt that is patched to the one to patch from, or to activations; as in `interventions.corruptions`."""
+SourceOf = Callable[[HookedVLM, Prompt], PromptOrActivations]
+"""From the prompt that is patched to the one to patch from, as a corruption gives it, or to activations."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Source:
     `compose(noise_images(), patch(hook, Source()))`.
     """
 
-    prompt: Prompt | Corruption | None = None
+    prompt: Prompt | SourceOf | None = None
     under: Intervention | None = None
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ SourcePositions: TypeAlias = (
 )
 """As Positions, but of the source's prompt."""
 
-PatchSource: TypeAlias = Source | Prompt | Corruption | Activations | OfAnotherModel
+PatchSource: TypeAlias = Source | Prompt | SourceOf | Activations | OfAnotherModel
 
 
 def patch(
@@ -523,7 +523,7 @@ def _of_positions(
 ) -> Change:
     _check_heads(hook, values.shape[2], heads)
 
-    def change(x: Tensor, here: Here) -> Tensor:
+    def change(x: Tensor, here: EditContext) -> Tensor:
         given = _of_heads(here.of_prompt(values, 0), 2, heads)
         if packed is not None:
             given = given[here.of_prompt(packed, False).to(given.device)]
@@ -540,7 +540,7 @@ def _rows_of_queries(
     _check_heads(hook, values.shape[2], heads)
     length, n_keys = values.shape[1], values.shape[-1]
 
-    def change(x: Tensor, here: Here) -> Tensor:
+    def change(x: Tensor, here: EditContext) -> Tensor:
         first = here.span.first
         n_known = max(0, min(first + here.span.length, length) - first)
         if not n_known:
@@ -597,7 +597,7 @@ def _whole(model: HookedVLM, hook: str, origin: Origin, heads: Sequence[int] | N
     values = _of_heads(origin.value, axis, heads)
     run, n_done = -1, 0
 
-    def change(x: Tensor, here: Here) -> Tensor:
+    def change(x: Tensor, here: EditContext) -> Tensor:
         nonlocal run, n_done
         here.check_run()
         given = values

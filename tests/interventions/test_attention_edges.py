@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import mmlens
 from mmlens.interventions.attention_edges import bias_attention, knockout, scale_heads
 from mmlens.interventions.composition import during
-from mmlens.interventions.edits import Edit, Here, if_any
+from mmlens.interventions.edits import Edit, EditContext, if_any
 from mmlens.model.hooked_vlm import HookedVLM, NoChangeWarning
 from mmlens.model.prompt import Prompt
 from mmlens.token_map import TokenMap
@@ -436,7 +436,7 @@ def test_rows_before_the_first_edited_query_stay_on_the_fast_path(family: str) -
     name = "blocks.1.attn.hook_attn_scores"
     seen: list[int] = []
 
-    def halved(scores: Tensor, here: Here) -> Tensor:
+    def halved(scores: Tensor, here: EditContext) -> Tensor:
         seen.append(scores.shape[2])
         return torch.where(scores > -1e4, scores / 2, scores)
 

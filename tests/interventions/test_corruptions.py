@@ -18,7 +18,7 @@ from torch import Tensor
 import mmlens
 from mmlens.data.examples import Evidence, Example
 from mmlens.errors import PromptError
-from mmlens.interventions.corruptions import (
+from mmlens.interventions import (
     CorruptionError,
     blank_region,
     corrupted_prompt,

@@ -9,7 +9,7 @@ from tiny.wrapped import QUESTION, generate, hooked, padded_prompt, two_image_pr
 from torch import Tensor
 
 import mmlens
-from mmlens.interventions.corruptions import noise_images
+from mmlens.interventions.noise import noise_images
 from mmlens.interventions.patching import patch
 from mmlens.model.prompt import Prompt
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import mmlens
 from mmlens.hook_names import axes_of
 from mmlens.interventions import patching
-from mmlens.interventions.corruptions import noise_images
+from mmlens.interventions.noise import noise_images
 from mmlens.interventions.patching import Source, patch
 from mmlens.model.cache import without_batch_axis
 from mmlens.model.hooked_vlm import HookNeverFiredError, UnknownHookError

@@ -17,7 +17,7 @@ from torch import Tensor
 from mmlens.data.examples import Evidence, Example, load_examples, save_examples
 from mmlens.data.images import as_rgb, load_image
 from mmlens.errors import MissingFileError, MmlensError, MmlensWarning, PromptError
-from mmlens.interventions.corruptions import blank_region, evidence_of
+from mmlens.interventions.image_edits import blank_region, evidence_of
 from mmlens.model.prompt import Prompt, make_prompt
 
 WITH_PROCESSOR = [
