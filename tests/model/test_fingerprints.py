@@ -43,12 +43,11 @@ def drawn() -> dict[str, Callable[[], Intervention]]:
 def test_effects_do_not_depend_on_the_batch_size(micro: HookedVLM, name: str) -> None:
     by_size = {
         size: mmlens.effect(micro, examples(), drawn()[name](), mmlens.logit_difference, batch_size=size)
-        for size in (1, 3, 8)
+        for size in (1, 3)
     }
     assert (by_size[1].values - by_size[1].clean).abs().min() > 0.05
-    for size in (3, 8):
-        torch.testing.assert_close(by_size[size].values, by_size[1].values, atol=2e-3, rtol=1e-4)
-    reordered = mmlens.effect(micro, examples()[::-1], drawn()[name](), mmlens.logit_difference, batch_size=3)
+    torch.testing.assert_close(by_size[3].values, by_size[1].values, atol=2e-3, rtol=1e-4)
+    reordered = mmlens.effect(micro, examples()[::-1], drawn()[name](), mmlens.logit_difference, batch_size=8)
     torch.testing.assert_close(reordered.values.flip(0), by_size[1].values, atol=2e-3, rtol=1e-4)
 
 
@@ -62,10 +61,10 @@ def test_sweeps_do_not_depend_on_the_batch_size(micro: HookedVLM) -> None:
             batch_size=size,
             progress=False,
         ).sort_values(["intervention", "example"])
-        for size in (1, 3, 8)
+        for size in (3, 8)
     ]
-    for table in tables[1:]:
-        assert (table["value"].to_numpy() - tables[0]["value"].to_numpy()).__abs__().max() < 2e-3
+    first, second = (table["value"].to_numpy() for table in tables)
+    assert abs(first - second).max() < 2e-3
 
 
 @pytest.mark.slow

@@ -79,6 +79,7 @@ def test_the_best_of_64_heads_of_no_effect() -> None:
     assert (p_others <= 0.05).sum() <= scipy.stats.binom.ppf(0.999, 200, 0.05)
 
 
+@pytest.mark.slow
 def test_random_models_look_good_where_they_were_chosen() -> None:
     found = pd.concat([optimism("llava", seed, n=10) for seed in range(16)])
     for _, own in found.groupby("measure"):
