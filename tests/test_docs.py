@@ -12,7 +12,13 @@ PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT /
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/hybrid.md", "docs/interventions.md", "experiments/README.md"]
+    "page",
+    [
+        pytest.param("README.md", marks=pytest.mark.slow),
+        "docs/hybrid.md",
+        "docs/interventions.md",
+        "experiments/README.md",
+    ],
 )
 def test_python_in_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
