@@ -18,6 +18,7 @@ whose gradient is zero or none.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
@@ -84,19 +85,10 @@ def reads(what: Reads, *, max_new_tokens: int | None = None) -> Callable[[_AnyMe
     return mark
 
 
-_NAMES = (
-    "accuracy",
-    "answer_log_probability",
-    "answer_rank",
-    "anls",
-    "exact_match",
-    "generated_accuracy",
-    "invalid",
-    "generated_invalid",
-    "kl_to_clean",
-    "logit_difference",
-    "relaxed_accuracy",
-)
+def _own_metrics() -> list[str]:
+    """The names of the room's own metrics: what it exports that says what it reads."""
+    room = importlib.import_module("mmlens.metrics")
+    return [name for name, value in vars(room).items() if callable(value) and hasattr(value, "reads")]
 
 
 def metric_of(name: str, value: object) -> Metric:
@@ -109,7 +101,7 @@ def metric_of(name: str, value: object) -> Metric:
     """
     expected = "a function (logits, prompt) that gives one number per example"
     if isinstance(value, str):
-        nearest = ", ".join(f"mmlens.metrics.{near}" for near in nearest_names(value, _NAMES))
+        nearest = ", ".join(f"mmlens.metrics.{near}" for near in nearest_names(value, _own_metrics()))
         raise InvalidTypeError(
             f"{name} is {shown(value)}; expected the function itself, {expected}; the nearest: {nearest}"
         )
@@ -169,6 +161,7 @@ def evaluate(
     return _checked(name, metric(logits, prompt, clean_logits), prompt)
 
 
+@reads("logits")
 def accuracy(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
     """1 where the most likely next token, of the whole vocabulary, is the answer's first token, else 0.
 
@@ -179,6 +172,7 @@ def accuracy(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[
     return (last.argmax(-1) == _answer_ids(prompt, last)).float()
 
 
+@reads("logits")
 def answer_log_probability(
     logits: Float[Tensor, "batch pos vocab"], prompt: Prompt
 ) -> Float[Tensor, " batch"]:
@@ -187,6 +181,7 @@ def answer_log_probability(
     return last.log_softmax(-1).gather(-1, _answer_ids(prompt, last)[:, None]).squeeze(-1)
 
 
+@reads("logits")
 def logit_difference(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
     """Logit of the answer's first token minus the highest one among the wrong candidates' first tokens.
 
@@ -252,6 +247,7 @@ def logit_difference_of(
     return difference
 
 
+@reads("logits")
 def answer_rank(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
     """Rank of the answer's first token among the whole vocabulary: 1 is the most likely next token.
 
@@ -287,6 +283,7 @@ def kl_to_clean(
     return (share * surprise).sum(-1).clamp(min=0).float()
 
 
+@reads("logits")
 def invalid(logits: Float[Tensor, "batch pos vocab"], prompt: Prompt) -> Float[Tensor, " batch"]:
     """1 where the most likely next token begins no candidate, nor the answer; else 0.
 
