@@ -22,6 +22,7 @@ from mmlens.attribution.check import PatchingComparison, compare_with_patching
 from mmlens.attribution.edges import EdgeAttribution, Site, attribute_edges
 from mmlens.attribution.nodes import Attribution, attribute
 from mmlens.attribution.patterns import _key_changes, _score_factor
+from mmlens.heads import HeadGrid
 from mmlens.model.hooked_vlm import HookedVLM, HookNeverFiredError, UnknownHookError
 from mmlens.model.prompt import Prompt
 
@@ -831,7 +832,9 @@ def test_bad_arguments_are_errors() -> None:
     attribution = attribute(model, prompt, source, contrast)
     with pytest.raises(ValueError, match="n is 0; expected"):
         compare_with_patching(model, prompt, source, contrast, attribution, n=0)
-    one = Attribution({name: x[:1] for name, x in attribution.scores.items()}, "gradient", False, (4, 4, 4))
+    one = Attribution(
+        {name: x[:1] for name, x in attribution.scores.items()}, "gradient", False, HeadGrid((4, 4, 4))
+    )
     with pytest.raises(ValueError, match=r"1 example\(s\), the prompt has 2"):
         compare_with_patching(model, prompt, source, contrast, one)
 
