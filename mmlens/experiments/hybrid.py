@@ -28,8 +28,8 @@ from mmlens.experiments.common import (
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, as_head_set
+from mmlens.hybrid.dense_heads import hybrid_attention
 from mmlens.hybrid.rule import StreamingRule
-from mmlens.hybrid.streaming import hybrid_attention
 from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
 from mmlens.model.batches import Batches
 from mmlens.model.hooked_vlm import NoChangeWarning

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from mmlens.arguments import flag, names_of, seed_of, shown, whole_number, whole_numbers
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.heads import Heads, HeadSet, as_head_set
+from mmlens.hybrid.dense_heads import hybrid_attention
 from mmlens.hybrid.layer import StreamingLayer
 from mmlens.hybrid.rule import StreamingRule
-from mmlens.hybrid.streaming import hybrid_attention
 from mmlens.internals import attention_implementation
 from mmlens.model.hooked_vlm import HookedVLM, NoChangeWarning, model_of
 

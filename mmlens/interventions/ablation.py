@@ -27,8 +27,8 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from mmlens.arguments import listed, one_of, seed_of, whole_number
-from mmlens.data.examples import Example, examples_of
+from mmlens.arguments import BATCH_SIZE, listed, one_of, seed_of
+from mmlens.data.examples import Example
 from mmlens.data.images import as_rgb
 from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadSet
@@ -48,6 +48,7 @@ from mmlens.interventions.edits import (
     positions_mask,
 )
 from mmlens.interventions.origin import OfAnotherModel, check_origin
+from mmlens.model.batches import Batches, Prompts
 from mmlens.model.cache import is_batched, is_masked, is_packed
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.fingerprints import example_seed, weights_fingerprints
@@ -77,20 +78,20 @@ class MeanActivations(dict[str, Tensor]):
 @torch.no_grad()
 def mean_activations(
     model: HookedVLM,
-    examples: Sequence[Example],
+    prompts: Prompts,
     *,
     hooks: HookName | Sequence[str] | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
 ) -> MeanActivations:
     """Mean activations over a reference set: the reference of `ablate(components, "mean")` and "mean_query".
 
-    One pass over `examples`, summed in float64. `hooks` are hook names or a filter of them, by default z and q of
+    One pass over `prompts`, summed in float64. `hooks` are hook names or a filter of them, by default z and q of
     every language head. Where an activation runs over the prompt's positions, `kind` is text, then image; padding
     is left out, and a set without images has no image mean: it is NaN. Of other hook points (image.*, the vision
     tower) there is one kind: the mean is over all image tokens, or all patches that the tower runs (where it pads
     images, padding too); examples without images do not count.
 
-    Raises ValueError for no examples, hook points whose activations run over queries and keys, and ones that need
+    Raises ValueError for no prompts, hook points whose activations run over queries and keys, and ones that need
     images where no example has any; UnknownHookError for a name that there is not.
 
     >>> model = HookedVLM.from_pretrained("micro")
@@ -99,12 +100,11 @@ def mean_activations(
     True
     """
     check_same_twice(model_of(model).hf_model)
-    examples, batch_size = examples_of(examples), whole_number("batch_size", batch_size, least=1)
+    batches = Batches(model, prompts, batch_size)
     names = _mean_hooks(model, hooks)
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
-    for start in range(0, len(examples), batch_size):
-        prompt = model.prompt_examples(examples[start : start + batch_size])
+    for _, prompt in batches:
         masks = _position_kinds(prompt)
 
         def add(x: Tensor, hook: Any, masks: tuple[Mask, Mask] = masks) -> None:

@@ -406,8 +406,8 @@ def _interventions(w: World) -> list[Call]:
         Call(
             "mean_activations",
             mmlens.mean_activations,
-            {"model": w.model, "examples": w.examples[:2]},
-            {"model": "model", "examples": "examples", "batch_size": "count", "hooks": "hook or all"},
+            {"model": w.model, "prompts": w.examples[:2]},
+            {"model": "model", "prompts": "prompts", "batch_size": "count", "hooks": "hook or all"},
         ),
         Call(
             "knockout",

@@ -588,7 +588,7 @@ def test_bad_ablations_are_errors() -> None:
     text_only = mean_activations(model, [Example(question="What?", answer="x")])
     with pytest.raises(ValueError, match="examples without any"):
         mmlens.ablate([(0, 0)], "mean", reference=text_only)(model, prompt)
-    with pytest.raises(ValueError, match="no examples given"):
+    with pytest.raises(ValueError, match="no prompts given"):
         mean_activations(model, [])
 
 
