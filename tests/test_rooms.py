@@ -55,18 +55,9 @@ UPWARDS: dict[tuple[str, str], str] = {}
 LARGEST_CLASS, LARGEST_FUNCTION = 350, 80
 LARGE_CLASSES = {"mmlens.model.hooked_vlm.HookedVLM"}
 LONG_FUNCTIONS = {
-    "mmlens.experiments.emergence.run",
-    "mmlens.experiments.key_tokens.run",
     "mmlens.experiments.masking.run",
-    "mmlens.experiments.modes.run",
-    "mmlens.experiments.prediction.run",
-    "mmlens.experiments.readings.run",
-    "mmlens.experiments.relatives.run",
-    "mmlens.experiments.self_repair.run",
-    "mmlens.experiments.stability.run",
     "mmlens.experiments.sufficiency.run",
     "mmlens.experiments.transfer.run",
-    "mmlens.experiments.vision_heads.run",
 }
 """Without a comment `# long: why` above them."""
 

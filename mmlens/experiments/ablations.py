@@ -26,6 +26,15 @@ def all_heads(setup: Setup) -> HeadSet:
     return HeadSet.every(setup.model.grid)
 
 
+def single_heads(heads: HeadSet) -> dict[str, HeadSet]:
+    """Each of the heads as a set of its own, by `head_name`.
+
+    >>> list(single_heads(HeadSet([(1, 3), (0, 2)], grid=(2, 4))))
+    ['L1H3', 'L0H2']
+    """
+    return {head_name(head): HeadSet([head], heads.grid) for head in heads}
+
+
 def first_of_kinds(examples: Sequence[Example], n_per_kind: int | None) -> list[Example]:
     """The first `n_per_kind` examples of each kind (None: all), then sorted by kind and number of images.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmlens.experiments import (
+    doubtful_points,
     emergence,
     head_map,
     hybrid,
@@ -11,8 +12,7 @@ from mmlens.experiments import (
     modes,
     overlays,
     prediction,
-    readings,
-    relatives,
+    score_comparison,
     self_repair,
     stability,
     sufficiency,
@@ -30,13 +30,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         masking.EXPERIMENT,
         key_tokens.EXPERIMENT,
         overlays.EXPERIMENT,
-        readings.EXPERIMENT,
+        doubtful_points.EXPERIMENT,
         prediction.EXPERIMENT,
         modes.EXPERIMENT,
         self_repair.EXPERIMENT,
         sufficiency.EXPERIMENT,
         transfer.EXPERIMENT,
-        relatives.EXPERIMENT,
+        score_comparison.EXPERIMENT,
         hybrid.EXPERIMENT,
         emergence.EXPERIMENT,
     )

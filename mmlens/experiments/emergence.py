@@ -7,12 +7,15 @@ shows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,10 +27,12 @@ from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import FIVE_PERCENT, head_names, plain, records
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores
+from mmlens.heads import HeadSet
 from mmlens.interventions.ablation import ablate
 from mmlens.interventions.composition import compose
 from mmlens.interventions.patching import patch
 from mmlens.metrics.outcomes import accuracy
+from mmlens.model.batches import Batches
 from mmlens.model.hooked_vlm import HookedVLM, Intervention
 from mmlens.model.prompt import Prompt
 from mmlens.scores.retrieval import attention_mass
@@ -67,6 +72,30 @@ def _entering(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "image_token d_
     return cache["image.hook_embed"].clone()
 
 
+ARMS = {
+    "clean": "all heads",
+    "own_top": "top {fraction:.0%} of that step zeroed",
+    "final_top": "top {fraction:.0%} of the last step zeroed",
+    "random": "layer-matched random zeroed",
+}
+"""What is ablated at every checkpoint, and what the figure calls it."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """`table` has a row a checkpoint, `outcomes` one for each of its arms and examples."""
+
+    fraction: float
+    n_examples: int
+    final_top: HeadSet
+    table: pd.DataFrame
+    outcomes: pd.DataFrame
+
+    @property
+    def last_step(self) -> int:
+        return int(self.table["step"].iloc[-1])
+
+
 @checked_settings
 def run(
     setup: Setup,
@@ -81,120 +110,104 @@ def run(
     of each kind, at that checkpoint and at the last one, and zeroed on as many evaluation examples. Raises DataError
     where the folder holds no checkpoint of the model at hand.
     """
-    folders = sorted(path.parent for path in Path(checkpoints).glob("*/config.json"))
-    if not folders:
-        raise DataError(
-            f"{checkpoints!r} holds no checkpoint: make them with `python experiments/training/train.py RECIPE "
-            "--out DIR --checkpoints 50 100 ...` and pass --set checkpoints=DIR/checkpoints"
-        )
     chosen = [e for e in first_of_kinds(setup.selection, n_per_kind) if e.evidence]
     judged = [e for e in first_of_kinds(setup.evaluation, n_per_kind) if e.evidence]
-    scores: dict[int, HeadScores] = {}
-    models: dict[int, HookedVLM] = {}
-    for folder in tqdm(folders, desc="RAM at checkpoints", disable=not setup.progress):
-        model = HookedVLM.from_pretrained(str(folder))
-        if model.grid.shape != setup.model.grid.shape:
-            raise DataError(
-                f"checkpoint {str(folder)!r} has {model.cfg.n_layers} layers of {model.cfg.n_heads} heads, the model "
-                f"{setup.model.cfg.n_layers} of {setup.model.cfg.n_heads}: it is a checkpoint of another model"
-            )
-        step = int(folder.name)
-        models[step], scores[step] = model, _ram(model, chosen, setup.batch_size)
-    last = max(scores)
-    rows, raw = [], []
+    models = _models(setup, checkpoints)
+    scores = {step: _ram(model, chosen, setup.batch_size) for step, model in models.items()}
+    last = scores[max(scores)]
+    rows, outcomes = [], []
     for step in tqdm(sorted(scores), desc="ablations at checkpoints", disable=not setup.progress):
-        own, final = scores[step].top(fraction), scores[last].top(fraction)
-        arms = {
-            "clean": None,
-            "own_top": ablate(own, "zero"),
-            "final_top": ablate(final, "zero"),
-            "random": ablate(final.matched_random(setup.seed), "zero"),
-        }
-        right = {arm: _accuracy(models[step], judged, edit, setup.batch_size) for arm, edit in arms.items()}
-        values = scores[step].values
-        row: dict[str, object] = {
-            "step": step,
-            "ram_of_final_top": float(np.mean([values[head] for head in final])),
-            "ram_of_others": float(
-                (values.sum() - sum(values[head] for head in final)) / (values.numel() - len(final))
-            ),
-            "largest_ram": float(values.max()),
-            "spearman_with_last": scores[step].spearman(scores[last]),
-            "overlap_with_last": len(set(own) & set(final)) / len(final),
-            "own_heads": head_names(own),
-        }
-        for arm, outcome in right.items():
-            low, high = interval_of(outcome, setup.seed)
-            row |= {arm: outcome.mean(), f"{arm}_low": low, f"{arm}_high": high}
-            raw.append(
-                pd.DataFrame(
-                    {
-                        "step": step,
-                        "arm": arm,
-                        "id": [e.id for e in judged],
-                        "kind": [e.kind for e in judged],
-                        "value": outcome,
-                    }
-                )
-            )
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    curves = pd.concat(
-        [
+        right = _right(setup, models[step], judged, scores[step].top(fraction), last.top(fraction))
+        rows.append({"step": step} | _row(scores[step], last, fraction) | _accuracies(right, setup.seed))
+        outcomes += [
             pd.DataFrame(
                 {
-                    "arm": label,
-                    "step": table["step"],
-                    "mean": table[arm],
-                    "low": table[f"{arm}_low"],
-                    "high": table[f"{arm}_high"],
+                    "step": step,
+                    "arm": arm,
+                    "id": [e.id for e in judged],
+                    "kind": [e.kind for e in judged],
+                    "value": outcome,
                 }
             )
-            for arm, label in (
-                ("clean", "all heads"),
-                ("own_top", f"top {fraction:.0%} of that step zeroed"),
-                ("final_top", f"top {fraction:.0%} of the last step zeroed"),
-                ("random", "layer-matched random zeroed"),
-            )
+            for arm, outcome in right.items()
         ]
-    )
-    figure = plot_curves(
-        curves, x="step", series="arm", xlabel="training step", ylabel="accuracy", percent=True
-    )
-    learnt = table[table["clean"] >= 0.9]
-    when = (
-        f"Accuracy first reaches 90% at step {int(learnt['step'].min())}"
-        if len(learnt)
-        else "Accuracy never reaches 90%"
-    )
-    half = table[table["ram_of_final_top"] >= table["ram_of_final_top"].iloc[-1] / 2]["step"].min()
-    statement = (
-        f"{when}; the heads that are the top {fraction:.0%} at step {last} ({head_names(scores[last].top(fraction))}) "
-        f"first have half of their final RAM at step {int(half)}. Zeroing them leaves "
-        f"{table['final_top'].iloc[-1]:.0%} at the last step, zeroing layer-matched random heads "
-        f"{table['random'].iloc[-1]:.0%}."
+    found = _Measured(
+        fraction, len(judged), last.top(fraction), pd.DataFrame(rows), pd.concat(outcomes, ignore_index=True)
     )
     caption = (
         "Stage 1 on oracle visual tokens. RAM is the mean over the heads named; overlap is the share of the "
         f"final top {fraction:.0%} that is in the checkpoint's own; accuracy with 95% intervals."
     )
     return Findings(
-        statement,
-        plain({"last_step": last, "n": len(judged), "rows": records(table)}),
-        {"checkpoints": (caption, table)},
-        {"outcomes": pd.concat(raw, ignore_index=True)},
-        [("Accuracy through training", caption, figure)],
+        _statement(found),
+        plain({"last_step": found.last_step, "n": len(judged), "rows": records(found.table)}),
+        tables={"checkpoints": (caption, found.table)},
+        per_example={"outcomes": found.outcomes},
+        figures=[("Accuracy through training", caption, _figure(found))],
     )
 
 
-def _batches(model: HookedVLM, examples: list[Example], size: int) -> list[tuple[list[Example], Prompt]]:
-    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-    return [(part, model.prompt_examples(part)) for part in parts]
+# ---------------------------------------------------------------------- what is computed
+
+
+def _models(setup: Setup, checkpoints: str) -> dict[int, HookedVLM]:
+    """The checkpoints by their steps, each checked to be of the model at hand."""
+    folders = sorted(path.parent for path in Path(checkpoints).glob("*/config.json"))
+    if not folders:
+        raise DataError(
+            f"{checkpoints!r} holds no checkpoint: make them with `python experiments/training/train.py RECIPE "
+            "--out DIR --checkpoints 50 100 ...` and pass --set checkpoints=DIR/checkpoints"
+        )
+    models, cfg = {}, setup.model.cfg
+    for folder in tqdm(folders, desc="checkpoints", disable=not setup.progress):
+        model = HookedVLM.from_pretrained(str(folder))
+        if (model.cfg.n_layers, model.cfg.n_heads) != (cfg.n_layers, cfg.n_heads):
+            raise DataError(
+                f"checkpoint {str(folder)!r} has {model.cfg.n_layers} layers of {model.cfg.n_heads} heads, the model "
+                f"{cfg.n_layers} of {cfg.n_heads}: it is a checkpoint of another model"
+            )
+        models[int(folder.name)] = model
+    return models
+
+
+def _right(
+    setup: Setup, model: HookedVLM, examples: list[Example], own: HeadSet, final: HeadSet
+) -> dict[str, np.ndarray]:
+    """Which examples are answered right in every arm."""
+    arms = {
+        "clean": None,
+        "own_top": ablate(own, "zero"),
+        "final_top": ablate(final, "zero"),
+        "random": ablate(final.matched_random(setup.seed), "zero"),
+    }
+    return {arm: _accuracy(model, examples, edit, setup.batch_size) for arm, edit in arms.items()}
+
+
+def _row(scores: HeadScores, last: HeadScores, fraction: float) -> dict[str, object]:
+    own, final, values = scores.top(fraction), last.top(fraction), scores.values
+    of_final = [values[head] for head in final]
+    return {
+        "ram_of_final_top": float(np.mean(of_final)),
+        "ram_of_others": float((values.sum() - sum(of_final)) / (values.numel() - len(final))),
+        "largest_ram": float(values.max()),
+        "spearman_with_last": scores.spearman(last),
+        "overlap_with_last": len(set(own) & set(final)) / len(final),
+        "own_heads": head_names(own),
+    }
+
+
+def _accuracies(right: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
+    row = {}
+    for arm, outcome in right.items():
+        low, high = interval_of(outcome, seed)
+        row |= {arm: outcome.mean(), f"{arm}_low": low, f"{arm}_high": high}
+    return row
 
 
 def _ram(model: HookedVLM, examples: list[Example], batch_size: int) -> HeadScores:
     per_example = []
-    for part, prompt in _batches(model, examples, batch_size):
+    for index, prompt in Batches(model, examples, batch_size):
+        part = [examples[at] for at in index]
         with model.hooks(fwd_hooks=oracle_images(model, prompt, part)(model, prompt)):
             evidence = prompt.token_map.evidence(part)
             per_example.append(attention_mass(model, prompt, prompt.token_map.is_question, evidence))
@@ -206,11 +219,51 @@ def _accuracy(
     model: HookedVLM, examples: list[Example], edit: Intervention | None, batch_size: int
 ) -> np.ndarray:
     right = []
-    for part, prompt in _batches(model, examples, batch_size):
+    for index, prompt in Batches(model, examples, batch_size):
+        part = [examples[at] for at in index]
         oracle = oracle_images(model, prompt, part)
         under = oracle if edit is None else compose(oracle, edit)
         right.append(effect(model, [prompt], under, accuracy).values.numpy())
     return np.concatenate(right)
+
+
+# ---------------------------------------------------------------------- how it is told
+
+
+def _statement(found: _Measured) -> str:
+    table, share = found.table, f"top {found.fraction:.0%}"
+    learnt = table[table["clean"] >= 0.9]
+    when = (
+        f"Accuracy first reaches 90% at step {int(learnt['step'].min())}"
+        if len(learnt)
+        else "Accuracy never reaches 90%"
+    )
+    half = table[table["ram_of_final_top"] >= table["ram_of_final_top"].iloc[-1] / 2]["step"].min()
+    return (
+        f"{when}; the heads that are the {share} at step {found.last_step} ({head_names(found.final_top)}) "
+        f"first have half of their final RAM at step {int(half)}. Zeroing them leaves "
+        f"{table['final_top'].iloc[-1]:.0%} at the last step, zeroing layer-matched random heads "
+        f"{table['random'].iloc[-1]:.0%}."
+    )
+
+
+def _figure(found: _Measured) -> Figure:
+    table = found.table
+    curves = [
+        pd.DataFrame(
+            {
+                "arm": label.format(fraction=found.fraction),
+                "step": table["step"],
+                "mean": table[arm],
+                "low": table[f"{arm}_low"],
+                "high": table[f"{arm}_high"],
+            }
+        )
+        for arm, label in ARMS.items()
+    ]
+    return plot_curves(
+        pd.concat(curves), x="step", series="arm", xlabel="training step", ylabel="accuracy", percent=True
+    )
 
 
 EXPERIMENT = Experiment(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.common import (
@@ -24,7 +26,7 @@ from mmlens.experiments.common import (
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores
-from mmlens.heads import head_name
+from mmlens.heads import HeadSet, head_name
 from mmlens.scores.retrieval import ram
 from mmlens.statistics import basic_interval, percentile_interval
 from mmlens.viz.head_map import plot_head_map
@@ -58,6 +60,37 @@ def gini(values: np.ndarray) -> np.ndarray:
     return np.asarray((np.sort(values, axis=-1) * weights).sum(-1) / (n * values.sum(-1)))
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """RAM pooled and per kind, and where the top heads of each lie; `n_parameters` and the like tell the model."""
+
+    parts: dict[str, HeadScores]
+    places: dict[str, dict[str, Any]]
+    fraction: float
+    model: dict[str, Any]
+
+    @property
+    def scores(self) -> HeadScores:
+        return self.parts[POOLED]
+
+    @property
+    def top(self) -> HeadSet:
+        return self.scores.top(self.fraction)
+
+    @property
+    def in_band(self) -> int:
+        return sum(_in_band(layer, self.scores.grid.n_layers) for layer, _ in self.top)
+
+    @property
+    def all_in_band(self) -> float:
+        layers = np.nonzero(self.scores.grid.exists.numpy())[0]
+        return float(np.mean([_in_band(layer, self.scores.grid.n_layers) for layer in layers]))
+
+    @property
+    def agrees(self) -> bool:
+        return 2 * self.in_band >= len(self.top)
+
+
 @checked_settings
 def run(setup: Setup, *, fraction: float = FIVE_PERCENT, n_resamples: int = 1000) -> Findings:
     """RAM of every head on the selection split, per kind and pooled; where its top `fraction` lies and what it holds.
@@ -65,52 +98,28 @@ def run(setup: Setup, *, fraction: float = FIVE_PERCENT, n_resamples: int = 1000
     `n_resamples` resamples of the examples within kinds, the top chosen anew in each, give the intervals: of the depth
     the middle 95%, of shares and Gini coefficients, which noise in the scores raises, the basic bootstrap's.
     """
-    scores = ram(
-        setup.model, with_evidence(setup.selection), batch_size=setup.batch_size, progress=setup.progress
-    )
+    model, examples = setup.model, with_evidence(setup.selection)
+    scores = ram(model, examples, batch_size=setup.batch_size, progress=setup.progress)
     parts = by_kind(scores)
     places = {kind: _place(part, fraction, n_resamples, setup.seed) for kind, part in parts.items()}
-    profile = _profile(parts, fraction)
-    pooled, top = places[POOLED], scores.top(fraction)
-    in_band = sum(BAND[0] <= _depth(layer, scores.grid.n_layers) <= BAND[1] for layer, _ in top)
-    layers = np.nonzero(scores.grid.exists.numpy())[0]
-    all_in_band = float(
-        np.mean([BAND[0] <= _depth(layer, scores.grid.n_layers) <= BAND[1] for layer in layers])
-    )
-    agrees = 2 * in_band >= len(top)
-    statement = (
-        f"The top {fraction:.0%} by RAM ({len(top)} of {len(layers)} heads: {head_names(top)}) lie at a mean "
-        f"depth of "
-        f"{ranged(pooled['depth'], *pooled['depth_interval'])} (0 the first layer, 1 the last). {in_band} of "
-        f"{len(top)} lie at depths {BAND[0]:.2f} to {BAND[1]:.2f}, where the paper finds most of Qwen3-VL-4B's, and "
-        f"{all_in_band:.0%} of all heads do: this {'agrees' if agrees else 'does not agree'} with the paper. "
-        f"They hold "
-        f"{ranged(pooled['share_of_top'], *pooled['share_interval'])} of all RAM; its Gini coefficient is "
-        f"{ranged(pooled['gini'], *pooled['gini_interval'])} (the paper reports neither)."
-    )
-    model = setup.model
-    numbers = {
-        "agrees": agrees,
+    about = {
         "family": model.family.model_type,
         "n_parameters": sum(p.numel() for p in model.hf_model.parameters()),
         "n_layers": model.cfg.n_layers,
         "n_heads": len(model.heads),
-        "in_band": in_band,
-        "share_of_all_heads_in_band": all_in_band,
-        "kinds": places,
     }
-    heads = scores.table()
-    for kind in list(parts)[1:]:
-        heads[f"score_{kind}"] = parts[kind].values.numpy()[heads["layer"], heads["head"]]
-    per_example = pd.DataFrame(
-        flat_per_example(scores), columns=[head_name(head) for head in setup.model.heads]
-    )
-    per_example.insert(0, "id", [example.id for example in with_evidence(setup.selection)])
+    found = _Measured(parts, places, fraction, about)
+    profile = _profile(parts, fraction)
+    per_example = pd.DataFrame(flat_per_example(scores), columns=[head_name(head) for head in model.heads])
+    per_example.insert(0, "id", [example.id for example in examples])
     return Findings(
-        statement,
-        plain(numbers),
+        _statement(found),
+        plain(_numbers(found)),
         tables={
-            "heads": ("Every head, best first: RAM pooled and per kind, with rank intervals.", heads),
+            "heads": (
+                "Every head, best first: RAM pooled and per kind, with rank intervals.",
+                _heads(found),
+            ),
             "layers": ("Share of all RAM and number of top heads in each layer.", profile),
             "places": (
                 "Where the top heads lie, and how concentrated RAM is.",
@@ -118,30 +127,22 @@ def run(setup: Setup, *, fraction: float = FIVE_PERCENT, n_resamples: int = 1000
             ),
         },
         per_example={"ram": per_example},
-        figures=[
-            *(
-                (
-                    f"RAM, {kind}",
-                    f"Mean attention from the question to the evidence, selection split; outlined: the top "
-                    f"{fraction:.0%}.",
-                    plot_head_map(part, heads=part.top(fraction), title=kind),
-                )
-                for kind, part in parts.items()
-            ),
-            (
-                "RAM by depth",
-                "Each layer's share of the sum of RAM over all heads.",
-                plot_curves(
-                    profile.rename(columns={"share_of_ram": "mean"}).assign(low=np.nan, high=np.nan),
-                    x="layer",
-                    series="kind",
-                    xlabel="Layer",
-                    ylabel="Share of all RAM",
-                    percent=True,
-                ),
-            ),
-        ],
+        figures=_figures(found, profile),
     )
+
+
+# ---------------------------------------------------------------------- what is computed
+
+
+def _heads(found: _Measured) -> pd.DataFrame:
+    heads = found.scores.table()
+    for kind in list(found.parts)[1:]:
+        heads[f"score_{kind}"] = found.parts[kind].values.numpy()[heads["layer"], heads["head"]]
+    return heads
+
+
+def _in_band(layer: int | np.integer, n_layers: int) -> bool:
+    return BAND[0] <= _depth(layer, n_layers) <= BAND[1]
 
 
 def _depth(layer: int | np.integer, n_layers: int) -> float:
@@ -190,6 +191,52 @@ def _profile(parts: Mapping[str, HeadScores], fraction: float) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------- how it is told
+
+
+def _statement(found: _Measured) -> str:
+    pooled, top = found.places[POOLED], found.top
+    return (
+        f"The top {found.fraction:.0%} by RAM ({len(top)} of {len(found.scores.grid)} heads: "
+        f"{head_names(top)}) lie at a mean depth of "
+        f"{ranged(pooled['depth'], *pooled['depth_interval'])} (0 the first layer, 1 the last). {found.in_band} of "
+        f"{len(top)} lie at depths {BAND[0]:.2f} to {BAND[1]:.2f}, where the paper finds most of Qwen3-VL-4B's, and "
+        f"{found.all_in_band:.0%} of all heads do: this {'agrees' if found.agrees else 'does not agree'} with the "
+        f"paper. They hold {ranged(pooled['share_of_top'], *pooled['share_interval'])} of all RAM; its Gini "
+        f"coefficient is {ranged(pooled['gini'], *pooled['gini_interval'])} (the paper reports neither)."
+    )
+
+
+def _numbers(found: _Measured) -> dict[str, Any]:
+    return {
+        "agrees": found.agrees,
+        **found.model,
+        "in_band": found.in_band,
+        "share_of_all_heads_in_band": found.all_in_band,
+        "kinds": found.places,
+    }
+
+
+def _figures(found: _Measured, profile: pd.DataFrame) -> list[tuple[str, str, Figure]]:
+    caption = (
+        "Mean attention from the question to the evidence, selection split; outlined: the top "
+        f"{found.fraction:.0%}."
+    )
+    maps = [
+        (f"RAM, {kind}", caption, plot_head_map(part, heads=part.top(found.fraction), title=kind))
+        for kind, part in found.parts.items()
+    ]
+    by_depth = plot_curves(
+        profile.rename(columns={"share_of_ram": "mean"}).assign(low=np.nan, high=np.nan),
+        x="layer",
+        series="kind",
+        xlabel="Layer",
+        ylabel="Share of all RAM",
+        percent=True,
+    )
+    return [*maps, ("RAM by depth", "Each layer's share of the sum of RAM over all heads.", by_depth)]
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:

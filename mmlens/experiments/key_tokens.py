@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from mmlens.experiments.common import (
     FIVE_PERCENT,
@@ -20,7 +22,7 @@ from mmlens.experiments.common import (
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.head_scores import share_of
+from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet
 from mmlens.scores.retrieval import EvidenceAttention, evidence_attention, ram
 from mmlens.statistics import difference_interval_of, interval_of
@@ -49,6 +51,29 @@ PUBLISHED = pd.DataFrame(
 COVERAGE_SHARES = tuple(sorted(count / n for _, n, values in _COVERAGE for count in values))
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Ratios and coverages in percent, a row for each arm and number of heads; `gaps` is top minus bottom."""
+
+    n_examples: int
+    n_heads: int
+    ceiling: float
+    chance: float
+    few_heads: HeadSet
+    ratios: pd.DataFrame
+    gaps: dict[int, dict[str, float]]
+    coverage: pd.DataFrame
+    per_example: pd.DataFrame
+
+    @property
+    def few(self) -> int:
+        return len(self.few_heads)
+
+    @property
+    def agrees(self) -> bool:
+        return self.gaps[self.few]["low"] > 0
+
+
 @checked_settings
 def run(
     setup: Setup,
@@ -69,144 +94,87 @@ def run(
     examples = with_evidence(setup.evaluation)
     seen = evidence_attention(setup.model, examples, **options)
     tokens = token_counts(setup, examples)
-    ceiling = 100 * float((tokens[["key", "evidence"]].min(axis=1) / tokens["evidence"]).mean())
-    chance = 100 * float((tokens["key"] / tokens["positions"]).mean())
     total = len(scores.grid)
-
-    per_example, ratios, differences = [], [], {}
-    for count in sorted({share_of(share, total) for share in ratio_shares}):
-        values = {
-            arm: _ratio(seen, heads)
-            for arm, heads in (("top", scores.top(count)), ("bottom", scores.bottom(count)))
-        }
-        for arm, each in values.items():
-            low, high = _percent(interval_of(each / 100, setup.seed))
-            hits = _hits(seen, scores.top(count) if arm == "top" else scores.bottom(count))
-            ratios.append(
-                {
-                    "arm": arm,
-                    "heads": count,
-                    "mean": each.mean(),
-                    "low": low,
-                    "high": high,
-                    "hits_at_50": hits,
-                }
-            )
-            per_example.append(pd.DataFrame({"what": "ratio", "arm": arm, "heads": count, "value": each}))
-        low, high = _percent(difference_interval_of(values["top"] / 100, values["bottom"] / 100, setup.seed))
-        differences[str(count)] = {
-            "difference": float((values["top"] - values["bottom"]).mean()),
-            "low": low,
-            "high": high,
-        }
-
-    coverage = []
-    for count in sorted({share_of(share, total) for share in coverage_shares}):
-        top = scores.top(count)
-        sets = {"top": [top], "bottom": [scores.bottom(count)]}
-        if 2 * count <= total:
-            sets["random"] = [top.random(setup.seed + draw) for draw in range(n_draws)]
-        for arm, chosen in sets.items():
-            each = np.mean([seen.key_token_coverage(heads).numpy() for heads in chosen], axis=0)
-            low, high = _percent(interval_of(each / 100, setup.seed))
-            coverage.append(
-                {
-                    "arm": arm,
-                    "heads": count,
-                    "share": count / total,
-                    "mean": each.mean(),
-                    "low": low,
-                    "high": high,
-                }
-            )
-            per_example.append(pd.DataFrame({"what": "coverage", "arm": arm, "heads": count, "value": each}))
-    ratio_table, curve = pd.DataFrame(ratios), pd.DataFrame(coverage)
-
-    few = share_of(ratio_shares[0], total)
-    few_rows = ratio_table[ratio_table["heads"] == few].set_index("arm")
-    of_top, of_bottom, gap = few_rows.loc["top"], few_rows.loc["bottom"], differences[str(few)]
-    agrees = gap["low"] > 0
-    last = curve[curve["heads"] == curve["heads"].max()].set_index("arm")
-    statement = (
-        f"Key Token Ratio on {len(examples)} held-out examples: "
-        f"{ranged(of_top['mean'], of_top['low'], of_top['high'], '.1f')}% "
-        f"for the top {few} of {total} heads ({head_names(scores.top(few))}), "
-        f"{ranged(of_bottom['mean'], of_bottom['low'], of_bottom['high'], '.1f')}% for the bottom {few}; key "
-        f"tokens at "
-        f"random would give {chance:.1f}%, and {ceiling:.1f}% is the most that there can be. The top above the "
-        f"bottom by "
-        f"{ranged(gap['difference'], gap['low'], gap['high'], '.1f')} points: "
-        f"{'agrees' if agrees else 'does not agree'} "
-        f"with the paper (25.6 against 2.1 in Qwen3-VL-4B, 14.4 against 2.6 in LLaVA). Coverage of the top "
-        f"{int(last['heads'].iloc[0])} heads ({last['share'].iloc[0]:.0%}): {last.loc['top', 'mean']:.0f}%, of "
-        f"as many "
-        f"bottom heads {last.loc['bottom', 'mean']:.0f}%"
-        + (f", of random ones {last.loc['random', 'mean']:.0f}%" if "random" in last.index else "")
-        + "."
+    of_ratio, gaps = _ratios(seen, scores, sorted({share_of(s, total) for s in ratio_shares}), setup.seed)
+    of_coverage = _coverage(
+        seen, scores, sorted({share_of(s, total) for s in coverage_shares}), n_draws, setup.seed
     )
-    numbers = {
-        "agrees": agrees,
-        "n_heads": total,
-        "ceiling": ceiling,
-        "chance": chance,
-        "ratios": records(ratio_table),
-        "top_minus_bottom": differences,
-        "coverage": records(curve),
-        "few": few,
-    }
-    drawn = pd.concat(
-        [
-            curve.assign(series=curve["arm"] + " heads"),
-            *(
-                pd.DataFrame(
-                    {"share": [count / n for count in values], "mean": list(values.values())}
-                ).assign(series=f"paper: {model}, top", low=np.nan, high=np.nan)
-                for model, n, values in _COVERAGE
-            ),
-        ],
-        ignore_index=True,
-    )
-    drawn["share"] = 100 * drawn["share"]
     ids = [example.id for example in examples]
+    found = _Measured(
+        len(examples),
+        total,
+        ceiling=100 * float((tokens[["key", "evidence"]].min(axis=1) / tokens["evidence"]).mean()),
+        chance=100 * float((tokens["key"] / tokens["positions"]).mean()),
+        few_heads=scores.top(share_of(ratio_shares[0], total)),
+        ratios=pd.DataFrame([row for row, _ in of_ratio]),
+        gaps=gaps,
+        coverage=pd.DataFrame([row for row, _ in of_coverage]),
+        per_example=pd.concat(
+            [
+                pd.DataFrame(
+                    {"what": what, "arm": row["arm"], "heads": row["heads"], "value": each, "id": ids}
+                )
+                for what, rows in (("ratio", of_ratio), ("coverage", of_coverage))
+                for row, each in rows
+            ],
+            ignore_index=True,
+        ),
+    )
     return Findings(
-        statement,
-        plain(numbers),
+        _statement(found),
+        plain(_numbers(found)),
         tables={
             "ratio": (
                 "Key Token Ratio in percent, mean over heads and examples, and share of hits (50% and more).",
-                ratio_table,
+                found.ratios,
             ),
-            "coverage": ("Key Token Coverage in percent against the number of heads.", curve),
+            "coverage": ("Key Token Coverage in percent against the number of heads.", found.coverage),
         },
-        per_example={
-            "key_tokens": pd.concat([frame.assign(id=ids) for frame in per_example], ignore_index=True)
-        },
-        figures=[
-            (
-                "Key Token Ratio",
-                "Share of the evidence among a head's key tokens, 95% intervals over held-out examples.",
-                plot_intervals(
-                    ratio_table.assign(row=[f"{row.arm} {row.heads}" for row in ratio_table.itertuples()]),
-                    row="row",
-                    xlabel="Key Token Ratio, %",
-                    lines={"random": chance, "ceiling": ceiling},
-                ),
-            ),
-            (
-                "Key Token Coverage",
-                "Share of the evidence that is a key token of at least one of the heads; dashed: the paper's "
-                "top heads.",
-                plot_curves(
-                    drawn,
-                    x="share",
-                    series="series",
-                    xlabel="Heads, % of all",
-                    ylabel="Key Token Coverage, %",
-                    dashed=[f"paper: {model}, top" for model, _, _ in _COVERAGE],
-                ),
-            ),
-        ],
+        per_example={"key_tokens": found.per_example},
+        figures=_figures(found),
     )
+
+
+# ---------------------------------------------------------------------- what is computed
+
+
+def _ratios(
+    seen: EvidenceAttention, scores: HeadScores, counts: Sequence[int], seed: int
+) -> tuple[list[tuple[dict[str, Any], np.ndarray]], dict[int, dict[str, float]]]:
+    """Rows of the top and bottom of each count, each with its examples' values, and top minus bottom."""
+    rows, gaps = [], {}
+    for count in counts:
+        of_arm = {}
+        for arm, heads in (("top", scores.top(count)), ("bottom", scores.bottom(count))):
+            layers, within = zip(*heads, strict=True)
+            of_heads = seen.key_token_ratio.per_example[:, list(layers), list(within)].double().numpy()
+            of_arm[arm] = np.asarray(of_heads.mean(-1))
+            row = {"arm": arm, "heads": count} | _mean(of_arm[arm], seed)
+            rows.append((row | {"hits_at_50": float((of_heads >= 50).mean())}, of_arm[arm]))
+        top, bottom = of_arm["top"], of_arm["bottom"]
+        low, high = _percent(difference_interval_of(top / 100, bottom / 100, seed))
+        gaps[count] = {"difference": float((top - bottom).mean()), "low": low, "high": high}
+    return rows, gaps
+
+
+def _coverage(
+    seen: EvidenceAttention, scores: HeadScores, counts: Sequence[int], n_draws: int, seed: int
+) -> list[tuple[dict[str, Any], np.ndarray]]:
+    rows, total = [], len(scores.grid)
+    for count in counts:
+        top = scores.top(count)
+        sets = {"top": [top], "bottom": [scores.bottom(count)]}
+        if 2 * count <= total:
+            sets["random"] = [top.random(seed + draw) for draw in range(n_draws)]
+        for arm, chosen in sets.items():
+            each = np.mean([seen.key_token_coverage(heads).numpy() for heads in chosen], axis=0)
+            rows.append(({"arm": arm, "heads": count, "share": count / total} | _mean(each, seed), each))
+    return rows
+
+
+def _mean(percents: np.ndarray, seed: int) -> dict[str, Any]:
+    low, high = _percent(interval_of(percents / 100, seed))
+    return {"mean": percents.mean(), "low": low, "high": high}
 
 
 def _percent(interval: tuple[float, float]) -> tuple[float, float]:
@@ -214,31 +182,85 @@ def _percent(interval: tuple[float, float]) -> tuple[float, float]:
     return 100 * interval[0], 100 * interval[1]
 
 
-def _ratio(seen: EvidenceAttention, heads: HeadSet) -> np.ndarray:
-    """Key Token Ratio of every example, mean over the heads."""
-    return np.asarray(_of_heads(seen, heads).mean(-1))
+# ---------------------------------------------------------------------- how it is told
 
 
-def _hits(seen: EvidenceAttention, heads: HeadSet) -> float:
-    """Share of the pairs of example and head whose ratio is at least 50%."""
-    return float((_of_heads(seen, heads) >= 50).mean())
+def _statement(found: _Measured) -> str:
+    rows = found.ratios[found.ratios["heads"] == found.few].set_index("arm")
+    top, bottom = (ranged(*rows.loc[arm, ["mean", "low", "high"]], ".1f") for arm in ("top", "bottom"))
+    last = found.coverage[found.coverage["heads"] == found.coverage["heads"].max()].set_index("arm")
+    return (
+        f"Key Token Ratio on {found.n_examples} held-out examples: {top}% for the top {found.few} of "
+        f"{found.n_heads} heads ({head_names(found.few_heads)}), {bottom}% for the bottom {found.few}; key tokens at "
+        f"random would give {found.chance:.1f}%, and {found.ceiling:.1f}% is the most that there can be. The top above "
+        f"the bottom by {ranged(*found.gaps[found.few].values(), '.1f')} points: "
+        f"{'agrees' if found.agrees else 'does not agree'} "
+        "with the paper (25.6 against 2.1 in Qwen3-VL-4B, 14.4 against 2.6 in LLaVA). Coverage of the top "
+        f"{int(last['heads'].iloc[0])} heads ({last['share'].iloc[0]:.0%}): {last.loc['top', 'mean']:.0f}%, of as many "
+        f"bottom heads {last.loc['bottom', 'mean']:.0f}%"
+        + (f", of random ones {last.loc['random', 'mean']:.0f}%" if "random" in last.index else "")
+        + "."
+    )
 
 
-def _of_heads(seen: EvidenceAttention, heads: HeadSet) -> np.ndarray:
-    layers, within = zip(*heads, strict=True)
-    return seen.key_token_ratio.per_example[:, list(layers), list(within)].double().numpy()
+def _numbers(found: _Measured) -> dict[str, Any]:
+    return {
+        "agrees": found.agrees,
+        "n_heads": found.n_heads,
+        "ceiling": found.ceiling,
+        "chance": found.chance,
+        "ratios": records(found.ratios),
+        "top_minus_bottom": found.gaps,
+        "coverage": records(found.coverage),
+        "few": found.few,
+    }
+
+
+def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+    curves = [
+        found.coverage.assign(series=found.coverage["arm"] + " heads"),
+        *(
+            pd.DataFrame({"share": [count / n for count in values], "mean": list(values.values())}).assign(
+                series=f"paper: {model}, top", low=np.nan, high=np.nan
+            )
+            for model, n, values in _COVERAGE
+        ),
+    ]
+    drawn = pd.concat(curves, ignore_index=True)
+    rows = found.ratios["arm"] + " " + found.ratios["heads"].astype(str)
+    return [
+        (
+            "Key Token Ratio",
+            "Share of the evidence among a head's key tokens, 95% intervals over held-out examples.",
+            plot_intervals(
+                found.ratios.assign(row=rows),
+                row="row",
+                xlabel="Key Token Ratio, %",
+                lines={"random": found.chance, "ceiling": found.ceiling},
+            ),
+        ),
+        (
+            "Key Token Coverage",
+            "Share of the evidence that is a key token of at least one of the heads; dashed: the paper's top heads.",
+            plot_curves(
+                drawn.assign(share=100 * drawn["share"]),
+                x="share",
+                series="series",
+                xlabel="Heads, % of all",
+                ylabel="Key Token Coverage, %",
+                dashed=[f"paper: {model}, top" for model, _, _ in _COVERAGE],
+            ),
+        ),
+    ]
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """Key Token Ratio of the top and bottom heads at the paper's share, by model."""
-
-    def rows_of(name: str, rows: Sequence[Mapping[str, object]], few: int) -> list[dict[str, object]]:
-        return [{"model": name, **row} for row in rows if row["heads"] == few]
-
     rows = [
-        row
+        {"model": name, **row}
         for name, found in findings.items()
-        for row in rows_of(name, found.numbers["ratios"], found.numbers["few"])
+        for row in found.numbers["ratios"]
+        if row["heads"] == found.numbers["few"]
     ]
     table = pd.DataFrame(rows)
     agreed = across_table(

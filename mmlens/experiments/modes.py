@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from mmlens.arguments import unknown_name_message
+from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
-    cost_interval,
     first_of_kinds,
     first_with_evidence,
     graded_metric,
     head_costs,
     references,
+    single_heads,
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
@@ -27,19 +29,43 @@ from mmlens.experiments.common import (
     matched_controls,
     plain,
     ranged,
+    records,
     resampled_means,
+    summarised,
     top_unless_tied,
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
-from mmlens.interventions.ablation import MODES
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.scores.retrieval import ram
 from mmlens.statistics import rank_correlation, rank_correlation_interval, split_half_reliability
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Costs of sets of heads and of every single head in each mode, and how far the modes agree on the latter.
+
+    `agreement` is a square of the modes, its diagonal their reliability; `pairs` has its rows with intervals.
+    """
+
+    graded: str
+    n_heads: int
+    n_examples: dict[str, int]
+    top: HeadSet
+    moved: str
+    costs: pd.DataFrame
+    agreement: pd.DataFrame
+    pairs: pd.DataFrame
+    disagreement: pd.DataFrame
+
+    @property
+    def accuracy(self) -> pd.DataFrame:
+        costs = self.costs
+        return costs[(costs["metric"] == "accuracy") & (costs["examples"] == "with evidence")]
 
 
 @checked_settings
@@ -59,9 +85,6 @@ def run(
     heads on `n_per_kind_single` examples of each kind with evidence. Modes agree as far as Spearman's rho between
     their single-head costs goes, and the overlap of their 5% of heads of highest cost.
     """
-    for mode in modes:
-        if mode not in MODES:
-            raise InvalidValueError(unknown_name_message("ablation mode", mode, MODES))
     if len(set(modes)) < 2:
         raise InvalidValueError(f"modes are compared: at least two different ones, not {list(modes)}")
     heads = all_heads(setup)
@@ -70,89 +93,71 @@ def run(
     )
     top = scores.top(FIVE_PERCENT)
     matched, moved = matched_controls(top, n_draws, setup.seed)
-    evaluation = first_of_kinds(setup.evaluation, n_per_kind)
-    controls = {example.kind for example in evaluation if not example.evidence}
-    graded, graded_function = graded_metric(evaluation)
-    metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
     arms = {
         "top": [top],
         "random": [top.random(setup.seed + draw) for draw in range(n_draws)],
         "layer_matched": matched,
     }
-    sets = {f"{arm} {draw}": own for arm, drawn in arms.items() for draw, own in enumerate(drawn)}
+    evaluation = first_of_kinds(setup.evaluation, n_per_kind)
+    graded, graded_function = graded_metric(evaluation)
+    metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
     reference = references(setup, modes)
-    of_sets = ablated(setup, evaluation, sets, reference, metrics)
-    of_sets["arm"] = of_sets["heads"].str.rsplit(n=1).str[0]
-    of_sets["is_control"] = of_sets["kind"].isin(controls)
-    summary = _summary(of_sets, setup.seed)
-
+    of_sets = _of_sets(setup, evaluation, arms, reference, metrics)
     judged = first_with_evidence(setup.evaluation, n_per_kind_single)
-    singles = {head_name(head): HeadSet([head], heads.grid) for head in heads}
-    of_heads = ablated(setup, judged, singles, reference, metrics)
+    of_heads = ablated(setup, judged, single_heads(heads), reference, metrics)
     cost = {mode: head_costs(setup, of_heads, graded, mode, heads) for mode in modes}
-    agreement, pairs = _agreement(cost, n_resamples, setup.seed)
-    disagreement = _disagreement(cost, heads)
-    label = graded.replace("_", " ")
-    drawn = summary[(summary["metric"] == "accuracy") & (summary["examples"] == "with evidence")]
+    found = _Measured(
+        graded,
+        len(heads),
+        {"n_evaluation": len(evaluation), "n_single": len(judged)},
+        top,
+        moved,
+        _costs(of_sets, setup.seed),
+        *_agreement(cost, n_resamples, setup.seed),
+        _disagreement(cost, heads),
+    )
     return Findings(
-        _statement(summary, pairs, disagreement, graded, len(top), len(heads)),
-        plain(
-            {
-                "n_heads": len(heads),
-                "count": len(top),
-                "top": [[*head] for head in top],
-                "moved": moved,
-                "n_evaluation": len(evaluation),
-                "n_single": len(judged),
-                "costs": summary.to_dict("records"),
-                "agreement": pairs.to_dict("records"),
-                "reliability": {mode: agreement.loc[mode, mode] for mode in modes},
-                "disagreement": disagreement.to_dict("records"),
-            }
-        ),
+        _statement(found),
+        plain(_numbers(found)),
         tables={
-            "costs": (f"Cost of ablating {len(top)} heads (5%), by mode.", summary),
-            "agreement": (f"Rank correlation of single-head costs in {label} between modes.", pairs),
-            "disagreement": ("Heads whose cost depends most on the mode.", disagreement),
+            "costs": (f"Cost of ablating {len(top)} heads (5%), by mode.", found.costs),
+            "agreement": (
+                f"Rank correlation of single-head costs in {graded.replace('_', ' ')} between modes.",
+                found.pairs,
+            ),
+            "disagreement": ("Heads whose cost depends most on the mode.", found.disagreement),
         },
         per_example={"sets": of_sets, "heads": of_heads},
-        figures=[
-            (
-                "Accuracy lost by mode",
-                f"{len(top)} heads ablated; means over draws of the controls, 95% intervals, examples with evidence.",
-                plot_intervals(drawn, row="mode", series="arm", xlabel="Accuracy lost", lines={"0": 0.0}),
-            ),
-            (
-                "Agreement of single-head costs",
-                "Spearman between modes over all heads, on the same examples; the diagonal is each mode's reliability "
-                "over other examples (split half), which modes that share the examples' noise can exceed.",
-                plot_matrix(agreement.to_numpy(), list(modes), label="Spearman", vmax=1.0),
-            ),
-        ],
+        figures=_figures(found),
     )
 
 
-def _summary(of_sets: pd.DataFrame, seed: int) -> pd.DataFrame:
-    rows = []
-    for (mode, arm, metric, is_control), part in of_sets.groupby(
-        ["mode", "arm", "metric", "is_control"], sort=False
-    ):
-        mean, low, high = cost_interval(part, seed)
-        rows.append(
-            {
-                "mode": mode,
-                "arm": arm,
-                "metric": metric,
-                "examples": "text only" if is_control else "with evidence",
-                "clean": part["clean"].mean(),
-                "mean": mean,
-                "low": low,
-                "high": high,
-                "n": part["example"].nunique(),
-                "n_draws": part["heads"].nunique(),
-            }
-        )
-    return pd.DataFrame(rows)
+# ---------------------------------------------------------------------- what is computed
+
+
+def _of_sets(
+    setup: Setup,
+    examples: Sequence[Example],
+    arms: Mapping[str, Sequence[HeadSet]],
+    reference: Mapping[str, Any],
+    metrics: Mapping[str, Metric],
+) -> pd.DataFrame:
+    sets = {f"{arm} {draw}": own for arm, drawn in arms.items() for draw, own in enumerate(drawn)}
+    controls = {example.kind for example in examples if not example.evidence}
+    outcomes = ablated(setup, examples, sets, reference, metrics)
+    outcomes["arm"] = outcomes["heads"].str.rsplit(n=1).str[0]
+    outcomes["is_control"] = outcomes["kind"].isin(controls)
+    return outcomes
+
+
+def _costs(of_sets: pd.DataFrame, seed: int) -> pd.DataFrame:
+    outcomes = of_sets.assign(
+        draw=of_sets["heads"], examples=of_sets["is_control"].map({True: "text only", False: "with evidence"})
+    )
+    by = ["mode", "arm", "metric", "examples"]
+    table = summarised(outcomes, by, paired=("cost", "clean", "value"), seed=seed)
+    table = table[[*by, "clean", "cost", "cost_low", "cost_high", "n", "n_draws"]]
+    return table.rename(columns={"cost": "mean", "cost_low": "low", "cost_high": "high"})
 
 
 def _agreement(
@@ -194,37 +199,65 @@ def _disagreement(cost: Mapping[str, HeadScores], heads: HeadSet, most: int = 10
     return table.sort_values("range", ascending=False, kind="stable").head(most).reset_index(drop=True)
 
 
-def _statement(
-    summary: pd.DataFrame,
-    pairs: pd.DataFrame,
-    disagreement: pd.DataFrame,
-    graded: str,
-    count: int,
-    n_heads: int,
-) -> str:
-    shown = summary[(summary["metric"] == "accuracy") & (summary["examples"] == "with evidence")]
+# ---------------------------------------------------------------------- how it is told
+
+
+def _statement(found: _Measured) -> str:
     by_mode = []
-    for mode, rows in shown.groupby("mode", sort=False):
+    for mode, rows in found.accuracy.groupby("mode", sort=False):
         top, random = (rows[rows["arm"] == arm].iloc[0] for arm in ("top", "random"))
         by_mode.append(
             f"{mode} {ranged(top['mean'], top['low'], top['high'])} (random "
             f"{ranged(random['mean'], random['low'], random['high'])})"
         )
-    known = pairs.dropna(subset="rho")
+    known = found.pairs.dropna(subset="rho")
     told = "Single-head costs have no rank correlation"
     if len(known):
         worst, best = known.loc[known["rho"].idxmin()], known.loc[known["rho"].idxmax()]
         told = (
-            f"Single-head costs in {graded.replace('_', ' ')} agree best between {best['one']} and {best['other']} "
-            f"(Spearman {ranged(best['rho'], best['low'], best['high'])}) and least between {worst['one']} and "
-            f"{worst['other']} ({ranged(worst['rho'], worst['low'], worst['high'])})"
+            f"Single-head costs in {found.graded.replace('_', ' ')} agree best between {best['one']} and "
+            f"{best['other']} (Spearman {ranged(best['rho'], best['low'], best['high'])}) and least between "
+            f"{worst['one']} and {worst['other']} ({ranged(worst['rho'], worst['low'], worst['high'])})"
         )
-    widest = disagreement.iloc[0]
+    widest = found.disagreement.iloc[0]
     return (
-        f"Accuracy lost when the top {count} of {n_heads} heads by RAM are ablated - {'; '.join(by_mode)}. {told}. "
+        f"Accuracy lost when the top {len(found.top)} of {found.n_heads} heads by RAM are ablated - "
+        f"{'; '.join(by_mode)}. {told}. "
         f"The head that depends most on the mode is {widest['head']}: {widest[widest['highest_in']]:.2f} under "
         f"{widest['highest_in']}, {widest[widest['lowest_in']]:.2f} under {widest['lowest_in']}."
     )
+
+
+def _numbers(found: _Measured) -> dict[str, Any]:
+    return {
+        "n_heads": found.n_heads,
+        "count": len(found.top),
+        "top": found.top,
+        "moved": found.moved,
+        **found.n_examples,
+        "costs": records(found.costs),
+        "agreement": records(found.pairs),
+        "reliability": {mode: found.agreement.loc[mode, mode] for mode in found.agreement},
+        "disagreement": records(found.disagreement),
+    }
+
+
+def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+    return [
+        (
+            "Accuracy lost by mode",
+            f"{len(found.top)} heads ablated; means over draws of the controls, 95% intervals, examples with evidence.",
+            plot_intervals(
+                found.accuracy, row="mode", series="arm", xlabel="Accuracy lost", lines={"0": 0.0}
+            ),
+        ),
+        (
+            "Agreement of single-head costs",
+            "Spearman between modes over all heads, on the same examples; the diagonal is each mode's reliability "
+            "over other examples (split half), which modes that share the examples' noise can exceed.",
+            plot_matrix(found.agreement.to_numpy(), list(found.agreement), label="Spearman", vmax=1.0),
+        ),
+    ]
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from mmlens.data.examples import Example
 from mmlens.experiments.common import (
     PAPER,
     POOLED,
@@ -25,8 +30,42 @@ from mmlens.experiments.common import (
 from mmlens.experiments.core_heads_report import overlay_figures
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet
+from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.scores.retrieval import EvidenceAttention, evidence_attention, ram
 from mmlens.viz.intervals import plot_intervals
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What top and bottom heads give to the evidence, by kind; `seen` and `evidence_share` are of `examples`."""
+
+    arms: dict[str, HeadSet]
+    examples: list[Example]
+    seen: EvidenceAttention
+    evidence_share: np.ndarray
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(example.kind for example in self.examples))
+
+    @functools.cached_property
+    def shares(self) -> pd.DataFrame:
+        rows = []
+        for kind in [POOLED, *(self.kinds if len(self.kinds) > 1 else [])]:
+            at = [index for index, e in enumerate(self.examples) if kind in (POOLED, e.kind)]
+            for arm, heads in self.arms.items():
+                share = selectivity(*_summed(self.seen, heads, at), self.evidence_share[at])
+                rows.append({"kind": kind, "arm": arm, "heads": head_names(heads)} | share | {"n": len(at)})
+        return pd.DataFrame(rows)
+
+    @property
+    def pooled(self) -> pd.DataFrame:
+        return self.shares[self.shares["kind"] == POOLED].set_index("arm")
+
+    @property
+    def agrees(self) -> bool:
+        top, bottom = self.pooled.loc["top"], self.pooled.loc["bottom"]
+        return bool(top["low"] > max(bottom["high"], top["chance"]))
 
 
 @checked_settings
@@ -39,79 +78,34 @@ def run(setup: Setup, *, n_heads: int = 1) -> Findings:
     """
     options: dict[str, Any] = {"batch_size": setup.batch_size, "progress": setup.progress}
     scores = ram(setup.model, with_evidence(setup.selection), **options)
-    arms = {"top": scores.top(n_heads), "bottom": scores.bottom(n_heads)}
     examples = with_evidence(setup.evaluation)
-    kinds = list(dict.fromkeys(example.kind for example in examples))
     seen = evidence_attention(setup.model, examples, **options)
     counts = token_counts(setup, examples)
-    evidence_share = (counts["evidence"] / counts["visual"]).to_numpy()
-    rows, per_example = [], []
-    for kind in [POOLED, *(kinds if len(kinds) > 1 else [])]:
-        at = [index for index, example in enumerate(examples) if kind in (POOLED, example.kind)]
-        for arm, heads in arms.items():
-            evidence, images = _summed(seen, heads, at)
-            rows.append(
-                {"kind": kind, "arm": arm, "heads": head_names(heads)}
-                | selectivity(evidence, images, evidence_share[at])
-                | {"n": len(at)}
-            )
-    for arm, heads in arms.items():
-        evidence, images = _summed(seen, heads, range(len(examples)))
-        per_example.append(
-            pd.DataFrame(
-                {
-                    "arm": arm,
-                    "kind": [e.kind for e in examples],
-                    "ram": evidence.numpy(),
-                    "vision_mass": images.numpy(),
-                },
-                index=pd.Index([e.id for e in examples], name="id"),
-            ).assign(evidence_share=evidence_share)
-        )
-    table = pd.DataFrame(rows)
-    pooled = table[table["kind"] == POOLED].set_index("arm")
-    top, bottom = pooled.loc["top"], pooled.loc["bottom"]
-    agrees = bool(top["low"] > max(bottom["high"], top["chance"]))
-    statement = (
-        f"Of the attention that the top head{'s' if n_heads > 1 else ''} by RAM ({top['heads']}) give"
-        f"{'' if n_heads > 1 else 's'} to visual tokens, {ranged(top['selectivity'], top['low'], top['high'])} "
-        f"lies on "
-        f"the evidence, for the bottom ({bottom['heads']}) "
-        f"{ranged(bottom['selectivity'], bottom['low'], bottom['high'])}; "
-        f"spread evenly it would be {top['chance']:.2f} and {bottom['chance']:.2f} ({len(examples)} held-out "
-        f"examples). "
-        f"{'As in' if agrees else 'Unlike'} the paper's pictures, top heads "
-        f"{'look' if agrees else 'do not clearly look'} at the evidence more than bottom heads and than chance."
+    found = _Measured(
+        {"top": scores.top(n_heads), "bottom": scores.bottom(n_heads)},
+        examples,
+        seen,
+        (counts["evidence"] / counts["visual"]).to_numpy(),
     )
-    named = [
-        (f"{arm} {len(heads)} head{'s' if len(heads) > 1 else ''}", head)
-        for arm, heads in arms.items()
-        for head in heads
-    ]
-    figures = [
-        (
-            "Share of attention on the evidence",
-            "Of the attention to visual tokens, 95% bootstrap intervals over held-out examples; beside each, "
-            "what the "
-            "same attention spread evenly would give.",
-            plot_intervals(
-                beside_chance(table, "arm"),
-                row="kind",
-                series="series",
-                xlabel="Share on the evidence",
-                percent=True,
-            ),
-        )
-    ]
-    for kind in kinds:
-        figures += overlay_figures(setup.model, next(e for e in examples if e.kind == kind), named)
     return Findings(
-        statement,
-        plain({"agrees": agrees, "top": arms["top"], "bottom": arms["bottom"], "shares": records(table)}),
-        tables={"shares": ("Share of the attention to visual tokens that lies on the evidence.", table)},
-        per_example={"shares": pd.concat(per_example).reset_index()},
-        figures=figures,
+        _statement(found),
+        plain(
+            {
+                "agrees": found.agrees,
+                "top": found.arms["top"],
+                "bottom": found.arms["bottom"],
+                "shares": records(found.shares),
+            }
+        ),
+        tables={
+            "shares": ("Share of the attention to visual tokens that lies on the evidence.", found.shares)
+        },
+        per_example={"shares": _per_example(found)},
+        figures=_figures(found, setup.model),
     )
+
+
+# ---------------------------------------------------------------------- what is computed
 
 
 def _summed(
@@ -124,6 +118,66 @@ def _summed(
         for scores in (seen.ram, seen.vision_mass)
     )
     return on_evidence, on_images
+
+
+def _per_example(found: _Measured) -> pd.DataFrame:
+    frames = []
+    for arm, heads in found.arms.items():
+        evidence, images = _summed(found.seen, heads, range(len(found.examples)))
+        frames.append(
+            pd.DataFrame(
+                {
+                    "id": [e.id for e in found.examples],
+                    "arm": arm,
+                    "kind": [e.kind for e in found.examples],
+                    "ram": evidence.numpy(),
+                    "vision_mass": images.numpy(),
+                    "evidence_share": found.evidence_share,
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+# ---------------------------------------------------------------------- how it is told
+
+
+def _statement(found: _Measured) -> str:
+    top, bottom, several = found.pooled.loc["top"], found.pooled.loc["bottom"], len(found.arms["top"]) > 1
+    return (
+        f"Of the attention that the top head{'s' if several else ''} by RAM ({top['heads']}) give"
+        f"{'' if several else 's'} to visual tokens, {ranged(top['selectivity'], top['low'], top['high'])} lies on "
+        f"the evidence, for the bottom ({bottom['heads']}) "
+        f"{ranged(bottom['selectivity'], bottom['low'], bottom['high'])}; "
+        f"spread evenly it would be {top['chance']:.2f} and {bottom['chance']:.2f} ({len(found.examples)} held-out "
+        f"examples). {'As in' if found.agrees else 'Unlike'} the paper's pictures, top heads "
+        f"{'look' if found.agrees else 'do not clearly look'} at the evidence more than bottom heads and than chance."
+    )
+
+
+def _figures(found: _Measured, model: HookedVLM) -> list[tuple[str, str, Figure]]:
+    figures = [
+        (
+            "Share of attention on the evidence",
+            "Of the attention to visual tokens, 95% bootstrap intervals over held-out examples; beside each, what the "
+            "same attention spread evenly would give.",
+            plot_intervals(
+                beside_chance(found.shares, "arm"),
+                row="kind",
+                series="series",
+                xlabel="Share on the evidence",
+                percent=True,
+            ),
+        )
+    ]
+    named = [
+        (f"{arm} {len(heads)} head{'s' if len(heads) > 1 else ''}", head)
+        for arm, heads in found.arms.items()
+        for head in heads
+    ]
+    for kind in found.kinds:
+        figures += overlay_figures(model, next(e for e in found.examples if e.kind == kind), named)
+    return figures
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:

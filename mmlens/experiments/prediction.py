@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from mmlens.arguments import BATCH_SIZE
 from mmlens.attribution.nodes import attribute
@@ -23,6 +25,7 @@ from mmlens.experiments.ablations import (
     head_costs,
     named,
     references,
+    single_heads,
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
@@ -30,6 +33,7 @@ from mmlens.experiments.common import (
     flat_per_example,
     plain,
     ranged,
+    records,
     resampled_means,
     top_unless_tied,
 )
@@ -45,6 +49,7 @@ from mmlens.scores.registry import SCORES
 from mmlens.statistics import (
     benjamini_hochberg,
     paired_permutation_test,
+    percentile_interval,
     permutation_p,
     rank_correlation,
     rank_correlation_interval,
@@ -98,6 +103,24 @@ PREDICTORS = (
 """What may predict where nothing else is asked for: names in `mmlens.scores.SCORES`, and `attributed_cost`."""
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Each score against the costs of single heads and of groups; `metrics` says of each metric how sure its costs are.
+
+    `of_heads` has every head's score, rank and cost, `groups` the cost of each group of a score's ranking.
+    """
+
+    graded: str
+    mode: str
+    q: float
+    n_groups: int
+    n: dict[str, int]
+    metrics: dict[str, dict[str, Any]]
+    correlations: pd.DataFrame
+    of_heads: pd.DataFrame
+    groups: pd.DataFrame
+
+
 @checked_settings
 def run(
     setup: Setup,
@@ -126,110 +149,55 @@ def run(
         )
     selection = first_with_evidence(setup.selection, n_per_kind)
     evaluation = first_with_evidence(setup.evaluation, n_per_kind)
-    found = {
+    of_score = {
         name: known[name](setup.model, selection, batch_size=setup.batch_size, progress=setup.progress)
         for name in names
     }
     graded, graded_function = graded_metric(evaluation)
     metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
-    groups = {name: _groups(found[name], heads, n_groups) for name in names}
-    sets = {head_name(head): heads & HeadSet([head], heads.grid) for head in heads}
+    groups = {name: _groups(of_score[name], heads, n_groups) for name in names}
+    sets = single_heads(heads)
     sets |= {f"{name} {at}": group for name in names for at, group in enumerate(groups[name])}
-    table = ablated(setup, evaluation, sets, references(setup, [mode]), metrics)
-    layers = np.array([layer for layer, _ in heads])
-    per_metric: dict[str, Any] = {}
-    rows, group_rows, points = [], [], []
+    outcomes = ablated(setup, evaluation, sets, references(setup, [mode]), metrics)
+    of_metric: dict[str, dict[str, Any]] = {}
+    rows, of_heads, of_groups = [], [], []
     for metric in metrics:
-        cost = head_costs(setup, table, metric, mode, heads)
-        effect = flat_per_example(cost)
-        detected = _detected(effect, q, setup.seed)
-        group_costs = costs(table, metric, mode)
-        per_metric[metric] = {
+        cost = head_costs(setup, outcomes, metric, mode, heads)
+        detected = _detected(flat_per_example(cost), q, setup.seed)
+        of_metric[metric] = {
             "n_detected": int(detected.sum()),
-            "reliability": split_half_reliability(effect, seed=setup.seed),
+            "reliability": split_half_reliability(flat_per_example(cost), seed=setup.seed),
             "costliest": top_unless_tied(cost, FIVE_PERCENT),
         }
+        of_sets = costs(outcomes, metric, mode)
         for name in names:
-            rows.append(
-                {"score": name, "metric": metric}
-                | _correlations(found[name], cost, layers, detected, n_resamples, setup.seed)
-            )
-            of_groups = group_costs.loc[[f"{name} {at}" for at in range(n_groups)]].to_numpy()
-            rows[-1] |= _over_groups(of_groups, n_resamples, setup.seed)
-            group_rows += [
-                {"score": name, "metric": metric, "group": at + 1, "heads": len(group)}
-                | dict(
-                    zip(("mean", "low", "high"), _mean_interval(own, n_resamples, setup.seed), strict=True)
-                )
-                for at, (group, own) in enumerate(zip(groups[name], of_groups, strict=True))
-            ]
-            points.append(
-                pd.DataFrame(
-                    {
-                        "score": name,
-                        "metric": metric,
-                        "head": [head_name(head) for head in heads],
-                        "value": flat_per_example(found[name]).mean(0),
-                        "rank": found[name].rank()[found[name].grid.exists].numpy() + 1,
-                        "cost": effect.mean(0),
-                        "detected": detected,
-                    }
-                )
-            )
-    correlations, group_table = pd.DataFrame(rows), pd.DataFrame(group_rows)
-    of_heads = pd.concat(points, ignore_index=True)
-    drawn = of_heads[of_heads["metric"] == graded]
-    label = f"Cost in {graded.replace('_', ' ')}"
-    numbers = {
-        "n_heads": len(heads),
-        "n_selection": len(selection),
-        "n_evaluation": len(evaluation),
-        "metrics": per_metric,
-        "correlations": correlations.to_dict("records"),
-        "groups": group_table.to_dict("records"),
-    }
+            key = {"score": name, "metric": metric}
+            own = of_sets.loc[[f"{name} {at}" for at in range(n_groups)]].to_numpy()
+            row = _correlations(of_score[name], cost, heads, detected, n_resamples, setup.seed)
+            rows.append(key | row | _over_groups(own, n_resamples, setup.seed))
+            of_groups += [key | row for row in _group_costs(groups[name], own, n_resamples, setup.seed)]
+            of_heads.append(_of_heads(key, of_score[name], cost, heads, detected))
+    found = _Measured(
+        graded,
+        mode,
+        q,
+        n_groups,
+        {"n_heads": len(heads), "n_selection": len(selection), "n_evaluation": len(evaluation)},
+        of_metric,
+        pd.DataFrame(rows),
+        pd.concat(of_heads, ignore_index=True),
+        pd.DataFrame(of_groups),
+    )
     return Findings(
-        _statement(correlations, per_metric, graded, mode, len(heads)),
-        plain(numbers),
-        tables={
-            "correlations": ("Rank correlation of each score with the cost of ablation.", correlations),
-            "heads": ("Every head: its scores, their ranks, and its cost.", of_heads),
-            "groups": (f"Cost of ablating each of {n_groups} groups of a score's ranking, best first.", group_table),
-        },
-        per_example={"outcomes": table},
-        figures=[
-            (
-                "Cost of single heads by rank of the score",
-                f"Every dot is a head, rank 1 has the highest score. {mode.capitalize()} ablation, evaluation split.",
-                plot_scatter(
-                    drawn, panel="score", x="rank", y="cost", marked="detected", xlabel="Rank by score", ylabel=label,
-                    note=f"cost differs from 0 (false discovery rate {q:g})",
-                ),
-            ),
-            (
-                "Rank correlation with the cost of single heads",
-                f"Spearman over all heads with the {label.lower()}, 95% intervals from resampled examples of both "
-                "splits; 0 without interval where it is not defined.",
-                plot_intervals(
-                    _as_means(correlations[correlations["metric"] == graded]),
-                    row="score", xlabel="Spearman's rank correlation", lines={"0": 0.0},
-                ),
-            ),
-            (
-                "Cost of groups of heads",
-                f"The ranking of each score cut into {n_groups} groups, each ablated as a whole.",
-                plot_curves(
-                    group_table[group_table["metric"] == graded],
-                    x="group", series="score", xlabel="Group of the ranking (1: highest scores)", ylabel=label,
-                ),
-            ),
-        ],
-    )  # fmt: skip
+        _statement(found),
+        plain(_numbers(found)),
+        tables=_tables(found),
+        per_example={"outcomes": outcomes},
+        figures=_figures(found),
+    )
 
 
-def _as_means(correlations: pd.DataFrame) -> pd.DataFrame:
-    named = correlations.rename(columns={"rho": "mean", "rho_low": "low", "rho_high": "high"})
-    return named.fillna({"mean": 0.0})
+# ---------------------------------------------------------------------- what is computed
 
 
 def _groups(scores: HeadScores, heads: HeadSet, n_groups: int) -> list[HeadSet]:
@@ -253,7 +221,7 @@ def _detected(effect: np.ndarray, q: float, seed: int) -> np.ndarray:
 def _correlations(
     scores: HeadScores,
     cost: HeadScores,
-    layers: np.ndarray,
+    heads: HeadSet,
     detected: np.ndarray,
     n_resamples: int,
     seed: int,
@@ -277,7 +245,7 @@ def _correlations(
             split_half_reliability(flat_per_example(cost), seed=seed),
         ),
         "p": permutation_p(x, y, seed=seed),
-        "p_within_layers": permutation_p(x, y, blocks=layers, seed=seed),
+        "p_within_layers": permutation_p(x, y, blocks=[layer for layer, _ in heads], seed=seed),
         "rho_detected": among,
         "p_detected": permutation_p(x[detected], y[detected], seed=seed) if np.isfinite(among) else np.nan,
         "n_detected": int(detected.sum()),
@@ -310,46 +278,138 @@ def _resampled(of_groups: np.ndarray, n_resamples: int, seed: int) -> np.ndarray
     return counts @ of_groups.T / n
 
 
-def _mean_interval(values: np.ndarray, n_resamples: int, seed: int) -> tuple[float, float, float]:
-    low, high = np.quantile(_resampled(values[None], n_resamples, seed), [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
-
-
-def _statement(
-    table: pd.DataFrame, per_metric: Mapping[str, Any], graded: str, mode: str, n_heads: int
-) -> str:
-    rows = table[table["metric"] == graded].sort_values("rho", ascending=False, na_position="last")
-    said = []
-    for row in rows.to_dict("records"):
-        if not np.isfinite(row["rho"]):
-            said.append(f"{row['score']}: no rank correlation, as all heads have the same score or cost")
-            continue
-        told = row["rho_low"] > 0 and row["p"] <= 0.05
-        against = row["rho_high"] < 0 and row["p"] <= 0.05
-        beyond = told and row["p_within_layers"] <= 0.05
-        said.append(
-            f"{row['score']}: {ranged(row['rho'], row['rho_low'], row['rho_high'])}, "
-            f"{row['rho_without_noise']:.2f} without noise"
-            + (" (predicts it" if told else " (predicts the opposite" if against else " (does not predict it")
-            + ("" if beyond or not told else ", but no better than a head's layer does")
-            + (
-                f"; {row['top_found']:.0f} of the {row['top_count']} heads of highest cost in its top 5%"
-                if np.isfinite(row["precision"])
-                else ""
-            )
-            + (
-                f"; {row['rho_detected']:.2f} among the {row['n_detected']} heads with a cost told from 0)"
-                if np.isfinite(row["rho_detected"])
-                else ")"
-            )
+def _group_costs(
+    groups: Sequence[HeadSet], of_groups: np.ndarray, n_resamples: int, seed: int
+) -> list[dict[str, Any]]:
+    rows = []
+    for at, (group, own) in enumerate(zip(groups, of_groups, strict=True)):
+        low, high = percentile_interval(_resampled(own[None], n_resamples, seed))
+        rows.append(
+            {"group": at + 1, "heads": len(group), "mean": float(own.mean()), "low": low, "high": high}
         )
-    reliability = per_metric[graded]["reliability"]
-    return (
-        f"Spearman of each score with the cost in {graded.replace('_', ' ')} of ablating single heads ({mode} "
-        "ablation, "
-        f"{n_heads} heads, of which {per_metric[graded]['n_detected']} have a cost told from 0; reliability of the "
-        f"cost's ranking {reliability:.2f}) - " + "; ".join(said) + "."
+    return rows
+
+
+def _of_heads(
+    key: Mapping[str, str], scores: HeadScores, cost: HeadScores, heads: HeadSet, detected: np.ndarray
+) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            **key,
+            "head": [head_name(head) for head in heads],
+            "value": flat_per_example(scores).mean(0),
+            "rank": scores.rank()[scores.grid.exists].numpy() + 1,
+            "cost": flat_per_example(cost).mean(0),
+            "detected": detected,
+        }
     )
+
+
+# ---------------------------------------------------------------------- how it is told
+
+
+def _statement(found: _Measured) -> str:
+    of_graded = found.correlations[found.correlations["metric"] == found.graded]
+    said = [
+        _said(row)
+        for row in of_graded.sort_values("rho", ascending=False, na_position="last").to_dict("records")
+    ]
+    sure = found.metrics[found.graded]
+    return (
+        f"Spearman of each score with the cost in {found.graded.replace('_', ' ')} of ablating single heads "
+        f"({found.mode} ablation, {found.n['n_heads']} heads, of which {sure['n_detected']} have a cost told from 0; "
+        f"reliability of the cost's ranking {sure['reliability']:.2f}) - " + "; ".join(said) + "."
+    )
+
+
+def _said(row: Mapping[Any, Any]) -> str:
+    if not np.isfinite(row["rho"]):
+        return f"{row['score']}: no rank correlation, as all heads have the same score or cost"
+    told = row["rho_low"] > 0 and row["p"] <= 0.05
+    against = row["rho_high"] < 0 and row["p"] <= 0.05
+    beyond = told and row["p_within_layers"] <= 0.05
+    return (
+        f"{row['score']}: {ranged(row['rho'], row['rho_low'], row['rho_high'])}, "
+        f"{row['rho_without_noise']:.2f} without noise"
+        + (" (predicts it" if told else " (predicts the opposite" if against else " (does not predict it")
+        + ("" if beyond or not told else ", but no better than a head's layer does")
+        + (
+            f"; {row['top_found']:.0f} of the {row['top_count']} heads of highest cost in its top 5%"
+            if np.isfinite(row["precision"])
+            else ""
+        )
+        + (
+            f"; {row['rho_detected']:.2f} among the {row['n_detected']} heads with a cost told from 0)"
+            if np.isfinite(row["rho_detected"])
+            else ")"
+        )
+    )
+
+
+def _numbers(found: _Measured) -> dict[str, Any]:
+    return {
+        **found.n,
+        "metrics": found.metrics,
+        "correlations": records(found.correlations),
+        "groups": records(found.groups),
+    }
+
+
+def _tables(found: _Measured) -> dict[str, tuple[str, pd.DataFrame]]:
+    return {
+        "correlations": ("Rank correlation of each score with the cost of ablation.", found.correlations),
+        "heads": ("Every head: its scores, their ranks, and its cost.", found.of_heads),
+        "groups": (
+            f"Cost of ablating each of {found.n_groups} groups of a score's ranking, best first.",
+            found.groups,
+        ),
+    }
+
+
+def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+    of_heads, correlations, groups = (
+        table[table["metric"] == found.graded] for table in (found.of_heads, found.correlations, found.groups)
+    )
+    label = f"Cost in {found.graded.replace('_', ' ')}"
+    drawn = correlations.rename(columns={"rho": "mean", "rho_low": "low", "rho_high": "high"})
+    return [
+        (
+            "Cost of single heads by rank of the score",
+            f"Every dot is a head, rank 1 has the highest score. {found.mode.capitalize()} ablation, evaluation split.",
+            plot_scatter(
+                of_heads,
+                panel="score",
+                x="rank",
+                y="cost",
+                marked="detected",
+                xlabel="Rank by score",
+                ylabel=label,
+                note=f"cost differs from 0 (false discovery rate {found.q:g})",
+            ),
+        ),
+        (
+            "Rank correlation with the cost of single heads",
+            f"Spearman over all heads with the {label.lower()}, 95% intervals from resampled examples of both "
+            "splits; 0 without interval where it is not defined.",
+            plot_intervals(
+                drawn.fillna({"mean": 0.0}),
+                row="score",
+                xlabel="Spearman's rank correlation",
+                lines={"0": 0.0},
+            ),
+        ),
+        (
+            "Cost of groups of heads",
+            f"The ranking of each score cut into {found.n_groups} groups, each ablated as a whole.",
+            plot_curves(
+                groups,
+                x="group",
+                series="score",
+                xlabel="Group of the ranking (1: highest scores)",
+                ylabel=label,
+            ),
+        ),
+    ]
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:

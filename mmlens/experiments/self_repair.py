@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
@@ -21,14 +22,24 @@ from mmlens.experiments.ablations import (
     first_with_evidence,
     graded_metric,
     references,
+    single_heads,
 )
-from mmlens.experiments.common import FIVE_PERCENT, head_names, matched_controls, plain, ranged, with_evidence
+from mmlens.experiments.common import (
+    FIVE_PERCENT,
+    head_names,
+    matched_controls,
+    plain,
+    ranged,
+    records,
+    with_evidence,
+)
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
-from mmlens.head_scores import share_of
+from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.hook_names import block
 from mmlens.interventions.ablation import ablate
 from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.model.batches import Batches
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM, Intervention
 from mmlens.model.prompt import Prompt, answer_ids_of
@@ -36,6 +47,27 @@ from mmlens.model.weights import subtracts_mean
 from mmlens.scores.retrieval import attention_mass, ram
 from mmlens.statistics import benjamini_hochberg, difference_interval_of, paired_permutation_test
 from mmlens.viz.intervals import plot_intervals
+
+Group = tuple[str, int, int]
+"""Arm, number of heads, draw."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Costs of groups and of their members, and what changes in later heads without the top 5%.
+
+    `no_direct` says why direct contributions were not read ("" where they were).
+    """
+
+    graded: str
+    mode: str
+    n_heads: int
+    n_examples: int
+    top: HeadSet
+    excess: pd.DataFrame
+    backup: pd.DataFrame
+    sums: dict[str, Any]
+    no_direct: str
 
 
 @checked_settings
@@ -63,87 +95,68 @@ def run(
     examples = first_with_evidence(setup.evaluation, n_per_kind)
     graded, graded_function = graded_metric(examples)
     metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
-    sizes = sorted({max(2, share_of(share, len(heads))) for share in (*shares, FIVE_PERCENT)} | {2})
-    if sizes[-1] > len(heads) // 2:
-        raise InvalidValueError(
-            f"a group of {sizes[-1]} of {len(heads)} heads leaves too few others for random groups: shares up to 0.5"
-        )
-    groups: dict[tuple[str, int, int], HeadSet] = {}
-    for size in sizes:
-        top = scores.top(size)
-        groups["top", size, 0] = top
-        for draw, own in enumerate(matched_controls(top, n_draws, setup.seed)[0]):
-            groups["random", size, draw] = top.random(setup.seed + draw)
-            groups["layer_matched", size, draw] = own
-    members = {head_name(head): HeadSet([head], heads.grid) for own in groups.values() for head in own}
-    sets = members | {_label(key): own for key, own in groups.items()}
+    groups = _groups(scores, len(heads), shares, n_draws, setup.seed)
+    members = {name: own for group in groups.values() for name, own in single_heads(group).items()}
+    sets = members | {_label(group): own for group, own in groups.items()}
     reference = references(setup, [mode])
-    table = ablated(setup, examples, sets, reference, metrics)
-    excess = _excess(table, groups, list(metrics), mode, setup.seed)
-
+    outcomes = ablated(setup, examples, sets, reference, metrics)
     top = scores.top(FIVE_PERCENT)
     without = ablate(top, mode, reference=reference[mode], seed=setup.seed)
     no_direct = no_direct_parts(setup.model)
     if graded != "logit_difference":
         no_direct = "some examples have no wrong candidate"
     changes = measured_changes(setup, examples, without, direct=not no_direct)
-    backup = _backup(changes, heads, top, q, setup.seed)
-    sums = _sums(changes, heads, top, setup.seed)
-    label = f"Cost in {graded.replace('_', ' ')}"
-    shown = excess[excess["metric"] == graded]
-    drawn = pd.concat(
-        shown.assign(what=what, mean=shown[column], low=shown[f"{column}_low"], high=shown[f"{column}_high"])
-        for what, column in (("group", "group"), ("sum of its members", "members"))
-    )
-    drawn["row"] = drawn["arm"].str.replace("_", "-") + " " + drawn["size"].astype(str)
-    drawn = drawn.sort_values(
-        ["arm", "size"], key=lambda c: c.map(_ORDER) if c.name == "arm" else c, kind="stable"
+    found = _Measured(
+        graded,
+        mode,
+        len(heads),
+        len(examples),
+        top,
+        _excess(outcomes, groups, list(metrics), mode, setup.seed),
+        _backup(changes, heads, top, q, setup.seed),
+        _sums(changes, top, setup.seed),
+        no_direct,
     )
     return Findings(
-        _statement(excess, backup, sums, graded, top, no_direct),
-        plain(
-            {
-                "n_heads": len(heads),
-                "n_evaluation": len(examples),
-                "top": [[*head] for head in top],
-                "excess": excess.to_dict("records"),
-                "sums": sums,
-                "n_changed": {
-                    what: int(backup.loc[backup["what"] == what, "changed"].sum())
-                    for what in sums["measured"]
-                },
-                "backup": backup[backup["changed"]].to_dict("records"),
-            }
-        ),
+        _statement(found),
+        plain(_numbers(found)),
         tables={
-            "excess": ("Cost of groups of heads against the sum of their members' costs.", excess),
-            "backup": ("Every later head: change when the top 5% are ablated.", backup),
+            "excess": ("Cost of groups of heads against the sum of their members' costs.", found.excess),
+            "backup": ("Every later head: change when the top 5% are ablated.", found.backup),
         },
-        per_example={"outcomes": table, "changes": _long(changes, heads, examples)},
-        figures=[
-            (
-                "Groups of heads against the sum of their members",
-                f"{mode.capitalize()} ablation on {len(examples)} examples; means over draws of the controls, "
-                "95% intervals.",
-                plot_intervals(drawn, row="row", series="what", xlabel=label, lines={"0": 0.0}),
-            )
-        ],
+        per_example={"outcomes": outcomes, "changes": _long(changes, heads, examples)},
+        figures=_figures(found),
     )
-
-
-_ORDER = {"top": 0, "layer_matched": 1, "random": 2}
-
-
-def _label(key: tuple[str, int, int]) -> str:
-    return "{} {} #{}".format(*key)
 
 
 # ---------------------------------------------------------------------- additivity
 
 
+def _groups(
+    scores: HeadScores, n_heads: int, shares: Sequence[float], n_draws: int, seed: int
+) -> dict[Group, HeadSet]:
+    sizes = sorted({max(2, share_of(share, n_heads)) for share in (*shares, FIVE_PERCENT)} | {2})
+    if sizes[-1] > n_heads // 2:
+        raise InvalidValueError(
+            f"a group of {sizes[-1]} of {n_heads} heads leaves too few others for random groups: shares up to 0.5"
+        )
+    groups: dict[Group, HeadSet] = {}
+    for size in sizes:
+        top = scores.top(size)
+        groups["top", size, 0] = top
+        for draw, own in enumerate(matched_controls(top, n_draws, seed)[0]):
+            groups["random", size, draw] = top.random(seed + draw)
+            groups["layer_matched", size, draw] = own
+    return groups
+
+
+def _label(group: Group) -> str:
+    return "{} {} #{}".format(*group)
+
+
 def _excess(
     table: pd.DataFrame,
-    groups: Mapping[tuple[str, int, int], HeadSet],
+    groups: Mapping[Group, HeadSet],
     metrics: Sequence[str],
     mode: str,
     seed: int,
@@ -231,12 +244,11 @@ def measured_changes(
     """
     model = setup.model
     found: dict[str, list[tuple[Tensor, Tensor]]] = {what: [] for what in ("ram", "direct")[: 1 + direct]}
-    starts = range(0, len(examples), setup.batch_size)
-    for start in tqdm(starts, desc="backup", unit="batch", disable=not setup.progress):
-        batch = examples[start : start + setup.batch_size]
-        prompt = model.encode_images(model.prompt_examples(batch))
+    for index, made in Batches(model, examples, setup.batch_size, progress=setup.progress, label="backup"):
+        prompt = model.encode_images(made)
         hooks = list(without(model, prompt))
-        places = prompt.token_map.is_question, prompt.token_map.evidence(batch)
+        evidence = prompt.token_map.evidence([examples[at] for at in index])
+        places = prompt.token_map.is_question, evidence
         clean = attention_mass(model, prompt, *places)
         with model.hooks(fwd_hooks=hooks):
             found["ram"].append((clean, attention_mass(model, prompt, *places)))
@@ -284,7 +296,7 @@ def _backup(changes: Changes, heads: HeadSet, top: HeadSet, q: float, seed: int)
     return pd.concat(frames, ignore_index=True)
 
 
-def _sums(changes: Changes, heads: HeadSet, top: HeadSet, seed: int) -> dict[str, Any]:
+def _sums(changes: Changes, top: HeadSet, seed: int) -> dict[str, Any]:
     """Change of the direct contributions of the ablated heads and of all others, summed over heads, with intervals."""
     found: dict[str, Any] = {"measured": list(changes)}
     if "direct" not in changes:
@@ -318,19 +330,15 @@ def _long(changes: Changes, heads: HeadSet, examples: Sequence[Example]) -> pd.D
     return pd.concat(frames, ignore_index=True)
 
 
-# ---------------------------------------------------------------------- words
+# ---------------------------------------------------------------------- how it is told
 
 
-def _statement(
-    excess: pd.DataFrame,
-    backup: pd.DataFrame,
-    sums: Mapping[str, Any],
-    graded: str,
-    top: HeadSet,
-    no_direct: str,
-) -> str:
+def _statement(found: _Measured) -> str:
+    graded, top = found.graded, found.top
     said = []
-    for row in excess[(excess["metric"] == graded) & (excess["arm"] == "top")].to_dict("records"):
+    for row in found.excess[(found.excess["metric"] == graded) & (found.excess["arm"] == "top")].to_dict(
+        "records"
+    ):
         verdict = (
             "more than its members together, as where they stand in for each other"
             if row["excess_low"] > 0
@@ -342,39 +350,76 @@ def _statement(
             f"top {row['size']}: {row['group']:.2f} against {row['members']:.2f}, excess "
             f"{ranged(row['excess'], row['excess_low'], row['excess_high'])} ({verdict})"
         )
-    changed = backup[backup["changed"]]
     parts = []
     for what, name in (("ram", "RAM"), ("direct", "direct contribution to the logit difference")):
-        own = backup[backup["what"] == what]
+        own = found.backup[found.backup["what"] == what]
         if len(own):
             rise, fall = (
-                (changed["what"] == what) & (changed["change"] > 0),
-                (changed["what"] == what) & (changed["change"] < 0),
+                int((own["changed"] & moved).sum()) for moved in (own["change"] > 0, own["change"] < 0)
             )
-            parts.append(
-                f"{name} rises in {int(rise.sum())} and falls in {int(fall.sum())} of {len(own)} later heads"
-            )
-    direct = f" Direct contributions were not read: {no_direct}." if no_direct else ""
-    if "others" in sums:
-        ablated_part, others = sums["ablated"], sums["others"]
-        direct = (
-            f" Direct contributions: the ablated heads' own change by {ablated_part['change']:.2f}, those of "
-            "all other heads "
-            f"together by {ranged(others['change'], others['low'], others['high'])} "
-            + (
-                "(they make up for some of it)."
-                if others["low"] > 0
-                else "(they do not make up for it; they lose too)."
-                if others["high"] < 0
-                else "(no backup is told from none)."
-            )
-        )
+            parts.append(f"{name} rises in {rise} and falls in {fall} of {len(own)} later heads")
     return (
         f"Cost in {graded.replace('_', ' ')} of ablating a group against the sum of its members alone - "
-        f"{'; '.join(said)}. "
-        f"When the top {len(top)} ({head_names(top)}) are ablated, "
-        f"{'; '.join(parts) or 'no later head is left to change'}." + direct
+        f"{'; '.join(said)}. When the top {len(top)} ({head_names(top)}) are ablated, "
+        f"{'; '.join(parts) or 'no later head is left to change'}." + _said_of_direct(found)
     )
+
+
+def _said_of_direct(found: _Measured) -> str:
+    if "others" not in found.sums:
+        return f" Direct contributions were not read: {found.no_direct}." if found.no_direct else ""
+    of_ablated, others = found.sums["ablated"], found.sums["others"]
+    verdict = (
+        "they make up for some of it"
+        if others["low"] > 0
+        else "they do not make up for it; they lose too"
+        if others["high"] < 0
+        else "no backup is told from none"
+    )
+    return (
+        f" Direct contributions: the ablated heads' own change by {of_ablated['change']:.2f}, those of all other heads "
+        f"together by {ranged(others['change'], others['low'], others['high'])} ({verdict})."
+    )
+
+
+def _numbers(found: _Measured) -> dict[str, Any]:
+    changed = found.backup[found.backup["changed"]]
+    return {
+        "n_heads": found.n_heads,
+        "n_evaluation": found.n_examples,
+        "top": found.top,
+        "excess": records(found.excess),
+        "sums": found.sums,
+        "n_changed": {what: int((changed["what"] == what).sum()) for what in found.sums["measured"]},
+        "backup": records(changed),
+    }
+
+
+def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+    shown = found.excess[found.excess["metric"] == found.graded]
+    drawn = pd.concat(
+        shown.assign(what=what, mean=shown[column], low=shown[f"{column}_low"], high=shown[f"{column}_high"])
+        for what, column in (("group", "group"), ("sum of its members", "members"))
+    )
+    drawn["row"] = drawn["arm"].str.replace("_", "-") + " " + drawn["size"].astype(str)
+    order = {"top": 0, "layer_matched": 1, "random": 2}
+    drawn = drawn.sort_values(
+        ["arm", "size"], key=lambda c: c.map(order) if c.name == "arm" else c, kind="stable"
+    )
+    return [
+        (
+            "Groups of heads against the sum of their members",
+            f"{found.mode.capitalize()} ablation on {found.n_examples} examples; means over draws of the controls, "
+            "95% intervals.",
+            plot_intervals(
+                drawn,
+                row="row",
+                series="what",
+                xlabel=f"Cost in {found.graded.replace('_', ' ')}",
+                lines={"0": 0.0},
+            ),
+        )
+    ]
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -10,8 +11,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from matplotlib.figure import Figure
 
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.common import (
@@ -75,6 +75,41 @@ def chance_of_shared(n_heads: int, top: int, n_kinds: int, n_draws: int, seed: i
     return found
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """RAM of the kinds, and how far their rankings and their tops are the same."""
+
+    kinds: list[str]
+    correlations: pd.DataFrame
+    reliability: pd.DataFrame
+    tops: _Tops
+    fraction: float
+
+    @property
+    def lowest(self) -> pd.Series:
+        return self.correlations.loc[self.correlations["spearman"].idxmin()]
+
+    @property
+    def as_published(self) -> bool:
+        return bool(self.lowest["high"] >= LOWEST_PUBLISHED)
+
+
+@dataclass(frozen=True)
+class _Tops:
+    """How many heads are in the top of how many kinds, and which in all: `in_tops_of` is a score for a map."""
+
+    n_heads: int
+    top: int
+    counts: pd.DataFrame
+    p_value: float
+    everywhere: HeadSet
+    in_tops_of: HeadScores
+
+    @property
+    def shared(self) -> bool:
+        return self.p_value <= 0.05
+
+
 @checked_settings
 def run(
     setup: Setup,
@@ -98,122 +133,39 @@ def run(
     if len(kinds) < 2:
         raise InvalidValueError(f"stability compares kinds of task; the examples have {kinds or 'none'}")
     reliability = _reliability(scores, n_splits, setup.seed)
-    reliable = {row["kind"]: float(row["reliability"]) for row in records(reliability)}
-    parts = {kind: scores.select(kind) for kind in kinds}
-    draws = {
-        kind: resampled_means(part, n_resamples, setup.seed + at)
-        for at, (kind, part) in enumerate(parts.items())
-    }
-    pairs: list[dict[str, Any]] = []
-    for one, other in combinations(kinds, 2):
-        rho = parts[one].spearman(parts[other])
-        low, high = rank_correlation_interval(
-            rho, rank_correlation(draws[one], draws[other]), min(len(parts[one]), len(parts[other]))
-        )
-        noise = np.sqrt(max(reliable[one], 0.0) * max(reliable[other], 0.0)) or np.nan
-        # Above 1 is sampling error: a kind's halves then differ more than the kinds.
-        clean = {
-            name: min(value / noise, 1.0)
-            for name, value in (
-                ("without_noise", rho),
-                ("without_noise_low", low),
-                ("without_noise_high", high),
-            )
-        }
-        pairs.append({"one": one, "other": other, "spearman": rho, "low": low, "high": high} | clean)
-    correlations = pd.DataFrame(pairs)
-    n_heads, top = len(scores.grid), len(scores.top(fraction))
-    stable = scores.stability(fraction)
-    observed = np.bincount(stable[scores.grid.exists].numpy(), minlength=len(kinds) + 1)
-    chance = chance_of_shared(n_heads, top, len(kinds), n_draws, setup.seed)
-    p_value = float((1 + (chance[:, -1] >= observed[-1]).sum()) / (1 + n_draws))
-    expected = n_heads * scipy.stats.binom.pmf(range(len(kinds) + 1), len(kinds), top / n_heads)
-    counts = pd.DataFrame(
-        {
-            "in_tops_of": range(len(kinds) + 1),
-            "heads": observed,
-            "expected_by_chance": expected,
-            "chance_95th_percentile": np.quantile(chance, 0.95, axis=0),
-        }
-    )
-    everywhere = HeadSet(
-        (stable == len(kinds)).nonzero().tolist(),
-        scores.grid,
-    )
-    lowest = correlations.loc[correlations["spearman"].idxmin()]
-    in_size = bool(lowest["high"] >= LOWEST_PUBLISHED)
-    shared = p_value <= 0.05
-    statement = (
-        f"Between {len(kinds)} kinds of task Spearman of RAM over heads is {lowest['spearman']:.2f} to "
-        f"{correlations['spearman'].max():.2f} (the lowest, {lowest['one']} and {lowest['other']}: "
-        f"{ranged(lowest['spearman'], lowest['low'], lowest['high'])}), "
-        f"{'which agrees with' if in_size else 'below'} the paper's .79 to .92. In the top {fraction:.0%} ({top} of "
-        f"{n_heads} heads) of all {len(kinds)} kinds stand {len(everywhere)} ({head_names(everywhere) or 'none'}), "
-        f"{expected[-1]:.2g} by chance (p = {p_value:.2g}), which "
-        f"{'agrees' if shared else 'does not agree'} with the paper, where about 30 of 58 are. "
-        f"Split halves of a kind's examples rank heads with a reliability of "
-        f"{min(reliable[k] for k in kinds):.2f} to "
-        f"{max(reliable[k] for k in kinds):.2f}."
-    )
-    matrix = np.eye(len(kinds))
-    for row in pairs:
-        at = kinds.index(row["one"]), kinds.index(row["other"])
-        matrix[at] = matrix[at[::-1]] = row["spearman"]
-    numbers = {
-        "agrees": in_size and shared,
-        "spearman": pairs,
-        "lowest": {name: lowest[name] for name in ("spearman", "low", "high")},
-        "top": top,
-        "n_heads": n_heads,
-        "in_all_tops": [list(head) for head in everywhere],
-        "share_of_top_in_all": len(everywhere) / top,
-        "p_value": p_value,
-        "counts": records(counts),
-        "reliability": records(reliability),
-    }
-    drawn = correlations.assign(
-        pair=correlations["one"] + " - " + correlations["other"], mean=correlations["spearman"]
+    found = _Measured(
+        kinds,
+        _correlations(scores, reliability, n_resamples, setup.seed),
+        reliability,
+        _tops(scores, fraction, n_draws, setup.seed),
+        fraction,
     )
     return Findings(
-        statement,
-        plain(numbers),
+        _statement(found),
+        plain(_numbers(found)),
         tables={
-            "spearman": ("Rank correlation of RAM between kinds, with bootstrap intervals.", correlations),
-            "stability": ("How many heads are in the top of how many kinds, and how many by chance.", counts),
+            "spearman": (
+                "Rank correlation of RAM between kinds, with bootstrap intervals.",
+                found.correlations,
+            ),
+            "stability": (
+                "How many heads are in the top of how many kinds, and how many by chance.",
+                found.tops.counts,
+            ),
             "reliability": ("Spearman of split halves, and of the whole by Spearman-Brown.", reliability),
         },
-        figures=[
-            (
-                "Spearman between kinds of task",
-                "Rank correlation of RAM over all heads.",
-                plot_matrix(matrix, kinds, label="Spearman", vmax=1.0),
-            ),
-            (
-                "The same with intervals",
-                "95% bootstrap intervals over examples; dashed: the lowest and highest of the paper (Qwen3-VL-4B).",
-                plot_intervals(drawn, row="pair", xlabel="Spearman of RAM", lines={".79": 0.79, ".92": 0.92}),
-            ),
-            (
-                "Stability",
-                f"In how many kinds' top {fraction:.0%} each head is; outlined: in all of them.",
-                plot_head_map(_as_scores(stable, scores), heads=everywhere),
-            ),
-        ],
+        figures=_figures(found),
     )
 
 
-def _as_scores(counts: Int[Tensor, "layer head"], like: HeadScores) -> HeadScores:
-    """Counts per head for a map that knows which heads there are."""
-    values = counts.double().masked_fill(~like.grid.exists, torch.nan)
-    return HeadScores(values[None], "kinds of task", grid=like.grid)
+# ---------------------------------------------------------------------- what is computed
 
 
 def _reliability(scores: HeadScores, n_splits: int, seed: int) -> pd.DataFrame:
     rows = []
     for kind, part in by_kind(scores).items():
-        halves = split_halves(
-            flat_per_example(part), part.kinds or [""] * len(part), n_splits=n_splits, seed=seed
-        )
+        groups = part.kinds or [""] * len(part)
+        halves = split_halves(flat_per_example(part), groups, n_splits=n_splits, seed=seed)
         low, high = percentile_interval(halves)
         half = float(halves.mean())
         rows.append(
@@ -221,6 +173,116 @@ def _reliability(scores: HeadScores, n_splits: int, seed: int) -> pd.DataFrame:
             | {"reliability": stepped_up(half), "n": len(part)}
         )
     return pd.DataFrame(rows)
+
+
+def _correlations(scores: HeadScores, reliability: pd.DataFrame, n_resamples: int, seed: int) -> pd.DataFrame:
+    """One row for every two kinds: Spearman with its interval, and all three without noise."""
+    reliable = reliability.set_index("kind")["reliability"]
+    parts = {kind: scores.select(kind) for kind in kinds_of(scores)}
+    draws = {
+        kind: resampled_means(part, n_resamples, seed + at) for at, (kind, part) in enumerate(parts.items())
+    }
+    rows = []
+    for one, other in combinations(parts, 2):
+        rho = parts[one].spearman(parts[other])
+        low, high = rank_correlation_interval(
+            rho, rank_correlation(draws[one], draws[other]), min(len(parts[one]), len(parts[other]))
+        )
+        row = {"spearman": rho, "low": low, "high": high}
+        noise = np.sqrt(max(reliable[one], 0.0) * max(reliable[other], 0.0)) or np.nan
+        names = ("without_noise", "without_noise_low", "without_noise_high")
+        # Above 1 is sampling error: a kind's halves then differ more than the kinds.
+        clean = {name: min(value / noise, 1.0) for name, value in zip(names, row.values(), strict=True)}
+        rows.append({"one": one, "other": other} | row | clean)
+    return pd.DataFrame(rows)
+
+
+def _tops(scores: HeadScores, fraction: float, n_draws: int, seed: int) -> _Tops:
+    n_kinds, n_heads, top = len(kinds_of(scores)), len(scores.grid), len(scores.top(fraction))
+    in_tops_of = scores.stability(fraction)
+    observed = np.bincount(in_tops_of[scores.grid.exists].numpy(), minlength=n_kinds + 1)
+    chance = chance_of_shared(n_heads, top, n_kinds, n_draws, seed)
+    counts = pd.DataFrame(
+        {
+            "in_tops_of": range(n_kinds + 1),
+            "heads": observed,
+            "expected_by_chance": n_heads * scipy.stats.binom.pmf(range(n_kinds + 1), n_kinds, top / n_heads),
+            "chance_95th_percentile": np.quantile(chance, 0.95, axis=0),
+        }
+    )
+    everywhere = HeadSet((in_tops_of == n_kinds).nonzero().tolist(), scores.grid)
+    values = in_tops_of.double().masked_fill(~scores.grid.exists, torch.nan)
+    return _Tops(
+        n_heads,
+        top,
+        counts,
+        p_value=float((1 + (chance[:, -1] >= observed[-1]).sum()) / (1 + n_draws)),
+        everywhere=everywhere,
+        in_tops_of=HeadScores(values[None], "kinds of task", grid=scores.grid),
+    )
+
+
+# ---------------------------------------------------------------------- how it is told
+
+
+def _statement(found: _Measured) -> str:
+    n_kinds, tops, lowest = len(found.kinds), found.tops, found.lowest
+    kinds = found.reliability[found.reliability["kind"].isin(found.kinds)]["reliability"]
+    return (
+        f"Between {n_kinds} kinds of task Spearman of RAM over heads is {lowest['spearman']:.2f} to "
+        f"{found.correlations['spearman'].max():.2f} (the lowest, {lowest['one']} and {lowest['other']}: "
+        f"{ranged(lowest['spearman'], lowest['low'], lowest['high'])}), "
+        f"{'which agrees with' if found.as_published else 'below'} the paper's .79 to .92. In the top "
+        f"{found.fraction:.0%} ({tops.top} of {tops.n_heads} heads) of all {n_kinds} kinds stand "
+        f"{len(tops.everywhere)} ({head_names(tops.everywhere) or 'none'}), "
+        f"{tops.counts['expected_by_chance'].iloc[-1]:.2g} by chance (p = {tops.p_value:.2g}), which "
+        f"{'agrees' if tops.shared else 'does not agree'} with the paper, where about 30 of 58 are. "
+        "Split halves of a kind's examples rank heads with a reliability of "
+        f"{kinds.min():.2f} to {kinds.max():.2f}."
+    )
+
+
+def _numbers(found: _Measured) -> dict[str, Any]:
+    tops = found.tops
+    return {
+        "agrees": found.as_published and tops.shared,
+        "spearman": records(found.correlations),
+        "lowest": {name: found.lowest[name] for name in ("spearman", "low", "high")},
+        "top": tops.top,
+        "n_heads": tops.n_heads,
+        "in_all_tops": [list(head) for head in tops.everywhere],
+        "share_of_top_in_all": len(tops.everywhere) / tops.top,
+        "p_value": tops.p_value,
+        "counts": records(tops.counts),
+        "reliability": records(found.reliability),
+    }
+
+
+def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+    matrix = pd.DataFrame(np.eye(len(found.kinds)), index=found.kinds, columns=found.kinds)
+    for one, other, rho in found.correlations[["one", "other", "spearman"]].itertuples(index=False):
+        matrix.loc[one, other] = matrix.loc[other, one] = rho
+    pairs = found.correlations.assign(
+        pair=found.correlations["one"] + " - " + found.correlations["other"],
+        mean=found.correlations["spearman"],
+    )
+    return [
+        (
+            "Spearman between kinds of task",
+            "Rank correlation of RAM over all heads.",
+            plot_matrix(matrix.to_numpy(), found.kinds, label="Spearman", vmax=1.0),
+        ),
+        (
+            "The same with intervals",
+            "95% bootstrap intervals over examples; dashed: the lowest and highest of the paper (Qwen3-VL-4B).",
+            plot_intervals(pairs, row="pair", xlabel="Spearman of RAM", lines={".79": 0.79, ".92": 0.92}),
+        ),
+        (
+            "Stability",
+            f"In how many kinds' top {found.fraction:.0%} each head is; outlined: in all of them.",
+            plot_head_map(found.tops.in_tops_of, heads=found.tops.everywhere),
+        ),
+    ]
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:

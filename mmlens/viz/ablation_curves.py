@@ -20,7 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 
 from mmlens.arguments import number, one_of, texts, unknown_name_message
 from mmlens.errors import InvalidValueError
@@ -31,7 +30,10 @@ from mmlens.viz.style import (
     TICK_SIZE,
     TITLE_SIZE,
     drawn_table,
+    in_percent,
     labelled,
+    legend_outside,
+    name_axes,
     new_figure,
     root_figure,
     tidy,
@@ -98,11 +100,12 @@ def plot_ablation_curves(
     else:
         figure = root_figure(ax)
     _draw(ax, curves, metric, chance, width=5.0)
-    ax.set_title(
-        f"{kind}, {mode} ablation" if title is None else title, fontsize=TITLE_SIZE, color=INK, loc="left"
+    name_axes(
+        ax,
+        x="Ablated heads (above: % of all heads)",
+        y=METRIC_LABELS.get(metric, metric),
+        title=f"{kind}, {mode} ablation" if title is None else title,
     )
-    ax.set_ylabel(METRIC_LABELS.get(metric, metric), fontsize=LABEL_SIZE, color=INK)
-    ax.set_xlabel("Ablated heads (above: % of all heads)", fontsize=LABEL_SIZE, color=INK)
     if own:
         _legend(figure, [curves], chance is not None, columns=3)
     return figure
@@ -145,10 +148,10 @@ def plot_ablation_panels(
             ax = grid[row, column]
             _draw(ax, panels[row][column], metric, level, width=width - 0.4)
             name = f"{mode} ablation" if len(kinds) == 1 else f"{kind}, {mode} ablation"
-            ax.set_title(name, fontsize=TITLE_SIZE, color=INK, loc="left")
+            name_axes(ax, title=name)
     figure.supylabel(METRIC_LABELS.get(metric, metric), fontsize=LABEL_SIZE, color=INK)
     for ax in grid[-1]:
-        ax.set_xlabel("Ablated heads (above: % of all)", fontsize=LABEL_SIZE, color=INK)
+        name_axes(ax, x="Ablated heads (above: % of all)")
     if title:
         figure.suptitle(title, fontsize=TITLE_SIZE + 1, color=INK)
     _legend(
@@ -269,7 +272,7 @@ def _draw(ax: Axes, curves: _Curves, metric: str, chance: float | None, *, width
     _count_axes(ax, counts, [0.0, *curves.fractions.values()], width)
     if metric in SHARES:
         ax.set_ylim(-0.03, 1.05)
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        in_percent(ax.yaxis)
 
 
 def _count_axes(ax: Axes, counts: list[int], fractions: list[float], width: float) -> None:
@@ -320,17 +323,7 @@ def _legend(figure: Figure, panels: Sequence[_Curves], chance: bool, *, columns:
         entries.append((bar, f"range of {number} draws"))
     if chance:
         entries.append((Line2D([], [], color=MUTED, linewidth=1.2, linestyle=(0, (1, 2))), "chance"))
-    handles, labels = zip(*entries, strict=True)
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(columns, len(entries)),
-        fontsize=TICK_SIZE,
-        frameon=False,
-        labelcolor=INK,
-        handlelength=2.2,
-    )
+    legend_outside(figure, *zip(*entries, strict=True), ncols=min(columns, len(entries)), handlelength=2.2)
 
 
 def _drawn(rows: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,6 @@ import matplotlib.patheffects
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike, NDArray
@@ -21,13 +20,14 @@ from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet
 from mmlens.viz.style import (
     INK,
-    LABEL_SIZE,
     PAPER,
     TICK_SIZE,
-    TITLE_SIZE,
+    bare,
+    colour_bar,
+    colours_of,
+    name_axes,
     new_figure,
     root_figure,
-    tidy,
 )
 
 if TYPE_CHECKING:
@@ -78,14 +78,13 @@ def plot_head_map(
         figure = root_figure(ax)
 
     drawn = values[exists]
-    signed = bool((drawn < 0).any())
     # Equal scores still need two ends of the colour bar.
-    norm: Normalize = CenteredNorm(0, np.abs(drawn).max()) if signed else Normalize(0, drawn.max() or 1.0)
+    colours, norm = colours_of(drawn, np.abs(drawn).max() or 1.0)
     mesh: QuadMesh = ax.pcolormesh(
         np.arange(n_heads + 1) - 0.5,
         np.arange(n_layers + 1) - 0.5,
         np.ma.masked_array(values, ~exists),
-        cmap="RdBu_r" if signed else "Blues",
+        cmap=colours,
         norm=norm,
         edgecolors=PAPER,
         linewidth=0.6 if max(values.shape) <= 16 else 0.2 if max(values.shape) <= 48 else 0,
@@ -95,21 +94,11 @@ def plot_head_map(
         _hatch(ax, ~exists)
     if heads is not None:
         _outline(ax, heads)
-    tidy(ax)
-    ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    bare(ax)
     ax.set_xticks(_ticks(n_heads, max(values.shape)))
     ax.set_yticks(_ticks(n_layers, max(values.shape)))
-    ax.set_xlabel("Head", fontsize=LABEL_SIZE, color=INK)
-    ax.set_ylabel("Layer", fontsize=LABEL_SIZE, color=INK)
-    ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left")
-    bar = figure.colorbar(
-        mesh, ax=ax, fraction=0.05, pad=0.03, aspect=max(12.0, 6.0 * figure.get_figheight())
-    )
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=TICK_SIZE, labelcolor=INK, length=0)
-    bar.set_label(label, fontsize=LABEL_SIZE, color=INK)
+    name_axes(ax, x="Head", y="Layer", title=title)
+    colour_bar(figure, mesh, ax, label, pad=0.03, aspect=max(12.0, 6.0 * figure.get_figheight()))
     return figure
 
 

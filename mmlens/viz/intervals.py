@@ -8,18 +8,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from mmlens.arguments import flag, instance_of, number, texts
 from mmlens.errors import InvalidValueError
 from mmlens.viz.style import (
     GRID,
     INK,
-    LABEL_SIZE,
     MUTED,
     TICK_SIZE,
     TITLE_SIZE,
     drawn_table,
+    in_percent,
+    legend_outside,
+    name_axes,
     new_figure,
     tidy,
 )
@@ -100,8 +101,8 @@ def plot_intervals(
     ax.grid(axis="x", color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     if percent:
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_xlabel(xlabel, fontsize=LABEL_SIZE, color=INK)
+        in_percent(ax.xaxis)
+    name_axes(ax, x=xlabel)
     ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left", pad=16 if lines else 6)
     if series:
         _legend(figure, groups)
@@ -160,8 +161,7 @@ def plot_curves(
         ax.fill_between(
             with_band[x], with_band["low"], with_band["high"], color=colour, alpha=0.15, linewidth=0
         )
-    ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left")
-    _label_curves(ax, xlabel, ylabel, percent)
+    _label_curves(ax, xlabel, ylabel, percent, title)
     _legend(figure, names)
     return figure
 
@@ -208,12 +208,11 @@ def plot_trade_off(
     return figure
 
 
-def _label_curves(ax: Axes, xlabel: str, ylabel: str, percent: bool) -> None:
+def _label_curves(ax: Axes, xlabel: str, ylabel: str, percent: bool, title: str = "") -> None:
     tidy(ax, grid=True)
     if percent:
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    ax.set_xlabel(xlabel, fontsize=LABEL_SIZE, color=INK)
-    ax.set_ylabel(ylabel, fontsize=LABEL_SIZE, color=INK)
+        in_percent(ax.yaxis)
+    name_axes(ax, x=xlabel, y=ylabel, title=title)
 
 
 def _check(table: pd.DataFrame, columns: Sequence[str], numbers: Sequence[str] = ()) -> None:
@@ -224,11 +223,5 @@ def _check(table: pd.DataFrame, columns: Sequence[str], numbers: Sequence[str] =
 
 def _legend(figure: Figure, names: Sequence[object]) -> None:
     longest = max(len(str(name)) for name in names) + 8
-    figure.legend(
-        loc="outside lower center",
-        # About 14 characters an inch at this size.
-        ncols=max(1, min(len(names), int(14 * figure.get_figwidth()) // longest)),
-        fontsize=TICK_SIZE,
-        frameon=False,
-        labelcolor=INK,
-    )
+    # About 14 characters an inch at this size.
+    legend_outside(figure, ncols=max(1, min(len(names), int(14 * figure.get_figwidth()) // longest)))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mmlens.arguments import array_of, number, texts, whole_number
 from mmlens.errors import InvalidValueError
-from mmlens.viz.style import INK, LABEL_SIZE, MUTED, PAPER, TICK_SIZE, TITLE_SIZE, new_figure, tidy
+from mmlens.viz.style import INK, PAPER, TICK_SIZE, bare, colour_bar, colours_of, name_axes, new_figure
 
 
 def plot_matrix(
@@ -50,21 +49,20 @@ def plot_matrix(
     numbers = table[np.isfinite(table)]
     if not len(numbers):
         raise InvalidValueError("no number to draw: every cell is missing")
-    signed = bool((numbers < 0).any())
-    top = float(np.abs(numbers).max()) if vmax is None else vmax
-    norm: Normalize = CenteredNorm(0, top or 1.0) if signed else Normalize(0, top or 1.0)
+    top = (float(np.abs(numbers).max()) if vmax is None else vmax) or 1.0
+    colours, norm = colours_of(numbers, top)
     longest = max(map(len, rows))
     figure = new_figure(0.72 * len(columns) + 0.075 * longest + 1.6, 0.5 * len(rows) + 1.5)
     ax = figure.subplots()
     mesh = ax.pcolormesh(
         np.ma.masked_invalid(table),
-        cmap="RdBu_r" if signed else "Blues",
+        cmap=colours,
         norm=norm,
         edgecolors=PAPER,
         linewidth=1,
     )
     for row, column in np.argwhere(np.isfinite(table)):
-        strong = abs(table[row, column]) > 0.6 * (top or 1.0)
+        strong = abs(table[row, column]) > 0.6 * top
         ax.text(
             column + 0.5,
             row + 0.5,
@@ -74,10 +72,7 @@ def plot_matrix(
             fontsize=TICK_SIZE,
             color=PAPER if strong else INK,
         )
-    tidy(ax)
-    ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    bare(ax)
     turned = max(map(len, columns)) > 9
     ax.set_xticks(
         np.arange(len(columns)) + 0.5,
@@ -87,11 +82,6 @@ def plot_matrix(
     )
     ax.set_yticks(np.arange(len(rows)) + 0.5, rows)
     ax.invert_yaxis()
-    ax.set_xlabel(column_label, fontsize=LABEL_SIZE, color=INK)
-    ax.set_ylabel(row_label, fontsize=LABEL_SIZE, color=INK)
-    ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left")
-    bar = figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.03)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=TICK_SIZE, labelcolor=INK, color=MUTED, length=0)
-    bar.set_label(label, fontsize=LABEL_SIZE, color=INK)
+    name_axes(ax, x=column_label, y=row_label, title=title)
+    colour_bar(figure, mesh, ax, label, pad=0.03)
     return figure

@@ -28,10 +28,11 @@ from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.token_map import box_of
 from mmlens.viz.style import (
     INK,
-    LABEL_SIZE,
     MUTED,
     TICK_SIZE,
     TITLE_SIZE,
+    colour_bar,
+    name_axes,
     new_figure,
     root_figure,
     see_through,
@@ -88,7 +89,7 @@ def plot_attention_overlay(
     else:
         figure = root_figure(ax)
     _draw(ax, image, cells, evidence, top, inches=_LONGEST_SIDE)
-    ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left")
+    name_axes(ax, title=title)
     note = _note([cells])
     if note:
         ax.set_xlabel(note, fontsize=TICK_SIZE - 1, color=MUTED, loc="left")
@@ -319,18 +320,10 @@ def _faded(image: Image.Image, longest: int) -> NDArray[np.uint8]:
 
 
 def _colour_bar(figure: Figure, axes: list[Axes], top: float, label: str) -> None:
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(0, top), HEAT),
-        ax=axes,
-        fraction=0.05,
-        pad=0.02,
-        aspect=max(12.0, 6.0 * figure.get_figheight()),
-        shrink=0.9,
-    )
+    heat = ScalarMappable(Normalize(0, top), HEAT)
+    aspect = max(12.0, 6.0 * figure.get_figheight())
+    bar = colour_bar(figure, heat, axes, label, pad=0.02, aspect=aspect, shrink=0.9)
     bar.solids.set_edgecolor("none")  # type: ignore[union-attr]
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=TICK_SIZE, labelcolor=INK, length=0)
-    bar.set_label(label, fontsize=LABEL_SIZE, color=INK)
 
 
 def _inches(size: tuple[int, int], longest: float) -> tuple[float, float]:

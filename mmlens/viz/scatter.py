@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mmlens.viz.head_map import MARK
-from mmlens.viz.style import INK, LABEL_SIZE, MUTED, TICK_SIZE, TITLE_SIZE, drawn_table, new_figure, tidy
+from mmlens.viz.style import INK, LABEL_SIZE, MUTED, drawn_table, legend_outside, name_axes, new_figure, tidy
 
 _DOT = "#0072b2"
 
@@ -38,14 +38,11 @@ def plot_scatter(
         ax.axhline(0, color=MUTED, linewidth=0.8)
         ax.scatter(part[x][~sure], part[y][~sure], s=12, facecolors="none", edgecolors=_DOT, linewidths=0.8)
         ax.scatter(part[x][sure], part[y][sure], s=24, color=MARK, linewidths=0, label=note)
-        ax.set_title(str(name), fontsize=TITLE_SIZE, color=INK, loc="left")
+        name_axes(ax, title=str(name))
         tidy(ax, grid=True)
     for ax in list(grid.flat)[len(names) :]:
         ax.set_visible(False)
     figure.supxlabel(xlabel, fontsize=LABEL_SIZE, color=INK)
     figure.supylabel(ylabel, fontsize=LABEL_SIZE, color=INK)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper right", fontsize=TICK_SIZE, frameon=False, labelcolor=INK
-    )
+    legend_outside(figure, *grid[0, 0].get_legend_handles_labels(), at="upper right")
     return figure

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import CenteredNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
 
 from mmlens.arguments import array_of, instance_of, table_of
 from mmlens.errors import InvalidValueError
@@ -79,6 +84,58 @@ def tidy(ax: Axes, *, grid: bool = False) -> None:
     if grid:
         ax.set_axisbelow(True)
         ax.grid(axis="y", color=GRID, linewidth=0.8)
+
+
+def bare(ax: Axes) -> None:
+    """`tidy` for grids of cells: neither frame nor tick marks."""
+    tidy(ax)
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def name_axes(ax: Axes, *, x: str | None = None, y: str | None = None, title: str | None = None) -> None:
+    """Labels of the axes, and the title at the left."""
+    if x is not None:
+        ax.set_xlabel(x, fontsize=LABEL_SIZE, color=INK)
+    if y is not None:
+        ax.set_ylabel(y, fontsize=LABEL_SIZE, color=INK)
+    if title is not None:
+        ax.set_title(title, fontsize=TITLE_SIZE, color=INK, loc="left")
+
+
+def in_percent(axis: Axis) -> None:
+    """Ticks of shares as whole percents."""
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def colours_of(numbers: NDArray[np.float64], top: float) -> tuple[str, Normalize]:
+    """Colour map and scale: numbers >= 0 from 0 to `top` in one hue, others from blue to red, white at 0."""
+    signed = bool((numbers < 0).any())
+    return ("RdBu_r", CenteredNorm(0, top)) if signed else ("Blues", Normalize(0, top))
+
+
+def colour_bar(
+    figure: Figure, mappable: ScalarMappable, axes: Axes | list[Axes], label: str, **options: Any
+) -> Colorbar:
+    """A colour bar without a frame, beside the axes; `options` are those of `Figure.colorbar`."""
+    bar = figure.colorbar(mappable, ax=axes, fraction=0.05, **options)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=TICK_SIZE, labelcolor=INK, length=0)
+    bar.set_label(label, fontsize=LABEL_SIZE, color=INK)
+    return bar
+
+
+def legend_outside(figure: Figure, *entries: Any, at: str = "lower center", **options: Any) -> None:
+    """A legend beside the axes, without a frame; `entries` (handles, labels) are by default those of the axes."""
+    figure.legend(
+        *entries,
+        loc=f"outside {at}",
+        fontsize=TICK_SIZE,
+        frameon=False,
+        labelcolor=INK,
+        **options,
+    )
 
 
 def labelled(positions: Sequence[float], gap: float, *, keep: Sequence[int] = ()) -> list[int]:

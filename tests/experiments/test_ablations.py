@@ -18,6 +18,7 @@ from mmlens.experiments.ablations import (
     graded_metric,
     head_costs,
     references,
+    single_heads,
 )
 from mmlens.heads import head_name
 
@@ -28,11 +29,7 @@ def test_single_head_costs_are_those_of_the_plain_model(micro: mmlens.HookedVLM)
     examples = first_with_evidence(setup.evaluation, 2)
     name, metric = graded_metric(examples)
     metrics = {name: metric, "accuracy": mmlens.accuracy}
-    sets = {
-        head_name(head): heads - heads.__class__([h for h in heads if h != head], **grid(heads))
-        for head in heads
-    }
-    table = ablated(setup, examples, sets, references(setup, ["zero"]), metrics)
+    table = ablated(setup, examples, single_heads(heads), references(setup, ["zero"]), metrics)
     by_head = head_costs(setup, table, name, "zero", heads)
     assert by_head.kinds == tuple(example.kind for example in examples)
     clean = without_heads(micro, [], examples)

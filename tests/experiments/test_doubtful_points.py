@@ -15,8 +15,7 @@ from plain_runs import scenes
 
 import mmlens
 from mmlens.experiments.common import ablation_table, with_evidence
-from mmlens.experiments.experiment import Findings, Setup
-from mmlens.experiments.readings import (
+from mmlens.experiments.doubtful_points import (
     EXPERIMENT,
     Reading,
     across,
@@ -26,6 +25,7 @@ from mmlens.experiments.readings import (
     text_after_images,
     usable_tags,
 )
+from mmlens.experiments.experiment import Findings, Setup
 from mmlens.heads import HeadSet
 from mmlens.scores.retrieval import ram
 

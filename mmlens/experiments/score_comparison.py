@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.stats
+from matplotlib.figure import Figure
 
 from mmlens.data.examples import Example
 from mmlens.effects.measure import effect
@@ -55,6 +56,7 @@ SOURCES = {score.label: score.source for score in SCORES.values()}
 """Where the scores come from."""
 
 TOP, CONTROL = "top", "layer-matched"
+SET = ["score", "arm", "draw"]
 
 PUBLISHED = pd.DataFrame(
     [
@@ -65,6 +67,39 @@ PUBLISHED = pd.DataFrame(
     columns=["model", "text", "image", "rendered text", "identical image"],
 )
 """rho_0.5 of the null-calibrated score in %, by where the evidence stands (arXiv 2605.27243)."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """How far the scores agree, and what their tops cost: `table` has a row a score, `effects` one a set of heads."""
+
+    scored: _Scored
+    tops: dict[str, HeadSet]
+    fraction: float
+    n_draws: int
+    agreement: pd.DataFrame
+    effects: pd.DataFrame
+    table: pd.DataFrame
+    graded: str
+    clean: dict[str, dict[str, float]]
+    n_evaluation: int
+    shortfall: dict[str, str]
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.tops.values())))
+
+    @property
+    def n_heads(self) -> int:
+        return len(next(iter(self.scored.scores.values())).grid)
+
+    def square(self, column: str, diagonal: float) -> np.ndarray:
+        """A column of `agreement` as a matrix of the scores."""
+        names = list(self.tops)
+        values = pd.DataFrame(np.eye(len(names)) * diagonal, index=names, columns=names)
+        for one, other, value in self.agreement[["score", "other", column]].itertuples(index=False):
+            values.loc[one, other] = values.loc[other, one] = value
+        return values.to_numpy()
 
 
 @checked_settings
@@ -89,16 +124,13 @@ def run(
     """
     if not null_questions:
         raise InvalidValueError("null_questions holds no question: give at least one, such as 'N/A'")
-    if n_draws < 1:
-        raise InvalidValueError(f"n_draws is at least 1, not {n_draws}")
-    found = _scores(setup, fraction, null_questions, n_per_kind)
-    if len(found.scores) < 2:
+    scored = _scores(setup, fraction, null_questions, n_per_kind)
+    if len(scored.scores) < 2:
         raise InvalidValueError(
-            f"scores are compared: at least two that rank heads, not {list(found.scores)} "
-            f"({'; '.join(found.notes)})"
+            f"scores are compared: at least two that rank heads, not {list(scored.scores)} "
+            f"({'; '.join(scored.notes)})"
         )
-    tops = {name: scores.top(fraction) for name, scores in found.scores.items()}
-    agreement, spearman, overlap = _agreement(found.scores, tops, n_resamples, setup.seed)
+    tops = {name: scores.top(fraction) for name, scores in scored.scores.items()}
     evaluation = first_with_evidence(setup.evaluation, n_per_kind)
     texts = first_of_kinds([example for example in setup.evaluation if not example.evidence], n_per_kind)
     graded, graded_function = graded_metric([*evaluation, *texts])
@@ -106,83 +138,34 @@ def run(
     outcomes = ablated(
         setup,
         [*evaluation, *texts],
-        {f"{name}/{arm}/{draw}": heads for (name, arm, draw), heads in sets.items()},
+        sets,
         references(setup, [mode]),
         {"accuracy": accuracy, graded: graded_function},
+        names=SET,
     )
-    split = outcomes["heads"].str.rsplit("/", n=2, expand=True)
-    outcomes = outcomes.assign(score=split[0], arm=split[1], draw=split[2].astype(int)).drop(columns="heads")
+    outcomes = outcomes[[name for name in outcomes if name not in SET] + SET]
     controls = sorted({example.kind for example in texts})
     effects = _effects(outcomes, controls, setup.seed)
-    table = _table(found.scores, tops, effects, graded)
-    numbers = {
-        "top": tops,
-        "count": len(next(iter(tops.values()))),
-        "n_heads": len(next(iter(found.scores.values())).grid),
-        "graded": graded,
-        "clean": {metric: _clean(outcomes, controls, metric) for metric in ("accuracy", graded)},
-        "n_selection": found.n_examples,
-        "n_evaluation": len(evaluation),
-        "scores": records(table),
-        "agreement": records(agreement),
-        "effects": records(effects),
-        "notes": found.notes,
-        "layer_matched_shortfall": shortfall,
-    }
-    drawn = effects[effects["group"] == "evidence"]
+    found = _Measured(
+        scored,
+        tops,
+        fraction,
+        n_draws,
+        _agreement(scored.scores, tops, n_resamples, setup.seed),
+        effects,
+        _table(scored.scores, tops, effects, graded),
+        graded,
+        {metric: _clean(outcomes, controls, metric) for metric in ("accuracy", graded)},
+        len(evaluation),
+        shortfall,
+    )
+    per_example = [_per_example(name, scores) for name, scores in scored.scores.items()]
     return Findings(
-        _statement(table, agreement, effects, found, numbers),
-        plain(numbers),
-        tables={
-            "scores": (
-                "The scores: how few heads hold half of each, and what its own top heads cost.",
-                table,
-            ),
-            "agreement": (
-                "Every pair of scores: Spearman over all heads, heads in common among the two tops, and the "
-                "probability of as many by chance.",
-                agreement,
-            ),
-            "effects": (
-                "Cost (clean minus ablated) of each top and of its controls, on evidence and on text.",
-                effects,
-            ),
-            "half_mass_published": ("rho_0.5 in % as published (arXiv 2605.27243).", PUBLISHED),
-        },
-        per_example={
-            "outcomes": outcomes,
-            "scores": pd.concat(
-                [_per_example(name, scores) for name, scores in found.scores.items()], ignore_index=True
-            ),
-        },
-        figures=[
-            (
-                "Agreement of ranks",
-                "Spearman's rank correlation over all heads, selection split.",
-                plot_matrix(spearman, list(tops), label="Spearman", vmax=1.0),
-            ),
-            (
-                "Heads in common",
-                f"Heads that two scores' top {fraction:.0%} ({numbers['count']} heads) share.",
-                plot_matrix(overlap, list(tops), label="heads", vmax=float(overlap.max()), decimals=0),
-            ),
-            *(
-                (
-                    f"Cost in {metric.replace('_', ' ')}",
-                    f"Each score's own top {fraction:.0%} ablated, and layer-matched random heads ({n_draws} draws); "
-                    "examples with evidence of the evaluation split, 95% intervals.",
-                    plot_intervals(
-                        drawn[drawn["metric"] == metric].rename(columns={"cost": "mean"}),
-                        row="score",
-                        series="arm",
-                        xlabel=f"Cost in {metric.replace('_', ' ')}, clean \N{MINUS SIGN} ablated",
-                        percent=metric == "accuracy",
-                        lines={"no cost": 0.0},
-                    ),
-                )
-                for metric in ("accuracy", graded)
-            ),
-        ],
+        _statement(found),
+        plain(_numbers(found)),
+        tables=_tables(found),
+        per_example={"outcomes": outcomes, "scores": pd.concat(per_example, ignore_index=True)},
+        figures=_figures(found),
     )
 
 
@@ -303,23 +286,19 @@ def _per_example(name: str, scores: HeadScores) -> pd.DataFrame:
 
 def _agreement(
     scores: Mapping[str, HeadScores], tops: Mapping[str, HeadSet], n_resamples: int, seed: int
-) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
-    """One row per pair, and Spearman and overlap as matrices. Examples are resampled together where both have them."""
-    names = list(scores)
+) -> pd.DataFrame:
+    """One row per pair of scores. Examples are resampled together where both have them."""
     means = {name: flat_per_example(own).mean(0) for name, own in scores.items()}
     draws = {name: resampled_means(own, n_resamples, seed) for name, own in scores.items()}
     total = len(next(iter(means.values())))
-    spearman, overlap = np.eye(len(names)), np.zeros((len(names), len(names)))
-    np.fill_diagonal(overlap, [len(tops[name]) for name in names])
     rows = []
-    for (i, one), (j, other) in itertools.combinations(enumerate(names), 2):
+    for one, other in itertools.combinations(scores, 2):
         rho = float(rank_correlation(means[one], means[other]))
-        n = min(len(scores[one]), len(scores[other]))
-        low, high = rank_correlation_interval(rho, rank_correlation(draws[one], draws[other]), n)
+        low, high = rank_correlation_interval(
+            rho, rank_correlation(draws[one], draws[other]), min(len(scores[one]), len(scores[other]))
+        )
         shared = len(tops[one] & tops[other])
         by_chance = scipy.stats.hypergeom(total, len(tops[one]), len(tops[other]))
-        spearman[i, j] = spearman[j, i] = rho
-        overlap[i, j] = overlap[j, i] = shared
         rows.append(
             {
                 "score": one,
@@ -332,7 +311,7 @@ def _agreement(
                 "p_value": float(by_chance.sf(shared - 1)),
             }
         )
-    return pd.DataFrame(rows), spearman, overlap
+    return pd.DataFrame(rows)
 
 
 def _arms(
@@ -424,52 +403,30 @@ def _table(
     return pd.DataFrame(rows)
 
 
-def _statement(
-    table: pd.DataFrame,
-    agreement: pd.DataFrame,
-    effects: pd.DataFrame,
-    found: _Scored,
-    numbers: Mapping[str, Any],
-) -> str:
-    graded = numbers["graded"]
-    lowest, highest = (
-        agreement.loc[pick] for pick in (agreement["spearman"].idxmin(), agreement["spearman"].idxmax())
-    )
-    with_ram = agreement[agreement["score"] == "RAM"].sort_values("spearman", ascending=False)
-    ordered = table.sort_values(f"{graded}_cost", ascending=False)
-    control = effects[(effects["arm"] == CONTROL) & (effects["group"] == "evidence")].set_index(
-        ["metric", "score"]
-    )
-    costs = "; ".join(
-        f"{row['score']} {row['accuracy_cost']:.0%} (controls {control.loc[('accuracy', row['score']), 'cost']:.0%}; "
-        f"{graded.replace('_', ' ')} {row[f'{graded}_cost']:.1f} against "
-        f"{control.loc[(graded, row['score']), 'cost']:.1f})"
-        for row in ordered.to_dict("records")
-    )
-    told = {
-        metric: table[table[f"{metric}_excess_low"] > 0]["score"].tolist() for metric in ("accuracy", graded)
-    }
-    missed = [name for name in table["score"] if name not in told["accuracy"]]
-    tied = table[table["tied_at_cut"]]["score"].tolist()
-    mass = table[table["score"].str.startswith("null-calibrated")]
+# ---------------------------------------------------------------------- how it is told
+
+
+def _statement(found: _Measured) -> str:
+    clean, pairs = found.clean["accuracy"], found.agreement
+    lowest, highest = (pairs.loc[pick] for pick in (pairs["spearman"].idxmin(), pairs["spearman"].idxmax()))
+    with_ram = pairs[pairs["score"] == "RAM"].sort_values("spearman", ascending=False)
+    mass = found.table[found.table["score"].str.startswith("null-calibrated")]
+    tied = found.table[found.table["tied_at_cut"]]["score"].tolist()
     return (
-        f"{len(table)} scores of {numbers['n_heads']} heads: mean Spearman of pairs "
-        f"{agreement['spearman'].mean():.2f}, from {lowest['spearman']:.2f} ({lowest['score']} - {lowest['other']}) to "
+        f"{len(found.table)} scores of {found.n_heads} heads: mean Spearman of pairs "
+        f"{pairs['spearman'].mean():.2f}, from {lowest['spearman']:.2f} ({lowest['score']} - {lowest['other']}) to "
         f"{highest['spearman']:.2f} "
         f"({highest['score']} - {highest['other']}); with RAM: "
         + ", ".join(
             f"{row['other']} {ranged(row['spearman'], row['low'], row['high'])}"
             for row in with_ram.to_dict("records")
         )
-        + f". Cost in accuracy of ablating each one's own top {numbers['count']} (clean "
-        f"{numbers['clean']['accuracy']['evidence']:.0%}, {numbers['n_evaluation']} examples): {costs}. More than "
-        f"layer-matched random heads, in accuracy: {', '.join(told['accuracy']) or 'none'}; in "
-        f"{graded.replace('_', ' ')}: {', '.join(told[graded]) or 'none'}."
-        + (f" Not told from them in accuracy: {', '.join(missed)}." if missed else "")
+        + f". Cost in accuracy of ablating each one's own top {found.count} (clean "
+        f"{clean['evidence']:.0%}, {found.n_evaluation} examples): {_said_of_costs(found)}"
         + (
-            f" On text-only examples ({numbers['clean']['accuracy']['text']:.0%} clean) RAM's top costs "
-            f"{table.set_index('score').loc['RAM', 'text_accuracy_cost']:.0%}."
-            if "RAM" in numbers["top"] and "text" in numbers["clean"]["accuracy"]
+            f" On text-only examples ({clean['text']:.0%} clean) RAM's top costs "
+            f"{found.table.set_index('score').loc['RAM', 'text_accuracy_cost']:.0%}."
+            if "RAM" in found.tops and "text" in clean
             else ""
         )
         + " Half of the positive score lies in "
@@ -483,8 +440,99 @@ def _statement(
             if tied
             else ""
         )
-        + "".join(f" {note[0].upper()}{note[1:]}." for note in found.notes)
+        + "".join(f" {note[0].upper()}{note[1:]}." for note in found.scored.notes)
     )
+
+
+def _said_of_costs(found: _Measured) -> str:
+    graded, name = found.graded, found.graded.replace("_", " ")
+    effects = found.effects[(found.effects["arm"] == CONTROL) & (found.effects["group"] == "evidence")]
+    control = effects.set_index(["metric", "score"])["cost"]
+    each = "; ".join(
+        f"{row['score']} {row['accuracy_cost']:.0%} (controls {control['accuracy', row['score']]:.0%}; {name} "
+        f"{row[f'{graded}_cost']:.1f} against {control[graded, row['score']]:.1f})"
+        for row in found.table.sort_values(f"{graded}_cost", ascending=False).to_dict("records")
+    )
+    told = {
+        metric: found.table[found.table[f"{metric}_excess_low"] > 0]["score"].tolist()
+        for metric in ("accuracy", graded)
+    }
+    missed = [score for score in found.table["score"] if score not in told["accuracy"]]
+    return (
+        f"{each}. More than layer-matched random heads, in accuracy: {', '.join(told['accuracy']) or 'none'}; in "
+        f"{name}: {', '.join(told[graded]) or 'none'}."
+        + (f" Not told from them in accuracy: {', '.join(missed)}." if missed else "")
+    )
+
+
+def _numbers(found: _Measured) -> dict[str, Any]:
+    return {
+        "top": found.tops,
+        "count": found.count,
+        "n_heads": found.n_heads,
+        "graded": found.graded,
+        "clean": found.clean,
+        "n_selection": found.scored.n_examples,
+        "n_evaluation": found.n_evaluation,
+        "scores": records(found.table),
+        "agreement": records(found.agreement),
+        "effects": records(found.effects),
+        "notes": found.scored.notes,
+        "layer_matched_shortfall": found.shortfall,
+    }
+
+
+def _tables(found: _Measured) -> dict[str, tuple[str, pd.DataFrame]]:
+    return {
+        "scores": (
+            "The scores: how few heads hold half of each, and what its own top heads cost.",
+            found.table,
+        ),
+        "agreement": (
+            "Every pair of scores: Spearman over all heads, heads in common among the two tops, and the "
+            "probability of as many by chance.",
+            found.agreement,
+        ),
+        "effects": (
+            "Cost (clean minus ablated) of each top and of its controls, on evidence and on text.",
+            found.effects,
+        ),
+        "half_mass_published": ("rho_0.5 in % as published (arXiv 2605.27243).", PUBLISHED),
+    }
+
+
+def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+    names, share = list(found.tops), f"top {found.fraction:.0%}"
+    drawn = found.effects[found.effects["group"] == "evidence"].rename(columns={"cost": "mean"})
+    overlap = found.square("shared", diagonal=found.count)
+    return [
+        (
+            "Agreement of ranks",
+            "Spearman's rank correlation over all heads, selection split.",
+            plot_matrix(found.square("spearman", diagonal=1.0), names, label="Spearman", vmax=1.0),
+        ),
+        (
+            "Heads in common",
+            f"Heads that two scores' {share} ({found.count} heads) share.",
+            plot_matrix(overlap, names, label="heads", vmax=float(overlap.max()), decimals=0),
+        ),
+        *(
+            (
+                f"Cost in {metric.replace('_', ' ')}",
+                f"Each score's own {share} ablated, and layer-matched random heads ({found.n_draws} draws); "
+                "examples with evidence of the evaluation split, 95% intervals.",
+                plot_intervals(
+                    drawn[drawn["metric"] == metric],
+                    row="score",
+                    series="arm",
+                    xlabel=f"Cost in {metric.replace('_', ' ')}, clean \N{MINUS SIGN} ablated",
+                    percent=metric == "accuracy",
+                    lines={"no cost": 0.0},
+                ),
+            )
+            for metric in ("accuracy", found.graded)
+        ),
+    ]
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:
@@ -550,7 +598,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
 
 
 EXPERIMENT = Experiment(
-    name="relatives",
+    name="score-comparison",
     title="RAM and its relatives",
     source=(
         "scores of arXiv 2606.05843, 2605.27243, 2506.09944, 2404.15574, 2506.05344, 2503.06287, 2606.14703 and "

@@ -15,9 +15,9 @@ import torch
 from plain_runs import scenes, small_setup, without_heads
 
 import mmlens
-from mmlens.experiments import relatives
+from mmlens.experiments import score_comparison
 from mmlens.experiments.experiment import Findings, Setup
-from mmlens.experiments.relatives import EXPERIMENT, run
+from mmlens.experiments.score_comparison import EXPERIMENT, run
 from mmlens.head_scores import half_mass_share
 from mmlens.runs.methods import bibtex_entries
 from mmlens.runs.run import read_findings, write_findings
@@ -172,8 +172,8 @@ def test_scores_that_rank_no_heads_are_left_out_and_ties_are_told(
 
         return score
 
-    monkeypatch.setattr(relatives, "visual_head_score", planted("visual head"))
-    monkeypatch.setattr(relatives, "gaze_score", planted("gaze", (5, 2)))
+    monkeypatch.setattr(score_comparison, "visual_head_score", planted("visual head"))
+    monkeypatch.setattr(score_comparison, "gaze_score", planted("gaze", (5, 2)))
     setup = Setup(micro, scenes(3, 1, ["objects"]), scenes(3, 2, ["objects"]), batch_size=10, progress=False)
     with pytest.warns(mmlens.errors.MmlensWarning, match="gaze: the 3 highest of 64 heads cut through a tie"):
         found = run(setup, null_questions=("?",), mode="zero", n_draws=1, n_resamples=20)

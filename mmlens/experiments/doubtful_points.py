@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Bool
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +36,7 @@ from mmlens.experiments.masking import LARGEST_OF_QWEN
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet
 from mmlens.metrics.outcomes import accuracy
+from mmlens.model.batches import Batches
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt, assembled_prompt, with_answers
 from mmlens.scores.retrieval import attention_mass, ram
@@ -60,6 +61,53 @@ class Reading:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What every point starts from: `ours` is RAM of `examples`, whose top `fraction` is ablated in `mode`."""
+
+    setup: Setup
+    examples: Sequence[Example]
+    ours: HeadScores
+    fraction: float
+    mode: str
+    tags: Sequence[Tags]
+    """The marks that the paper names, then those for tokenizers which lack them."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"batch_size": self.setup.batch_size, "progress": self.setup.progress}
+
+    @property
+    def top(self) -> HeadSet:
+        return self.ours.top(self.fraction)
+
+    def read(
+        self,
+        name: str,
+        ours: str,
+        other: str,
+        scores: HeadScores,
+        *,
+        own: HeadScores | None = None,
+        note: str = "",
+    ) -> Reading:
+        """A point of which `scores` are the other reading; `own` are ours where they are not RAM of all examples."""
+        own = self.ours if own is None else own
+        heads, others = own.top(self.fraction), scores.top(self.fraction)
+        return Reading(name, ours, other, heads, others, self.mode, self.mode, own.spearman(scores), note)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """`table` has a row for each point that was read both ways; `left_out` says why the others were not."""
+
+    n_heads: int
+    table: pd.DataFrame
+    left_out: dict[str, str]
+    outcomes: pd.DataFrame
+    ablation: pd.DataFrame
+
+
 @checked_settings
 def run(
     setup: Setup,
@@ -79,81 +127,53 @@ def run(
     two ways here is named with the reason.
     """
     examples = with_evidence(setup.selection)
-    judged = replace(setup, evaluation=first_of_kinds(setup.evaluation, n_per_kind))
     ours = ram(setup.model, examples, batch_size=setup.batch_size, progress=setup.progress)
-    readings, left_out = [], {}
-    for name, find in (
-        ("box mapping", _box_mapping),
-        ("question tokens", _question_tokens),
-        ("evidence tags", partial(_evidence_tags, tags=tags, fallback_tags=fallback_tags)),
-        ("mask", _mask),
-        ("number of heads", _number_of_heads),
-        ("mean over examples", _mean_of_ranks),
-    ):
-        found = find(setup, examples, ours, fraction, mode)
-        if isinstance(found, str):
-            left_out[name] = found
-        else:
-            readings.append(found)
-    outcomes = pd.concat(
-        [
-            ablation_outcomes(
-                judged,
-                {
-                    f"{reading.name}: {label}": [heads]
-                    for reading in readings
-                    for label, heads, of_mode in (
-                        (reading.ours, reading.heads, reading.mode),
-                        (reading.other, reading.other_heads, reading.other_mode),
-                    )
-                    if of_mode == each_mode
-                },
-                (each_mode,),
-            )
-            for each_mode in dict.fromkeys(
-                m for reading in readings for m in (reading.mode, reading.other_mode)
-            )
-        ],
-        ignore_index=True,
-    )
+    given = _Given(setup, examples, ours, fraction, mode, (tags, fallback_tags))
+    points = {name: read(given) for name, read in POINTS.items()}
+    readings = [point for point in points.values() if isinstance(point, Reading)]
+    outcomes = _outcomes(replace(setup, evaluation=first_of_kinds(setup.evaluation, n_per_kind)), readings)
     ablation = ablation_table(outcomes, setup.seed)
-    table = pd.DataFrame([compared(reading, outcomes, ablation, setup.seed) for reading in readings])
-    changed = table[(table["low"] > 0) | (table["high"] < 0)]
-    total = len(ours.grid)
-    statement = (
-        f"{len(readings)} of {len(readings) + len(left_out)} doubtful points were read both ways. "
-        + "; ".join(_said(row) for row in table.to_dict("records"))
-        + f". The ablation result changes, its interval without 0, in {len(changed)}"
-        + (f" ({', '.join(changed['reading'])})" if len(changed) else "")
-        + "."
-        + "".join(f" Not read both ways: {name}, {reason}." for name, reason in left_out.items())
+    found = _Measured(
+        len(ours.grid),
+        pd.DataFrame([compared(reading, outcomes, ablation, setup.seed) for reading in readings]),
+        {name: reason for name, reason in points.items() if isinstance(reason, str)},
+        outcomes,
+        ablation,
     )
-    drawn = ablation[(ablation["kind"] == POOLED) & (ablation["metric"] == "accuracy")]
     return Findings(
-        statement,
-        plain({"n_heads": total, "readings": records(table), "left_out": left_out}),
+        _statement(found),
+        plain({"n_heads": found.n_heads, "readings": records(found.table), "left_out": found.left_out}),
         tables={
             "readings": (
                 "Both readings: agreement of scores and top heads, and accuracy with each one ablated.",
-                table,
+                found.table,
             ),
             "ablation": ("Accuracy and invalid answers on the evaluation split.", ablation),
         },
         per_example={"ablation": outcomes},
-        figures=[
-            (
-                "Accuracy under each reading",
-                "With the heads that each reading chooses ablated (or masked its way); 95% intervals, held-out "
-                "examples.",
-                plot_intervals(
-                    drawn,
-                    row="arm",
-                    xlabel="Accuracy",
-                    percent=True,
-                    lines={"all heads": float(drawn["clean"].iloc[0])},
-                ),
-            )
+        figures=_figures(found),
+    )
+
+
+# ---------------------------------------------------------------------- what is computed
+
+
+def _outcomes(setup: Setup, readings: Sequence[Reading]) -> pd.DataFrame:
+    """Both sets of heads of every reading ablated, each in its own mode."""
+    runs = [
+        (mode, f"{reading.name}: {label}", heads)
+        for reading in readings
+        for mode, label, heads in (
+            (reading.mode, reading.ours, reading.heads),
+            (reading.other_mode, reading.other, reading.other_heads),
+        )
+    ]
+    return pd.concat(
+        [
+            ablation_outcomes(setup, {arm: [heads] for mode, arm, heads in runs if mode == each}, (each,))
+            for each in dict.fromkeys(mode for mode, _, _ in runs)
         ],
+        ignore_index=True,
     )
 
 
@@ -188,54 +208,25 @@ def compared(
     }
 
 
-def _said(row: Mapping[str, Any]) -> str:
-    rho = "" if row["spearman"] is None or pd.isna(row["spearman"]) else f"Spearman {row['spearman']:.3f}, "
-    difference, low, high = (row[name] for name in ("difference", "low", "high"))
-    return (
-        f"{row['reading']} ({row['other']} instead of {row['ours']}): {rho}{row['shared_heads']} of "
-        f"{row['heads']} top "
-        f"heads shared, accuracy {row['accuracy_ours']:.0%} and {row['accuracy_other']:.0%}, difference "
-        f"{ranged(difference, low, high)}"
-    )
-
-
 # ---------------------------------------------------------------------- the points
 
 
-def _compared(
-    name: str,
-    labels: tuple[str, str],
-    ours: HeadScores,
-    other: HeadScores,
-    fraction: float,
-    mode: str,
-    note: str = "",
-) -> Reading:
-    heads, others = ours.top(fraction), other.top(fraction)
-    return Reading(name, *labels, heads, others, mode, mode, ours.spearman(other), note)
-
-
-def _box_mapping(
-    setup: Setup, examples: Sequence[Example], ours: HeadScores, fraction: float, mode: str
-) -> Reading | str:
+def _box_mapping(given: _Given) -> Reading | str:
     """On the examples whose evidence has a box: the others map alike."""
-    boxed = [example for example in examples if any(region.box for region in example.evidence)]
+    boxed = [example for example in given.examples if any(region.box for region in example.evidence)]
     if not boxed:
         return "no evidence has a box"
-    options: dict[str, Any] = {"batch_size": setup.batch_size, "progress": setup.progress}
     try:
-        other = ram(setup.model, boxed, mapping="paper_floor", **options)
+        other = ram(given.setup.model, boxed, mapping="paper_floor", **given.options)
     except TokenMapError as error:
         return f"the paper's index is not defined for this model ({error})"
-    note = f"{len(boxed)} of {len(examples)} examples have boxes"
-    return _compared(
+    return given.read(
         "box mapping",
-        ("2x2 merge", "paper's floor(index / 4)"),
-        ram(setup.model, boxed, **options),
+        "2x2 merge",
+        "paper's floor(index / 4)",
         other,
-        fraction,
-        mode,
-        note,
+        own=ram(given.setup.model, boxed, **given.options),
+        note=f"{len(boxed)} of {len(given.examples)} examples have boxes",
     )
 
 
@@ -250,55 +241,41 @@ def ram_from(
     setup: Setup, examples: Sequence[Example], queries: Callable[[Prompt], Bool[Tensor, "batch pos"]]
 ) -> HeadScores:
     """RAM from other positions than the question's: `queries` gives them for a prompt."""
-    parts = []
-    starts = range(0, len(examples), setup.batch_size)
-    for start in tqdm(starts, desc="RAM from other positions", unit="batch", disable=not setup.progress):
-        batch = examples[start : start + setup.batch_size]
-        prompt = setup.model.prompt_examples(batch)
-        parts.append(attention_mass(setup.model, prompt, queries(prompt), prompt.token_map.evidence(batch)))
+    parts, label = [], "RAM from other positions"
+    for index, prompt in Batches(
+        setup.model, examples, setup.batch_size, progress=setup.progress, label=label
+    ):
+        evidence = prompt.token_map.evidence([examples[at] for at in index])
+        parts.append(attention_mass(setup.model, prompt, queries(prompt), evidence))
     kinds = tuple(example.kind for example in examples)
-    return HeadScores(torch.cat(parts), "RAM from other positions", kinds, setup.model.grid)
+    return HeadScores(torch.cat(parts), label, kinds, setup.model.grid)
 
 
-def _question_tokens(
-    setup: Setup, examples: Sequence[Example], ours: HeadScores, fraction: float, mode: str
-) -> Reading:
-    other = ram_from(setup, examples, text_after_images)
-    return _compared(
-        "question tokens", ("question alone", "all text after the images"), ours, other, fraction, mode
-    )
+def _question_tokens(given: _Given) -> Reading:
+    other = ram_from(given.setup, given.examples, text_after_images)
+    return given.read("question tokens", "question alone", "all text after the images", other)
 
 
-def _mask(setup: Setup, examples: Sequence[Example], ours: HeadScores, fraction: float, mode: str) -> Reading:
-    heads = ours.top(fraction)
+def _mask(given: _Given) -> Reading:
+    heads = given.top
     return Reading("mask", "causal", "leaky, as written", heads, heads, "uniform", "uniform_leaky")
 
 
-def _number_of_heads(
-    setup: Setup, examples: Sequence[Example], ours: HeadScores, fraction: float, mode: str
-) -> Reading | str:
-    heads, fewer = ours.top(fraction), ours.top(LARGEST_OF_QWEN)
+def _number_of_heads(given: _Given) -> Reading | str:
+    few, many = f"{LARGEST_OF_QWEN:.1%}", given.fraction
+    heads, fewer = given.top, given.ours.top(LARGEST_OF_QWEN)
     if len(heads) == len(fewer):
-        return f"{fraction:.1%} and {LARGEST_OF_QWEN:.1%} of {len(ours.grid)} heads are the same number"
-    return Reading("number of heads", f"{fraction:.0%}", f"{LARGEST_OF_QWEN:.1%}", heads, fewer, mode, mode)
+        return f"{many:.1%} and {few} of {len(given.ours.grid)} heads are the same number"
+    return Reading("number of heads", f"{many:.0%}", few, heads, fewer, given.mode, given.mode)
 
 
-def _mean_of_ranks(
-    setup: Setup, examples: Sequence[Example], ours: HeadScores, fraction: float, mode: str
-) -> Reading | str:
-    kinds = kinds_of(ours)
+def _mean_of_ranks(given: _Given) -> Reading | str:
+    ours, kinds = given.ours, kinds_of(given.ours)
     if len(kinds) < 2:
         return "there is one kind of task"
     ranks = [ours.select(kind).rank().double().masked_fill(~ours.grid.exists, torch.nan) for kind in kinds]
     other = HeadScores(-torch.stack(ranks), "mean rank over kinds", tuple(kinds), ours.grid)
-    return _compared(
-        "mean over examples",
-        ("mean RAM of all examples", "mean of the kinds' ranks"),
-        ours,
-        other,
-        fraction,
-        mode,
-    )
+    return given.read("mean over examples", "mean RAM of all examples", "mean of the kinds' ranks", other)
 
 
 def usable_tags(model: HookedVLM, *candidates: Tags) -> Tags | None:
@@ -343,30 +320,22 @@ def tagged_prompt(model: HookedVLM, examples: Sequence[Example], tags: Tags) -> 
     return with_answers(prompt.to(model.device), model.processor, examples)
 
 
-def _evidence_tags(
-    setup: Setup,
-    examples: Sequence[Example],
-    ours: HeadScores,
-    fraction: float,
-    mode: str,
-    *,
-    tags: Tags,
-    fallback_tags: Tags,
-) -> Reading | str:
+def _evidence_tags(given: _Given) -> Reading | str:
     """On examples of several images, some without evidence; V* is the whole of the images with it in both readings."""
+    setup, model = given.setup, given.setup.model
     chosen = [
         replace(
             example, evidence=tuple(Evidence(image) for image in sorted({e.image for e in example.evidence}))
         )
-        for example in examples
+        for example in given.examples
         if len({region.image for region in example.evidence}) < len(example.images)
     ]
     if not chosen:
         return "no example has images without evidence beside those with it"
-    pair = usable_tags(setup.model, tags, fallback_tags)
+    pair = usable_tags(model, *given.tags)
     if pair is None:
-        return f"the tokenizer knows neither {tags} nor {fallback_tags}"
-    model, masses, prompts = setup.model, [], []
+        return f"the tokenizer knows neither {' nor '.join(map(str, given.tags))}"
+    masses, prompts = [], []
     starts = range(0, len(chosen), setup.batch_size)
     for start in tqdm(starts, desc="prompts with tags", unit="batch", disable=not setup.progress):
         batch = chosen[start : start + setup.batch_size]
@@ -376,23 +345,76 @@ def _evidence_tags(
         prompts.append(prompt)
     kinds = tuple(example.kind for example in chosen)
     tagged = HeadScores(torch.cat(masses), "RAM with tags", kinds, model.grid)
-    untagged = ram(model, chosen, batch_size=setup.batch_size, progress=setup.progress)
+    untagged = ram(model, chosen, **given.options)
     with_tags = effect(model, prompts, None, accuracy).mean
     without = effect(model, chosen, None, accuracy, batch_size=setup.batch_size).mean
-    used = "" if pair == tags else f", which the tokenizer knows, in place of {' '.join(tags)}"
+    asked = given.tags[0]
+    used = "" if pair == asked else f", which the tokenizer knows, in place of {' '.join(asked)}"
     note = (
         f"{len(chosen)} examples of several images, tags {' '.join(pair)}{used}; top heads' RAM "
-        f"{_top_mean(untagged, fraction):.3f} "
-        f"without and {_top_mean(tagged, fraction):.3f} with tags, accuracy (selection) {without:.0%} and "
-        f"{with_tags:.0%}"
+        f"{_top_mean(untagged, given.fraction):.3f} without and {_top_mean(tagged, given.fraction):.3f} with tags, "
+        f"accuracy (selection) {without:.0%} and {with_tags:.0%}"
     )
-    return _compared(
-        "evidence tags", ("no tags", "tags in the prompt"), untagged, tagged, fraction, mode, note
-    )
+    return given.read("evidence tags", "no tags", "tags in the prompt", tagged, own=untagged, note=note)
 
 
 def _top_mean(scores: HeadScores, fraction: float) -> float:
     return float(torch.stack([scores.values[head] for head in scores.top(fraction)]).mean())
+
+
+POINTS: dict[str, Callable[[_Given], Reading | str]] = {
+    "box mapping": _box_mapping,
+    "question tokens": _question_tokens,
+    "evidence tags": _evidence_tags,
+    "mask": _mask,
+    "number of heads": _number_of_heads,
+    "mean over examples": _mean_of_ranks,
+}
+"""Each gives both readings of it, or the reason why there are not two."""
+
+
+# ---------------------------------------------------------------------- how it is told
+
+
+def _statement(found: _Measured) -> str:
+    table = found.table
+    changed = table[(table["low"] > 0) | (table["high"] < 0)]
+    return (
+        f"{len(table)} of {len(table) + len(found.left_out)} doubtful points were read both ways. "
+        + "; ".join(_said(row) for row in table.to_dict("records"))
+        + f". The ablation result changes, its interval without 0, in {len(changed)}"
+        + (f" ({', '.join(changed['reading'])})" if len(changed) else "")
+        + "."
+        + "".join(f" Not read both ways: {name}, {reason}." for name, reason in found.left_out.items())
+    )
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    rho = "" if row["spearman"] is None or pd.isna(row["spearman"]) else f"Spearman {row['spearman']:.3f}, "
+    difference, low, high = (row[name] for name in ("difference", "low", "high"))
+    return (
+        f"{row['reading']} ({row['other']} instead of {row['ours']}): {rho}{row['shared_heads']} of "
+        f"{row['heads']} top "
+        f"heads shared, accuracy {row['accuracy_ours']:.0%} and {row['accuracy_other']:.0%}, difference "
+        f"{ranged(difference, low, high)}"
+    )
+
+
+def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+    drawn = found.ablation[(found.ablation["kind"] == POOLED) & (found.ablation["metric"] == "accuracy")]
+    return [
+        (
+            "Accuracy under each reading",
+            "With the heads that each reading chooses ablated (or masked its way); 95% intervals, held-out examples.",
+            plot_intervals(
+                drawn,
+                row="arm",
+                xlabel="Accuracy",
+                percent=True,
+                lines={"all heads": float(drawn["clean"].iloc[0])},
+            ),
+        )
+    ]
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:
@@ -432,7 +454,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
 
 
 EXPERIMENT = Experiment(
-    name="readings",
+    name="doubtful-points",
     title="Doubtful points of the paper, read both ways",
     source=f"{PAPER}, Eq. 2-5, Alg. 1-2, sections 3 and 4",
     question="Where the paper's text and method differ or are doubtful, does it matter which reading one takes?",
