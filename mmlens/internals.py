@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
@@ -95,6 +95,47 @@ def renamed_keywords(function: Callable[..., Any]) -> set[str]:
             found.add(held["old_name"].cell_contents)
         link = getattr(link, "__wrapped__", None)
     return found
+
+
+# ---------------------------------------------------------------------- transformers: images encoded beforehand
+
+_ENCODED = "mm_encoder_outputs"
+"""Under this keyword a model takes what `get_image_features` gave, by medium, in place of pixels."""
+
+
+def encoded_images(features: Any) -> dict[str, Any]:
+    """Keyword inputs that hold the tower's output; none where it is None."""
+    return {} if features is None else {_ENCODED: {"image": features}}
+
+
+def image_tower_inputs(
+    model: PreTrainedModel, processor: Any, inputs: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What get_image_features takes of the inputs; None where the tower cannot be run apart from them."""
+    encode: Any = getattr(model, "get_image_features", None)
+    forwards = [
+        inspect.signature(module.forward).parameters for module in (model, getattr(model, "model", model))
+    ]
+    if encode is None or not any(_ENCODED in taken for taken in forwards):
+        return None
+    parameters = inspect.signature(encode).parameters.values()
+    taken = {each.name for each in parameters if each.kind is not each.VAR_KEYWORD}
+    if len(taken) < len(parameters):
+        # What it hands on to the tower: the image processor's other outputs.
+        taken |= set(getattr(getattr(processor, "image_processor", None), "model_input_names", ()))
+    given = {name: value for name, value in inputs.items() if name != "input_ids" and name in taken}
+    required = {each.name for each in parameters if each.default is each.empty} - {"args", "kwargs"}
+    needed = any(
+        holds_pixels(value) and name in forwards[0] and forwards[0][name].default is inspect.Parameter.empty
+        for name, value in given.items()
+    )
+    return None if needed or not required or not required <= given.keys() else given
+
+
+def holds_pixels(value: Any) -> bool:
+    """Whether an input is an image's content: grids, sizes, masks and positions of patches are whole numbers."""
+    of_tensors = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(each, Tensor) and each.is_floating_point() for each in of_tensors)
 
 
 # ---------------------------------------------------------------------- torch: FlexAttention
@@ -342,10 +383,16 @@ def tensors_in(tensor: Any) -> list[Tensor]:
 # ---------------------------------------------------------------------- torch: function modes
 
 
-def leave_function_mode(mode: TorchFunctionMode) -> None:
-    """Take a mode off the stack, where an interrupt while torch left it has left it there."""
-    while mode in _get_current_function_mode_stack():
+def drop_function_modes(is_over: Callable[[TorchFunctionMode], bool]) -> None:
+    """Take off torch's stack the modes that are over, wherever on it they stand."""
+    stack = _get_current_function_mode_stack()
+    if not any(map(is_over, stack)):
+        return
+    for _ in stack:
         _pop_mode()
+    for mode in stack:
+        if not is_over(mode):
+            _push_mode(mode)
 
 
 # ---------------------------------------------------------------------- accelerate

@@ -327,6 +327,35 @@ def test_a_model_is_made_without_loading() -> None:
     assert type(made) is type(source) and internals.attention_implementation(made) == "eager"
 
 
+# ---------------------------------------------------------------------- function modes
+
+
+def test_a_mode_that_is_over_leaves_the_others_on_the_stack() -> None:
+    first, over, last = _Calls(), _Calls(), _Calls()
+    with first:
+        over.__enter__()
+        with last:
+            internals.drop_function_modes(lambda mode: mode is over)
+            assert internals._get_current_function_mode_stack() == [first, last]
+    assert not internals._get_current_function_mode_stack()
+
+
+# ---------------------------------------------------------------------- images encoded beforehand
+
+
+@torch.no_grad()
+def test_encoded_images_take_the_place_of_pixels(model: mmlens.HookedVLM) -> None:
+    prompt = two_image_prompt(model)
+    given = internals.image_tower_inputs(model.hf_model, model.processor, prompt.inputs)
+    assert given is not None and [name for name in given if internals.holds_pixels(given[name])]
+    features = model.hf_model.get_image_features(**given, return_dict=True)
+    rest = {name: value for name, value in prompt.inputs.items() if not internals.holds_pixels(value)}
+    logits = model.hf_model(**rest, **internals.encoded_images(features)).logits
+    assert torch.equal(logits, model.hf_model(**prompt.inputs).logits), (
+        "transformers takes images that are encoded beforehand under another keyword"
+    )
+
+
 # ---------------------------------------------------------------------- accelerate
 
 

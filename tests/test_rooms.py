@@ -53,7 +53,7 @@ UPWARDS: dict[tuple[str, str], str] = {}
 """(module, what it imports): why it may."""
 
 LARGEST_CLASS, LARGEST_FUNCTION = 350, 80
-LARGE_CLASSES = {"mmlens.model.hooked_vlm.HookedVLM"}
+LARGE_CLASSES: set[str] = set()
 LONG_FUNCTIONS = {
     "mmlens.experiments.masking.run",
     "mmlens.experiments.sufficiency.run",

@@ -65,7 +65,8 @@ import mmlens
 from mmlens.effects.grids import patch_layers_positions
 from mmlens.effects.sweeps import sweep
 from mmlens.interventions.paths import path_patch
-from mmlens.model.hooked_vlm import HookedVLM, Intervention, NoChangeWarning
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Intervention, NoChangeWarning
 from mmlens.model.prompt import Prompt
 from mmlens.token_map import text_only_map
 

@@ -28,7 +28,8 @@ from mmlens.interventions.ablation import MODES, ablate, mean_activations
 from mmlens.interventions.attention_edges import knockout
 from mmlens.interventions.paths import path_patch
 from mmlens.metrics.outcomes import logit_difference
-from mmlens.model.hooked_vlm import HookedVLM, Intervention, NoChangeWarning
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Intervention, NoChangeWarning
 from mmlens.model.prompt import Prompt
 from mmlens.scores.significance import RamSignificance, ram_significance
 from mmlens.statistics import paired_permutation_test

@@ -27,7 +27,8 @@ from mmlens.interventions.patching import PatchSource, patch, shared_source
 from mmlens.interventions.paths import path_patch
 from mmlens.metrics.outcomes import Metric, metric_of
 from mmlens.model.fingerprints import same_weights, weights_fingerprints
-from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, NoChangeWarning, model_of
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.hooks import Hook, Intervention, NoChangeWarning
 from mmlens.model.prompt import Prompt, prompt_of
 
 _AT_ONCE = 32

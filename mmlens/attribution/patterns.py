@@ -30,7 +30,7 @@ def fixed_layers(model: HookedVLM, names: Sequence[str]) -> dict[str, int]:
         if layer is None or not re.search(r"\.attn\.hook_[qk]$", name):
             continue
         attention = attention_of(model, layer)
-        if "k" not in attention.projections or model._shares_keys:
+        if "k" not in attention.projections or model.anatomy.shares_keys:
             raise InvalidValueError(
                 f"the QK fix of {name} is refused: layers of {model.family.model_type!r} share keys, so a key acts in "
                 "several patterns"

@@ -24,7 +24,8 @@ from mmlens.interventions.patching import PatchSource, Source, shared_source
 from mmlens.metrics.outcomes import Metric, evaluate, metric_name, metric_of, what_reads
 from mmlens.model.cache import over_positions
 from mmlens.model.evaluation import check_same_twice
-from mmlens.model.hooked_vlm import Hook, HookedVLM, model_of
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.hooks import Hook
 from mmlens.model.linear import gradients_pass
 from mmlens.model.prompt import Prompt, prompt_of
 

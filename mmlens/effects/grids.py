@@ -19,7 +19,8 @@ from mmlens.errors import InvalidValueError
 from mmlens.hook_names import axes_of, block
 from mmlens.interventions.edits import Positions, if_any, positions_mask
 from mmlens.interventions.patching import PatchSource, patch
-from mmlens.model.hooked_vlm import HookedVLM, Intervention, UnknownHookError, model_of
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.hooks import Intervention, UnknownHookError
 from mmlens.model.prompt import Prompt, prompt_of
 
 PARTS = ("z", "q", "k", "v", "pattern")

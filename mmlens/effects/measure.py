@@ -32,7 +32,8 @@ from mmlens.interventions.edits import intervention_of
 from mmlens.metrics.outcomes import Metric
 from mmlens.model.batches import Batches, Prompts
 from mmlens.model.fingerprints import same_weights, weights_fingerprints
-from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Intervention
 from mmlens.statistics import Interval, mean_interval, paired_difference_interval, ratio_interval
 
 

@@ -32,8 +32,10 @@ from mmlens.interventions.edits import Edit, if_any
 from mmlens.model.attention import Around, Attend, AttentionCall, AttentionTap
 from mmlens.model.checked_hooks import CheckedHook
 from mmlens.model.evaluation import check_same_twice
-from mmlens.model.hooked_vlm import Hook, HookedVLM, Span
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Hook
 from mmlens.model.prompt import Prompt
+from mmlens.model.run_state import Span
 
 T = TypeVar("T")
 
@@ -477,8 +479,7 @@ class _Replay:
 
     def _place(self, first: int) -> None:
         """Tell the model which rows and positions the hooks that fire next see."""
-        self.model.span = Span(first, self.clean.shape[1] - first)
-        self.model.narrow_inputs(first, self.n)
+        self.model.run_state.narrow(Span(first, self.clean.shape[1] - first), self.n)
 
     def _given(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: int

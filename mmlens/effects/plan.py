@@ -18,7 +18,8 @@ from mmlens.effects.partial import CleanRun, NotExactError, is_out_of_memory
 from mmlens.hook_names import BLOCK_HOOKS, layer_of
 from mmlens.internals import attention_implementation
 from mmlens.interventions.edits import Edit
-from mmlens.model.hooked_vlm import Hook, HookedVLM
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Hook
 
 _FIRST_AFTER_ATTENTION = "attn.hook_z"
 _AFTER_ATTENTION = set(list(BLOCK_HOOKS)[list(BLOCK_HOOKS).index(_FIRST_AFTER_ATTENTION) :]) | {

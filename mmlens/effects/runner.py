@@ -31,14 +31,8 @@ from mmlens.metrics.outcomes import (
     what_reads,
 )
 from mmlens.model.evaluation import check_same_twice
-from mmlens.model.hooked_vlm import (
-    Hook,
-    HookedVLM,
-    HookNeverFiredError,
-    Intervention,
-    NoChangeWarning,
-    model_of,
-)
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.hooks import Hook, Intervention, NoChangeWarning, check_fired
 from mmlens.model.prompt import Prompt
 
 Metrics = Mapping[str, Metric] | Sequence[Metric]
@@ -170,11 +164,7 @@ class PromptRuns:
                 continue
             for member, own in zip(group.members, logits, strict=True):
                 values = self.runs.values(self.prompt, hooks[member], own, self.clean_logits)
-                silent = [each.name for each in watching[member] if not each.fired]
-                if silent:
-                    raise HookNeverFiredError(
-                        f"the model ran, but these hooks never fired: {', '.join(sorted(set(silent))[:5])}"
-                    )
+                check_fired(sorted({each.name for each in watching[member] if not each.fired}))
                 done = [each.done for each in watching[member]]
                 yield Outcome(member, values, own, done, self._how(group, starts[member], done))
 

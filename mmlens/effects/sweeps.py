@@ -21,7 +21,8 @@ from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.interventions.edits import intervention_of
 from mmlens.metrics.outcomes import Metric
 from mmlens.model.batches import Batches, Prompts
-from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Intervention
 
 Part = tuple[int, Tensor, Tensor]
 """A batch's first example, and each example's value and clean value."""

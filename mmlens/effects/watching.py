@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -14,13 +14,39 @@ from torch import Tensor
 
 from mmlens.errors import InvalidValueError
 from mmlens.interventions.edits import Edit
-from mmlens.model.hooked_vlm import Hook, HookName
+from mmlens.model.checked_hooks import CountedHook
+from mmlens.model.hooks import Hook, HookName
 
 HookDone = tuple[str, int, float]
 """A hook's name, how often it fired, and the largest change that it made."""
 
 
-@dataclass(eq=False)
+class _MeasuredHook(CountedHook):
+    """A hook function that keeps the size of its changes, against copies taken before."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self._name, self._function = name, function
+        self._sizes: list[Tensor] = []
+
+    @property
+    def largest(self) -> float:
+        # Not `size`, by which a block of hooks knows edits: this one may only read.
+        return max((float(size) for size in self._sizes), default=0.0)
+
+    def act(self, x: Tensor, hook: Any) -> Any:
+        before = x.detach().clone()
+        result = self._function(x, hook=hook)
+        after = result if isinstance(result, Tensor) else x
+        if after.shape != before.shape:
+            raise InvalidValueError(
+                f"the hook on {self._name} gave a tensor {list(after.shape)} for an activation {list(before.shape)}"
+            )
+        if before.numel():
+            self._sizes.append(_largest_change(before, after.detach()))
+        return result
+
+
+@dataclass(frozen=True, eq=False)
 class WatchedHook:
     """A hook and what it did: `fired` counts its calls, `size` is the largest absolute change of one element.
 
@@ -29,23 +55,19 @@ class WatchedHook:
 
     name: str
     hook: Hook
-    _fired: int = 0
-    _sizes: list[Tensor] = field(default_factory=list)
-    _edit: Edit | None = None
+    _account: Edit | _MeasuredHook
 
     @property
     def fired(self) -> int:
-        return self._fired if self._edit is None else self._edit.fired
+        return self._account.fired
+
+    @property
+    def size(self) -> float:
+        return self._account.size if isinstance(self._account, Edit) else self._account.largest
 
     @property
     def done(self) -> HookDone:
         return self.name, self.fired, self.size
-
-    @property
-    def size(self) -> float:
-        if self._edit is not None:
-            return self._edit.size
-        return max((float(size) for size in self._sizes), default=0.0)
 
 
 def watched(hooks: Sequence[Hook]) -> list[WatchedHook]:
@@ -67,25 +89,8 @@ def watched(hooks: Sequence[Hook]) -> list[WatchedHook]:
 def _watch(point: HookName, function: Callable[..., Any]) -> WatchedHook:
     name = point if isinstance(point, str) else getattr(point, "__name__", repr(point))
     # One that has fired before would report that too.
-    if isinstance(function, Edit) and not function.fired:
-        return WatchedHook(name, (point, function), _edit=function)
-    this = WatchedHook(name, (point, function))
-
-    def measured(tensor: Tensor, **kwargs: Any) -> Any:
-        before = tensor.detach().clone()
-        result = function(tensor, **kwargs)
-        after = result if isinstance(result, Tensor) else tensor
-        if after.shape != before.shape:
-            raise InvalidValueError(
-                f"the hook on {name} gave a tensor {list(after.shape)} for an activation {list(before.shape)}"
-            )
-        this._fired += 1
-        if before.numel():
-            this._sizes.append(_largest_change(before, after.detach()))
-        return result
-
-    this.hook = (point, measured)
-    return this
+    account = function if isinstance(function, Edit) and not function.fired else _MeasuredHook(name, function)
+    return WatchedHook(name, (point, account), account)
 
 
 def _largest_change(before: Tensor, after: Tensor) -> Float[Tensor, ""]:

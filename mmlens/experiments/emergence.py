@@ -33,7 +33,8 @@ from mmlens.interventions.composition import compose
 from mmlens.interventions.patching import patch
 from mmlens.metrics.outcomes import accuracy
 from mmlens.model.batches import Batches
-from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Intervention
 from mmlens.model.prompt import Prompt
 from mmlens.scores.retrieval import attention_mass
 from mmlens.statistics import interval_of

@@ -32,7 +32,7 @@ from mmlens.hybrid.dense_heads import hybrid_attention
 from mmlens.hybrid.rule import StreamingRule
 from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
 from mmlens.model.batches import Batches
-from mmlens.model.hooked_vlm import NoChangeWarning
+from mmlens.model.hooks import NoChangeWarning
 from mmlens.model.prompt import Prompt
 from mmlens.scores.logits import logit_contribution
 from mmlens.scores.retrieval import evidence_attention

@@ -41,7 +41,8 @@ from mmlens.interventions.ablation import ablate
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.model.batches import Batches
 from mmlens.model.evaluation import check_same_twice
-from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Intervention
 from mmlens.model.prompt import Prompt, answer_ids_of
 from mmlens.model.weights import subtracts_mean
 from mmlens.scores.retrieval import attention_mass, ram

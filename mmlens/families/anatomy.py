@@ -147,6 +147,13 @@ class Anatomy:
         """Whether layers that read the image stand between the language layers."""
         return BETWEEN_LAYERS in self.stacks
 
+    @property
+    def shares_keys(self) -> bool:
+        """Whether some language layers attend with the keys of earlier ones."""
+        return any(
+            parts.attention is not None and "k" not in parts.attention.projections for parts in self.language
+        )
+
 
 def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
     """The model's parts. Raises AnatomyError, naming the part, where a needed one is not found."""

@@ -24,7 +24,8 @@ from mmlens.hybrid.rule import StreamingRule
 from mmlens.internals import attention_implementation
 from mmlens.interrupts import Temporary
 from mmlens.model.cross_attention import refuse_cross_attention
-from mmlens.model.hooked_vlm import HookedVLM, NoChangeWarning, model_of
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.hooks import NoChangeWarning
 
 
 def hybrid_attention(

@@ -24,7 +24,8 @@ from mmlens.hybrid.dense_heads import hybrid_attention
 from mmlens.hybrid.layer import StreamingLayer
 from mmlens.hybrid.rule import StreamingRule
 from mmlens.internals import attention_implementation
-from mmlens.model.hooked_vlm import HookedVLM, NoChangeWarning, model_of
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.hooks import NoChangeWarning
 
 PARTS = ("attention", "prefill", "first token")
 

@@ -52,7 +52,8 @@ from mmlens.model.batches import Batches, Prompts
 from mmlens.model.cache import is_batched, is_masked, is_packed
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.fingerprints import example_seed, weights_fingerprints
-from mmlens.model.hooked_vlm import Hook, HookedVLM, HookName, Intervention, model_of
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.hooks import Hook, HookName, Intervention
 from mmlens.model.prompt import Prompt
 
 MODES = ("zero", "mean", "resample", "uniform", "uniform_leaky", "mean_query")

@@ -36,8 +36,10 @@ from mmlens.interventions.edits import (
     positions_mask,
 )
 from mmlens.model.cache import is_masked
-from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, Span
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Hook, Intervention
 from mmlens.model.prompt import Prompt
+from mmlens.model.run_state import Span
 
 PerHead = float | Sequence[float] | Float[Tensor, ""] | Float[Tensor, " head"]
 """One number for all heads, or one for each of them, in the order in which the heads are given."""
@@ -116,9 +118,9 @@ class KnockoutEdit(Edit):
 
     measure = "attention mass"
 
-    def __call__(self, x: Tensor, hook: Any) -> Tensor:
+    def act(self, x: Tensor, hook: Any) -> Tensor:
         n_known = len(self._sizes)
-        blocked = super().__call__(x, hook)
+        blocked = super().act(x, hook)
         # A score's change to the mask's huge number says nothing.
         del self._sizes[n_known:]
         changed = blocked != x
@@ -138,7 +140,7 @@ class KnockoutEdit(Edit):
         if not bool(empty.any()):
             return
         row, head, _ = empty.nonzero()[0].tolist()
-        positions = (empty[row].any(0).nonzero().flatten() + self.model.span.first).tolist()
+        positions = (empty[row].any(0).nonzero().flatten() + self.model.run_state.span.first).tolist()
         shown = f"{', '.join(map(str, positions[:8]))}{', ...' if len(positions) > 8 else ''}"
         raise InvalidValueError(
             f"knockout at {self.name}: in batch row {row}, query position(s) {shown} would keep no key to attend to "

@@ -33,7 +33,8 @@ from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.families.anatomy import LayerParts
 from mmlens.heads import HeadSet, as_head_set
 from mmlens.hook_names import MODEL_PARTS, PARTS, block
-from mmlens.model.hooked_vlm import HookedVLM, UnknownHookError
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import UnknownHookError
 from mmlens.model.weights import Block
 
 Spec = Any

@@ -19,14 +19,10 @@ from mmlens.errors import InvalidValueError, OutOfRangeError, StateError
 from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions
 from mmlens.interventions.edits import Edit, EditContext, Positions, check_call, intervention_of
 from mmlens.model.cache import is_batched, is_packed
-from mmlens.model.hooked_vlm import (
-    Hook,
-    HookedVLM,
-    Intervention,
-    Span,
-    hooks_in,
-)
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Hook, Intervention, hooks_in
 from mmlens.model.prompt import Prompt
+from mmlens.model.run_state import Span
 
 # ---------------------------------------------------------------------- all of them
 

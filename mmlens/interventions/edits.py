@@ -17,8 +17,11 @@ from torch import Tensor
 from mmlens.arguments import called, shown, unknown_name_message
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.hook_names import axes_of, head_axis, position_axis, runs_over_positions
-from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, Span, hooks_in, model_of
+from mmlens.model.checked_hooks import CountedHook
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.hooks import Hook, Intervention, hooks_in
 from mmlens.model.prompt import Prompt, prompt_of
+from mmlens.model.run_state import Span
 
 Mask = Bool[Tensor, "batch pos"]
 Positions = Mask | str | Callable[[Prompt], Mask] | None
@@ -174,13 +177,13 @@ class EditContext:
 
     def of_rows(self, values: Tensor) -> Tensor:
         """Values [batch, ...] of the prompt's rows, for the rows in hand: beams and several samples repeat each."""
-        copies = 1 if self.model is None else self.model.copies(self.prompt)
+        copies = 1 if self.model is None else self.model.run_state.copies(self.prompt)
         return values if copies == 1 else values.repeat_interleave(copies, 0)
 
     def check_run(self) -> None:
         """Raise ValueError where another prompt is being run: other tokens, or other images."""
         if self.model is not None:
-            self.model.check_running(self.prompt)
+            self.model.run_state.check(self.prompt)
 
     @property
     def is_image(self) -> Bool[Tensor, "batch span"]:
@@ -197,7 +200,7 @@ Change = Callable[[Tensor, EditContext], Tensor]
 positions only."""
 
 
-class Edit:
+class Edit(CountedHook):
     """A TransformerLens hook function that changes one hook point's activation for one prompt.
 
     `fired` counts its calls, `size` is the largest absolute change that it made so far. Heads index the hook
@@ -248,7 +251,6 @@ class Edit:
         self.heads = None if heads is None else list(heads)
         if heads is not None and head_axis(name) is None:
             raise InvalidValueError(f"{name} is [{', '.join(self.axes)}]: it has no heads to choose")
-        self.fired = 0
         self._sizes: list[Tensor] = []
 
     @property
@@ -268,7 +270,7 @@ class Edit:
         where = "" if self.mask is None else f", {int(self.mask.sum())} positions"
         return f"Edit({self.name}{heads}{where}: fired {self.fired} times, size {self.size:.3g})"
 
-    def __call__(self, x: Tensor, hook: Any) -> Tensor:
+    def act(self, x: Tensor, hook: Any) -> Tensor:
         here = EditContext(self.prompt, self._span(x), self.model)
         of_heads = head_axis(self.name) or 0
         chosen, index = x, None
@@ -289,7 +291,6 @@ class Edit:
         where = self._where(x, here)
         if where is not None:
             edited = torch.where(where, edited, chosen)
-        self.fired += 1
         if edited.numel():
             change = (edited.detach().float() - chosen.detach().float()).abs()
             # Masked scores are infinite on some paths: what stays masked did not change.
@@ -299,7 +300,7 @@ class Edit:
         )
 
     def _span(self, x: Tensor) -> Span:
-        span = self.model.span
+        span = self.model.run_state.span
         if "key" in self.axes and "query" not in self.axes:
             # Keys reach back to the prompt's start, or as far as a sliding window's cache does.
             n_keys = x.shape[self.axes.index("key")]

@@ -27,7 +27,8 @@ from mmlens.interventions.edits import (
 )
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.fingerprints import example_seed
-from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Hook, Intervention
 from mmlens.model.prompt import Prompt
 
 

@@ -40,7 +40,8 @@ from mmlens.interventions.origin import OfAnotherModel, check_origin
 from mmlens.model.cache import is_packed, over_positions
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.fingerprints import weights_version
-from mmlens.model.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, UnknownHookError
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Hook, HookNeverFiredError, Intervention, UnknownHookError, check_fired
 from mmlens.model.prompt import Prompt
 
 Activations: TypeAlias = ActivationCache | Mapping[str, Tensor]
@@ -269,11 +270,7 @@ class SharedSource:
             missing = {name for name in wanted if name in model.hook_dict} - known.keys()
             latest.activations = known | _activations(model, given, missing, self.source.under)
         silent = [hook for hook in hooks if hook not in latest.activations]
-        if silent:
-            raise HookNeverFiredError(
-                f"{', '.join(silent[:5])} never fired in the source's run. Hooks on image.*, vision.* and projector.* "
-                "fire only where the prompt has an image, and those of the tower not after model.encode_images"
-            )
+        check_fired(silent, "the source's run")
         mask = model.image_mask(given)
         return {hook: Origin(latest.activations[hook], given, mask, True) for hook in hooks}
 
@@ -603,8 +600,9 @@ def _whole(model: HookedVLM, hook: str, origin: Origin, heads: Sequence[int] | N
         given = values
         if origin.prompt is not None and x.ndim == values.ndim and len(x) < len(values):
             # A cache stacks the calls of one run on the first axis, each padded to the largest.
-            first = n_done % len(values) if run == model._n_forwards else 0
-            run, n_done = model._n_forwards, first + len(x)
+            now = model.run_state.n_forwards
+            first = n_done % len(values) if run == now else 0
+            run, n_done = now, first + len(x)
             given = values[first:n_done][(slice(None), *map(slice, x.shape[1:]))]
         # A copy: the model may write into what it is given.
         return _fitting(hook, given, x).clone()

@@ -54,7 +54,8 @@ from mmlens.interventions.edits import (
 from mmlens.interventions.patching import PatchSource, SharedSource, Source, laid_over, shared_source
 from mmlens.model.cache import is_packed
 from mmlens.model.evaluation import check_same_twice
-from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention, UnknownHookError
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Hook, Intervention, UnknownHookError
 from mmlens.model.prompt import Prompt
 from mmlens.model.weights import Block
 

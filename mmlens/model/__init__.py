@@ -3,9 +3,9 @@
 from mmlens.model.bridge import from_bridge as from_bridge
 from mmlens.model.cache import VLMActivationCache as VLMActivationCache
 from mmlens.model.hooked_vlm import HookedVLM as HookedVLM
-from mmlens.model.hooked_vlm import HookNeverFiredError as HookNeverFiredError
-from mmlens.model.hooked_vlm import NoChangeWarning as NoChangeWarning
-from mmlens.model.hooked_vlm import UnknownHookError as UnknownHookError
+from mmlens.model.hooks import HookNeverFiredError as HookNeverFiredError
+from mmlens.model.hooks import NoChangeWarning as NoChangeWarning
+from mmlens.model.hooks import UnknownHookError as UnknownHookError
 from mmlens.model.loading import ModelNotFoundError as ModelNotFoundError
 from mmlens.model.loading import shipped_models as shipped_models
 from mmlens.model.prompt import Prompt as Prompt

@@ -30,6 +30,7 @@ from mmlens import internals
 from mmlens.errors import InvalidValueError, UnsupportedError
 from mmlens.internals import AttentionFunction
 from mmlens.interrupts import undone
+from mmlens.model.run_state import RunState
 from mmlens.model.taps import LazyHookPoint
 
 
@@ -89,13 +90,6 @@ class Streams(Protocol):
     def is_fast(self, mask: Tensor | None) -> bool: ...
 
 
-class RunsPositions(Protocol):
-    """A model that knows which positions the run under way computes."""
-
-    span: Any
-    """(first, length), a named tuple."""
-
-
 class AttentionTap:
     """The hook points of one attention layer, and whoever wants rows of its pattern."""
 
@@ -107,8 +101,8 @@ class AttentionTap:
         self.watch = self.pattern.watch
         self.rows: QueryRows | None = None
         self.consume_rows: Callable[[Tensor], None] | None = None
-        self.runs: RunsPositions | None = None
-        """The model whose positions the queries are, held weakly; None in towers."""
+        self.run_state: RunState | None = None
+        """Which positions the queries are; None in towers."""
         self.around: Around | None = None
         """Stands between the module and its function where set: a partial run records and completes calls by it."""
         self.streaming: Streams | None = None
@@ -149,7 +143,7 @@ class AttentionTap:
             key = self.rot_k(key.transpose(1, 2)).transpose(1, 2)
         if self.rows is not None or self.needs_softmax:
             _check_readable(module, attention_mask)
-        start = 0 if self.runs is None else self.runs.span.first
+        start = 0 if self.run_state is None else self.run_state.span.first
         if self.streaming is not None and self.streaming.acts_on(query, start):
             _check_readable(module, attention_mask)
             causal = internals.is_causal(module, kwargs.get("is_causal"))
@@ -170,22 +164,16 @@ class AttentionTap:
         mask = _additive_mask(module, query, key, attention_mask, kwargs.get("is_causal"), first)
         attending = _attending(attention_mask, kwargs, first)
         watch = _SoftmaxWatch(self.scores, self.pattern, attending, key.shape[2])
-        runs = self.runs if first else None
-        span = None if runs is None else runs.span
 
         def watched() -> tuple[Tensor, Tensor | None]:
-            if runs is not None and span is not None:
-                # Hooks see the queries from `first` on.
-                runs.span = span._replace(first=span.first + first, length=span.length - first)
             watch.open()
             return eager(module, query[:, :, first:], key, value, mask, **kwargs)
 
-        def undo() -> None:
-            watch.close()
-            if runs is not None:
-                runs.span = span
+        def run() -> tuple[Tensor, Tensor | None]:
+            return undone(watched, watch.close)
 
-        output, weights = undone(watched, undo)
+        cut = self.run_state.queries_from(first) if first and self.run_state is not None else None
+        output, weights = run() if cut is None else cut.around(run)
         if not first:
             return output, weights
         before, _ = fast(module, query, key, value, attention_mask, **kwargs)
@@ -196,9 +184,9 @@ class AttentionTap:
 
         The rows before it stay on the fast path, where every hook says which positions it touches.
         """
-        if self.runs is None or kwargs.get("position_bias") is not None:
+        if self.run_state is None or kwargs.get("position_bias") is not None:
             return 0
-        start, length = self.runs.span
+        start, length = self.run_state.span
         if query.shape[2] != length:
             return 0
         first = min(point.first_position for point in (self.scores, self.pattern) if point.is_live)
@@ -253,18 +241,20 @@ class _SoftmaxWatch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._scores, self._pattern, self._attending, self._n_keys = scores, pattern, attending, n_keys
-        self._is_over = False
+        self.is_over = False
 
     def open(self) -> None:
         # No `with`: its end takes the topmost mode, and an interrupt may have left another there, or none.
         self.__enter__()
 
     def close(self) -> None:
-        self._is_over = True
-        internals.leave_function_mode(self)
+        self.is_over = True
+        # Earlier ones too: where an interrupt meets torch between two steps of a call, torch puts the mode back once
+        # the error's traceback is gone.
+        internals.drop_function_modes(_is_over)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._is_over:
+        if self.is_over:
             return func(*args, **(kwargs or {}))
         if func is internals.EAGER_SOFTMAX and self._scores.is_live:
             keys, sinks = args[0][..., : self._n_keys], args[0][..., self._n_keys :]
@@ -274,6 +264,10 @@ class _SoftmaxWatch(TorchFunctionMode):
             pattern = args[0] if self._attending is None else args[0] * self._attending
             args = (self._pattern(pattern) if self._pattern.is_live else pattern, *args[1:])
         return func(*args, **(kwargs or {}))
+
+
+def _is_over(mode: TorchFunctionMode) -> bool:
+    return isinstance(mode, _SoftmaxWatch) and mode.is_over
 
 
 def _check_readable(module: nn.Module, mask: Any) -> None:

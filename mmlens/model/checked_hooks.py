@@ -15,8 +15,21 @@ from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.internals import place_of
 
 
-class CheckedHook:
-    """A user's hook function, held to what a hook may give. `calls` counts how often it fired.
+class CountedHook:
+    """A hook function that counts its calls in `fired`: what it does it does in `act`."""
+
+    fired = 0
+
+    def act(self, x: Tensor, hook: Any) -> Any:
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor, hook: Any) -> Any:
+        self.fired += 1
+        return self.act(x, hook)
+
+
+class CheckedHook(CountedHook):
+    """A user's hook function, held to what a hook may give.
 
     None leaves the activation as it is (or as the function changed it in place). A function may say of itself
     `reads_only` or `is_checked` (it calls checked ones alone): it is then not held to anything; and
@@ -25,7 +38,6 @@ class CheckedHook:
 
     def __init__(self, function: Callable[..., Any], is_backward: bool = False) -> None:
         self.function, self.is_backward = function, is_backward
-        self.calls = 0
         self._is_trusted = getattr(function, "reads_only", False) or getattr(function, "is_checked", False)
         # Not known of a user's function before its first call.
         self._edits_in_place: bool = getattr(function, "edits_in_place", True)
@@ -33,8 +45,7 @@ class CheckedHook:
     def __repr__(self) -> str:
         return described(self.function)
 
-    def __call__(self, x: Tensor, *, hook: Any) -> Any:
-        self.calls += 1
+    def act(self, x: Tensor, hook: Any) -> Any:
         if self._is_trusted or not isinstance(x, Tensor):
             return self.function(x, hook=hook)
         like = _kind(x)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -10,6 +13,23 @@ from mmlens.errors import InvalidValueError
 
 IGNORED = -100
 """The label of a position that no loss counts, as in transformers."""
+
+
+def labels_of(
+    given: Mapping[str, Any], image_mask: Callable[[Mapping[str, Any]], Tensor | None]
+) -> Int[Tensor, "batch pos"]:
+    """What a run's keyword inputs have for labels: their own, or those of their text (`text_labels`).
+
+    Raises InvalidValueError where they have neither labels nor token ids with a mask.
+    """
+    if given.get("labels") is not None:
+        return given["labels"]
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    if ids is None or (mask is not None and mask.shape != ids.shape):
+        raise InvalidValueError(
+            "a loss needs labels, or input_ids with an attention_mask [batch, pos] to take them from"
+        )
+    return text_labels(ids, None if mask is None else mask.bool(), image_mask(given))
 
 
 def text_labels(

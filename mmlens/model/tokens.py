@@ -125,6 +125,11 @@ class TokenMethods:
         given = _texts("input", input, "a text, a list of texts, one row of token ids or a Prompt", least=1)
         return [self._each(self.to_tokens(one, prepend_bos)[0].tolist()) for one in given]
 
+    def to_text(self, token_ids: Tensor) -> list[str]:
+        """Decode a batch of token ids, special tokens left out."""
+        token_ids = self._checked_ids("token_ids", token_ids)
+        return [text.strip() for text in self._tokenizer().batch_decode(token_ids, skip_special_tokens=True)]
+
     def _checked_ids(self, name: str, value: object) -> Tensor:
         """Token ids, each of which the tokenizer has."""
         expected = "token ids, whole numbers"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -104,6 +104,35 @@ class Watch:
                 f"another HookedVLM of this Hugging Face model has hooks set ({named}), which would act on this one "
                 "too: call reset_hooks() there first, or use one HookedVLM throughout"
             )
+
+
+class StandingModules:
+    """Where modules of a Hugging Face model, and all that hold them, stood when it was wrapped."""
+
+    def __init__(self, hf_model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        paths = {module: path for path, module in hf_model.named_modules()}
+        holders: dict[str, None] = {}
+        for module in modules:
+            names = paths[module].split(".") if paths.get(module) else []
+            holders |= dict.fromkeys(".".join(names[:n]) for n in range(1, len(names) + 1))
+        self._places: list[tuple[Mapping[str, Any], str, str, nn.Module]] = []
+        """(the holder's children, path, name, module)."""
+        for path in holders:
+            parent, _, name = path.rpartition(".")
+            siblings = internals.children_of(hf_model.get_submodule(parent))
+            self._places.append((siblings, path, name, siblings[name]))
+
+    def check(self) -> None:
+        """Raise StateError where one of them is no longer there: hooks on it would act on nothing."""
+        for siblings, path, name, module in self._places:
+            now = siblings.get(name)
+            # A partial run puts something in a layer's place for its own time.
+            if now is not module and getattr(now, "stands_for", None) is not module:
+                raise StateError(
+                    f"{path} ({type(module).__name__}) of the Hugging Face model was replaced by a "
+                    f"{type(now).__name__} since it was wrapped (an adapter was added, or weights were quantized), so "
+                    "hooks on it act on nothing: wrap it again, HookedVLM(hf_model, processor)"
+                )
 
 
 class RunHooks:

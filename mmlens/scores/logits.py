@@ -13,7 +13,8 @@ from mmlens.arguments import BATCH_SIZE, instance_of, one_of
 from mmlens.errors import InvalidValueError
 from mmlens.head_scores import HeadScores
 from mmlens.model.batches import Prompts
-from mmlens.model.hooked_vlm import Hook, HookedVLM, model_of
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.hooks import Hook
 from mmlens.model.prompt import Prompt, answer_ids_of, check_left_padding, prompt_of
 from mmlens.model.taps import norm_arithmetic
 from mmlens.scores.retrieval import evidence_tokens

@@ -26,7 +26,8 @@ from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadGrid, Heads, as_head_set
 from mmlens.model.batches import Prompts
 from mmlens.model.cross_attention import refuse_cross_attention
-from mmlens.model.hooked_vlm import HookedVLM, Inputs, model_of
+from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.inputs import Inputs
 from mmlens.model.prompt import Prompt
 from mmlens.scores.rows import (
     LayerBuffer,

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
-from mmlens.model.hooked_vlm import HookedVLM, Inputs
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.inputs import Inputs
 from mmlens.model.prompt import prompt_of
 
 Rows = Float[Tensor, "batch head query key"]

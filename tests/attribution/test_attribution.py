@@ -23,7 +23,8 @@ from mmlens.attribution.edges import EdgeAttribution, Site, attribute_edges
 from mmlens.attribution.nodes import Attribution, attribute
 from mmlens.attribution.patterns import _key_changes, _score_factor
 from mmlens.heads import HeadGrid
-from mmlens.model.hooked_vlm import HookedVLM, HookNeverFiredError, UnknownHookError
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import HookNeverFiredError, UnknownHookError
 from mmlens.model.prompt import Prompt
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "idefics3", "gemma3")

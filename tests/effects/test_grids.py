@@ -24,7 +24,7 @@ from mmlens.effects.grids import (
     patch_layers_regions,
 )
 from mmlens.effects.sweeps import sweep
-from mmlens.model.hooked_vlm import UnknownHookError
+from mmlens.model.hooks import UnknownHookError
 from mmlens.model.prompt import Prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore::mmlens.model.hooked_vlm.NoChangeWarning")

@@ -33,7 +33,8 @@ from mmlens.metrics.outcomes import (
     logit_difference,
     reads,
 )
-from mmlens.model.hooked_vlm import HookedVLM, HookNeverFiredError
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import HookNeverFiredError
 from mmlens.model.prompt import Prompt
 from mmlens.statistics import mean_interval, paired_difference_interval, ratio_interval
 
@@ -110,9 +111,9 @@ def test_prompts_may_be_one_prompt_several_or_examples() -> None:
 
 
 def test_several_metrics_share_the_runs() -> None:
-    forwards = model()._n_forwards
+    forwards = model().run_state.n_forwards
     both = effect(model(), examples(), zero_layer, [accuracy, logit_difference], batch_size=16)
-    assert model()._n_forwards - forwards == 2
+    assert model().run_state.n_forwards - forwards == 2
     assert list(both) == ["accuracy", "logit_difference"]
     named = effect(model(), examples(), zero_layer, {"mine": logit_difference}, batch_size=16)
     assert torch.equal(named["mine"].values, both["logit_difference"].values)
@@ -121,9 +122,9 @@ def test_several_metrics_share_the_runs() -> None:
 def test_an_earlier_result_saves_the_clean_run() -> None:
     first = effect(model(), examples(), None, [accuracy, logit_difference])
     assert torch.equal(first["accuracy"].values, first["accuracy"].clean)
-    forwards = model()._n_forwards
+    forwards = model().run_state.n_forwards
     again = effect(model(), examples(), zero_layer, [accuracy, logit_difference], clean=first)
-    assert model()._n_forwards - forwards == 1
+    assert model().run_state.n_forwards - forwards == 1
     direct = effect(model(), examples(), zero_layer, [accuracy, logit_difference])
     for name in first:
         assert torch.equal(again[name].values, direct[name].values)
@@ -237,14 +238,14 @@ def test_an_earlier_result_still_leaves_the_clean_logits_to_be_run() -> None:
     both = [logit_difference, kl_to_clean]
     direct = effect(model(), examples(), zero_layer, both)
     first = effect(model(), examples(), None, both)
-    forwards = model()._n_forwards
+    forwards = model().run_state.n_forwards
     again = effect(model(), examples(), zero_layer, both, clean=first)
-    assert model()._n_forwards - forwards == 2
+    assert model().run_state.n_forwards - forwards == 2
     for name in direct:
         assert torch.equal(again[name].values, direct[name].values)
-    forwards = model()._n_forwards
+    forwards = model().run_state.n_forwards
     effect(model(), examples(), None, both, clean=first)
-    assert model()._n_forwards == forwards
+    assert model().run_state.n_forwards == forwards
 
 
 @contextmanager
@@ -306,11 +307,11 @@ def test_metrics_of_answers_share_their_generations(monkeypatch: pytest.MonkeyPa
     short, long = generating(exact_match, max_new_tokens=2), generating(exact_match, max_new_tokens=4)
     runs = count_generations(monkeypatch)
     metrics = {"a": short, "b": short, "c": long, "logits": logit_difference}
-    forwards = model()._n_forwards
+    forwards = model().run_state.n_forwards
     result = effect(model(), examples(), zero_layer, metrics)
     assert runs == [2, 4, 2, 4]
     assert torch.equal(result["a"].values, result["b"].values)
-    assert model()._n_forwards - forwards >= 2
+    assert model().run_state.n_forwards - forwards >= 2
     del runs[:]
     effect(model(), examples(), zero_layer, metrics, clean=result)
     assert runs == [2, 4]

@@ -19,7 +19,8 @@ from mmlens import internals
 from mmlens.effects import partial
 from mmlens.effects.partial import CleanKeys, CleanRun, NotExactError, _cut, _cuts
 from mmlens.interventions.edits import Edit, Positions
-from mmlens.model.hooked_vlm import Hook, HookedVLM, HookNeverFiredError
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Hook, HookNeverFiredError
 from mmlens.model.prompt import Prompt
 from mmlens.token_map import text_only_map
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mmlens.effects.sweeps import reuse_table, sweep
 from mmlens.interventions.edits import Edit, Positions
-from mmlens.model.hooked_vlm import HookedVLM, Intervention, NoChangeWarning
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Intervention, NoChangeWarning
 from mmlens.model.prompt import Prompt
 
 ONE_BY_ONE = {

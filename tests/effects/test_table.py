@@ -21,7 +21,8 @@ from mmlens.effects.sweeps import reuse_table, sweep
 from mmlens.interventions.composition import relay
 from mmlens.interventions.edits import Edit, Positions
 from mmlens.metrics.outcomes import reads
-from mmlens.model.hooked_vlm import Hook, HookedVLM, HookNeverFiredError, Intervention, NoChangeWarning
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Hook, HookNeverFiredError, Intervention, NoChangeWarning
 from mmlens.model.prompt import Prompt
 from mmlens.token_map import text_only_map
 

@@ -149,7 +149,7 @@ def test_every_attention_call_is_reached(family: str, model: HookedVLM) -> None:
             module.register_forward_pre_hook(lambda module, args: asking.add(module))
     for n_images in (TWO_IMAGES, PADDED):
         model(_inputs(family, n_images))
-    tapped = {module for module, _ in model._tapped_attention}
+    tapped = {module for module, _ in model._wiring.attention}
     for layer in model.anatomy.unread:
         tapped |= set(layer.modules())
     stated = model.family.missing

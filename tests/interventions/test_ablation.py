@@ -18,8 +18,9 @@ from mmlens.errors import StateError
 from mmlens.interventions.ablation import MODES, mean_activations
 from mmlens.interventions.components import components
 from mmlens.interventions.edits import Edit
-from mmlens.model.hooked_vlm import HookNeverFiredError, Span, UnknownHookError
+from mmlens.model.hooks import HookNeverFiredError, UnknownHookError
 from mmlens.model.prompt import Prompt
+from mmlens.model.run_state import Span
 
 HEADS = [(1, 2), (0, 1), (1, 3)]
 EVERYTHING = [
@@ -372,7 +373,7 @@ def test_resampled_images_and_mlps_are_those_of_the_other_example() -> None:
         assert torch.equal(mine[-n:], theirs[-n:])
     # A generated token takes what stands at the other prompt's last position.
     (mlp,) = [edit for name, edit in hooks if name == "blocks.2.hook_mlp_out"]
-    model.span = Span(prompt.shape[1], 1)
+    model.run_state.narrow(Span(prompt.shape[1], 1))
     generated = mlp(torch.zeros(1, 1, model.cfg.d_model), None)
     assert torch.equal(generated, source["blocks.2.hook_mlp_out"][:, -1:])
 
@@ -446,9 +447,9 @@ def test_everything_at_once_with_a_cache_and_without_and_part_by_part(family: st
         if not edit.is_language:
             continue
         x, packed = cache[name], edit.axes[0] == "image_token"
-        model.span = Span(0, length)
+        model.run_state.narrow(Span(0, length))
         whole = edit(x, None)
-        model.span = Span(first, length - first)
+        model.run_state.narrow(Span(first, length - first))
         end = (lambda t: t[image_rows]) if packed else (lambda t: t[:, first:])
         assert torch.equal(edit(end(x), None), end(whole)), name
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import mmlens
 from mmlens.interventions.components import component, components
-from mmlens.model.hooked_vlm import UnknownHookError
+from mmlens.model.hooks import UnknownHookError
 
 WAYS = {
     (1, 2): ("L1H2", ("blocks.1.attn.hook_z",)),

@@ -17,7 +17,8 @@ from mmlens.data.examples import Example
 from mmlens.interventions.attention_edges import bias_attention, knockout, scale_heads
 from mmlens.interventions.composition import by_layer, compose, during, edit_report, relay
 from mmlens.interventions.edits import Edit
-from mmlens.model.hooked_vlm import Hook, HookedVLM, Intervention
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Hook, Intervention
 from mmlens.model.prompt import Prompt
 
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import mmlens
 from mmlens.errors import InvalidValueError
 from mmlens.internals import CACHE_KEYWORDS
-from mmlens.model.hooked_vlm import HookNeverFiredError
+from mmlens.model.hooks import HookNeverFiredError
 from mmlens.model.keywords import forward_keywords
 
 

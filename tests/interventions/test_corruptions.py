@@ -31,8 +31,8 @@ from mmlens.interventions import (
     same_layout,
     swap_regions,
 )
-from mmlens.model.hooked_vlm import Span
 from mmlens.model.prompt import Prompt, prompt_from_inputs
+from mmlens.model.run_state import Span
 from mmlens.token_map import TokenMapError
 
 
@@ -610,7 +610,7 @@ def test_noise_of_a_runs_end_and_of_generated_tokens() -> None:
     in_hand = prompt.token_map.is_image & (torch.arange(prompt.shape[1]) >= first)
     rows = in_hand[prompt.token_map.is_image]
     assert 0 < int(rows.sum()) < len(rows)
-    model.span = Span(first, prompt.shape[1] - first)
+    model.run_state.narrow(Span(first, prompt.shape[1] - first))
     assert torch.equal(edit(x[rows], None), whole[rows])
     with pytest.raises(ValueError, match=r"the run has 50 image tokens where its prompt has"):
         edit(x[:50], None)

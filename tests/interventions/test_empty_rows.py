@@ -13,7 +13,8 @@ import mmlens
 from mmlens.data.examples import Example
 from mmlens.interventions.ablation import mean_activations
 from mmlens.interventions.edits import Edit, if_any, positions_mask
-from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Intervention
 from mmlens.model.prompt import Prompt
 
 Where = Any

@@ -12,7 +12,8 @@ import torch
 import mmlens
 from mmlens.data.examples import Example
 from mmlens.interventions.ablation import mean_activations
-from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Intervention
 from mmlens.model.prompt import Prompt, prompt_from_inputs, with_answers
 
 OTHER_MODEL = "another model"

@@ -19,7 +19,7 @@ from mmlens.interventions import patching
 from mmlens.interventions.noise import noise_images
 from mmlens.interventions.patching import Source, patch
 from mmlens.model.cache import without_batch_axis
-from mmlens.model.hooked_vlm import HookNeverFiredError, UnknownHookError
+from mmlens.model.hooks import HookNeverFiredError, UnknownHookError
 from mmlens.model.prompt import Prompt
 
 Heads = Sequence[int] | None

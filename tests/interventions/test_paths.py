@@ -19,7 +19,7 @@ import mmlens
 from mmlens.data.scenes import scene_examples
 from mmlens.interventions.edits import Edit, positions_mask
 from mmlens.interventions.paths import path_patch
-from mmlens.model.hooked_vlm import NoChangeWarning, UnknownHookError
+from mmlens.model.hooks import NoChangeWarning, UnknownHookError
 from mmlens.model.prompt import Prompt
 
 WRITTEN_AT = (
@@ -443,10 +443,10 @@ def test_sources_are_run_once_for_all_paths() -> None:
     case = setting("llava")
     model = case.model
     prompt, source = pair(model)
-    before = model._n_forwards
+    before = model.run_state.n_forwards
     paths = [path_patch([head], [(2, 3, "q")], source) for head in model.heads if head[0] < 2]
     built = [path(model, prompt) for path in paths]
-    assert model._n_forwards - before == 2
+    assert model.run_state.n_forwards - before == 2
     by_run = model.run_with_hooks(prompt, fwd_hooks=built[5])
     _, cache = model.run_with_cache(source)
     for given in (cache, cache.cache_dict):

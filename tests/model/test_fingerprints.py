@@ -10,7 +10,8 @@ import torch
 import mmlens
 from mmlens.data.examples import Example
 from mmlens.model.fingerprints import example_seed
-from mmlens.model.hooked_vlm import HookedVLM, Intervention
+from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import Intervention
 
 HEADS = [(0, 1), (0, 6), (1, 3), (2, 2), (3, 0), (3, 5)]
 

@@ -13,7 +13,7 @@ from transformer_lens import ActivationCache
 
 import mmlens
 from mmlens.errors import PromptError
-from mmlens.model.hooked_vlm import HookNeverFiredError, UnknownHookError
+from mmlens.model.hooks import HookNeverFiredError, UnknownHookError
 
 INSIDE_SOFTMAX = ("hook_attn_scores", "hook_pattern")
 

@@ -18,7 +18,7 @@ from transformer_lens import ActivationCache, head_detector, patching
 from transformer_lens.tools.analysis import direct_logit_attribution, logit_lens
 
 import mmlens
-from mmlens.model.hooked_vlm import HookNeverFiredError
+from mmlens.model.hooks import HookNeverFiredError
 from mmlens.model.prompt import Prompt
 
 FEW = ("llava", "qwen3_vl", "internvl")

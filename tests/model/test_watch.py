@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 
 import mmlens
 from mmlens.errors import InvalidTypeError, MmlensWarning, StateError
-from mmlens.model.hooked_vlm import HookNeverFiredError
+from mmlens.model.hooks import HookNeverFiredError
 
 PATTERN, Z, STREAM = "blocks.0.attn.hook_pattern", "blocks.1.attn.hook_z", "blocks.1.hook_resid_pre"
 

@@ -73,9 +73,14 @@ def left_behind(model: mmlens.HookedVLM) -> list[str]:
             left.append(f"attention of layer {layer}")
     if model.watch:
         left.append("the watch")
-    if model._given is not None or model.context_level or {"forward", "generate"} & vars(model).keys():
+    if (
+        model.run_state.prompt is not None
+        or model.context_level
+        or {"forward", "generate"} & vars(model).keys()
+    ):
         left.append("a run of the wrapper's own")
-    if internals._get_current_function_mode_stack():
+    # One that is over does nothing, and the next to end takes it away.
+    if not all(getattr(mode, "is_over", False) for mode in internals._get_current_function_mode_stack()):
         left.append("a function mode")
     return left
 

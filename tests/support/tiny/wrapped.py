@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mmlens
 import tiny
-from mmlens.model.hooked_vlm import Hook
+from mmlens.model.hooks import Hook
 from mmlens.model.prompt import Prompt
 from mmlens.token_map import text_only_map
 

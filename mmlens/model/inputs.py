@@ -1,0 +1,155 @@
+"""What a model runs on: a Prompt, the Hugging Face model's keyword inputs, or token ids of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mmlens import internals
+from mmlens.data.examples import Example, examples_of
+from mmlens.errors import InvalidTypeError, InvalidValueError
+from mmlens.families.record import Family
+from mmlens.model import loading
+from mmlens.model.fingerprints import processor_fingerprint
+from mmlens.model.linear import n_embeddings
+from mmlens.model.prompt import Prompt, make_prompt, prompt_of, with_answers
+from mmlens.model.run_state import RunState
+from mmlens.model.visual import VisualPositions
+from mmlens.token_map import TokenMapError
+
+Inputs = Prompt | Mapping[str, Any]
+
+EXPECTED = "a Prompt (model.prompt(question, images)), the model's keyword inputs, or token ids of text"
+
+
+class InputMethods:
+    """`prompt` and its relatives, and what every kind of inputs is as keywords; a part of HookedVLM."""
+
+    hf_model: PreTrainedModel
+    family: Family
+    processor: Any
+    tokenizer: Any
+    visual: VisualPositions
+    run_state: RunState
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return loading.input_device(self.hf_model)
+
+    def prompt(self, questions: str | Iterable[str], images: Iterable[Any] | None = ()) -> Prompt:
+        """Model inputs and token map for one question and its images, or for a batch of both.
+
+        Images (PIL images or paths) stand before the question, through the processor's own chat template. They are
+        shown upright, as their EXIF data say, and laid over white where they are transparent; what cannot be shown
+        without a choice of yours, such as one of several frames, raises PromptError.
+        """
+        if self.processor is None:
+            raise InvalidValueError(
+                "this HookedVLM has no processor; pass one: HookedVLM(hf_model, processor)"
+            )
+        if self.family.layout is None:
+            raise TokenMapError(
+                f"prompts of {self.family.model_type!r} have no token map: {self.family.no_layout}. Run the model on "
+                "what its processor gives: model(**inputs)"
+            )
+        return make_prompt(self.processor, self.family.layout, questions, images, device=self.device)
+
+    def prompt_examples(self, examples: Iterable[Example], answer_start: str | None = None) -> Prompt:
+        """A batch of examples as a prompt that also carries their answers and candidates for the metrics.
+
+        Metrics of the next token look for an answer's first token as it follows the prompt. `answer_start` says what
+        stands between the two: None for the space that the model's chat template writes there, if it does
+        ("ASSISTANT: yes"), "" or " " to choose; the prompt's repr shows the token. Raises PromptError for an answer
+        or candidate that the tokenizer does not know.
+        """
+        batch = examples_of(examples)
+        prompt = self.prompt([e.question for e in batch], [list(e.images) for e in batch])
+        return with_answers(prompt, self.processor, batch, answer_start)
+
+    @torch.no_grad()
+    def encode_images(self, prompt: Prompt) -> Prompt:
+        """The same prompt with the vision tower and projector already run: language-side runs then repeat neither.
+
+        Logits are the same to the bit. Hooks on vision.* and projector.* no longer fire, which is an error where
+        one is set. A prompt without images comes back as it is, and so does every prompt of a family whose tower
+        transformers does not run apart (Mllama, BLIP-2, DeepSeek-VL ...): its runs repeat it. Raises
+        UnsupportedError for a prompt that holds video or audio.
+        """
+        inputs = self._keyword_inputs(prompt_of(prompt), {})
+        given = None
+        if prompt.image_features is None:
+            given = internals.image_tower_inputs(self.hf_model, self.processor, inputs)
+        if given is None:
+            return prompt
+        encode = partial(self.hf_model.get_image_features, **given, return_dict=True)
+        features = self.run_state.at_work_on(prompt, inputs).around(encode)
+        # The pixels alone have gone into the features; grids and sizes are read once more beside them.
+        kept = {
+            name: value
+            for name, value in inputs.items()
+            if name not in given or not internals.holds_pixels(value)
+        }
+        return replace(prompt.to(self.device), inputs=kept, image_features=features, encoded=prompt.vision)
+
+    def image_mask(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions of the inputs are visual; None where the family's text has no visual positions.
+
+        Raises UnsupportedError for inputs that hold video or audio.
+        """
+        return self.visual.mask(self._keyword_inputs(inputs, {})) if self.visual.exist else None
+
+    def _keyword_inputs(self, inputs: Inputs | Tensor | None, more: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs of any kind as the Hugging Face model's keywords, with `more` of them."""
+        if inputs is None:
+            if not any(isinstance(value, Tensor) for value in more.values()):
+                raise InvalidTypeError(f"no inputs given: expected {EXPECTED}")
+            return dict(more)
+        if isinstance(inputs, Prompt):
+            self.visual.check(inputs.inputs, "its token map")
+            self._check_processor(inputs)
+            return {
+                **inputs.to(self.device).inputs,
+                **internals.encoded_images(inputs.image_features),
+                **more,
+            }
+        if isinstance(inputs, Mapping):
+            return {**inputs, **more}
+        if isinstance(inputs, Tensor):
+            return {**self._text_inputs(inputs), **more}
+        raise InvalidTypeError(f"inputs are {EXPECTED}, not {type(inputs).__name__}")
+
+    def _text_inputs(self, ids: Tensor) -> dict[str, Tensor]:
+        """Keyword inputs for token ids [batch, pos] of plain text; padding before a row's first token is masked."""
+        ids = (ids[None] if ids.ndim == 1 else ids).to(self.device)
+        if ids.is_floating_point():
+            raise InvalidTypeError(f"token ids are integers, not {ids.dtype}")
+        self.visual.check({"input_ids": ids}, "a run on token ids alone")
+        image_id = self.visual.token_id
+        n_known = n_embeddings(self.hf_model.get_input_embeddings())
+        if int(ids.max()) >= n_known or (image_id is not None and bool((ids == image_id).any())):
+            raise InvalidValueError(
+                "token ids alone bring no image, and these have visual positions: pass the prompt itself "
+                "(model.prompt(question, images)), or to an analysis tool its cache"
+            )
+        pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
+        real = torch.ones_like(ids) if pad is None else ((ids != pad).cumsum(1) > 0).long()
+        return {"input_ids": ids, "attention_mask": real}
+
+    def _check_processor(self, prompt: Prompt) -> None:
+        if (
+            prompt.processor
+            and self.processor is not None
+            and prompt.processor != processor_fingerprint(self.processor)
+        ):
+            raise InvalidValueError(
+                "this prompt was made by another model's processor: its tokenizer or the normalization of its images "
+                "is not this model's. Make it with this one: model.prompt(...) or model.prompt_examples(examples)"
+            )

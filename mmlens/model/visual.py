@@ -1,0 +1,58 @@
+"""Which positions of a model's inputs are visual: those of a token id, or what an input of its own says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from mmlens.errors import UnsupportedError
+from mmlens.families.anatomy import Anatomy
+from mmlens.families.media import unmapped_message
+from mmlens.families.record import Family
+
+
+class VisualPositions:
+    """How the keyword inputs of one model say which of their positions are visual.
+
+    Video and audio, which no token map knows, are `held_beside` them: what needs the positions is then refused.
+    """
+
+    def __init__(self, family: Family, anatomy: Anatomy, config: PretrainedConfig) -> None:
+        self._input, self._token = family.image_positions, anatomy.image_token
+        self._config = config
+        self.held_beside = anatomy.other_media.held
+        self.telling = ("input_ids", *filter(None, [self._input]))
+        """The inputs that a mask is read from."""
+
+    @property
+    def exist(self) -> bool:
+        """Whether the family's text has visual positions at all."""
+        return bool(self._token or self._input)
+
+    def are_told(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the inputs of a run say which positions are visual; embeddings alone do not."""
+        return inputs.get(self.telling[-1]) is not None
+
+    def check(self, inputs: Mapping[str, Any], purpose: str) -> None:
+        """Raise UnsupportedError where the inputs hold what no token map knows (video, audio)."""
+        held = self.held_beside(inputs)
+        if held is not None:
+            raise UnsupportedError(unmapped_message(held, purpose))
+
+    def mask(self, inputs: Mapping[str, Any]) -> Bool[Tensor, "batch pos"] | None:
+        """Which positions are visual; None where the family's text has none. Raises as `check`."""
+        if not self.exist:
+            return None
+        self.check(inputs, "the mask of visual positions")
+        if self._input:
+            return inputs[self._input].bool()
+        return inputs["input_ids"] == getattr(self._config, self._token)
+
+    @property
+    def token_id(self) -> int | None:
+        """The id that stands at visual positions; None where there is none."""
+        return getattr(self._config, self._token or "", None)
