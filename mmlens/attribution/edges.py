@@ -34,7 +34,7 @@ from mmlens.attribution.runs import (
 from mmlens.effects.grids import layers_with
 from mmlens.errors import InvalidValueError
 from mmlens.families.anatomy import Projection, scale_of
-from mmlens.hook_names import block, layer_of
+from mmlens.hook_names import MODEL_PARTS, PART_INPUTS, PARTS, block, layer_of
 from mmlens.interventions.patching import PatchSource
 from mmlens.metrics.outcomes import Metric
 from mmlens.model.cache import is_packed
@@ -44,21 +44,8 @@ from mmlens.model.linear import is_linear, weight_of
 from mmlens.model.prompt import Prompt
 
 EDGE_METHODS = ("gradient", "integrated")
-_WRITES = {
-    "embed": "hook_embed",
-    "image": "image.hook_embed",
-    "z": "attn.hook_z",
-    "attn": "hook_attn_out",
-    "mlp": "hook_mlp_out",
-    "deepstack": "hook_deepstack",
-}
-_READS = {
-    **{part: f"attn.hook_{part}_input" for part in ("q", "k", "v")},
-    "attn": "hook_attn_in",
-    "mlp": "hook_mlp_in",
-    "logits": "hook_resid_post",
-}
-SENDERS, RECEIVERS = tuple(_WRITES), tuple(_READS)
+SENDERS = (*MODEL_PARTS, "z", "attn", "mlp", "deepstack")
+RECEIVERS = (*PART_INPUTS, "logits")
 
 _SENDER_CHUNK_BYTES = 256 * 2**20
 
@@ -254,7 +241,7 @@ def _senders(model: HookedVLM, prompt: Prompt, word: str) -> list[Site]:
 def _receivers(model: HookedVLM, word: str) -> list[Site]:
     if word == "logits":
         return [Site("logits")]
-    layers = layers_with(model, _READS[word])
+    layers = layers_with(model, PART_INPUTS[word])
     if word in ("attn", "mlp"):
         return [Site(word, layer) for layer in layers]
     sites = []
@@ -267,21 +254,21 @@ def _receivers(model: HookedVLM, word: str) -> list[Site]:
 
 def written_at(site: Site) -> str:
     """The hook point of what a sender writes; of a head its z."""
-    hook = _WRITES[site.kind]
-    return hook if site.layer is None else block(site.layer, hook)
+    return MODEL_PARTS[site.kind] if site.layer is None else block(site.layer, PARTS[site.kind])
 
 
 def read_at(model: HookedVLM, site: Site) -> str:
     """The hook point of what a receiver reads, which it alone reads."""
-    layer = model.cfg.n_layers - 1 if site.layer is None else site.layer
-    return block(layer, _READS[site.kind])
+    if site.layer is None:
+        return block(model.cfg.n_layers - 1, PARTS["resid_post"])
+    return block(site.layer, PART_INPUTS[site.kind])
 
 
 def _recorded(model: HookedVLM, site: Site) -> list[str]:
     """The hook points whose values and gradients give the gradient at what a receiver reads."""
     if site.layer is None or site.head is None:
         return [read_at(model, site)]
-    return [block(site.layer, "hook_attn_in"), block(site.layer, f"attn.hook_{site.kind}")]
+    return [block(site.layer, PART_INPUTS["attn"]), block(site.layer, PARTS[site.kind])]
 
 
 # ---------------------------------------------------------------------- scores

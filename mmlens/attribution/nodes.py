@@ -52,7 +52,7 @@ from mmlens.effects.grids import layers_with
 from mmlens.errors import InvalidValueError
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadGrid
-from mmlens.hook_names import axes_of, block, layer_of, runs_over_positions
+from mmlens.hook_names import MODEL_PARTS, PARTS, axes_of, block, layer_of, runs_over_positions
 from mmlens.interventions.patching import PatchSource
 from mmlens.metrics.outcomes import Metric
 from mmlens.model.cache import is_batched, is_packed
@@ -64,14 +64,7 @@ METHODS = ("gradient", "integrated", "integrated_activation", "graddrop", "qk_fi
 UNSIGNED = ("graddrop", "atp_star")
 """Methods whose scores are sizes: mean absolute values, without a sign."""
 
-_LAYER_NODES = {
-    **{part: f"attn.hook_{part}" for part in ("z", "q", "k", "v")},
-    "attn": "hook_attn_out",
-    "mlp": "hook_mlp_out",
-    "resid_pre": "hook_resid_pre",
-}
-_MODEL_NODES = {"embed": "hook_embed", "image": "image.hook_embed"}
-NODES = (*_LAYER_NODES, *_MODEL_NODES)
+NODES = ("z", "q", "k", "v", "attn", "mlp", "resid_pre", *MODEL_PARTS)
 """Words for nodes: heads (z), their q, k and v (k and v by KV head), attention and MLP outputs, the residual stream
 into every layer and out of the last, all embeddings, image embeddings."""
 
@@ -135,7 +128,7 @@ class Attribution:
                 "these scores are by position; a head's one score takes by_position=False"
             )
         grid = self.grid
-        hooks = [block(layer, _LAYER_NODES[node]) for layer in range(grid.n_layers)]
+        hooks = [block(layer, PARTS[node]) for layer in range(grid.n_layers)]
         found = {layer: self.scores[hook] for layer, hook in enumerate(hooks) if hook in self.scores}
         if not found:
             raise InvalidValueError(f"{node!r} was not scored, only {list(self.scores)[:5]}")
@@ -317,9 +310,9 @@ def _node_names(model: HookedVLM, nodes: str | Callable[[str], bool] | Sequence[
 
 def word_names(model: HookedVLM, word: str) -> list[str]:
     """The hook points that a word of NODES means in this model. Raises UnknownHookError where it has none."""
-    if word in _MODEL_NODES:
-        return model.hook_names(_MODEL_NODES[word])
-    hook = _LAYER_NODES[word]
+    if word in MODEL_PARTS:
+        return model.hook_names(MODEL_PARTS[word])
+    hook = PARTS[word]
     names = [block(layer, hook) for layer in layers_with(model, hook)]
     if word == "resid_pre":
         names.append(block(model.cfg.n_layers - 1, "hook_resid_post"))

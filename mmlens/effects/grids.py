@@ -16,14 +16,14 @@ import pandas as pd
 
 from mmlens.arguments import instance_of, names_of, one_of, table_of, unknown_name_message
 from mmlens.errors import InvalidValueError
-from mmlens.hook_names import axes_of, block
+from mmlens.hook_names import PARTS, axes_of, block
 from mmlens.interventions.edits import Positions, if_any, positions_mask
 from mmlens.interventions.patching import PatchSource, patch
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.hooks import Intervention, UnknownHookError
 from mmlens.model.prompt import Prompt, prompt_of
 
-PARTS = ("z", "q", "k", "v", "pattern")
+HEAD_PARTS = ("z", "q", "k", "v", "pattern")
 """What `patch_heads_qkv` patches of a head."""
 
 
@@ -114,18 +114,18 @@ def patch_heads_qkv(
     model: HookedVLM,
     source: PatchSource,
     *,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = HEAD_PARTS,
     positions: Positions = None,
 ) -> dict[tuple[int, int, str], Intervention]:
-    """{(layer, head, part): `patch`} for each of `parts` of PARTS; for k and v the key-value heads.
+    """{(layer, head, part): `patch`} for each of `parts` of HEAD_PARTS; for k and v the key-value heads.
 
     At `positions` of the queries z, q and pattern, of the keys and values k and v. A part that no layer has (k and v,
     where heads read a latent one) is an UnknownHookError; ValueError for an unknown part.
     """
     return {
         (*head, part): intervention
-        for part in names_of("parts", parts, PARTS)
-        for head, intervention in patch_heads(model, source, f"attn.hook_{part}", positions=positions).items()
+        for part in names_of("parts", parts, HEAD_PARTS)
+        for head, intervention in patch_heads(model, source, PARTS[part], positions=positions).items()
     }
 
 

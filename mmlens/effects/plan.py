@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from mmlens.effects.partial import CleanRun, NotExactError, is_out_of_memory
-from mmlens.hook_names import BLOCK_HOOKS, layer_of
+from mmlens.hook_names import BLOCK_HOOKS, MODEL_PARTS, layer_of
 from mmlens.internals import attention_implementation
 from mmlens.interventions.edits import Edit
 from mmlens.model.hooked_vlm import HookedVLM
@@ -119,7 +119,7 @@ def _first_of(clean: CleanRun, functions: Sequence[Callable[..., Any]]) -> tuple
 
 
 def _layer(name: str, n_layers: int) -> int | None:
-    if name in ("hook_embed", "image.hook_embed"):
+    if name in MODEL_PARTS.values():
         return 0
     return n_layers if name.startswith("ln_final.") else layer_of(name)
 
