@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmlens.experiments import (
+    core_heads_claim,
     doubtful_points,
     emergence,
     head_map,
@@ -24,6 +25,7 @@ from mmlens.experiments.experiment import Experiment
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
+        core_heads_claim.EXPERIMENT,
         head_map.EXPERIMENT,
         vision_heads.EXPERIMENT,
         stability.EXPERIMENT,

@@ -13,32 +13,39 @@ chosen and judged on different examples, intervals, several ablation modes, a co
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
+from matplotlib.figure import Figure
 
-from mmlens.arguments import flag, folder_to_write, listed, one_of, seed_of, whole_number, whole_numbers
-from mmlens.data.examples import Example, check_no_repeats, examples_of, overlap_message, shared_groups
-from mmlens.effects.measure import Effect, effect
+from mmlens.arguments import names_of, whole_number, whole_numbers
+from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
-from mmlens.experiments.common import FIVE_PERCENT, POOLED
+from mmlens.experiments.ablations import ablated, references
+from mmlens.experiments.common import (
+    FIVE_PERCENT,
+    POOLED,
+    kind_groups,
+    kinds_of,
+    matched_controls,
+    plain,
+    summarised,
+)
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.looking import overlay_figures
 from mmlens.head_scores import HeadScores, share_of
-from mmlens.heads import HeadSet
+from mmlens.heads import HeadSet, head_name
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
-from mmlens.interventions.ablation import Means, ablate, mean_activations
-from mmlens.metrics.outcomes import accuracy, invalid, logit_difference
-from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.metrics.outcomes import Metric, accuracy, invalid, logit_difference
+from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.provenance import describe_model, versions
 from mmlens.scores.retrieval import EvidenceAttention, evidence_attention
-from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.token_map import BoxMapping, mapping_of
+from mmlens.viz.ablation_curves import plot_ablation_panels
+from mmlens.viz.head_map import plot_head_map
 
 SCHEMA = "mmlens.core-heads/1"
 ARMS = ("clean", "top", "bottom", "random", "layer_matched")
@@ -48,6 +55,8 @@ MODES = ("mean", "zero", "uniform")
 COST_OF_TOP = 0.5
 # and each control at most this share of what the top heads cost.
 COST_OF_CONTROL = 0.25
+
+Figures = list[tuple[str, str, Figure]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,27 +88,13 @@ class CoreHeads:
         """One row per head, best first: pooled RAM with its rank and interval, RAM per kind, side metrics."""
         table = self.scores.table()
         at = (table["layer"].to_numpy(), table["head"].to_numpy())
-        for kind in _kinds_of(self.scores):
+        for kind in kinds_of(self.scores):
             table[f"score_{kind}"] = self.scores.select(kind).values.numpy()[at]
         table["vision_mass"] = self.attention.vision_mass.values.numpy()[at]
         table["key_token_ratio"] = self.attention.key_token_ratio.values.numpy()[at]
-        if len(_kinds_of(self.scores)) > 1:
+        if len(kinds_of(self.scores)) > 1:
             table["stability"] = self.scores.stability(FIVE_PERCENT).numpy()[at]
         return table
-
-    def save(self, folder: str | Path) -> Path:
-        """Write summary.json, head_scores, ablation and outcomes as parquet (the first two as csv too)."""
-        folder = folder_to_write("folder", folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").write_text(
-            json.dumps(self.summary, indent=1, allow_nan=False), encoding="utf-8"
-        )
-        for name, table in (("head_scores", self.head_table()), ("ablation", self.ablation)):
-            table.to_parquet(folder / f"{name}.parquet", index=False)
-            table.to_csv(folder / f"{name}.csv", index=False)
-        self.outcomes.to_parquet(folder / "outcomes.parquet", index=False)
-        self.scores.save(folder / "ram_per_example.parquet")
-        return folder
 
 
 def core_heads(
@@ -127,69 +122,73 @@ def core_heads(
     Raises ValueError where the two splits share an example or group, either holds an example twice or has none with
     evidence, where no mode, an unknown one or one twice is named, or a count leaves too few heads for the controls.
     """
-    model_of(model)
-    selection, evaluation = examples_of(selection, "selection"), examples_of(evaluation, "evaluation")
-    n_draws, seed = whole_number("n_draws", n_draws, least=1), seed_of(seed)
-    batch_size = whole_number("batch_size", batch_size, least=1)
+    setup = Setup(model, selection, evaluation, seed, batch_size, progress, force_overlap=force_overlap)
+    return measured(setup, counts=counts, modes=modes, n_draws=n_draws, mapping=mapping)
+
+
+def measured(
+    setup: Setup,
+    *,
+    counts: Sequence[int] | None = None,
+    modes: Sequence[str] = MODES,
+    n_draws: int = 10,
+    mapping: BoxMapping = "merged",
+) -> CoreHeads:
+    """`core_heads` of a setup."""
+    n_draws = whole_number("n_draws", n_draws, least=1)
     mapping_of(mapping)
-    flag("force_overlap", force_overlap)
-    flag("progress", progress)
-    modes = _checked_modes(modes)
-    n_shared = _check_splits(selection, evaluation, force_overlap)
-    total = len(model.heads)
+    modes = tuple(names_of("modes", modes, ABLATION_MODES))
+    _check_evidence(setup)
+    total = len(setup.model.heads)
     counts = _counts(None if counts is None else whole_numbers("counts", counts, at_least=0), total)
-    with_evidence = [example for example in selection if example.evidence]
+    selected = [example for example in setup.selection if example.evidence]
     attention = evidence_attention(
-        model, with_evidence, batch_size=batch_size, mapping=mapping, progress=progress
+        setup.model, selected, batch_size=setup.batch_size, mapping=mapping, progress=setup.progress
     )
-    reference = (
-        mean_activations(model, selection, batch_size=batch_size)
-        if {"mean", "mean_query"} & set(modes)
-        else None
-    )
-    arms, moved = _arms(attention.ram, counts, n_draws, seed)
-    examples = sorted(evaluation, key=lambda e: (e.kind, len(e.images)))
-    metrics = {"accuracy": accuracy, "invalid": invalid, "logit_difference": logit_difference}
-    if not all(len(set(example.candidates)) > 1 for example in examples):
-        metrics = {"accuracy": accuracy}
-    prompts = [
-        model.encode_images(model.prompt_examples(examples[start : start + batch_size]))
-        for start in range(0, len(examples), batch_size)
-    ]
-    clean = effect(model, prompts, None, metrics)
-    frames = [_outcomes(clean, examples, "clean", "clean", 0, 0)]
-    runs = [(mode, arm, draw, heads) for mode in modes for arm, draw, heads in arms]
-    for mode, arm, draw, heads in tqdm(runs, desc="ablations", unit="run", disable=not progress):
-        intervention = ablate(heads, mode, reference=_reference(mode, reference, selection), seed=seed)
-        found = effect(model, prompts, intervention, metrics, clean=clean)
-        frames.append(_outcomes(found, examples, mode, arm, len(heads), draw))
-    outcomes = pd.concat(frames, ignore_index=True)
-    controls = sorted({example.kind for example in examples if not example.evidence})
-    ablation = _summarise(outcomes, controls, total, seed, progress)
-    named_arms: dict[str, list[HeadSet]] = {arm: [] for arm in ARMS[1:]}
-    for arm, _, heads in arms:
-        named_arms[arm].append(heads)
-    summary = _summary(model, attention, ablation, examples, controls, named_arms, moved)
-    if n_shared:
-        summary["finding"]["statement"] += f" {_leaks(n_shared)}."
+    sets, moved = _arms(attention.ram, counts, n_draws, setup.seed)
+    examples = sorted(setup.evaluation, key=lambda e: (e.kind, len(e.images)))
+    outcomes = _outcomes(setup, examples, sets, modes)
+    ablation = _ablation(outcomes, total, setup)
+    arms: dict[str, list[HeadSet]] = {arm: [] for arm in ARMS[1:]}
+    for (arm, _, _), heads in sets.items():
+        arms[arm].append(heads)
+    summary = _summary(setup, attention, ablation, examples, arms, moved)
     summary["settings"] = {
         "counts": list(counts),
         "modes": list(modes),
         "n_draws": n_draws,
-        "seed": seed,
-        "batch_size": batch_size,
+        "seed": setup.seed,
+        "batch_size": setup.batch_size,
         "mapping": mapping,
-        "n_selection": len(selection),
-        "n_selection_with_evidence": len(with_evidence),
-        "n_evaluation": len(evaluation),
+        "n_selection": len(setup.selection),
+        "n_selection_with_evidence": len(selected),
+        "n_evaluation": len(examples),
         "level": 0.95,
     }
-    kinds = sorted({example.kind for example in examples if example.evidence})
-    shown = [next(e for e in examples if e.kind == kind and e.evidence) for kind in kinds]
-    return CoreHeads(attention, outcomes, ablation, named_arms, summary, shown)
+    shown = {example.kind: example for example in reversed(examples) if example.evidence}
+    return CoreHeads(
+        attention,
+        outcomes.drop(columns="clean"),
+        ablation,
+        arms,
+        summary,
+        [shown[kind] for kind in sorted(shown)],
+    )
 
 
-# ---------------------------------------------------------------------- arms
+# ---------------------------------------------------------------------- computing
+
+
+def _check_evidence(setup: Setup) -> None:
+    for name, split in (("selection", setup.selection), ("evaluation", setup.evaluation)):
+        if not any(example.evidence for example in split):
+            raise InvalidValueError(f"the {name} split of {len(split)} example(s) has none with evidence")
+        mixed = {e.kind for e in split if e.evidence} & {e.kind for e in split if not e.evidence}
+        if mixed:
+            raise InvalidValueError(
+                f"in the {name} split some examples of kind {sorted(mixed)[0]!r} have evidence and some have none; "
+                "text-only controls need a kind of their own"
+            )
 
 
 def _counts(counts: Sequence[int] | None, total: int) -> tuple[int, ...]:
@@ -206,142 +205,63 @@ def _counts(counts: Sequence[int] | None, total: int) -> tuple[int, ...]:
 
 def _arms(
     scores: HeadScores, counts: Sequence[int], n_draws: int, seed: int
-) -> tuple[list[tuple[str, int, HeadSet]], dict[int, str]]:
-    """(arm, draw, heads), and for each count what the layer-matched draw could not keep in its layer."""
-    arms: list[tuple[str, int, HeadSet]] = []
+) -> tuple[dict[tuple[str, int, int], HeadSet], dict[int, str]]:
+    """(arm, count, draw) -> heads, and for each count what the layer-matched draw could not keep in its layer."""
+    sets: dict[tuple[str, int, int], HeadSet] = {}
     moved: dict[int, str] = {}
     for count in counts:
         top = scores.top(count)
-        arms += [("top", 0, top), ("bottom", 0, scores.bottom(count))]
-        for draw in range(n_draws):
-            arms.append(("random", draw, top.random(seed + draw)))
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                arms.append(("layer_matched", draw, top.matched_random(seed + draw)))
-            if caught:
-                moved[count] = str(caught[0].message)
-    return arms, moved
-
-
-def _reference(mode: str, means: Means | None, selection: Sequence[Example]) -> Any:
-    return {"mean": means, "mean_query": means, "resample": list(selection)}.get(mode)
-
-
-def _leaks(n_shared: int) -> str:
-    return (
-        f"Selection and evaluation share {n_shared} example(s) or group(s), by force: heads chosen and judged on the "
-        "same data look better than they are"
-    )
-
-
-def _checked_modes(modes: Sequence[str]) -> tuple[str, ...]:
-    chosen = tuple(listed("modes", modes, f"a list of ablation modes, such as {list(MODES)}", least=1))
-    for mode in chosen:
-        one_of("mode", mode, ABLATION_MODES)
-    repeated = sorted({mode for mode in chosen if chosen.count(mode) > 1})
-    if repeated:
-        raise InvalidValueError(f"modes: each may be named once; named more than once: {repeated}")
-    return chosen
-
-
-def _check_splits(
-    selection: Sequence[Example], evaluation: Sequence[Example], force_overlap: bool = False
-) -> int:
-    """The number of shared examples or groups: 0 unless forced."""
-    for name, split in (("selection", selection), ("evaluation", evaluation)):
-        if not any(example.evidence for example in split):
-            raise InvalidValueError(f"the {name} split of {len(split)} example(s) has none with evidence")
-        check_no_repeats(name, split)
-        mixed = {e.kind for e in split if e.evidence} & {e.kind for e in split if not e.evidence}
-        if mixed:
-            raise InvalidValueError(
-                f"in the {name} split some examples of kind {sorted(mixed)[0]!r} have evidence and some have none; "
-                "text-only controls need a kind of their own"
-            )
-
-    shared = shared_groups(selection, evaluation)
-    n_shared = len(shared)
-    if n_shared and not force_overlap:
-        raise InvalidValueError(f"{overlap_message(shared)}, or pass force_overlap=True to see by how much")
-    if n_shared:
-        warnings.warn(_leaks(n_shared), stacklevel=3)
-    return n_shared
-
-
-# ---------------------------------------------------------------------- tables
+        sets |= {("top", count, 0): top, ("bottom", count, 0): scores.bottom(count)}
+        matched, shortfall = matched_controls(top, n_draws, seed)
+        for draw, heads in enumerate(matched):
+            sets |= {("random", count, draw): top.random(seed + draw), ("layer_matched", count, draw): heads}
+        if shortfall:
+            moved[count] = shortfall
+    return sets, moved
 
 
 def _outcomes(
-    effects: Mapping[str, Effect], examples: Sequence[Example], mode: str, arm: str, count: int, draw: int
+    setup: Setup,
+    examples: Sequence[Example],
+    sets: Mapping[tuple[str, int, int], HeadSet],
+    modes: Sequence[str],
 ) -> pd.DataFrame:
-    frame = pd.concat(
-        [
-            pd.DataFrame({"example": np.arange(len(examples)), "metric": name, "value": found.values.numpy()})
-            for name, found in effects.items()
-        ],
-        ignore_index=True,
+    """A row per mode, set, metric and example, those of the run without an ablation first."""
+    metrics: dict[str, Metric] = {
+        "accuracy": accuracy,
+        "invalid": invalid,
+        "logit_difference": logit_difference,
+    }
+    if not all(len(set(example.candidates)) > 1 for example in examples):
+        metrics = {"accuracy": accuracy}
+    found = ablated(setup, examples, sets, references(setup, modes), metrics, names=("arm", "count", "draw"))
+    clean = found.drop_duplicates(["metric", "example"]).assign(mode="clean", arm="clean", count=0, draw=0)
+    clean["value"] = clean["clean"]
+    columns = ["id", "kind", "example", "metric", "value", "mode", "arm", "count", "draw", "clean"]
+    return pd.concat([clean, found], ignore_index=True)[columns]
+
+
+def _ablation(outcomes: pd.DataFrame, n_heads: int, setup: Setup) -> pd.DataFrame:
+    controls = _controls(setup.evaluation)
+    groups = kind_groups(outcomes["kind"], controls)
+    groups[POOLED] = groups.pop(POOLED)
+    by = ["mode", "arm", "count", "metric"]
+    table = summarised(outcomes, by, groups, seed=setup.seed, progress=setup.progress)
+    table["fraction"] = table["count"] / n_heads
+    table["is_control"] = table["kind"].isin(controls)
+    columns = (
+        "mode arm count fraction kind is_control metric mean low high difference difference_low difference_high "
+        "n n_draws draw_min draw_max"
     )
-    frame.insert(0, "id", [examples[i].id for i in frame["example"]])
-    frame.insert(1, "kind", [examples[i].kind for i in frame["example"]])
-    return frame.assign(mode=mode, arm=arm, count=count, draw=draw)
+    return table[columns.split()]
 
 
-def _groups(outcomes: pd.DataFrame, controls: Sequence[str]) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Each kind, and all kinds with evidence together."""
-    yield from outcomes.groupby("kind", sort=True)
-    yield POOLED, outcomes[~outcomes["kind"].isin(list(controls))]
+def _controls(examples: Sequence[Example]) -> list[str]:
+    """The kinds that are text-only."""
+    return sorted({example.kind for example in examples if not example.evidence})
 
 
-def _summarise(
-    outcomes: pd.DataFrame, controls: Sequence[str], n_heads: int, seed: int, progress: bool
-) -> pd.DataFrame:
-    """Means over examples (random arms: of each example's mean over draws) with 95% intervals.
-
-    `difference` is against the clean run on the same examples, paired. draw_min and draw_max are the lowest
-    and highest mean of a single draw.
-    """
-    clean = outcomes[outcomes["arm"] == "clean"].set_index(["metric", "example"])["value"]
-    rows = []
-    cells = list(outcomes.groupby(["mode", "arm", "count", "metric"], sort=False))
-    for (mode, arm, count, metric), cell in tqdm(cells, desc="intervals", unit="cell", disable=not progress):
-        for kind, part in _groups(cell, controls):
-            values = part.groupby("example")["value"].mean()
-            before = clean[metric].loc[values.index]
-            difference = values - before
-            draws = part.groupby("draw")["value"].mean()
-            low, high = interval_of(values.to_numpy(), seed)
-            difference_low, difference_high = difference_interval_of(
-                values.to_numpy(), before.to_numpy(), seed
-            )
-            rows.append(
-                {
-                    "mode": mode,
-                    "arm": arm,
-                    "count": count,
-                    "fraction": count / n_heads,
-                    "kind": kind,
-                    "is_control": kind in controls,
-                    "metric": metric,
-                    "mean": values.mean(),
-                    "low": low,
-                    "high": high,
-                    "difference": difference.mean(),
-                    "difference_low": difference_low,
-                    "difference_high": difference_high,
-                    "n": len(values),
-                    "n_draws": len(draws),
-                    "draw_min": draws.min(),
-                    "draw_max": draws.max(),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-# ---------------------------------------------------------------------- summary
-
-
-def _kinds_of(scores: HeadScores) -> list[str]:
-    return sorted(set(scores.kinds or ()))
+# ---------------------------------------------------------------------- numbers and words
 
 
 def _pairs(heads: HeadSet) -> list[list[int]]:
@@ -359,30 +279,29 @@ def _cell(ablation: pd.DataFrame, **where: Any) -> dict[str, float]:
 
 
 def _summary(
-    model: HookedVLM,
+    setup: Setup,
     attention: EvidenceAttention,
     ablation: pd.DataFrame,
     examples: Sequence[Example],
-    controls: Sequence[str],
     arms: Mapping[str, Sequence[HeadSet]],
     moved: Mapping[int, str],
 ) -> dict[str, Any]:
     scores = attention.ram
-    kinds = _kinds_of(scores)
+    kinds = kinds_of(scores)
     clean = ablation[ablation["arm"] == "clean"]
     top = scores.top(FIVE_PERCENT)
     coverage = attention.key_token_coverage(top)
     ratio = attention.key_token_ratio.values
     return {
         "schema": SCHEMA,
-        "model": describe_model(model),
+        "model": describe_model(setup.model, setup.name),
         "versions": versions(("mmlens", "torch", "transformers", "transformer-lens")),
-        "finding": _finding(ablation, examples, len(top)),
+        "finding": _finding(ablation, examples, len(top), setup.leak),
         "clean": {
             kind: {metric: _cell(clean, kind=kind, metric=metric) for metric in sorted(set(clean["metric"]))}
             for kind in sorted(set(clean["kind"]))
         },
-        "controls": list(controls),
+        "controls": _controls(examples),
         "heads": {
             "top_5_percent": _pairs(top),
             "top_5_percent_by_kind": {kind: _pairs(scores.select(kind).top(FIVE_PERCENT)) for kind in kinds},
@@ -407,7 +326,7 @@ def _summary(
     }
 
 
-def _finding(ablation: pd.DataFrame, examples: Sequence[Example], count: int) -> dict[str, Any]:
+def _finding(ablation: pd.DataFrame, examples: Sequence[Example], count: int, leak: str) -> dict[str, Any]:
     """Whether the top 5% carry retrieval: by the two thresholds at the head of this module, mode by mode."""
     with_evidence = [example for example in examples if example.evidence]
     chance = float(np.mean([1 / len(e.candidates) if e.candidates else 0.0 for e in with_evidence]))
@@ -449,6 +368,8 @@ def _finding(ablation: pd.DataFrame, examples: Sequence[Example], count: int) ->
         f"{verdict}. Accuracy on {clean['n']} held-out examples is {clean['mean']:.0%} with all heads "
         f"(chance {chance:.0%}), and with {count} heads ({FIVE_PERCENT:.0%} of all) ablated - {numbers}."
     )
+    if leak:
+        statement += f" {leak}."
     return {
         "holds": not failed,
         "statement": statement,
@@ -466,3 +387,152 @@ def _why_not(row: Mapping[str, Any]) -> str:
     controls = " and ".join(arm.replace("_", "-") for arm in row["harmful_controls"])
     reasons = [] if row["top_breaks"] else ["the top heads cost too little"]
     return "; ".join([*reasons, *([f"{controls} heads cost too much"] if controls else [])])
+
+
+# ---------------------------------------------------------------------- the experiment of the catalog
+
+
+@checked_settings
+def run(
+    setup: Setup,
+    *,
+    counts: Sequence[int] | None = None,
+    modes: Sequence[str] = MODES,
+    n_draws: int = 10,
+    mapping: BoxMapping = "merged",
+) -> Findings:
+    """`core_heads`, whose keywords the settings are; its files are those of docs/core-heads.md."""
+    found = measured(setup, counts=counts, modes=modes, n_draws=n_draws, mapping=mapping)
+    top = ", ".join(map(head_name, found.top))
+    return Findings(
+        f"{found.summary['finding']['statement']}\nCoRe heads (top 5% by RAM): {top}",
+        found.summary,
+        tables={
+            "finding": (
+                "Accuracy on held-out examples with evidence, 95% intervals.",
+                _verdicts(found.summary),
+            ),
+            "head_scores": ("Every head, best first, on the selection split.", found.head_table()),
+            "ablation": ("Every mode, arm, count, kind and metric, on the evaluation split.", found.ablation),
+        },
+        per_example={
+            "outcomes": found.outcomes,
+            "ram_per_example": found.scores.per_example_table(),
+        },
+        figures=[*_head_maps(found), *_curves(found), *_overlays(found, setup.model)],
+        flat=True,
+    )
+
+
+def _verdicts(summary: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per mode and arm: accuracy with these heads ablated, 5% of all, and whether the finding holds."""
+    return pd.DataFrame(
+        [
+            {"mode": row["mode"], "holds": row["holds"], "arm": arm} | row[arm]
+            for row in summary["finding"]["rows"]
+            for arm in ARMS
+        ]
+    )
+
+
+def _head_maps(found: CoreHeads) -> Figures:
+    scores = found.scores
+    kinds = kinds_of(scores)
+    figures: Figures = [
+        (
+            "Retrieval Attention Mass",
+            "Mean attention from the question's tokens to the evidence, selection split; the top 5% are outlined.",
+            plot_head_map(scores, heads=found.top, title="all kinds"),
+        )
+    ]
+    if len(kinds) > 1:
+        figures += [
+            (
+                f"RAM, {kind}",
+                f"The same on the examples of kind {kind} alone, with that kind's own top 5% outlined.",
+                plot_head_map(scores.select(kind), heads=scores.select(kind).top(FIVE_PERCENT), title=kind),
+            )
+            for kind in kinds
+        ]
+    figures.append(
+        (
+            "Attention to all visual tokens",
+            "Mean attention from the question to every visual token; outlined are the top 5% by RAM, for contrast.",
+            plot_head_map(found.attention.vision_mass, heads=found.top, title="vision mass"),
+        )
+    )
+    return figures
+
+
+def _curves(found: CoreHeads) -> Figures:
+    table, summary = found.ablation, found.summary
+    controls = summary["controls"]
+    kinds = [kind for kind in dict.fromkeys(table["kind"]) if kind not in (POOLED, *controls)]
+    figures: Figures = []
+    for metric, caption in (
+        ("accuracy", "Share of held-out examples whose first answer token is right."),
+        ("logit_difference", "Logit of the answer minus the best wrong candidate's."),
+        ("invalid", "Share of answers that are no candidate at all: lost format, not lost retrieval."),
+    ):
+        if metric in set(table["metric"]):
+            chance = summary["finding"]["chance"] if metric == "accuracy" else None
+            figure = plot_ablation_panels(table, metric=metric, chance=chance)
+            figures.append((f"Ablation: {metric.replace('_', ' ')}", caption, figure))
+    figures.append(
+        (
+            "Ablation by kind of task",
+            "Accuracy, one row per kind of visual question.",
+            plot_ablation_panels(table, kinds=kinds),
+        )
+    )
+    if controls:
+        figures.append(
+            (
+                "Ablation on text-only controls",
+                "Accuracy on questions without an image: what the same heads do for other work.",
+                plot_ablation_panels(table, kinds=controls),
+            )
+        )
+    return figures
+
+
+def _overlays(found: CoreHeads, model: HookedVLM) -> Figures:
+    """The two best and the two worst heads on one held-out example of each kind."""
+    heads = [
+        *(("top two heads", head) for head in found.scores.top(2)),
+        *(("bottom two heads", head) for head in found.scores.bottom(2)),
+    ]
+    return [figure for example in found.overlay_examples for figure in overlay_figures(model, example, heads)]
+
+
+def across(findings: Mapping[str, Findings]) -> Findings:
+    """In which models and modes the finding holds, with the accuracies behind it."""
+    rows = pd.concat(
+        [_verdicts(found.numbers).assign(model=model) for model, found in findings.items()], ignore_index=True
+    )
+    table = rows[["model", *(name for name in rows if name != "model")]]
+    held = [model for model, found in findings.items() if found.numbers["finding"]["holds"]]
+    return Findings(
+        f"The finding holds in every mode in {len(held)} of {len(findings)} models"
+        + (f": {', '.join(held)}." if held else "."),
+        plain({"holds": held, "models": list(findings)}),
+        tables={"finding": ("Accuracy on held-out examples with evidence, 95% intervals.", table)},
+    )
+
+
+EXPERIMENT = Experiment(
+    name="core-heads",
+    title="CoRe heads, found on one split and ablated on another",
+    source="arXiv 2606.05843, section 4",
+    question="Do the heads that attend most to the evidence carry the answer, and do other heads not?",
+    method=(
+        "Heads were ranked by Retrieval Attention Mass (Eq. 1; boxes to tokens: {mapping}), pooled over the selection "
+        "examples with evidence. On the evaluation examples, the top and bottom heads of that ranking, as many drawn "
+        "at random from the rest, and as many from the rest of the same layers ({n_draws} draws of each) were ablated "
+        "at all positions (modes: {modes}; numbers of heads: {counts}, or where none 1, 5%, 10%, 20% of all)."
+    ),
+    run=run,
+    cites=("arxiv_2606_05843",),
+    across=across,
+    by_name="`masking` asks the same of fewer draws and examples, at the shares of the paper's figure",
+)

@@ -278,5 +278,8 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     cites=("arxiv_2606_05843",),
-    needs="checkpoints of the model's training: experiments/training/train.py RECIPE --out DIR --checkpoints STEPS",
+    by_name=(
+        "it needs checkpoints of the model's training: experiments/training/train.py RECIPE --out DIR --checkpoints "
+        "STEPS"
+    ),
 )

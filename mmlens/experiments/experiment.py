@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -39,8 +39,9 @@ from mmlens.token_map import mapping_of
 class Setup:
     """What every experiment is given: heads are chosen on `selection` and judged on `evaluation`.
 
-    `name` is the model's, as the user wrote it. Raises ValueError where the splits share an example or a group, or
-    one of them holds an example twice.
+    `name` is the model's, as the user wrote it. Splits that share an example or a group are refused unless
+    `force_overlap`, which warns, and says so in `leak`. Raises ValueError for these, and where one of the splits holds
+    an example twice.
     """
 
     model: HookedVLM
@@ -50,6 +51,8 @@ class Setup:
     batch_size: int = 30
     progress: bool = True
     name: str = ""
+    force_overlap: bool = False
+    leak: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         model_of(self.model)
@@ -60,9 +63,20 @@ class Setup:
         flag("progress", self.progress)
         for name, split in (("selection", self.selection), ("evaluation", self.evaluation)):
             check_no_repeats(name, split)
+        flag("force_overlap", self.force_overlap)
         shared = shared_groups(self.selection, self.evaluation)
+        if shared and not self.force_overlap:
+            raise InvalidValueError(
+                f"{overlap_message(shared)}, or pass force_overlap=True to see by how much"
+            )
         if shared:
-            raise InvalidValueError(overlap_message(shared))
+            leak = (
+                f"Selection and evaluation share {len(shared)} example(s) or group(s), by force: heads chosen and "
+                "judged on the same data look better than they are"
+            )
+            object.__setattr__(self, "leak", leak)
+            # After this method and `__init__`, whoever asked for it.
+            warnings.warn(leak, stacklevel=4)
 
 
 def _draws(name: str, value: object) -> int:
@@ -135,8 +149,8 @@ class Findings:
 
     `numbers` is plain JSON (no NaN) and is what a rerun is compared by; `tables` is name -> (caption, table);
     `per_example` the raw results, one row per example and measurement; `figures` are (title, caption, figure).
-    `save` writes them in another layout than a run's own (docs/experiments.md) to a folder, with its own
-    report.html, and returns the files by which a rerun is compared.
+    A run's folder holds numbers.json and a folder for each sort of table (docs/experiments.md), or, if `flat`,
+    summary.json and all tables beside it.
     """
 
     statement: str
@@ -144,7 +158,7 @@ class Findings:
     tables: dict[str, tuple[str, pd.DataFrame]] = field(default_factory=dict)
     per_example: dict[str, pd.DataFrame] = field(default_factory=dict)
     figures: list[tuple[str, str, Figure]] = field(default_factory=list)
-    save: Callable[[Path], list[str]] | None = None
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,8 +181,8 @@ class Experiment:
     cites: tuple[str, ...] = ()
     published: pd.DataFrame | None = None
     across: Callable[[Mapping[str, Findings]], Findings] | None = None
-    needs: str = ""
-    """What it needs beyond a model and examples. Such an experiment is run by name only, not by `mmlens paper`."""
+    by_name: str = ""
+    """Why `mmlens paper` runs it only where it is named: what it needs beyond a model and examples, or repeats."""
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from mmlens.experiments.common import (
     token_counts,
     with_evidence,
 )
-from mmlens.experiments.core_heads_report import overlay_figures
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.looking import overlay_figures
 from mmlens.heads import HeadSet
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.scores.retrieval import EvidenceAttention, evidence_attention, ram

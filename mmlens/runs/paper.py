@@ -100,7 +100,7 @@ def run_all(
 ) -> list[Outcome]:
     """Run experiments on models, one folder each, and write the summary and the report.
 
-    By default these are all that need nothing beyond a model and examples. `jobs` models are run at a time, each in a
+    By default these are all but those with a `by_name`, which says why. `jobs` models are run at a time, each in a
     process of its own where there are several: bars of progress are left out then, not the line that ends a run.
     `request` gives all else: sizes, seed, data, dtype; its experiment, model and settings are not read. A failure
     is noted and the others go on; what fails across models is an outcome of its own. Raises ValueError for an
@@ -111,7 +111,7 @@ def run_all(
     for name in experiments or ():
         if name not in EXPERIMENTS:
             raise InvalidValueError(unknown_name_message("experiment", name, EXPERIMENTS))
-    by_default = [name for name, experiment in EXPERIMENTS.items() if not experiment.needs]
+    by_default = [name for name, experiment in EXPERIMENTS.items() if not experiment.by_name]
     chosen = [EXPERIMENTS[name] for name in experiments or by_default]
     references = bibliography(key for experiment in chosen for key in experiment.cites)
     out = Path(out)

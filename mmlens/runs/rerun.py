@@ -223,7 +223,7 @@ def _read(path: Path) -> Any:
     content = read_json(path, RunError)
     if not isinstance(content, dict):
         raise RunError(f"{str(path)!r} holds no results: {content!r:.60}")
-    # core-heads notes versions among its results; they are compared apart.
+    # A summary notes versions among its numbers; they are compared apart.
     return {key: value for key, value in content.items() if key != "versions"}
 
 

@@ -27,7 +27,6 @@ from mmlens.data.examples import DataError, Example, load_examples, split_exampl
 from mmlens.data.scenes import scene_examples
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
-from mmlens.experiments.core_heads import CORE_HEADS
 from mmlens.experiments.experiment import Experiment, Findings, Setup
 from mmlens.files import path_within, read_json, read_parquet
 from mmlens.model.hooked_vlm import HookedVLM
@@ -129,12 +128,11 @@ def experiment_named(name: str) -> Experiment:
     >>> experiment_named("core-heads").settings["n_draws"]
     10
     """
-    known = {**EXPERIMENTS, CORE_HEADS.name: CORE_HEADS}
-    if name not in known:
+    if name not in EXPERIMENTS:
         raise InvalidValueError(
-            unknown_name_message("experiment", name, known) + ". `mmlens experiments` lists them all"
+            unknown_name_message("experiment", name, EXPERIMENTS) + ". `mmlens experiments` lists them all"
         )
-    return known[name]
+    return EXPERIMENTS[name]
 
 
 def full_settings(experiment: Experiment, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,11 +257,8 @@ def run(
         findings = experiment.run(setup, **request.settings)
         record["seconds"] = round(time.monotonic() - start, 1)
         record["statement"] = findings.statement
-        if findings.save is not None:
-            record["results"] = findings.save(folder)
-        else:
-            record["results"] = write_findings(findings, folder)
-            write_findings_report(folder, experiment, findings, record)
+        record["results"] = write_findings(findings, folder)
+        write_findings_report(folder, experiment, findings, record)
         (folder / "methods.md").write_text(methods_text(record), encoding="utf-8")
         (folder / "references.bib").write_text(references, encoding="utf-8")
     return out
@@ -321,21 +316,25 @@ def model_folders(models: Sequence[str], out: str | Path) -> dict[str, Path]:
 
 # ---------------------------------------------------------------------- findings as files
 
+_LAYOUTS = {False: ("numbers.json", "tables", "per_example"), True: ("summary.json", ".", ".")}
+"""Whether findings are flat -> the file of numbers, and where tables and results per example lie."""
+
 
 def write_findings(findings: Findings, folder: Path) -> list[str]:
     """Write numbers.json, tables, per_example and figures, and findings.json with the words; return the results.
 
     Results are the files that a rerun is compared by: all but the pictures and the csv copies of tables.
     """
-    results = ["numbers.json"]
+    numbers_file, *places = _LAYOUTS[findings.flat]
     plain = _plain(findings.numbers, "numbers")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "numbers.json").write_text(json.dumps(plain, indent=1, allow_nan=False), encoding="utf-8")
+    (folder / numbers_file).write_text(json.dumps(plain, indent=1, allow_nan=False), encoding="utf-8")
     tables = {name: table for name, (_, table) in findings.tables.items()}
-    for kind, given in (("tables", tables), ("per_example", findings.per_example)):
+    results = [numbers_file]
+    for place, given in zip(places, (tables, findings.per_example), strict=True):
         for name, table in given.items():
-            results.append(f"{kind}/{name}.parquet")
-            _write_table(table, folder / kind, name, with_csv=kind == "tables")
+            results.append((Path(place) / f"{name}.parquet").as_posix())
+            _write_table(table, folder / place, name, with_csv=given is tables)
     pictures = []
     for count, (title, caption, figure) in enumerate(findings.figures, start=1):
         slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60]
@@ -347,6 +346,7 @@ def write_findings(findings: Findings, folder: Path) -> list[str]:
         "tables": {name: caption for name, (caption, _) in findings.tables.items()},
         "per_example": list(findings.per_example),
         "figures": pictures,
+        **({"flat": True} if findings.flat else {}),
     }
     (folder / "findings.json").write_text(json.dumps(words, indent=1), encoding="utf-8")
     return results
@@ -368,26 +368,27 @@ def read_findings(folder: str | Path) -> Findings:
             for name, caption in words["tables"].items()
         }
         names = [instance_of("per_example", name, str, "a list of names") for name in words["per_example"]]
+        flat = flag("flat", words.get("flat", False))
     except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{str(path)!r} does not hold a run's findings: {error!r}") from error
-    numbers = read_json(folder / "numbers.json", RunError)
+    numbers_file, tables, per_example = _LAYOUTS[flat]
+    numbers = read_json(folder / numbers_file, RunError)
     if not isinstance(numbers, dict):
-        raise RunError(
-            f"{str(folder / 'numbers.json')!r} does not hold the numbers of a run: {numbers!r:.60}"
-        )
+        raise RunError(f"{str(folder / numbers_file)!r} does not hold the numbers of a run: {numbers!r:.60}")
     return Findings(
         words["statement"],
         numbers,
-        {name: (caption, _read_table(folder, "tables", name)) for name, caption in captions.items()},
-        {name: _read_table(folder, "per_example", name) for name in names},
+        {name: (caption, _read_table(folder, tables, name)) for name, caption in captions.items()},
+        {name: _read_table(folder, per_example, name) for name in names},
+        flat=flat,
     )
 
 
-def _read_table(folder: Path, kind: str, name: str) -> pd.DataFrame:
+def _read_table(folder: Path, place: str, name: str) -> pd.DataFrame:
     if not re.fullmatch(_TABLE_NAME, name):
         raise RunError(f"{str(folder / 'findings.json')!r} names a table {name!r}, which is no name of one")
     try:
-        path = path_within(folder, f"{kind}/{name}.parquet", "a table")
+        path = path_within(folder, f"{place}/{name}.parquet", "a table")
     except InvalidValueError as error:
         raise RunError(str(error)) from error
     return read_table(path)

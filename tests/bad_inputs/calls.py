@@ -21,8 +21,8 @@ from mmlens import statistics
 from mmlens.attribution.check import compare_with_patching
 from mmlens.data.scenes import draw_scene, iterate_scenes, scene_of, scene_vocabulary
 from mmlens.experiments import catalog
-from mmlens.experiments.core_heads_report import question_attention
 from mmlens.experiments.experiment import Setup
+from mmlens.experiments.looking import question_attention
 from mmlens.heads import HeadGrid
 from mmlens.hybrid.rule import StreamingRule
 from mmlens.hybrid.speed import prefill_speed

@@ -14,23 +14,19 @@ from beartype.door import is_bearable
 
 import mmlens
 from mmlens.experiments.catalog import EXPERIMENTS
-from mmlens.experiments.core_heads import CORE_HEADS
 from mmlens.experiments.experiment import Findings, Setup, checked_settings
 from mmlens.runs.methods import bibliography, bibtex_entries, filled_method
 from mmlens.runs.run import Request, full_settings, request_of, request_record
 
-ALL = {**EXPERIMENTS, CORE_HEADS.name: CORE_HEADS}
-
 
 def test_names_are_their_own() -> None:
-    assert CORE_HEADS.name not in EXPERIMENTS
     for name, experiment in EXPERIMENTS.items():
         assert name == experiment.name and re.fullmatch(r"[a-z0-9-]+", name)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_can_be_described(name: str) -> None:
-    experiment = ALL[name]
+    experiment = EXPERIMENTS[name]
     assert experiment.title and experiment.source and experiment.question.endswith("?")
     assert "{" not in filled_method(experiment, experiment.settings)
     assert json.loads(json.dumps(experiment.settings)).keys() == experiment.settings.keys()
@@ -50,10 +46,10 @@ def given_to(run: Any, setup: Setup, **settings: Any) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_settings_are_of_their_kind_after_a_record(micro: mmlens.HookedVLM, name: str) -> None:
     """As given in Python, and as read back from a record: JSON has lists only, the functions say tuples."""
-    experiment, setup = ALL[name], Setup(micro, [], [])
+    experiment, setup = EXPERIMENTS[name], Setup(micro, [], [])
     hints = typing.get_type_hints(inspect.unwrap(experiment.run))
     lists = {name: list(v) if isinstance(v, tuple) else v for name, v in experiment.settings.items()}
     if "counts" in lists:

@@ -15,8 +15,11 @@ import torch
 import mmlens
 from mmlens.cli import main
 from mmlens.data.scenes import KINDS, TEXT_KINDS
-from mmlens.experiments.core_heads_claim import ARMS, POOLED, CoreHeads, core_heads
-from mmlens.runs.run import EVALUATION_SEED, SELECTION_SEED
+from mmlens.experiments.common import POOLED
+from mmlens.experiments.core_heads_claim import ARMS, EXPERIMENT, CoreHeads, across, core_heads
+from mmlens.runs.record import read_record
+from mmlens.runs.rerun import is_current
+from mmlens.runs.run import EVALUATION_SEED, SELECTION_SEED, read_findings
 
 SETTINGS = {"counts": [2], "modes": ("zero", "mean"), "n_draws": 2, "batch_size": 10, "progress": False}
 
@@ -168,6 +171,18 @@ def test_the_command_writes_what_the_function_finds(
     assert loaded.top(3).heads == tuple(map(tuple, summary["heads"]["top_5_percent"]))
     page = (tmp_path / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and "Retrieval Attention Mass" in page
+    # What was written is read back, by the runs of any experiment, and repeated by one.
+    found = read_findings(tmp_path)
+    assert found.numbers["heads"] == summary["heads"] and not (tmp_path / "tables").exists()
+    pd.testing.assert_frame_equal(found.tables["head_scores"][1], heads)
+    assert is_current(read_record(tmp_path), EXPERIMENT)
+    said = across({"one": found, "other": found})
+    verdicts = {row["mode"]: row for row in summary["finding"]["rows"]}
+    table = said.tables["finding"][1]
+    assert len(table) == 10 and set(table["model"]) == {"one", "other"}
+    for row in table.itertuples():
+        assert row.mean == verdicts[row.mode][row.arm]["mean"]
+    assert f"in {2 * summary['finding']['holds']} of 2 models" in said.statement
 
 
 def test_the_command_runs_on_a_folder_of_examples(tmp_path: Path) -> None:

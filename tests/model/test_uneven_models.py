@@ -28,13 +28,15 @@ from torch import Tensor, nn
 import mmlens
 from mmlens.data.examples import Evidence, Example
 from mmlens.data.scenes import KINDS, TEXT_KINDS
-from mmlens.experiments.core_heads_claim import core_heads
-from mmlens.experiments.core_heads_report import question_attention, write_core_heads_report
+from mmlens.experiments import core_heads_claim
+from mmlens.experiments.experiment import Setup
+from mmlens.experiments.looking import question_attention
 from mmlens.heads import HeadGrid
 from mmlens.hook_names import block
 from mmlens.interventions.ablation import Means, mean_activations
 from mmlens.model.cross_attention import CrossAttentionError
 from mmlens.model.prompt import Prompt
+from mmlens.runs.run import write_findings
 from mmlens.scores.retrieval import attention_mass, evidence_attention, ram, vision_mass
 from mmlens.token_map import TokenMap
 
@@ -462,9 +464,8 @@ def test_core_heads_of_a_hybrid_model(tmp_path: Path) -> None:
         ]
         for seed in (1, 2)
     )
-    result = core_heads(
-        model, selection, evaluation, modes=("mean",), n_draws=1, batch_size=4, progress=False
-    )
+    setup = Setup(model, selection, evaluation, batch_size=4, progress=False)
+    result = core_heads_claim.measured(setup, modes=("mean",), n_draws=1)
     every = FAMILIES["qwen3_5"].every
     for sets in result.arms.values():
         assert all(set(heads) <= set(every) for heads in sets)
@@ -474,10 +475,9 @@ def test_core_heads_of_a_hybrid_model(tmp_path: Path) -> None:
     table = result.head_table()
     assert sorted(zip(table["layer"], table["head"], strict=True)) == every
     assert not table.isna().any().any()
-    result.save(tmp_path)
+    found = core_heads_claim.run(setup, modes=("mean",), n_draws=1)
+    write_findings(found, tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["model"]["heads_per_layer"] == [0, 4, 4]
     assert mmlens.HeadScores.load(tmp_path / "ram_per_example.parquet").top(2) == result.scores.top(2)
     assert len(pd.read_parquet(tmp_path / "head_scores.parquet")) == 8
-    page = write_core_heads_report(result, model, tmp_path / "report.html").read_text()
-    assert "3 layers, 2 of them with up to 4 heads (8 heads)" in page
