@@ -186,10 +186,18 @@ def ablation_table(outcomes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def arm_difference(
-    outcomes: pd.DataFrame, one: str, other: str, *, mode: str, metric: str = "accuracy", seed: int = 0
+    outcomes: pd.DataFrame,
+    one: str,
+    other: str,
+    *,
+    mode: str | None = None,
+    metric: str = "accuracy",
+    seed: int = 0,
 ) -> tuple[float, float, float]:
     """Mean of arm `one` minus arm `other` on the same examples (means over draws), and its 95% interval."""
-    chosen = outcomes[(outcomes["mode"] == mode) & (outcomes["metric"] == metric)]
+    chosen = outcomes[outcomes["metric"] == metric]
+    if mode is not None:
+        chosen = chosen[chosen["mode"] == mode]
     values, others = (by_example(chosen[chosen["arm"] == arm]) for arm in (one, other))
     return paired_difference(values, others, seed)
 

@@ -19,10 +19,13 @@ from mmlens.experiments.common import (
     POOLED,
     across_table,
     all_equal,
+    arm_difference,
+    kind_groups,
     matched_controls,
     plain,
     ranged,
     records,
+    summarised,
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
@@ -36,7 +39,6 @@ from mmlens.model.hooks import NoChangeWarning
 from mmlens.model.prompt import Prompt
 from mmlens.scores.logits import logit_contribution
 from mmlens.scores.retrieval import evidence_attention
-from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.viz.intervals import plot_curves
 
 CORE, RANDOM, MATCHED, ANY = "CoRe", "random", "layer-matched", "random of all heads"
@@ -102,23 +104,6 @@ def run(
     shares = {rule.window: float(np.mean([rule.share(n) for n in lengths])) for rule in rules}
     table["computed"] = table["dense_share"] + (1 - table["dense_share"]) * table["window"].map(shares)
     statement, numbers = _judged(table, differences, counts, total, rules)
-    figures = [
-        (
-            f"Accuracy under hybrid attention, window {rule.window}",
-            f"Held-out examples with evidence; {sink} sinks; 95% intervals. Streaming heads compute "
-            f"{shares[rule.window]:.0%} of a dense head's scores here.",
-            _by_share(table, rule.window),
-        )
-        for rule in rules
-    ]
-    figures.append(
-        (
-            "Accuracy against the attention computed",
-            "Scores computed by all heads, as a share of those with all heads dense: what a prefill can save. Held-out "
-            "examples with evidence; 95% intervals.",
-            _by_work(table),
-        )
-    )
     return Findings(
         statement,
         plain(
@@ -141,8 +126,29 @@ def run(
             "differences": ("CoRe heads dense minus another arm's, paired by example.", differences),
         },
         per_example={"outcomes": outcomes},
-        figures=figures,
+        figures=_figures(table, shares, sink),
     )
+
+
+def _figures(table: pd.DataFrame, shares: Mapping[int, float], sink: int) -> list[tuple[str, str, Figure]]:
+    """`shares`: window -> share of a dense head's scores that a streaming one computes."""
+    return [
+        *(
+            (
+                f"Accuracy under hybrid attention, window {window}",
+                f"Held-out examples with evidence; {sink} sinks; 95% intervals. Streaming heads compute "
+                f"{share:.0%} of a dense head's scores here.",
+                _by_share(table, window),
+            )
+            for window, share in shares.items()
+        ),
+        (
+            "Accuracy against the attention computed",
+            "Scores computed by all heads, as a share of those with all heads dense: what a prefill can save. Held-out "
+            "examples with evidence; 95% intervals.",
+            _by_work(table),
+        ),
+    ]
 
 
 def _scores(setup: Setup) -> tuple[HeadScores, dict[str, HeadScores], list[str]]:
@@ -251,58 +257,25 @@ def _measured(logits: torch.Tensor, prompt: Prompt, dense: torch.Tensor, graded:
 
 def _table(outcomes: pd.DataFrame, controls: Sequence[str], total: int, seed: int) -> pd.DataFrame:
     """Means over examples of each one's mean over draws, by window, arm, count, metric and kind."""
-    rows = []
-    for (window, arm, count, metric), cell in outcomes.groupby(
-        ["window", "arm", "count", "metric"], sort=False
-    ):
-        for kind, part in _by_kind(cell, controls):
-            by_example = part.groupby("example")[["value", "clean"]].mean()
-            low, high = interval_of(by_example["value"].to_numpy(), seed)
-            rows.append(
-                {
-                    "window": window,
-                    "arm": arm,
-                    "count": count,
-                    "dense_share": count / total,
-                    "kind": kind,
-                    "metric": metric,
-                    "n": len(by_example),
-                    "n_draws": part["draw"].nunique(),
-                    "mean": by_example["value"].mean(),
-                    "low": low,
-                    "high": high,
-                    "clean": by_example["clean"].mean(),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _by_kind(cell: pd.DataFrame, controls: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
-    evidence = cell[~cell["kind"].isin(list(controls))]
-    return [(POOLED, evidence), *((str(kind), part) for kind, part in cell.groupby("kind", sort=True))]
+    groups = kind_groups(outcomes["kind"], controls)
+    table = summarised(outcomes, ["window", "arm", "count", "metric"], groups, paired=None, seed=seed)
+    table["dense_share"] = table["count"] / total
+    columns = "window arm count dense_share kind metric n n_draws mean low high clean"
+    return table[columns.split()]
 
 
 def _differences(outcomes: pd.DataFrame, controls: Sequence[str], seed: int) -> pd.DataFrame:
     """CoRe minus every other arm, and minus all heads dense, on the same examples with evidence."""
-    rows = []
     chosen = outcomes[~outcomes["kind"].isin(list(controls)) & (outcomes["metric"] != "invalid")]
-    for (window, count, metric), cell in chosen[chosen["count"] > 0].groupby(["window", "count", "metric"]):
-        by_arm = {arm: part.groupby("example")["value"].mean() for arm, part in cell.groupby("arm")}
-        core = cell[cell["arm"] == CORE]
-        by_arm[DENSE] = core.groupby("example")["clean"].mean()
-        for arm in [arm for arm in by_arm if arm != CORE]:
-            one, other = by_arm[CORE].to_numpy(), by_arm[arm].to_numpy()
-            low, high = difference_interval_of(one, other, seed)
+    core = chosen[chosen["arm"] == CORE]
+    every = pd.concat([chosen[chosen["count"] > 0], core.assign(arm=DENSE, value=core["clean"])])
+    rows = []
+    for (window, count, metric), cell in every.groupby(["window", "count", "metric"]):
+        for arm in [*sorted(set(cell["arm"]) - {CORE, DENSE}), DENSE]:
+            mean, low, high = arm_difference(cell, CORE, arm, metric=metric, seed=seed)
             rows.append(
-                {
-                    "window": window,
-                    "count": count,
-                    "metric": metric,
-                    "minus": arm,
-                    "mean": (one - other).mean(),
-                    "low": low,
-                    "high": high,
-                }
+                {"window": window, "count": count, "metric": metric, "minus": arm}
+                | {"mean": mean, "low": low, "high": high}
             )
     return pd.DataFrame(rows)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
@@ -16,7 +19,7 @@ from mmlens.experiments.common import (
     plain,
     records,
 )
-from mmlens.experiments.core_heads_claim import core_heads
+from mmlens.experiments.core_heads_claim import CoreHeads, measured
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import share_of
 from mmlens.viz.ablation_curves import plot_ablation_panels
@@ -63,78 +66,72 @@ def run(
     """
     total = len(setup.model.heads)
     counts = sorted({share_of(share, total) for share in (*shares, LARGEST_OF_QWEN)})
-    evaluation = first_of_kinds(setup.evaluation, n_per_kind)
-    found = core_heads(
-        setup.model,
-        setup.selection,
-        evaluation,
-        counts=counts,
-        modes=modes,
-        n_draws=n_draws,
-        seed=setup.seed,
-        batch_size=setup.batch_size,
-        progress=setup.progress,
-    )
-    table = found.ablation
     few, many = share_of(LARGEST_OF_QWEN, total), share_of(FIVE_PERCENT, total)
+    judged = replace(setup, evaluation=first_of_kinds(setup.evaluation, n_per_kind))
+    found = measured(judged, counts=counts, modes=modes, n_draws=n_draws)
     # Random arms are compared by each example's mean over draws.
-    outcomes = found.outcomes[found.outcomes["kind"].isin({e.kind for e in evaluation if e.evidence})]
-    verdicts = {mode: _verdict(outcomes, mode, few, setup.seed) for mode in modes}
-    agrees = all(verdict["top_below_random"] for verdict in verdicts.values())
-    pooled = table[table["kind"] == POOLED].set_index(["metric", "mode", "arm", "count"])["mean"]
-    chance = float(found.summary["finding"]["chance"])
-    clean = float(pooled.loc[("accuracy", "clean", "clean", 0)])
-    invalid = "invalid" in set(table["metric"])
-    parts = [
-        f"{mode}: top {pooled.loc[('accuracy', mode, 'top', few)]:.0%} at {few / total:.1%} and "
-        f"{pooled.loc[('accuracy', mode, 'top', many)]:.0%} at {many / total:.1%}, random "
-        f"{pooled.loc[('accuracy', mode, 'random', few)]:.0%} and "
-        f"{pooled.loc[('accuracy', mode, 'random', many)]:.0%}, "
-        f"bottom {pooled.loc[('accuracy', mode, 'bottom', few)]:.0%} and "
-        f"{pooled.loc[('accuracy', mode, 'bottom', many)]:.0%}"
-        + (
-            f", invalid answers with the top {pooled.loc[('invalid', mode, 'top', many)]:.0%}"
-            if invalid
-            else ""
-        )
-        for mode in modes
-    ]
-    failed = [mode for mode, verdict in verdicts.items() if not verdict["top_below_random"]]
-    statement = (
-        f"Accuracy on {sum(bool(e.evidence) for e in evaluation)} held-out examples is {clean:.0%} (chance "
-        f"{chance:.0%}). "
-        f"With {few} of {total} heads masked (what comes nearest to the 30 of 1152 that the paper's figure "
-        f"ends at) and "
-        f"with {many} (5%, its abstract) - {'; '.join(parts)}. With {few}, the top heads cost more than random "
-        f"ones, as "
-        f"in the paper, {'in every mode' if agrees else 'but not in ' + ', '.join(failed)}."
-    )
-    controls = list(found.summary["controls"])
-    if controls:
-        top = table[(table["metric"] == "accuracy") & (table["arm"] == "top") & (table["count"] == many)]
-        by_control = top.set_index(["kind", "mode"])["mean"]
-        statement += (
-            " Text-only controls, the top 5% masked - "
-            + "; ".join(
-                f"{kind}: " + ", ".join(f"{mode} {by_control[kind, mode]:.0%}" for mode in modes)
-                for kind in controls
-            )
-            + "."
-        )
-    if few == many:
-        statement += " In a model of so few heads 2.6% and 5% are the same number of heads."
+    with_evidence = found.outcomes[~found.outcomes["kind"].isin(found.summary["controls"])]
+    verdicts = {mode: _verdict(with_evidence, mode, few, setup.seed) for mode in modes}
     numbers = {
-        "agrees": agrees,
+        "agrees": all(verdict["top_below_random"] for verdict in verdicts.values()),
         "counts": counts,
         "count_nearest_2.6_percent": few,
         "count_nearest_5_percent": many,
         "n_heads": total,
-        "chance": chance,
+        "chance": float(found.summary["finding"]["chance"]),
         "verdicts": verdicts,
-        "ablation": records(table),
+        "ablation": records(found.ablation),
         "layer_matched_shortfall": found.summary["heads"]["layer_matched_shortfall"],
     }
-    rows = pd.DataFrame(
+    return Findings(
+        _statement(found, numbers),
+        plain(numbers),
+        tables=_tables(found, verdicts, few, total),
+        per_example={"outcomes": found.outcomes},
+        figures=_figures(found, numbers["chance"]),
+    )
+
+
+def _statement(found: CoreHeads, numbers: Mapping[str, Any]) -> str:
+    few, many = numbers["count_nearest_2.6_percent"], numbers["count_nearest_5_percent"]
+    total = numbers["n_heads"]
+    table = found.ablation
+    pooled = table[table["kind"] == POOLED].set_index(["metric", "mode", "arm", "count"])
+    mean, clean = pooled["mean"], pooled.loc[("accuracy", "clean", "clean", 0)]
+    parts = []
+    for mode in numbers["verdicts"]:
+        arms = [
+            f"{arm} {mean.loc[('accuracy', mode, arm, few)]:.0%}{at.format(few / total)} and "
+            f"{mean.loc[('accuracy', mode, arm, many)]:.0%}{at.format(many / total)}"
+            for arm, at in (("top", " at {:.1%}"), ("random", ""), ("bottom", ""))
+        ]
+        if "invalid" in set(table["metric"]):
+            arms.append(f"invalid answers with the top {mean.loc[('invalid', mode, 'top', many)]:.0%}")
+        parts.append(f"{mode}: {', '.join(arms)}")
+    failed = [mode for mode, verdict in numbers["verdicts"].items() if not verdict["top_below_random"]]
+    statement = (
+        f"Accuracy on {clean['n']} held-out examples is {clean['mean']:.0%} (chance {numbers['chance']:.0%}). "
+        f"With {few} of {total} heads masked (what comes nearest to the 30 of 1152 that the paper's figure ends at) "
+        f"and with {many} (5%, its abstract) - {'; '.join(parts)}. With {few}, the top heads cost more than random "
+        f"ones, as in the paper, {'but not in ' + ', '.join(failed) if failed else 'in every mode'}."
+    )
+    top = table[(table["metric"] == "accuracy") & (table["arm"] == "top") & (table["count"] == many)]
+    by_control = top.set_index(["kind", "mode"])["mean"]
+    controls = [
+        f"{kind}: " + ", ".join(f"{mode} {by_control[kind, mode]:.0%}" for mode in numbers["verdicts"])
+        for kind in found.summary["controls"]
+    ]
+    if controls:
+        statement += f" Text-only controls, the top 5% masked - {'; '.join(controls)}."
+    if few == many:
+        statement += " In a model of so few heads 2.6% and 5% are the same number of heads."
+    return statement
+
+
+def _tables(
+    found: CoreHeads, verdicts: Mapping[str, Mapping[str, object]], few: int, total: int
+) -> dict[str, tuple[str, pd.DataFrame]]:
+    shares = pd.DataFrame(
         [
             {
                 "model": model,
@@ -146,6 +143,18 @@ def run(
             for count in _COUNTS[1:]
         ]
     )
+    return {
+        "ablation": ("Every mode, arm, count, kind and metric, with 95% intervals.", found.ablation),
+        "shares": ("The paper's numbers of heads, and the same share of this model's heads.", shares),
+        "verdicts": (
+            f"Accuracy of the top arm minus another, {few} heads masked, paired by example.",
+            pd.DataFrame([{"mode": mode, **verdict} for mode, verdict in verdicts.items()]),
+        ),
+    }
+
+
+def _figures(found: CoreHeads, chance: float) -> list[tuple[str, str, Figure]]:
+    table, controls = found.ablation, found.summary["controls"]
     figures = [
         (
             "Masking: accuracy",
@@ -153,7 +162,7 @@ def run(
             plot_ablation_panels(table, metric="accuracy", chance=chance),
         )
     ]
-    if invalid:
+    if "invalid" in set(table["metric"]):
         figures.append(
             (
                 "Masking: invalid answers",
@@ -169,20 +178,7 @@ def run(
                 plot_ablation_panels(table, metric="accuracy", kinds=controls),
             )
         )
-    return Findings(
-        statement,
-        plain(numbers),
-        tables={
-            "ablation": ("Every mode, arm, count, kind and metric, with 95% intervals.", table),
-            "shares": ("The paper's numbers of heads, and the same share of this model's heads.", rows),
-            "verdicts": (
-                f"Accuracy of the top arm minus another, {few} heads masked, paired by example.",
-                pd.DataFrame([{"mode": mode, **verdict} for mode, verdict in verdicts.items()]),
-            ),
-        },
-        per_example={"outcomes": found.outcomes},
-        figures=figures,
-    )
+    return figures
 
 
 def _verdict(outcomes: pd.DataFrame, mode: str, count: int, seed: int) -> dict[str, object]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from mmlens.arguments import unknown_name_message
 from mmlens.errors import InvalidValueError
@@ -19,13 +20,12 @@ from mmlens.experiments.ablations import (
     head_costs,
     references,
 )
-from mmlens.experiments.common import plain, with_evidence
+from mmlens.experiments.common import plain, summarised, with_evidence
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.scores.retrieval import ram
-from mmlens.statistics import interval_of
 from mmlens.viz.intervals import plot_curves, plot_intervals
 
 RANKINGS = ("ram", "effect")
@@ -63,47 +63,13 @@ def run(
     # None and all are the same for every way to choose: the first is run once, the second is the clean run.
     counts = sorted({share_of(share, len(heads)) for share in shares} - {len(heads)})
     found = {ranking: _ranking(setup, ranking, heads) for ranking in rankings}
-    rngs = [np.random.default_rng([setup.seed, draw]) for draw in range(n_draws)]
-    # `top` refuses scores that rank nothing, and warns where a cut goes through a tie.
-    kept: dict[tuple[str, int, int], HeadSet] = {
-        (name, count, 0): scores.top(count) for name, scores in found.items() for count in counts
-    }
-    for draw, rng in enumerate(rngs):
-        order = [heads.heads[at] for at in rng.permutation(len(heads))]
-        kept |= {("random", count, draw): HeadSet(order[:count], heads.grid) for count in counts}
-    for count in counts:
-        for draw, rng in enumerate(rngs):
-            kept["layer_matched", count, draw] = same_layers(kept[rankings[0], count, 0], rng)
+    kept = _kept(setup, found, heads, counts, n_draws)
     examples = first_with_evidence(setup.evaluation, n_per_kind)
     metrics: dict[str, Metric] = {"accuracy": accuracy}
-    sets = {"{} {} #{}".format(*key): own.complement() for key, own in kept.items()} | {NONE: heads}
+    sets = {_label(key): own.complement() for key, own in kept.items()} | {NONE: heads}
     table = ablated(setup, examples, sets, references(setup, modes), metrics)
-    curves = _curves(table, kept, modes, len(heads), setup.seed)
+    curves = _curves(table, kept, len(heads), setup.seed)
     smallest = _smallest(curves, keep)
-    label = {
-        "ram": "top by RAM",
-        "effect": "top by single-head cost",
-        "layer_matched": "layer-matched random",
-    }
-    figures = []
-    for mode in modes:
-        drawn = curves[curves["mode"] == mode].assign(
-            arm=lambda rows: rows["arm"].map(lambda arm: label.get(arm, arm))
-        )
-        figures.append(
-            (
-                f"Accuracy with k heads kept, {mode} ablation of the others",
-                f"{len(examples)} held-out examples; bands: 95% intervals (means over draws of the random arms).",
-                plot_curves(
-                    drawn,
-                    x="count",
-                    series="arm",
-                    xlabel=f"Heads kept, of {len(heads)}",
-                    ylabel="Accuracy",
-                    percent=True,
-                ),
-            )
-        )
     clean = float(curves.loc[curves["count"] == len(heads), "mean"].iloc[0])
     return Findings(
         _statement(curves, smallest, keep, clean, len(heads)),
@@ -127,8 +93,52 @@ def run(
             "curves": ("Accuracy with k heads kept and all others ablated.", curves),
         },
         per_example={"outcomes": table},
-        figures=figures,
+        figures=_figures(curves, len(examples), len(heads)),
     )
+
+
+def _figures(curves: pd.DataFrame, n_examples: int, n_heads: int) -> list[tuple[str, str, Figure]]:
+    labels = {
+        "ram": "top by RAM",
+        "effect": "top by single-head cost",
+        "layer_matched": "layer-matched random",
+    }
+    return [
+        (
+            f"Accuracy with k heads kept, {mode} ablation of the others",
+            f"{n_examples} held-out examples; bands: 95% intervals (means over draws of the random arms).",
+            plot_curves(
+                rows.assign(arm=rows["arm"].replace(labels)),
+                x="count",
+                series="arm",
+                xlabel=f"Heads kept, of {n_heads}",
+                ylabel="Accuracy",
+                percent=True,
+            ),
+        )
+        for mode, rows in curves.groupby("mode", sort=False)
+    ]
+
+
+def _kept(
+    setup: Setup, found: Mapping[str, HeadScores], heads: HeadSet, counts: Sequence[int], n_draws: int
+) -> dict[tuple[str, int, int], HeadSet]:
+    """(arm, count, draw) -> the heads that are kept."""
+    rngs = [np.random.default_rng([setup.seed, draw]) for draw in range(n_draws)]
+    # `top` refuses scores that rank nothing, and warns where a cut goes through a tie.
+    kept = {(name, count, 0): scores.top(count) for name, scores in found.items() for count in counts}
+    for draw, rng in enumerate(rngs):
+        order = [heads.heads[at] for at in rng.permutation(len(heads))]
+        kept |= {("random", count, draw): _set(order[:count], heads) for count in counts}
+    first = next(iter(found))
+    for count in counts:
+        for draw, rng in enumerate(rngs):
+            kept["layer_matched", count, draw] = same_layers(kept[first, count, 0], rng)
+    return kept
+
+
+def _label(key: tuple[str, int, int]) -> str:
+    return "{} {} #{}".format(*key)
 
 
 def same_layers(heads: HeadSet, rng: np.random.Generator) -> HeadSet:
@@ -159,42 +169,27 @@ def _ranking(setup: Setup, ranking: str, heads: HeadSet) -> HeadScores:
 
 
 def _curves(
-    table: pd.DataFrame,
-    kept: Mapping[tuple[str, int, int], HeadSet],
-    modes: Sequence[str],
-    n_heads: int,
-    seed: int,
+    table: pd.DataFrame, kept: Mapping[tuple[str, int, int], HeadSet], n_heads: int, seed: int
 ) -> pd.DataFrame:
     """One row per mode, arm and count (0 and all heads among them): mean accuracy over examples, interval, draws."""
-    rows = []
-    for mode in modes:
-        values = table[table["mode"] == mode].pivot(index="heads", columns="example", values="value")
-        clean = (
-            table[(table["mode"] == mode) & (table["heads"] == NONE)]
-            .sort_values("example")["clean"]
-            .to_numpy()
-        )
+    runs = []
+    for _, rows in table.groupby("mode", sort=False):
+        none = rows[rows["heads"] == NONE]
         for arm in dict.fromkeys(arm for arm, _, _ in kept):
-            at: dict[int, list[np.ndarray]] = {0: [values.loc[NONE].to_numpy()], n_heads: [clean]}
-            for key in kept:
-                if key[0] == arm:
-                    at.setdefault(key[1], []).append(values.loc["{} {} #{}".format(*key)].to_numpy())
-            for count, draws in sorted(at.items()):
-                mean = np.mean(draws, axis=0)
-                low, high = interval_of(mean, seed)
-                by_draw = [float(own.mean()) for own in draws]
-                rows.append(
-                    {
-                        "mode": mode,
-                        "arm": arm,
-                        "count": count,
-                        "fraction": count / n_heads,
-                        "mean": mean.mean(),
-                    }
-                    | {"low": low, "high": high, "n": len(mean), "n_draws": len(draws)}
-                    | {"draw_min": min(by_draw), "draw_max": max(by_draw)}
-                )
-    return pd.DataFrame(rows)
+            own = [
+                (count, draw, rows[rows["heads"] == _label((name, count, draw))])
+                for name, count, draw in kept
+                if name == arm
+            ]
+            ends = [(0, 0, none), (n_heads, 0, none.assign(value=none["clean"]))]
+            runs += [
+                part.assign(arm=arm, count=count, draw=draw)
+                for count, draw, part in sorted([*ends, *own], key=lambda run: run[:2])
+            ]
+    outcomes = pd.concat(runs, ignore_index=True)
+    curves = summarised(outcomes, ["mode", "arm", "count"], paired=None, seed=seed)
+    curves.insert(3, "fraction", curves["count"] / n_heads)
+    return curves.drop(columns="clean")
 
 
 def _smallest(curves: pd.DataFrame, keep: float) -> pd.DataFrame:

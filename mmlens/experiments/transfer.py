@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from mmlens.errors import InvalidValueError
-from mmlens.experiments.ablations import ablated, cost_interval, first_of_kinds, references
+from mmlens.experiments.ablations import ablated, first_of_kinds, references
 from mmlens.experiments.common import (
     FIVE_PERCENT,
     POOLED,
+    arm_difference,
     by_kind,
     head_names,
     kinds_of,
     matched_controls,
     plain,
     ranged,
+    summarised,
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet
 from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.scores.retrieval import ram
-from mmlens.statistics import difference_interval_of, ratio_interval
+from mmlens.statistics import ratio_interval
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
 
@@ -69,7 +72,7 @@ def run(
     table = ablated(setup, evaluation, sets, references(setup, [mode]), metrics)
     table["chosen_on"] = table["heads"].str.replace(r" #\d+$", "", regex=True)
     table["arm"] = np.where(table["heads"] == table["chosen_on"], "chosen", "layer_matched")
-    cells = _cells(table, list(chosen), judged, setup.seed)
+    cells = _cells(table, judged, setup.seed)
     groups = _groups(table, [kind for kind in chosen if kind != POOLED], text, setup.seed)
     ratio = _ratio(table, list(chosen), groups, setup.seed)
     overlap = pd.DataFrame(
@@ -77,18 +80,13 @@ def run(
         index=list(chosen),
         columns=list(chosen),
     )
-    square = cells.pivot(index="chosen_on", columns="judged_on", values="lost").loc[list(chosen), judged]
-    random = cells.pivot(index="chosen_on", columns="judged_on", values="lost_random").loc[
-        list(chosen), judged
-    ]
     count = len(chosen[POOLED])
-    largest = max(float(np.abs(square.to_numpy()).max()), float(np.abs(random.to_numpy()).max()))
     return Findings(
         _statement(cells, groups, ratio, overlap, count, mode),
         plain(
             {
                 "count": count,
-                "n_heads": len(setup.model.grid),
+                "n_heads": sum(setup.model.heads_per_layer),
                 "n_evaluation": len(evaluation),
                 "heads": {kind: [[*head] for head in heads] for kind, heads in chosen.items()},
                 "moved": {kind: moved for kind, (_, moved) in controls.items() if moved},
@@ -107,52 +105,75 @@ def run(
             ),
         },
         per_example={"outcomes": table},
-        figures=[
-            (
-                "Accuracy lost: heads chosen on a kind, judged on a kind",
-                f"Top {count} heads by RAM on the row's kind, {mode} ablation, evaluation split; text-only kinds last.",
-                plot_matrix(
-                    square.to_numpy(), list(square.index), judged, label="Accuracy lost",
-                    row_label="Chosen on", column_label="Judged on", vmax=largest,
-                ),
-            ),
-            (
-                "Accuracy lost: layer-matched random heads",
-                f"Means over {n_draws} sets with as many heads in each layer as the row's.",
-                plot_matrix(
-                    random.to_numpy(), list(random.index), judged, label="Accuracy lost",
-                    row_label="Layers of", column_label="Judged on", vmax=largest,
-                ),
-            ),
-            (
-                "Accuracy lost on own kind, other kinds and text-only kinds",
-                "Every example counts once: means over the choices of heads and the draws; 95% intervals.",
-                plot_intervals(groups, row="judged_on", series="arm", xlabel="Accuracy lost", lines={"0": 0.0}),
-            ),
-            (
-                "Heads in common",
-                f"Heads that two kinds' top {count} share.",
-                plot_matrix(overlap.to_numpy(), list(overlap.index), label="Heads in both", decimals=0),
-            ),
-        ],
+        figures=_figures(cells, groups, overlap, judged, mode, n_draws),
     )  # fmt: skip
 
 
-def _cells(table: pd.DataFrame, chosen: list[str], judged: list[str], seed: int) -> pd.DataFrame:
-    rows = []
-    for one in chosen:
-        for other in judged:
-            part = table[(table["chosen_on"] == one) & (table["kind"] == other)]
-            own, random = part[part["arm"] == "chosen"], part[part["arm"] == "layer_matched"]
-            row: dict[str, Any] = {"chosen_on": one, "judged_on": other, "clean": own["clean"].mean()}
-            for name, arm in (("lost", own), ("lost_random", random)):
-                mean, low, high = cost_interval(arm, seed)
-                row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-            values, others = (arm.groupby("example")["value"].mean().to_numpy() for arm in (random, own))
-            low, high = difference_interval_of(values, others, seed)
-            row |= {"beyond": float((values - others).mean()), "beyond_low": low, "beyond_high": high}
-            rows.append({**row, "n": own["example"].nunique(), "n_draws": random["heads"].nunique()})
-    return pd.DataFrame(rows)
+def _figures(
+    cells: pd.DataFrame,
+    groups: pd.DataFrame,
+    overlap: pd.DataFrame,
+    judged: Sequence[str],
+    mode: str,
+    n_draws: int,
+) -> list[tuple[str, str, Figure]]:
+    chosen, count = list(overlap.index), overlap.loc[POOLED, POOLED]
+    square, random = (
+        cells.pivot(index="chosen_on", columns="judged_on", values=name).loc[chosen, judged].to_numpy()
+        for name in ("lost", "lost_random")
+    )
+    of_both: dict[str, Any] = {
+        "vmax": float(np.abs([square, random]).max()),
+        "label": "Accuracy lost",
+        "column_label": "Judged on",
+    }
+    return [
+        (
+            "Accuracy lost: heads chosen on a kind, judged on a kind",
+            f"Top {count} heads by RAM on the row's kind, {mode} ablation, evaluation split; text-only kinds last.",
+            plot_matrix(square, chosen, judged, row_label="Chosen on", **of_both),
+        ),
+        (
+            "Accuracy lost: layer-matched random heads",
+            f"Means over {n_draws} sets with as many heads in each layer as the row's.",
+            plot_matrix(random, chosen, judged, row_label="Layers of", **of_both),
+        ),
+        (
+            "Accuracy lost on own kind, other kinds and text-only kinds",
+            "Every example counts once: means over the choices of heads and the draws; 95% intervals.",
+            plot_intervals(groups, row="judged_on", series="arm", xlabel="Accuracy lost", lines={"0": 0.0}),
+        ),
+        (
+            "Heads in common",
+            f"Heads that two kinds' top {count} share.",
+            plot_matrix(overlap.to_numpy(), chosen, label="Heads in both", decimals=0),
+        ),
+    ]
+
+
+def _cells(table: pd.DataFrame, judged: Sequence[str], seed: int) -> pd.DataFrame:
+    """What each choice of heads costs on each kind, what layer-matched heads cost, and the loss beyond theirs."""
+    lost = summarised(
+        table.assign(draw=table["heads"]),
+        ["chosen_on", "arm"],
+        {kind: [kind] for kind in judged},
+        paired=("lost", "clean", "value"),
+        seed=seed,
+    ).rename(columns={"kind": "judged_on"})
+    own, random = (
+        lost[lost["arm"] == arm].set_index(["chosen_on", "judged_on"]) for arm in ("chosen", "layer_matched")
+    )
+    losses = ["lost", "lost_low", "lost_high"]
+    cells = own[["clean", *losses]].join(
+        random[losses].rename(columns=lambda name: name.replace("lost", "lost_random"))
+    )
+    beyond = {
+        (one, other): arm_difference(part, "layer_matched", "chosen", seed=seed)
+        for (one, other), part in table.groupby(["chosen_on", "kind"])
+    }
+    for at, name in enumerate(("beyond", "beyond_low", "beyond_high")):
+        cells[name] = [beyond[cell][at] for cell in cells.index]
+    return cells.join(own["n"]).join(random["n_draws"]).reset_index()
 
 
 def _groups(table: pd.DataFrame, chosen: list[str], text: list[str], seed: int) -> pd.DataFrame:
@@ -160,17 +181,24 @@ def _groups(table: pd.DataFrame, chosen: list[str], text: list[str], seed: int) 
     alone = table[table["chosen_on"].isin(chosen)]
     by_choice = np.where(alone["kind"] == alone["chosen_on"], OWN, OTHER)
     where = np.where(alone["kind"].isin(text), alone["kind"], by_choice)
-    rows = []
-    for name in (OWN, OTHER, *text):
-        for arm in ("chosen", "layer_matched"):
-            part = alone[(where == name) & (alone["arm"] == arm)]
-            if len(part):
-                mean, low, high = cost_interval(part, seed)
-                rows.append(
-                    {"judged_on": name, "arm": arm, "mean": mean, "low": low, "high": high}
-                    | {"n": part["example"].nunique()}
-                )
-    return pd.DataFrame(rows)
+    lost = summarised(
+        alone.assign(kind=where, draw=alone["heads"]),
+        ["arm"],
+        {name: [name] for name in (OWN, OTHER, *text)},
+        paired=("lost", "clean", "value"),
+        seed=seed,
+    )
+    lost["kind"] = pd.Categorical(lost["kind"], [OWN, OTHER, *text])
+    lost = lost.sort_values(["kind", "arm"], ignore_index=True)
+    columns = {
+        "kind": "judged_on",
+        "arm": "arm",
+        "lost": "mean",
+        "lost_low": "low",
+        "lost_high": "high",
+        "n": "n",
+    }
+    return lost[list(columns)].rename(columns=columns).astype({"judged_on": object})
 
 
 def _ratio(table: pd.DataFrame, chosen: list[str], groups: pd.DataFrame, seed: int) -> dict[str, Any]:
