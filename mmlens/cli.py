@@ -26,10 +26,10 @@ from mmlens.hybrid.speed import PARTS
 from mmlens.interventions.ablation import MODES
 from mmlens.model.loading import shipped_models
 from mmlens.model.support import support_table
-from mmlens.runs.accelerate import RECORD as ACCELERATE_RECORD
-from mmlens.runs.accelerate import accelerate, load_scores
 from mmlens.runs.folder import check_folder
 from mmlens.runs.paper import run_all
+from mmlens.runs.prefill_speed import RECORD as PREFILL_SPEED_RECORD
+from mmlens.runs.prefill_speed import load_scores, time_prefill
 from mmlens.runs.record import read_record
 from mmlens.runs.rerun import rerun, runs_in
 from mmlens.runs.run import (
@@ -311,11 +311,11 @@ def _paper(options: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def _accelerate(options: argparse.Namespace) -> None:
-    check_folder(options.out, ACCELERATE_RECORD)
+def _prefill_speed(options: argparse.Namespace) -> None:
+    check_folder(options.out, PREFILL_SPEED_RECORD)
     scores = load_scores(options.heads)
     model = load_model(_called(Request, options, experiment=""))
-    found = _called(accelerate, options, model=model, scores=scores, name=options.model)
+    found = _called(time_prefill, options, model=model, scores=scores, name=options.model)
     shown = found.table[["heads", "length", "part", "dense_seconds", "hybrid_seconds", "speedup", "limit"]]
     print(shown.to_string(index=False, float_format=lambda value: f"{value:.3g}"))
     print(f"report: {found.save(options.out) / 'report.html'}")
@@ -482,8 +482,8 @@ COMMANDS = {
         },
         (Request,),
     ),
-    "accelerate": Command(
-        _accelerate,
+    "prefill-speed": Command(
+        _prefill_speed,
         "time prefill with the heads of the highest scores dense, the others streaming",
         {
             **_MODEL,
@@ -499,7 +499,7 @@ COMMANDS = {
             "--seed": _option("seed of the random tokens", _SEED),
             **_LOADING,
         },
-        (Request, accelerate),
+        (Request, time_prefill),
     ),
     "families": Command(
         _families,

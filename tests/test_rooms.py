@@ -54,11 +54,7 @@ UPWARDS: dict[tuple[str, str], str] = {}
 
 LARGEST_CLASS, LARGEST_FUNCTION = 350, 80
 LARGE_CLASSES: set[str] = set()
-LONG_FUNCTIONS = {
-    "mmlens.experiments.masking.run",
-    "mmlens.experiments.sufficiency.run",
-    "mmlens.experiments.transfer.run",
-}
+LONG_FUNCTIONS: set[str] = set()
 """Without a comment `# long: why` above them."""
 
 MODULES = {

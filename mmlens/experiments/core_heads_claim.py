@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mmlens.arguments import names_of, whole_number, whole_numbers
+from mmlens.arguments import BATCH_SIZE, names_of, whole_number, whole_numbers
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import ablated, references
@@ -106,7 +106,7 @@ def core_heads(
     modes: Sequence[str] = MODES,
     n_draws: int = 10,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     force_overlap: bool = False,
     progress: bool = True,

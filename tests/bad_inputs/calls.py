@@ -28,7 +28,7 @@ from mmlens.hybrid.rule import StreamingRule
 from mmlens.hybrid.speed import prefill_speed
 from mmlens.metrics.answers import parse_answer
 from mmlens.metrics.outcomes import evaluate, reads
-from mmlens.runs.accelerate import accelerate, load_scores
+from mmlens.runs.prefill_speed import load_scores, time_prefill
 from mmlens.scores.lift import fake_region
 from mmlens.scores.logits import position_contributions
 from mmlens.scores.significance import region_permutation_test
@@ -1145,8 +1145,8 @@ def _model(w: World) -> list[Call]:
             timed | {"dense": "head sets by name", "warm_ups": "count or none"},
         ),
         Call(
-            "accelerate",
-            accelerate,
+            "time_prefill",
+            time_prefill,
             speed | {"scores": w.scores, "parts": ["attention"]},
             timed | {"fractions": "fractions", "scores": "other scores"},
         ),

@@ -1,4 +1,4 @@
-"""`mmlens accelerate` as a user types it."""
+"""`mmlens prefill-speed` as a user types it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny.wrapped import hooked
 import mmlens
 from mmlens.cli import main
 from mmlens.model.hooked_vlm import HookedVLM
-from mmlens.runs.accelerate import accelerate
+from mmlens.runs.prefill_speed import time_prefill
 from mmlens.runs.run import RunError, read_findings
 
 
@@ -30,14 +30,14 @@ def test_it_prints_and_writes_table_and_pictures(
     scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command = ["accelerate", "--model", "micro", "--heads", str(scores), "--lengths", "64", "128"]
+    command = ["prefill-speed", "--model", "micro", "--heads", str(scores), "--lengths", "64", "128"]
     options = ["--fractions", "0.03", "0.2", "--sink", "4", "--window", "16", "--repeats", "1"]
     assert main([*command, *options, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "3.0% dense" in printed and "first token" in printed
     table = pd.read_parquet(out / "speed.parquet")
     assert set(table["length"]) == {64, 128} and set(table["n_dense"]) == {2, 13}
-    record = json.loads((out / "accelerate.json").read_text())
+    record = json.loads((out / "prefill_speed.json").read_text())
     assert record["model"]["name"] == "micro" and record["settings"]["window"] == 16
     top = mmlens.HeadScores.load(scores).top(2)
     assert record["settings"]["heads"]["3.0% dense"] == [list(head) for head in top]
@@ -59,7 +59,18 @@ def quality(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_accuracy_of_a_run_is_put_beside_speed(scores: Path, quality: Path, tmp_path: Path) -> None:
-    given = ["accelerate", "--heads", str(scores), "--lengths", "64", "128", "--repeats", "1", "--sink", "4"]
+    given = [
+        "prefill-speed",
+        "--heads",
+        str(scores),
+        "--lengths",
+        "64",
+        "128",
+        "--repeats",
+        "1",
+        "--sink",
+        "4",
+    ]
     options = [
         "--window",
         "16",
@@ -89,7 +100,7 @@ def test_accuracy_of_a_run_is_put_beside_speed(scores: Path, quality: Path, tmp_
 def test_a_run_that_does_not_fit_is_refused(
     scores: Path, quality: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["accelerate", "--heads", str(scores), "--lengths", "64", "--out", str(tmp_path / "out")]
+    given = ["prefill-speed", "--heads", str(scores), "--lengths", "64", "--out", str(tmp_path / "out")]
     for options, message in (
         (["--quality", str(tmp_path)], "there is no run"),
         (["--quality", str(quality), "--fractions", "0.5"], "has [2, 13] dense heads, and none"),
@@ -98,7 +109,7 @@ def test_a_run_that_does_not_fit_is_refused(
         assert main([*given, *options]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(RunError, match="other weights than 'other'"):
-        accelerate(
+        time_prefill(
             hooked("qwen3_vl"),
             mmlens.HeadScores(torch.rand(1, 3, 4), "x"),
             [64],
@@ -122,7 +133,7 @@ def test_bad_input_is_one_line(
     options = {"--heads": str(scores), "--lengths": "64"} | dict(
         zip(changed[::2], changed[1::2], strict=True)
     )
-    given = ["accelerate", "--out", str(tmp_path / "out"), *itertools.chain(*options.items())]
+    given = ["prefill-speed", "--out", str(tmp_path / "out"), *itertools.chain(*options.items())]
     assert main(given) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error

@@ -1,4 +1,4 @@
-"""`mmlens accelerate`: how much faster a model's prefill is with few heads dense, in a folder of its own."""
+"""`mmlens prefill-speed`: how much faster a model's prefill is with few heads dense, in a folder of its own."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from mmlens.runs.run import read_findings
 from mmlens.viz.intervals import plot_curves, plot_trade_off
 from mmlens.viz.report import figure_html, pairs_html, picture_files, table_html, write_page
 
-RECORD = "accelerate.json"
+RECORD = "prefill_speed.json"
 
 
 @dataclass(frozen=True)
-class Acceleration:
+class PrefillSpeed:
     """The table of `prefill_speed` over shares of dense heads and lengths, and what was asked."""
 
     table: pd.DataFrame
@@ -122,7 +122,7 @@ class Acceleration:
         return folder
 
 
-def accelerate(
+def time_prefill(
     model: HookedVLM,
     scores: HeadScores,
     lengths: Sequence[int],
@@ -136,7 +136,7 @@ def accelerate(
     name: str = "",
     quality: str | Path | None = None,
     progress: bool = True,
-) -> Acceleration:
+) -> PrefillSpeed:
     """`prefill_speed` with the heads of the highest scores dense, `fractions` of all, at each of the lengths.
 
     `quality` is the folder of a run of the experiment `hybrid` on this model: its accuracies are put beside the speeds.
@@ -176,14 +176,14 @@ def accelerate(
         "heads": {label: [list(head) for head in heads] for label, heads in sets.items()},
     }
     record = {
-        "schema": "mmlens.accelerate/1",
+        "schema": "mmlens.prefill-speed/1",
         "model": described,
         "machine": machine(model),
         "versions": versions(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     against = None if outcomes is None else _speed_and_accuracy(table, outcomes)
-    return Acceleration(table, settings, record, against)
+    return PrefillSpeed(table, settings, record, against)
 
 
 def _accuracies(folder: str | Path, model: Mapping[str, Any]) -> pd.DataFrame:
