@@ -250,7 +250,7 @@ def test_a_wrong_word_or_number_is_named_with_the_right_one(
         (["core-heads", "--out", "{}/new", "--dtype", "floot32"], "no dtype 'floot32'; the nearest: 'float32'"),
         (["core-heads", "--out", "{}/new", "--selection-share", "1"], "selection_share is 1.0"),
         (["run", "small", "--out", "{}/new", "--set", "n_heads=1", "n_heads=2"], "gives the setting 'n_heads' twice"),
-        (["prefill-speed", "--heads", "{}/file", "--lengths", "64", "--out", "{}/new"], "file' cannot be read as parquet"),
+        (["prefill-speed", "--heads", "{}/file", "--lengths", "64", "--out", "{}/new"], "cannot be read as parquet"),
         (["prefill-speed", "--heads", "{}/none", "--lengths", "64", "--out", "{}/new"], "no head scores at"),
         (["core-heads", "--out", "{}/new", "--attn-implementation", "spda"], "spda"),
     ],
