@@ -129,7 +129,7 @@ def _kept(
     kept = {(name, count, 0): scores.top(count) for name, scores in found.items() for count in counts}
     for draw, rng in enumerate(rngs):
         order = [heads.heads[at] for at in rng.permutation(len(heads))]
-        kept |= {("random", count, draw): _set(order[:count], heads) for count in counts}
+        kept |= {("random", count, draw): HeadSet(order[:count], heads.grid) for count in counts}
     first = next(iter(found))
     for count in counts:
         for draw, rng in enumerate(rngs):

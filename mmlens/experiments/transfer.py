@@ -86,7 +86,7 @@ def run(
         plain(
             {
                 "count": count,
-                "n_heads": sum(setup.model.heads_per_layer),
+                "n_heads": len(setup.model.grid),
                 "n_evaluation": len(evaluation),
                 "heads": {kind: [[*head] for head in heads] for kind, heads in chosen.items()},
                 "moved": {kind: moved for kind, (_, moved) in controls.items() if moved},
