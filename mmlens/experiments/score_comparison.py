@@ -52,8 +52,19 @@ from mmlens.statistics import difference_interval_of, rank_correlation, rank_cor
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
 
-SOURCES = {score.label: score.source for score in SCORES.values()}
-"""Where the scores come from."""
+WITH_OPTIONS = frozenset(
+    {
+        "ram",
+        "vision_mass",
+        "ram_per_token",
+        "ram_lift",
+        "null_calibrated_ram",
+        "query_focused_score",
+        "gaze_score",
+    }
+    | {"localization_score", "visual_head_score", "logit_contribution", "copy_score", "key_token_ratio"}
+)
+"""Entries of `SCORES` that are taken on examples or with options of their own; the last has an experiment to itself."""
 
 TOP, CONTROL = "top", "layer-matched"
 SET = ["score", "arm", "draw"]
@@ -229,6 +240,9 @@ def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_
         found.notes.append(
             f"the copy score was left out: {len(texts)} text-only example(s) hold their answer and are answered right"
         )
+    for name, score in SCORES.items():
+        if name not in WITH_OPTIONS:
+            found.add(score.label, score(model, examples, **options))
     return found
 
 
@@ -377,6 +391,7 @@ def _clean(outcomes: pd.DataFrame, controls: Sequence[str], metric: str) -> dict
 def _table(
     scores: Mapping[str, HeadScores], tops: Mapping[str, HeadSet], effects: pd.DataFrame, graded: str
 ) -> pd.DataFrame:
+    sources = {score.label: score.source for score in SCORES.values()}
     rows = []
     of_top = effects[effects["arm"] == TOP].set_index(["score", "metric", "group"])
     for name, own in scores.items():
@@ -385,7 +400,7 @@ def _table(
         positive = int((values > 0).sum())
         row: dict[str, Any] = {
             "score": name,
-            "source": SOURCES[name if name in SOURCES else name.split(" (")[0]],
+            "source": sources[name if name in sources else name.split(" (")[0]],
             "n_examples": len(own),
             "half_mass": half_mass_share(own) if positive else np.nan,
             "positive_heads": positive,

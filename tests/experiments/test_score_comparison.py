@@ -23,6 +23,8 @@ from mmlens.runs.methods import bibtex_entries
 from mmlens.runs.run import read_findings, write_findings
 from mmlens.scores.attention import gaze_score, null_calibrated_ram
 from mmlens.scores.decoding import copy_score
+from mmlens.scores.registry import SCORES
+from mmlens.scores.score import HeadScore
 
 N_HEADS = 64
 
@@ -161,7 +163,7 @@ def test_what_cannot_be_scored_is_left_out_and_said(micro: mmlens.HookedVLM) -> 
 def test_scores_that_rank_no_heads_are_left_out_and_ties_are_told(
     micro: mmlens.HookedVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One planted score is 0 for every head; another tells one head from 63 that are equal."""
+    """One planted score is 0 for every head; another tells one head from 63 that are equal; a third is new."""
 
     def planted(name: str, *above: tuple[int, int]):
         def score(model, examples, **_):
@@ -174,6 +176,9 @@ def test_scores_that_rank_no_heads_are_left_out_and_ties_are_told(
 
     monkeypatch.setattr(score_comparison, "visual_head_score", planted("visual head"))
     monkeypatch.setattr(score_comparison, "gaze_score", planted("gaze", (5, 2)))
+    ramp = torch.arange(64.0).reshape(1, 8, 8)
+    own = HeadScore("ramp", lambda model, prompt: ramp.repeat(len(prompt), 1, 1), source="a test")
+    monkeypatch.setitem(SCORES, "ramp", own)
     setup = Setup(micro, scenes(3, 1, ["objects"]), scenes(3, 2, ["objects"]), batch_size=10, progress=False)
     with pytest.warns(mmlens.errors.MmlensWarning, match="gaze: the 3 highest of 64 heads cut through a tie"):
         found = run(setup, null_questions=("?",), mode="zero", n_draws=1, n_resamples=20)
@@ -185,6 +190,8 @@ def test_scores_that_rank_no_heads_are_left_out_and_ties_are_told(
     assert scores["gaze"] and not scores["RAM"]
     assert found.numbers["top"]["gaze"][0] == [5, 2]
     assert "part of the top is arbitrary: gaze." in found.statement
+    assert found.numbers["top"]["ramp"] == [[7, 7], [7, 6], [7, 5]]
+    assert found.tables["scores"][1].set_index("score").loc["ramp", "source"] == "a test"
 
 
 def test_across_models(found: Findings) -> None:
