@@ -13,7 +13,7 @@ from tiny import REPRESENTATIVES, tiny_images, tiny_processor
 
 from mmlens.data.examples import Evidence, Example
 from mmlens.families.catalog import family_of
-from mmlens.model.prompt import make_prompt
+from mmlens.model.prompt_making import make_prompt
 from mmlens.token_map import ImageGrid, TokenMap, TokenMapError, text_only_map
 
 torch.set_num_threads(1)

@@ -66,7 +66,7 @@ class Example:
 
     Images are PIL images; paths are opened. Each is turned upright as its EXIF data say, and boxes are
     pixels of it so. Raises PromptError for what is no image or cannot be shown to a model as it is
-    (mmlens.model.prompt.open_image), InvalidTypeError for another type, and InvalidValueError for evidence outside its
+    (`open_image`), InvalidTypeError for another type, and InvalidValueError for evidence outside its
     image, a candidate that stands twice, and an answer that is no candidate.
 
     >>> Example(question="What colour is K", answer="red", evidence=(Evidence(0),)).evidence[0].box

@@ -38,7 +38,9 @@ from mmlens.heads import HeadSet
 from mmlens.metrics.outcomes import accuracy
 from mmlens.model.batches import Batches
 from mmlens.model.hooked_vlm import HookedVLM
-from mmlens.model.prompt import Prompt, assembled_prompt, with_answers
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_answers import with_answers
+from mmlens.model.prompt_making import assembled_prompt
 from mmlens.scores.retrieval import attention_mass, ram
 from mmlens.token_map import TokenMapError
 from mmlens.viz.intervals import plot_intervals

@@ -43,7 +43,8 @@ from mmlens.model.batches import Batches
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Intervention
-from mmlens.model.prompt import Prompt, answer_ids_of
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_answers import answer_ids_of
 from mmlens.model.weights import subtracts_mean
 from mmlens.scores.retrieval import attention_mass, ram
 from mmlens.statistics import benjamini_hochberg, difference_interval_of, paired_permutation_test

@@ -39,7 +39,8 @@ from mmlens.data.images import pixel_fingerprint
 from mmlens.errors import InvalidValueError
 from mmlens.interventions.layouts import layout_difference
 from mmlens.model.hooked_vlm import HookedVLM, model_of
-from mmlens.model.prompt import Prompt, answered, prompt_of
+from mmlens.model.prompt import Prompt, prompt_of
+from mmlens.model.prompt_answers import answered
 
 Corruption = Callable[[HookedVLM, Prompt], Prompt]
 """The same prompt with something else in it."""

@@ -19,9 +19,10 @@ from mmlens.interventions.corruptions import Corruption, CorruptionError, corrup
 from mmlens.interventions.edits import (
     check_call,
 )
+from mmlens.model.chat_template import render
 from mmlens.model.fingerprints import example_seed
 from mmlens.model.hooked_vlm import HookedVLM
-from mmlens.model.prompt import Prompt, render
+from mmlens.model.prompt import Prompt
 
 
 def other_question(

@@ -39,7 +39,8 @@ from mmlens.arguments import (
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.model.fingerprints import processor_fingerprint
 from mmlens.model.hooked_vlm import HookedVLM, model_of
-from mmlens.model.prompt import Prompt, Spelling, answer_ids_of, prompt_of, respelt
+from mmlens.model.prompt import Prompt, Spelling, prompt_of
+from mmlens.model.prompt_answers import answer_ids_of, respelt
 
 Metric = Callable[..., Tensor]
 """A function that gives one number per example: a tensor [batch]."""

@@ -9,5 +9,5 @@ from mmlens.model.hooks import UnknownHookError as UnknownHookError
 from mmlens.model.loading import ModelNotFoundError as ModelNotFoundError
 from mmlens.model.loading import shipped_models as shipped_models
 from mmlens.model.prompt import Prompt as Prompt
-from mmlens.model.prompt import UnknownWordWarning as UnknownWordWarning
-from mmlens.model.prompt import prompt_from_inputs as prompt_from_inputs
+from mmlens.model.prompt_making import UnknownWordWarning as UnknownWordWarning
+from mmlens.model.prompt_making import prompt_from_inputs as prompt_from_inputs

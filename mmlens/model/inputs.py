@@ -19,7 +19,9 @@ from mmlens.families.record import Family
 from mmlens.model import loading
 from mmlens.model.fingerprints import processor_fingerprint
 from mmlens.model.linear import n_embeddings
-from mmlens.model.prompt import Prompt, make_prompt, prompt_of, with_answers
+from mmlens.model.prompt import Prompt, prompt_of
+from mmlens.model.prompt_answers import with_answers
+from mmlens.model.prompt_making import make_prompt
 from mmlens.model.run_state import RunState
 from mmlens.model.visual import VisualPositions
 from mmlens.token_map import TokenMapError

@@ -16,7 +16,8 @@ from mmlens.arguments import texts as _texts
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.model.linear import n_embeddings
 from mmlens.model.loading import input_device
-from mmlens.model.prompt import Prompt, check_known
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_answers import check_known
 
 
 class TokenMethods:

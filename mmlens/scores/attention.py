@@ -29,7 +29,8 @@ from mmlens.data.examples import Evidence
 from mmlens.head_scores import HeadScores
 from mmlens.model.batches import Prompts
 from mmlens.model.hooked_vlm import HookedVLM
-from mmlens.model.prompt import Prompt, UnknownWordWarning
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_making import UnknownWordWarning
 from mmlens.scores.retrieval import attention_mass, evidence_tokens
 from mmlens.scores.rows import LayerBuffer, Rows, mean_of_rows, read_rows, real_positions
 from mmlens.scores.score import HeadScore, known_examples

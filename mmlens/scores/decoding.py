@@ -267,7 +267,7 @@ def _question_positions(model: HookedVLM, prompt: Prompt, row: int, span: tuple[
     """Positions of the tokens that cover a span of the question, counted back from the prompt's end."""
     text, question = prompt.text[row], prompt.questions[row]
     tokenizer = model.tokenizer
-    # As the prompt itself was tokenized (mmlens.model.prompt).
+    # As the prompt itself was tokenized (`prompt_making`).
     writes_start = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     options = {"add_special_tokens": False} if writes_start else {}
     plain = tokenizer(text, return_offsets_mapping=True, **options)

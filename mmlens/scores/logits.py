@@ -15,7 +15,8 @@ from mmlens.head_scores import HeadScores
 from mmlens.model.batches import Prompts
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.hooks import Hook
-from mmlens.model.prompt import Prompt, answer_ids_of, check_left_padding, prompt_of
+from mmlens.model.prompt import Prompt, check_left_padding, prompt_of
+from mmlens.model.prompt_answers import answer_ids_of
 from mmlens.model.taps import norm_arithmetic
 from mmlens.scores.retrieval import evidence_tokens
 from mmlens.scores.rows import LayerBuffer, Rows

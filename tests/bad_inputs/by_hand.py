@@ -13,7 +13,7 @@ from kinds import World
 
 import mmlens
 from mmlens.experiments.experiment import Setup
-from mmlens.model.prompt import prompt_from_inputs
+from mmlens.model.prompt_making import prompt_from_inputs
 from mmlens.statistics import mean_interval
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.matrix import plot_matrix

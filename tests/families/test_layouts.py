@@ -32,7 +32,8 @@ from tiny.first import IDEFICS_SIZE, INTERNVL_SIZE
 from torch import Tensor, nn
 
 from mmlens.families.layouts import anyres, block_grid, fixed_grid, queries, tiles, visual_codes
-from mmlens.model.prompt import Prompt, make_prompt
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_making import make_prompt
 from mmlens.token_map import WHOLE_IMAGE_TILE, TokenMap, TokenMapError
 
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import torch
 from tiny import record_of, tiny_images, tiny_processor
 
 from mmlens.families.layouts import fixed_grid, resized_grid
-from mmlens.model.prompt import make_prompt
+from mmlens.model.prompt_making import make_prompt
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 SIZES = ((640, 480), (333, 1001), (1920, 200), (97, 101), (1001, 337))

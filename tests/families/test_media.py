@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmlens.errors import UnsupportedError
 from mmlens.model.hooked_vlm import HookedVLM
-from mmlens.model.prompt import prompt_from_inputs
+from mmlens.model.prompt_making import prompt_from_inputs
 from mmlens.scores.retrieval import attention_mass
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from mmlens.errors import MmlensWarning
 from mmlens.families.layouts import queries
-from mmlens.model.prompt import Prompt, make_prompt
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_making import make_prompt
 from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, TokenMapError
 
 torch.set_num_threads(1)

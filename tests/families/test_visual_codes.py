@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from mmlens.families.layouts import visual_codes
-from mmlens.model.prompt import Prompt, make_prompt
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_making import make_prompt
 
 torch.set_num_threads(1)
 

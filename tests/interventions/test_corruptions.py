@@ -31,7 +31,8 @@ from mmlens.interventions import (
     same_layout,
     swap_regions,
 )
-from mmlens.model.prompt import Prompt, prompt_from_inputs
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_making import prompt_from_inputs
 from mmlens.model.run_state import Span
 from mmlens.token_map import TokenMapError
 

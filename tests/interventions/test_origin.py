@@ -14,7 +14,9 @@ from mmlens.data.examples import Example
 from mmlens.interventions.ablation import mean_activations
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Intervention
-from mmlens.model.prompt import Prompt, prompt_from_inputs, with_answers
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_answers import with_answers
+from mmlens.model.prompt_making import prompt_from_inputs
 
 OTHER_MODEL = "another model"
 

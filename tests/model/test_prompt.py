@@ -16,13 +16,9 @@ from mmlens.data.examples import Example
 from mmlens.data.images import load_image
 from mmlens.errors import PromptError
 from mmlens.families.catalog import family_of
-from mmlens.model.prompt import (
-    Prompt,
-    check_left_padding,
-    make_prompt,
-    prompt_from_inputs,
-    with_answers,
-)
+from mmlens.model.prompt import Prompt, check_left_padding
+from mmlens.model.prompt_answers import with_answers
+from mmlens.model.prompt_making import make_prompt, prompt_from_inputs
 
 torch.set_num_threads(1)
 

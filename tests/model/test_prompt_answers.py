@@ -26,7 +26,10 @@ from mmlens.metrics.outcomes import (
     logit_difference,
     logit_difference_of,
 )
-from mmlens.model.prompt import Prompt, answer_start_of, make_prompt, with_answers
+from mmlens.model.chat_template import answer_start_of
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_answers import with_answers
+from mmlens.model.prompt_making import make_prompt
 
 # Chat templates by what stands before an answer. "{answer}" marks where the assistant's turn has it.
 PARTS = (

@@ -18,7 +18,8 @@ from mmlens.data.examples import Evidence, Example, load_examples, save_examples
 from mmlens.data.images import as_rgb, load_image
 from mmlens.errors import MissingFileError, MmlensError, MmlensWarning, PromptError
 from mmlens.interventions.image_edits import blank_region, evidence_of
-from mmlens.model.prompt import Prompt, make_prompt
+from mmlens.model.prompt import Prompt
+from mmlens.model.prompt_making import make_prompt
 
 WITH_PROCESSOR = [
     family for family in TINY if TINY[family].processor is not None and record_of(family).layout is not None

@@ -1,0 +1,148 @@
+"""The answers of a prompt's examples, and their first tokens as they follow the prompt."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from mmlens.arguments import shown
+from mmlens.data.examples import Example
+from mmlens.errors import (
+    InvalidValueError,
+    PromptError,
+)
+from mmlens.model.chat_template import answer_start_of
+from mmlens.model.fingerprints import processor_fingerprint
+from mmlens.model.prompt import Prompt, Spelling
+
+
+def with_answers(
+    prompt: Prompt,
+    processor: ProcessorMixin,
+    examples: Sequence[Example],
+    answer_start: str | None = None,
+) -> Prompt:
+    """The prompt of these examples with them, and with their answers and candidates (`answered`)."""
+    if len(examples) != len(prompt):
+        raise PromptError(f"answers of {len(examples)} example(s), but the prompt has {len(prompt)}")
+    answers, candidates = [each.answer for each in examples], [each.candidates for each in examples]
+    return replace(answered(prompt, processor, answers, candidates, answer_start), examples=tuple(examples))
+
+
+def answered(
+    prompt: Prompt,
+    processor: ProcessorMixin,
+    answers: list[str],
+    candidates: list[tuple[str, ...]],
+    answer_start: str | Sequence[str] | None = None,
+) -> Prompt:
+    """The prompt with an answer and candidates for each example, and their first token ids as they follow the prompt.
+
+    Many tokenizers tell " yes" from "yes". `answer_start` is what stands between the prompt and an answer: None
+    for what the chat template writes there in an assistant's turn (`answer_start_of`), "" or " " to choose, for all
+    examples or for each. An answer that itself begins with white space is taken as it is.
+
+    Raises PromptError where an answer or candidate is empty or holds a word that the tokenizer does not know, or
+    another processor made the prompt; InvalidValueError for another `answer_start`.
+    """
+    if prompt.processor and prompt.processor != processor_fingerprint(processor):
+        raise PromptError(
+            "the prompt was made by another processor than this one, whose tokenizer would give the answers other ids"
+        )
+    if answer_start is None:
+        rows = zip(prompt.text, prompt.images, strict=True)
+        starts = [answer_start_of(processor, text, len(own)) for text, own in rows]
+    else:
+        starts = [answer_start] * len(prompt) if isinstance(answer_start, str) else list(answer_start)
+        if len(starts) != len(prompt) or not set(starts) <= {"", " "}:
+            raise InvalidValueError(
+                f"answer_start is {shown(answer_start)}; expected '' or ' ', or None for what the chat template writes"
+            )
+
+    @functools.cache
+    def first_id(text: str, answer: str, unknown: bool = False) -> int:
+        return _first_token_after(processor, text, answer, unknown=unknown)
+
+    device = prompt.token_map.device
+    answer_ids: list[int] = []
+    candidate_ids: list[list[int]] = []
+    spelling = Spelling([], [], [])
+    for text, start, answer, options in zip(prompt.text, starts, answers, candidates, strict=True):
+        spelt = [_spelt(start, each) for each in (answer, *options)]
+        ids = [first_id(text, each) for each in spelt]
+        answer_ids.append(ids[0])
+        candidate_ids.append(ids[1:])
+        spelling.tokens.append(str(processor.tokenizer.convert_ids_to_tokens(ids[0])))
+        spelling.blank.append(any(not processor.tokenizer.decode([each]).strip() for each in ids))
+        others = {first_id(text, each, unknown=True): each for each in map(respelt, spelt)}
+        spelling.others.append({token: each for token, each in others.items() if token not in ids})
+    return replace(
+        prompt,
+        answers=answers,
+        candidates=candidates,
+        answer_ids=torch.tensor(answer_ids, device=device),
+        candidate_ids=[torch.tensor(ids, dtype=torch.long, device=device) for ids in candidate_ids],
+        answer_starts=starts,
+        spelling=spelling,
+    )
+
+
+def answer_ids_of(prompt: Prompt) -> Int[Tensor, " batch"]:
+    """The first token of each answer, for what measures the next token.
+
+    Raises InvalidValueError where the prompt carries no answers, or where an answer or candidate begins with a token
+    of white space alone, which tells no answer from another.
+    """
+    if prompt.answer_ids is None:
+        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+    if prompt.spelling is not None and any(prompt.spelling.blank):
+        row = prompt.spelling.blank.index(True)
+        assert prompt.answers is not None and prompt.candidates is not None
+        raise InvalidValueError(
+            f"example {row} of the batch: after the prompt, the answer {prompt.answers[row]!r} or one of its "
+            f"candidates {prompt.candidates[row]} begins with a token of white space alone, so the next token does not "
+            "tell answers apart. Measure generated answers (mmlens.generated_accuracy), or leave the space out: "
+            "model.prompt_examples(examples, answer_start='')"
+        )
+    return prompt.answer_ids
+
+
+def respelt(answer: str) -> str:
+    """The answer without the space before it, or with one where it has none."""
+    return answer.lstrip() if answer[:1].isspace() else f" {answer}"
+
+
+def _spelt(start: str, answer: str) -> str:
+    if not answer.strip():
+        raise PromptError(f"an answer or candidate is empty ({answer!r}), so it has no first token")
+    return answer if answer[0].isspace() else start + answer
+
+
+def _first_token_after(processor: ProcessorMixin, text: str, answer: str, *, unknown: bool = False) -> int:
+    tokenizer = processor.tokenizer
+    encoded = tokenizer(text + answer, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    own = [token for token, (_, last) in zip(ids, offsets, strict=True) if last > len(text)]
+    if not own or offsets[len(ids) - len(own)][0] < len(text):
+        # The tokenizer would merge the answer's start into the prompt's last token, but the prompt stands as it is.
+        own = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if not unknown:
+        check_known(tokenizer, answer, own)
+    return own[0]
+
+
+def check_known(tokenizer: Any, text: str, ids: Sequence[int]) -> None:
+    """Raise PromptError where the tokenizer knows a text only as its token for unknown words."""
+    unknown = tokenizer.unk_token
+    if unknown is not None and unknown not in text and tokenizer.unk_token_id in ids:
+        raise PromptError(
+            f"the tokenizer does not know {text!r}, or a word of it: it would be the token {unknown!r}, which stands "
+            "for every word that it does not know"
+        )
