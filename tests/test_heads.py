@@ -559,10 +559,10 @@ def test_a_grid_counts_its_heads_and_fills_arrays_where_they_are() -> None:
         (lambda: HeadGrid((0, 0, 0), 4), ValueError, r"one at least above 0; got \(0, 0, 0\)"),
         (lambda: HeadGrid((0, -1, 2)), ValueError, r"heads_per_layer\[1\] is -1"),
         (lambda: HeadGrid(()), ValueError, "no heads_per_layer given"),
-        (lambda: HeadGrid(4), TypeError, "heads_per_layer is 4"),
-        (lambda: HeadGrid.of((3, 4, 4)), ValueError, r"expected a HeadGrid \(model.grid\), or \(n_layers, n_heads\)"),
+        (lambda: HeadGrid(4), TypeError, "heads_per_layer is 4"),  # type: ignore[arg-type]
+        (lambda: HeadGrid.of((3, 4, 4)), ValueError, r"expected a HeadGrid \(model.grid\), or \(n_layers, n_heads\)"),  # type: ignore[arg-type]
         (lambda: HeadGrid.of((0, 4)), ValueError, "n_layers is 0"),
-        (lambda: HeadSet([], 4), TypeError, "grid is 4"),
+        (lambda: HeadSet([], 4), TypeError, "grid is 4"),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
 def test_a_grid_that_no_model_has_is_refused(

@@ -74,7 +74,7 @@ def test_what_is_no_prompts_is_refused(
 def test_prompts_and_examples_together_are_refused(as_users_run_it: None, micro: HookedVLM) -> None:
     (example,) = scene_examples("objects", 1, seed=0)
     with pytest.raises(TypeError, match="all of one type; got Example, Prompt"):
-        Batches(micro, [micro.prompt_examples([example]), example])  # type: ignore[list-item]
+        Batches(micro, [micro.prompt_examples([example]), example])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"one example is written \[example\]"):
         Batches(micro, example)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size is 0"):
