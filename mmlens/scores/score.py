@@ -77,7 +77,7 @@ class HeadScore:
             own = {name: [values[at] for at in index] for name, values in (of_example or {}).items()}
             values = self.of_batch(model, prompt, **options, **own)
             if found is None:
-                found = torch.empty(batches.n_examples, *values.shape[1:])
+                found = values.new_empty(batches.n_examples, *values.shape[1:])
             found[index] = values
         assert found is not None
         scores = found if self.of_all is None else self.of_all(found, **options)
