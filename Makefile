@@ -40,12 +40,14 @@ PYTEST := $(ENVIRONMENT) $(BIN)/python $(RUN_TESTS)
 tests: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
-# All families in full, the notebooks, and noise over 200 seeds.
+# All families in full, the notebooks, the README, and simulations.
 test-slow: $(INSTALLED)
 	$(PYTEST) --no-loadscope-reorder -m slow
 
-# What reads transformers' models, processors, caches and attention.
-VERSIONED := tests/families tests/test_internals.py tests/model/test_prompt.py tests/model/test_hooked_vlm.py tests/interventions
+# What reads transformers' models, processors, caches and attention: the rest is arithmetic on what these give.
+VERSIONED := tests/families tests/test_internals.py tests/model/test_prompt.py tests/model/test_hooked_vlm.py \
+	tests/effects/test_partial.py $(addprefix tests/interventions/test_,attention_edges.py continued.py edits.py \
+	empty_rows.py)
 
 test-versions: test-torchvision test-previous
 
