@@ -536,7 +536,8 @@ def test_bfloat16_gives_the_same_ranking() -> None:
         pairs = [torch.cat([x.scores[name].flatten() for name in full.scores]) for x in (full, half)]
         assert float(stats.pearsonr(*pairs).statistic) > 0.97
     edges, rounded = (
-        attribute_edges(m, *p, contrast) for m, p in ((model, (prompt, source)), (halved, casts))
+        attribute_edges(m, *p, contrast)  # type: ignore[call-arg]
+        for m, p in ((model, (prompt, source)), (halved, casts))
     )
     there = ~edges.scores.isnan()
     assert float(stats.pearsonr(edges.scores[there], rounded.scores[there]).statistic) > 0.95

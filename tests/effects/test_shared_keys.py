@@ -98,7 +98,7 @@ def test_in_bfloat16_it_is_near_the_exact_value(case: Case) -> None:
     low = [x.bfloat16() for x in tensors]
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.clamp_min(torch.finfo(torch.bfloat16).min).bfloat16()
-    z = shared_key_attention(*low, mask, scaling)
+    z = shared_key_attention(*low, mask, scaling)  # type: ignore[call-arg]
     exact = plain((*(x.float() for x in low), None if mask is None else mask, scaling))
     assert z.dtype == torch.bfloat16
     torch.testing.assert_close(z.double(), exact, atol=0.1, rtol=0.05)
@@ -126,5 +126,5 @@ def test_nothing_that_is_given_is_written_to() -> None:
     tensors += [torch.randn(4, 1, 2, 4) for _ in range(2)]
     mask = torch.randn(2, 1, 2, 5)
     copies = [x.clone() for x in (*tensors, mask)]
-    shared_key_attention(*tensors, mask)
+    shared_key_attention(*tensors, mask)  # type: ignore[call-arg]
     assert all(map(torch.equal, (*tensors, mask), copies))

@@ -162,7 +162,7 @@ def test_what_is_kept_from_inference_mode_serves_a_run_with_gradients() -> None:
     layer = case.layer("blocks")
     with torch.inference_mode():
         first = layer.run(*case.tensors(), None, True, None)
-    again = layer.run(*(tensor.requires_grad_() for tensor in case.tensors()), None, True, None)
+    again = layer.run(*(tensor.requires_grad_() for tensor in case.tensors()), None, True, None)  # type: ignore[call-arg]
     again.sum().backward()
     assert torch.equal(first, again)
 

@@ -36,7 +36,7 @@ def checked(definition: Any = None, **_: Any) -> Any:
     if inspect.isclass(definition):
         made = vars(definition).get("__init__")
         if dataclasses.is_dataclass(definition) and not hasattr(made, "__wrapped__"):
-            definition.__init__ = checked(made)
+            definition.__init__ = checked(made)  # type: ignore[method-assign]
         return definition
     if not isinstance(definition, FunctionType) or not definition.__annotations__:
         return definition
