@@ -106,8 +106,9 @@ def start_of(model: HookedVLM, clean: CleanRun | None, hooks: Sequence[Hook], wh
 def _first_of(clean: CleanRun, functions: Sequence[Callable[..., Any]]) -> tuple[int, str]:
     """The position to start from for functions that touch the prompt, and why it is none further on."""
     # A function that states no first position, as edits do, may touch any.
-    firsts = [getattr(function, "first_position", None) for function in functions]
-    if None in firsts:
+    stated = [getattr(function, "first_position", None) for function in functions]
+    firsts = [first for first in stated if first is not None]
+    if len(firsts) < len(stated):
         return clean.cut_before(0), "the positions that a hook function touches are not known"
     wanted = min(firsts)
     first = clean.cut_before(wanted)
