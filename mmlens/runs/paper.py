@@ -21,11 +21,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from mmlens.arguments import unknown_name_message
 from mmlens.errors import InvalidValueError
@@ -38,11 +38,13 @@ from mmlens.runs.methods import bibliography, markdown_text
 from mmlens.runs.record import RunError, read_record
 from mmlens.runs.report import (
     LARGEST_PICTURE,
-    pictures_html,
-    question_html,
-    record_html,
-    statement_html,
+    Section,
+    figure_parts,
+    part,
+    record_part,
+    table_parts,
     title_of,
+    write_page,
 )
 from mmlens.runs.rerun import is_current
 from mmlens.runs.run import (
@@ -54,14 +56,6 @@ from mmlens.runs.run import (
     request_record,
     run,
     write_across,
-)
-from mmlens.viz.report import (
-    Section,
-    folded_html,
-    grid_html,
-    pairs_html,
-    table_html,
-    write_page,
 )
 
 SCHEMA = "mmlens.paper/1"
@@ -371,36 +365,26 @@ def _write_report(
 ) -> None:
     """OUT/report.html from the runs' folders: one section an experiment, what each model shows folded."""
     whole = [outcome.folder for outcome in outcomes if outcome.status != "failed"]
-    shown = whole + [out / name / "across" for name, found in across.items() if not isinstance(found, str)]
-    n_pictures = sum(len(_words(folder)["figures"]) for folder in shown)
+    places = {name: out / name / "across" for name, found in across.items() if not isinstance(found, str)}
+    n_pictures = sum(len(_words(folder)["figures"]) for folder in (*whole, *places.values()))
     largest = min(LARGEST_PICTURE, PICTURE_BYTES // max(n_pictures, 1))
-    sections: list[Section] = [("Overview", _overview(experiments, outcomes), [])]
+    models = list(dict.fromkeys(outcome.model for outcome in outcomes))
+    by_run = {(outcome.experiment, outcome.model): outcome for outcome in outcomes}
+    sections: list[Section] = [("Overview", part("overview", experiments, models, by_run), [])]
     for experiment in experiments:
-        mine = [outcome for outcome in outcomes if outcome.experiment == experiment.name]
-        body = question_html(experiment)
-        found = across.get(experiment.name)
-        if isinstance(found, str):
-            body += f'\n<h3>Across models</h3>\n<p class="failed">Failed: {escape(found)}</p>'
-        elif found is not None:
-            body += f"\n<h3>Across models</h3>\n{statement_html(found.statement)}"
-            body += _folder_html(out / experiment.name / "across", largest)
-        body += f"\n<h3>By model</h3>\n{_by_model(mine)}"
-        body += "\n".join(
-            folded_html(f"{o.model}: figures, tables, settings", _folder_html(o.folder, largest, record=True))
-            for o in mine
-            if o.status != "failed"
-        )
+        name = experiment.name
+        runs = [
+            (o, "", "") if o.status == "failed" else (o, *_of_folder(o.folder, largest, with_record=True))
+            for o in outcomes
+            if o.experiment == name
+        ]
+        over_models = _of_folder(places[name], largest)[1] if name in places else ""
+        body = part("experiment", experiment, across.get(name), over_models, runs)
         sections.append((experiment.title, body, []))
     sections.append(("Models, versions and machine", _setting(whole), []))
-    sections.append(("References", f"<pre>{escape(references)}</pre>", []))
-    models = list(dict.fromkeys(outcome.model for outcome in outcomes))
+    sections.append(("References", part("preformatted", references), []))
     subtitle = f"Experiments: {len(experiments)}. Models: {', '.join(models)}."
-    lead = ""
-    if failures:
-        n_done = sum(outcome.status != "failed" for outcome in outcomes)
-        listed = "".join(f"<p>{escape(f'{o.experiment} on {o.model}: {o.error}')}</p>\n" for o in failures)
-        verdict = f'<p class="verdict">Failed: {len(failures)}; done: {n_done}</p>'
-        lead = f'<div class="finding">\n{verdict}\n{listed}</div>'
+    lead = part("failures", failures, len(whole)) if failures else ""
     write_page(out / "report.html", "Visual retrieval heads: all experiments", subtitle, lead, sections)
 
 
@@ -409,62 +393,26 @@ def _words(folder: Path) -> dict[str, Any]:
     return words
 
 
-def _overview(experiments: Sequence[Experiment], outcomes: Sequence[Outcome]) -> str:
-    models = list(dict.fromkeys(outcome.model for outcome in outcomes))
-    by_run = {(outcome.experiment, outcome.model): outcome for outcome in outcomes}
-    rows = []
-    for number, experiment in enumerate(experiments, start=1):
-        cells = [by_run[experiment.name, model] for model in models]
-        rows.append(
-            [
-                f'<a href="#s{number}">{escape(experiment.title)}</a>',
-                *("failed" if cell.status == "failed" else f"{cell.seconds:.0f} s" for cell in cells),
-            ]
-        )
-    total = sum(outcome.seconds for outcome in outcomes)
-    caption = f'<p class="caption">Seconds that each run took, {total / 60:.0f} minutes together.</p>'
-    return caption + grid_html(["Experiment", *models], rows)
-
-
-def _by_model(outcomes: Sequence[Outcome]) -> str:
-    rows = []
-    for outcome in outcomes:
-        if outcome.status == "failed":
-            details = folded_html("traceback", f"<pre>{escape(outcome.details)}</pre>")
-            said = f"<strong>Failed.</strong> {escape(outcome.error)}{details}"
-        else:
-            said = escape(_words(outcome.folder)["statement"])
-        rows.append([escape(outcome.model), said])
-    return grid_html(["Model", "What was found"], rows)
-
-
-def _folder_html(folder: Path, largest: int, *, record: bool = False) -> str:
+def _of_folder(folder: Path, largest: int, *, with_record: bool = False) -> tuple[str, str]:
+    """What was found by a run in a sentence, and as HTML."""
     found = read_findings(folder)
-    html = "".join(
-        f"<h4>{escape(title)}</h4>\n{picture}" for title, picture in pictures_html(folder, largest)
-    )
-    html += "".join(
-        f"<h4>{escape(title_of(name))}</h4>\n{table_html(caption, table, n_rows=_ROWS)}"
-        for name, (caption, table) in found.tables.items()
-    )
-    html += folded_html("all numbers", pairs_html(found.numbers))
-    if record:
-        html += folded_html("what was run", record_html(read_record(folder)))
-    return html
+    parts = [*figure_parts(folder, largest), *table_parts(found, _ROWS)]
+    record = record_part(read_record(folder)) if with_record else ""
+    return found.statement, part("findings", parts, found.numbers, record)
 
 
-def _setting(folders: Sequence[Path]) -> str:
+def _setting(folders: Sequence[Path]) -> Markup:
     records = [read_record(folder) for folder in folders]
     models = {record["model"]["name"]: record["model"] for record in records}
     columns = list(dict.fromkeys(name for model in models.values() for name in model))
-    rows = [[escape(str(model.get(column, ""))) for column in columns] for model in models.values()]
-    html = grid_html([title_of(column) for column in columns], rows) if rows else ""
+    rows = [[str(model.get(column, "")) for column in columns] for model in models.values()]
+    html = part("grid", [title_of(column) for column in columns], rows) if rows else Markup()
     seen: list[dict[str, Any]] = []
     for record in records:
         setting = {**record["versions"], **record["machine"]}
         if setting not in seen:
             seen.append(setting)
-    return html + "".join(pairs_html(setting) for setting in seen)
+    return html + Markup().join(part("pairs", setting) for setting in seen)
 
 
 # ---------------------------------------------------------------------- markdown

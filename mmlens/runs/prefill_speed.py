@@ -22,9 +22,10 @@ from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.provenance import describe_model, machine, versions
 from mmlens.runs.folder import broken_parts, check_folder, written_at_once
 from mmlens.runs.record import RunError, read_record
+from mmlens.runs.report import Picture, part, picture_part, write_page
 from mmlens.runs.run import read_findings
 from mmlens.viz.intervals import plot_curves, plot_trade_off
-from mmlens.viz.report import figure_html, pairs_html, picture_files, table_html, write_page
+from mmlens.viz.pictures import picture_files
 
 RECORD = "prefill_speed.json"
 
@@ -105,18 +106,20 @@ class PrefillSpeed:
             self.table.to_csv(place / "speed.csv", index=False)
             if self.quality is not None:
                 self.quality.to_csv(place / "speed_quality.csv", index=False)
-            figures = self.figures()
-            for number, (_, _, figure) in enumerate(figures, start=1):
-                picture_files(figure, place / "figures", f"{number:02d}-speed-up")
+            figures = []
+            for number, (title, why, figure) in enumerate(self.figures(), start=1):
+                stem = f"{number:02d}-speed-up"
+                width = picture_files(figure, place / "figures", stem)
+                figures.append((title, picture_part(Picture(title, why, place / "figures" / stem, width))))
             write_page(
                 place / "report.html",
                 f"Hybrid attention on {self.record['model']['name']}",
                 "Few heads attend to the whole prompt, the others to sinks and a window.",
                 "",
                 [
-                    ("Setting", pairs_html({**self.settings, **self.record["machine"]}), []),
-                    ("Figures", "", [(title, figure_html(title, why, of)) for title, why, of in figures]),
-                    ("Table", table_html("Means of either side, and ratios of pairs.", self.table), []),
+                    ("Setting", part("pairs", {**self.settings, **self.record["machine"]}), []),
+                    ("Figures", "", figures),
+                    ("Table", part("table", "Means of either side, and ratios of pairs.", self.table), []),
                 ],
             )
         return folder

@@ -37,7 +37,7 @@ from mmlens.runs.methods import bibliography, filled_method, methods_text
 from mmlens.runs.record import SCHEMA, RunError
 from mmlens.runs.record import read_record as read_record
 from mmlens.runs.report import pictures_of, write_findings_report
-from mmlens.viz.report import picture_files
+from mmlens.viz.pictures import picture_files
 
 # Scenes are drawn from their seed: these differ from each other and from the training's, 2**20 and up.
 SELECTION_SEED, EVALUATION_SEED = 100_000, 200_000

@@ -38,7 +38,6 @@ from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_curves, plot_intervals, plot_trade_off
 from mmlens.viz.matrix import plot_matrix
 from mmlens.viz.overlay import plot_attention_overlay, plot_overlay_grid
-from mmlens.viz.report import write_report
 from mmlens.viz.scatter import plot_scatter
 
 
@@ -790,14 +789,6 @@ def _figures(w: World) -> list[Call]:
     columns = ["mode", "arm", "count", "fraction", "kind", "metric", "mean", "low", "high", "n"]
     curves = pd.DataFrame(rows, columns=columns)
     said = {"xlabel": "x", "ylabel": "y"}
-    value = {"mean": 0.9, "low": 0.8, "high": 0.95, "n": 50}
-    summary = {
-        "model": {"name": "micro"},
-        "settings": {"seed": 0},
-        "versions": {"torch": "2"},
-        "clean": {"pooled": {"accuracy": value}},
-        "finding": {"statement": "It holds.", "holds": True, "rows": [{"mode": "mean", "clean": value}]},
-    }
     return [
         Call(
             "plot_head_map",
@@ -897,12 +888,6 @@ def _figures(w: World) -> list[Call]:
                 "vmax": "positive or none",
                 "names": "names or none",
             },
-        ),
-        Call(
-            "write_report",
-            write_report,
-            {"path": w.folder / "report.html", "summary": summary},
-            {"path": "new file", "summary": "summary", "figures": "parts", "tables": "parts"},
         ),
     ]
 

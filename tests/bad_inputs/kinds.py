@@ -794,22 +794,6 @@ def special_values(w: World) -> dict[str, Values]:
             "numbers": [3],
             "a dict": {0: 1},
         },
-        "summary": {
-            "None": None,
-            "a text": "summary",
-            "a list": [],
-            "empty": {},
-            "without rows": {"model": {}, "settings": {}, "versions": {}, "clean": {}, "finding": {}},
-            "a number": 3,
-        },
-        "parts": {
-            "None": None,
-            "a number": 3,
-            "texts": ["a"],
-            "numbers": [3],
-            "two parts": [("a", "b")],
-            "None within": [("a", "b", None)],
-        },
         "questions to ask": {
             "None": None,
             "one text": "?",
