@@ -218,7 +218,9 @@ def _text(value: Any, metric: str) -> str:
         return "yes" if value else "no"
     if isinstance(value, numbers.Integral):
         return (
-            f"{int(value):,}" if abs(value) >= 10_000 and not re.search("seed", metric) else str(int(value))
+            f"{int(value):,}"
+            if abs(int(value)) >= 10_000 and not re.search("seed", metric)
+            else str(int(value))
         )
     return _number(float(value)) if isinstance(value, numbers.Real) else str(value)
 
