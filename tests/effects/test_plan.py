@@ -96,7 +96,7 @@ def test_what_cannot_run_in_part(llava: tuple[HookedVLM, Prompt, CleanRun]) -> N
         ("hook_resid_post", True),
     ],
 )
-def test_attention_of_the_first_layer_is_clean_where_only_what_is_behind_it_is_touched(
+def test_attention_of_the_first_layer_is_clean_where_only_what_is_after_it_is_touched(
     llava: tuple[HookedVLM, Prompt, CleanRun], hook: str, is_clean: bool
 ) -> None:
     model, prompt, clean = llava

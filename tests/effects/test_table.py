@@ -192,6 +192,18 @@ def test_hooks_that_were_set_before(llava: tuple[HookedVLM, Prompt]) -> None:
             model.reset_hooks()
 
 
+def test_the_tower_runs_for_edits_of_it_where_every_run_is_whole(llava: tuple[HookedVLM, Prompt]) -> None:
+    """Not on images that were encoded before, of which its hooks would not fire."""
+    model, prompt = llava
+    wanted = {"tower": scaled("vision.blocks.0.attn.hook_z"), "late": HEADS[2, "last"]}
+    try:
+        model.add_hook("blocks.1.hook_mlp_out", lambda x, hook: 1.1 * x)
+        notes = reuse_table(check_against_effects(model, prompt, wanted)).set_index("intervention")
+        assert notes["images"].to_dict() == {"tower": "with every run", "late": "once"}
+    finally:
+        model.reset_hooks()
+
+
 def test_a_sweep_leaves_training_mode_and_grad_mode_alone(llava: tuple[HookedVLM, Prompt]) -> None:
     model, prompt = llava
     try:
