@@ -351,7 +351,7 @@ COMPILED = "_orig_mod"
 """Where torch.compile keeps the module that it wraps."""
 
 
-def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+def children_of(module: nn.Module) -> dict[str, Any]:
     """A module's own children by name; what is set here is what it calls."""
     return module._modules
 
