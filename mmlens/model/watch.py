@@ -115,7 +115,7 @@ class StandingModules:
         for module in modules:
             names = paths[module].split(".") if paths.get(module) else []
             holders |= dict.fromkeys(".".join(names[:n]) for n in range(1, len(names) + 1))
-        self._places: list[tuple[Mapping[str, Any], str, str, nn.Module]] = []
+        self._places: list[tuple[Mapping[str, Any], str, str, Any]] = []
         """(the holder's children, path, name, module)."""
         for path in holders:
             parent, _, name = path.rpartition(".")
