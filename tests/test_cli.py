@@ -124,6 +124,7 @@ def test_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiments", "smal"]) == 2
 
 
+@pytest.mark.slow
 def test_core_heads_can_be_rerun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     data = mmlens.data.save_examples(mmlens.scene_examples("objects", 6, 3), tmp_path / "data")
