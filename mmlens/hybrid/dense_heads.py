@@ -19,7 +19,7 @@ import torch
 
 from mmlens.errors import InvalidValueError, StateError, UnsupportedError
 from mmlens.heads import Heads, HeadSet, as_head_set
-from mmlens.hybrid.layer import PATHS, StreamingLayer, Tally
+from mmlens.hybrid.layer import METHODS, StreamingLayer, Tally
 from mmlens.hybrid.rule import StreamingRule
 from mmlens.internals import attention_implementation
 from mmlens.interrupts import Temporary
@@ -29,7 +29,7 @@ from mmlens.model.hooks import NoChangeWarning
 
 
 def hybrid_attention(
-    model: HookedVLM, dense: Heads, *, sink: int = 512, window: int = 4096, path: str = "auto"
+    model: HookedVLM, dense: Heads, *, sink: int = 512, window: int = 4096, method: str = "auto"
 ) -> Temporary[HeadSet]:
     """While it is open, only the `dense` heads attend to the whole prompt; the others see sinks and a window.
 
@@ -39,14 +39,14 @@ def hybrid_attention(
     Sliding-window layers keep their own window. Hooks fire as ever; where one reads scores or patterns, that layer
     runs by its mask. Yields the dense heads; an empty list has all heads stream.
 
-    `path` is "masked" (the reference: the model's own function under a mask for each head), "blocks" (blocks of
+    `method` is "masked" (the reference: the model's own function under a mask for each head), "blocks" (blocks of
     queries), "flex" (torch's FlexAttention), or "auto", which takes blocks on the CPU and FlexAttention on CUDA.
 
     Raises TypeError for a model without causal self-attention over its visual positions (at the first run:
     NotCausalError), NotImplementedError for an attention implementation other than sdpa and eager, and for
-    positions added to a cut cache; ValueError for a rule without a window, an unknown path, or heads of another model;
-    RuntimeError where it is open already. Warns (NoChangeWarning) at the end where prompts were run and all heads saw
-    all of them.
+    positions added to a cut cache; ValueError for a rule without a window, an unknown method, or heads of another
+    model; RuntimeError where it is open already. Warns (NoChangeWarning) at the end where prompts were run and all
+    heads saw all of them.
 
     >>> import mmlens
     >>> model = mmlens.HookedVLM.from_pretrained("micro")
@@ -59,8 +59,8 @@ def hybrid_attention(
     """
     heads = as_head_set(dense, model_of(model).grid, at_least=0)
     rule = StreamingRule(sink, window)
-    if path not in PATHS:
-        raise InvalidValueError(f"path is one of {', '.join(PATHS)}, not {path!r}")
+    if method not in METHODS:
+        raise InvalidValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
     refuse_cross_attention(model)
     implementation = attention_implementation(model.hf_model)
     if implementation not in ("sdpa", "eager"):
@@ -78,7 +78,7 @@ def hybrid_attention(
             is_dense = torch.zeros(model.grid.heads_per_layer[layer], dtype=torch.bool)
             is_dense[by_layer.get(layer, [])] = True
             tap.streaming = StreamingLayer(
-                f"layer {layer} of {model.family.model_type}", is_dense, rule, path, tally
+                f"layer {layer} of {model.family.model_type}", is_dense, rule, method, tally
             )
         return heads
 

@@ -15,7 +15,7 @@ from mmlens.hybrid.blocks import like_sdpa, streaming_attention
 from mmlens.hybrid.flex import flex_attention
 from mmlens.hybrid.rule import StreamingRule, first_positions
 
-PATHS = ("auto", "masked", "blocks", "flex")
+METHODS = ("auto", "masked", "blocks", "flex")
 
 
 @dataclass
@@ -28,12 +28,12 @@ class Tally:
 
 @dataclass(frozen=True)
 class StreamingLayer:
-    """`dense` [head]: the heads that attend to everything; all others follow `rule`. `path`: see `hybrid_attention`."""
+    """`dense` [head]: the heads that attend to everything; all others follow `rule`. `method`: `hybrid_attention`'s."""
 
     name: str
     dense: Bool[Tensor, " head"]
     rule: StreamingRule
-    path: str = "auto"
+    method: str = "auto"
     tally: Tally = field(default_factory=Tally)
 
     def acts_on(self, query: Float[Tensor, "batch head query d_head"], first: int) -> bool:
@@ -48,7 +48,7 @@ class StreamingLayer:
 
     def is_fast(self, mask: Tensor | None) -> bool:
         """Whether a call under this mask may leave the masked reference."""
-        return self.path != "masked" and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+        return self.method != "masked" and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
 
     def masked(
         self,
@@ -90,7 +90,7 @@ class StreamingLayer:
         mask = None if mask is None else mask[..., :length]
         first = None if mask is None else first_positions(mask)
         given = self.rule, mask, first, scaling
-        flexible = self.path == "flex" or (query.is_cuda and self.path == "auto")
+        flexible = self.method == "flex" or (query.is_cuda and self.method == "auto")
         if not flexible and not self.dense.any():
             return streaming_attention(query, key, value, *given).transpose(1, 2)
         output = like_sdpa(query, value)

@@ -73,7 +73,7 @@ def check_every_path(model: HookedVLM, prompt: Prompt) -> None:
     shown = real if plain.shape[:2] == real.shape else torch.ones(plain.shape[:2], dtype=torch.bool)
     close = 1e-5 * largest_logit(plain)
     for path in ("auto", "masked", "blocks", "flex"):
-        with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW, path=path):
+        with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW, method=path):
             torch.testing.assert_close(model(prompt)[shown], cut[shown], atol=close, rtol=0)
     assert (cut - plain)[shown].abs().max() > 1e3 * close
     assert torch.equal(model(prompt), plain)
@@ -122,7 +122,7 @@ def test_all_heads_dense_or_a_wide_window_is_the_plain_model(family: str, attent
         for path in ("auto", "masked", "blocks", "flex"):
             with (
                 pytest.warns(mmlens.model.NoChangeWarning, match="hybrid attention changed nothing"),
-                mmlens.hybrid_attention(model, dense, sink=SINK, window=window, path=path),
+                mmlens.hybrid_attention(model, dense, sink=SINK, window=window, method=path),
             ):
                 torch.testing.assert_close(model(prompt)[shown], plain, atol=1e-5, rtol=1e-5)
 
@@ -200,7 +200,7 @@ def test_each_path_is_the_one_that_computes(padded: bool, monkeypatch: pytest.Mo
         ("masked", set()),
     ):
         taken.clear()
-        with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW, path=path):
+        with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW, method=path):
             model(prompt)
             assert set(taken) == expected
             assert path != "flex" or len(taken) == model.cfg.n_layers
@@ -346,8 +346,8 @@ def test_no_dense_head_at_all_is_allowed() -> None:
 def test_what_cannot_be_done_is_refused_by_name() -> None:
     model = hooked("llava")
     prompt = two_image_prompt(model)
-    with pytest.raises(ValueError, match="path is one of auto, masked, blocks, flex, not 'fast'"):
-        mmlens.hybrid_attention(model, [(0, 0)], path="fast").__enter__()
+    with pytest.raises(ValueError, match="method is one of auto, masked, blocks, flex, not 'fast'"):
+        mmlens.hybrid_attention(model, [(0, 0)], method="fast").__enter__()
     with pytest.raises(IndexError, match="layer 9 is out of range"):
         mmlens.hybrid_attention(model, [(9, 0)]).__enter__()
     with pytest.raises(ValueError, match="sink=-1"):
