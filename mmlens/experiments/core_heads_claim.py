@@ -235,6 +235,8 @@ def _outcomes(
     if not all(len(set(example.candidates)) > 1 for example in examples):
         metrics = {"accuracy": accuracy}
     found = ablated(setup, examples, sets, references(setup, modes), metrics, names=("arm", "count", "draw"))
+    # In single precision, as models compute: the means over draws, and so the intervals, are of such numbers.
+    found = found.astype({"value": "float32", "clean": "float32"})
     clean = found.drop_duplicates(["metric", "example"]).assign(mode="clean", arm="clean", count=0, draw=0)
     clean["value"] = clean["clean"]
     columns = ["id", "kind", "example", "metric", "value", "mode", "arm", "count", "draw", "clean"]
