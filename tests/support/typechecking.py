@@ -12,7 +12,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import FunctionType, SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
@@ -88,6 +88,9 @@ def _checks(function: FunctionType) -> _Checks:
 def _build(function: FunctionType) -> _Checks:
     hints = {name: _resolved(hint, function) for name, hint in function.__annotations__.items()}
     returns = hints.pop("return", _UNCHECKED)
+    if returns is NoReturn:
+        # There is no result to check.
+        returns = _UNCHECKED
     parameters = _empty(
         [
             parameter.replace(
