@@ -8,8 +8,6 @@ the model's scatter into the language model's input. Layout code is only asked f
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,260 +15,29 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from occlusion import (
+    LAID_OUT,
+    SIZES,
+    _model_without_vision_attention,
+    check_trials,
+    occlusion_trials,
+    prompt_of_images,
+)
 from PIL import Image
 from tiny import (
-    FAMILIES,
     REPRESENTATIVES,
     TINY,
     others_slow,
-    record_of,
     tiny_images,
-    tiny_model,
     tiny_processor,
 )
 from tiny.first import IDEFICS_SIZE, INTERNVL_SIZE
-from torch import Tensor, nn
 
-from mmlens.families.layouts import anyres, block_grid, fixed_grid, queries, tiles, visual_codes
-from mmlens.model.prompt import Prompt
+from mmlens.families.layouts import anyres, block_grid, tiles
 from mmlens.model.prompt_making import make_prompt
-from mmlens.token_map import WHOLE_IMAGE_TILE, TokenMap, TokenMapError
+from mmlens.token_map import WHOLE_IMAGE_TILE, TokenMapError
 
 torch.set_num_threads(1)
-
-LAID_OUT = tuple(
-    name
-    for name in FAMILIES
-    if TINY[name].processor
-    and getattr(record_of(name).layout, "__module__", None)
-    not in (None, queries.__name__, visual_codes.__name__)
-)
-"""Families whose tokens show patches; test_queries.py has those of learnt queries, test_visual_codes.py of codes."""
-
-
-NO_VISION_ATTENTION = ("gemma4_unified", "fuyu", "inkling_mm_model")
-
-
-STEPS_OVER_PIXELS = ("molmo2",)
-"""Families that shrink images without antialiasing: a small region may fall between the pixels they read."""
-
-OWN_WINDOW = {"molmo2": ("model.multi_modal_projector.image_pooling_2d",)}
-"""Attention of a token to the patches that it pools, which is how it sees them."""
-
-
-class _Embedded(Exception):
-    """Carries the language model's input out of the forward pass."""
-
-
-def _with_injected(inputs: dict[str, Any]) -> Tensor:
-    """What enters the decoder, and beside it what it adds at image positions before some layers (Granite)."""
-    embeddings: Tensor = inputs["inputs_embeds"]
-    injected = [] if inputs.get("deepstack_features") is None else inputs["deepstack_features"].values()
-    spread = [torch.zeros_like(embeddings).masked_scatter(inputs["vision_mask"], each) for each in injected]
-    return torch.cat([embeddings, *spread], dim=-1)
-
-
-def _ungated(module: nn.Module, args: Any, output: Any) -> Any:
-    """A gate made of the mean over the whole image (squeeze and excitation): its input instead."""
-    return args[0]
-
-
-def _keep_own_taps(model: nn.Module) -> None:
-    """Convolutions whose kernels overlap keep the taps of their own stride: outputs then part the input.
-
-    Which taps those are is the convention of a grid of cells. The whole kernel reaches further, and an odd one
-    with a stride of 2 is centred on the first of its two pixels.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str):
-            for axis, (size, stride, padding) in enumerate(
-                zip(module.kernel_size, module.stride, module.padding, strict=True), start=2
-            ):
-                others = [tap for tap in range(size) if not padding <= tap < padding + stride]
-                kept = module.weight.data.index_fill(axis, torch.tensor(others, dtype=torch.long), 0)
-                module.weight.data = kept * (size / (size - len(others))) ** 0.5
-        elif type(module).__name__ in ("SEModule", "SqueezeExcite"):
-            module.register_forward_hook(_ungated)
-
-
-@functools.cache
-def _model_without_vision_attention(family: str) -> nn.Module:
-    model = tiny_model(family)
-    decoder = model.get_decoder()
-
-    def zeroed(module: nn.Module, args: Any, output: Any) -> Any:
-        return (
-            (torch.zeros_like(output[0]), *output[1:])
-            if isinstance(output, tuple)
-            else torch.zeros_like(output)
-        )
-
-    _keep_own_taps(model)
-    n_zeroed = 0
-    inside_decoder = {id(module) for module in decoder.modules()}
-    windows = [model.get_submodule(path) for path in OWN_WINDOW.get(family, ())]
-    for module in model.modules():
-        mixes = type(module).__name__.endswith(("Attention", "Attention2d", "AttentionRope", "ShortConv"))
-        if id(module) in inside_decoder or not mixes or module in windows:
-            continue
-        # A module around attention may add the residual stream as well, which must stay.
-        if not any(
-            type(part).__name__.endswith(("Attention", "Attention2d")) for part in list(module.modules())[1:]
-        ):
-            module.register_forward_hook(zeroed)
-            n_zeroed += 1
-    assert n_zeroed >= 3 or family in NO_VISION_ATTENTION
-
-    def stop(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        raise _Embedded(_with_injected(kwargs))
-
-    decoder.register_forward_pre_hook(stop, with_kwargs=True)
-    return model
-
-
-def _embeddings(family: str, prompt: Prompt) -> Tensor:
-    """[batch, pos, d_model] what enters the language model at every position, vision attention off."""
-    try:
-        with torch.no_grad():
-            # Llama 4's processor gives bfloat16.
-            inputs = {
-                k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v
-                for k, v in prompt.inputs.items()
-            }
-            _model_without_vision_attention(family)(**inputs)
-    except _Embedded as reached:
-        return reached.args[0]
-    raise AssertionError("the language model was not reached")
-
-
-def _painted(image: Image.Image, region: tuple[int, int, int, int]) -> Image.Image:
-    """The image with a region of pixels set to the far end of the scale, channel by channel."""
-    pixels = np.array(image)
-    left, top, right, bottom = region
-    patch = pixels[top:bottom, left:right]
-    patch[...] = np.where(patch.mean(axis=(0, 1)) < 128, 255, 0)
-    return Image.fromarray(pixels)
-
-
-def _region(
-    box: Sequence[float], margin: tuple[float, float], generator: np.random.Generator
-) -> tuple[int, int, int, int] | None:
-    """Some whole pixels of a box that keep the margin: at least half of what there is, at a random place."""
-    edges = []
-    for low, high, keep in ((box[0], box[2], margin[0]), (box[1], box[3], margin[1])):
-        first, last = int(np.ceil(low + keep)), int(np.floor(high - keep))
-        if last <= first:
-            return None
-        length = int(np.ceil((last - first) / 2))
-        start = int(generator.integers(first, last - length + 1))
-        edges.append((start, start + length))
-    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
-
-
-def _margins(
-    family: str, processor: Any, size: tuple[int, int], token_map: TokenMap, example: int
-) -> list[Tensor]:
-    """How far in original pixels, in x and in y, resampling carries a pixel into each token's view."""
-    boxes = token_map.boxes[example]
-    margins = []
-    for axis in range(2):
-        length = (boxes[:, axis + 2] - boxes[:, axis]).nan_to_num()
-        # A box at the image's edge may show less than a cell: the longest of its view tells the view's scale.
-        views = token_map.image[example] * 1000 + token_map.tile[example]
-        longest = torch.stack([length[views == view].max() for view in views])
-        scale = (longest / TINY[family].cell).clamp(min=1)
-        if family in ("idefics3", "smolvlm"):
-            # Lanczos, reach 3: to the longest edge, to whole tiles, and the global image once more.
-            first = max(size) / processor.image_processor.size["longest_edge"]
-            twice = 3 * max(1, first) * (1 if first == 1 else 2)
-            margins.append(twice + 1 + torch.where(token_map.tile[example] == WHOLE_IMAGE_TILE, 3 * scale, 0))
-        else:
-            margins.append(TINY[family].reach * scale + 1)
-    return margins
-
-
-def occlusion_trials(
-    family: str,
-    processor: Any,
-    questions: list[str],
-    images: list[list[Image.Image]],
-    seed: int,
-    n_trials: int,
-) -> list[tuple[set[int], set[int], int]]:
-    """(changed positions, expected positions, occluded position) of one example per trial."""
-    layout = record_of(family).layout
-    clean_prompt = make_prompt(processor, layout, questions, images)
-    clean = _embeddings(family, clean_prompt)
-    token_map = clean_prompt.token_map
-    generator = np.random.default_rng(seed)
-    patches = torch.nonzero(token_map.row >= 0).tolist()
-    trials: list[tuple[set[int], set[int], int]] = []
-    for index in np.concatenate([generator.permutation(len(patches)) for _ in range(4)]):
-        if len(trials) == n_trials:
-            break
-        example, position = patches[index]
-        place = token_map.where(position, example)
-        assert place.box is not None and place.image is not None
-        image = images[example][place.image]
-        margin_x, margin_y = _margins(family, processor, image.size, token_map, example)
-        region = _region(place.box, (float(margin_x[position]), float(margin_y[position])), generator)
-        if region is None:
-            continue
-        # What the painted pixels reach must be what they lie in, or rounding decides: such draws are left out.
-        boxes = token_map.boxes[example].nan_to_num(nan=-1e9)
-        same_image = token_map.image[example] == place.image
-        area = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        reached = (
-            (boxes[:, 0] < region[2] + margin_x)
-            & (boxes[:, 2] > region[0] - margin_x)
-            & (boxes[:, 1] < region[3] + margin_y)
-            & (boxes[:, 3] > region[1] - margin_y)
-        ).where(same_image & area, torch.tensor(False))
-        inside = token_map.box(place.image, region, example=example)[example]
-        if not torch.equal(reached, inside):
-            continue
-        shown_x = boxes[:, 2].clamp(max=region[2]) - boxes[:, 0].clamp(min=region[0])
-        shown_y = boxes[:, 3].clamp(max=region[3]) - boxes[:, 1].clamp(min=region[1])
-        if family in STEPS_OVER_PIXELS and bool(((shown_x < margin_x) | (shown_y < margin_y))[inside].any()):
-            continue
-        painted = [list(own) for own in images]
-        painted[example][place.image] = _painted(image, region)
-        occluded = _embeddings(family, make_prompt(processor, layout, questions, painted))
-        assert occluded.shape == clean.shape
-        strength = (occluded - clean).norm(dim=-1)
-        changed = (occluded - clean).abs().amax(-1) > 1e-4
-        if not TINY[family].exact_proof:
-            # Convolutions carry some of the change to neighbours: those that change most count.
-            most = strength[example].topk(int(inside.sum())).values.min()
-            changed[example] &= strength[example] >= most
-        others = torch.arange(len(questions)) != example
-        assert not bool(changed[others].any()), "another example of the batch changed"
-        trials.append(
-            (
-                set(torch.nonzero(changed[example]).flatten().tolist()),
-                set(torch.nonzero(inside).flatten().tolist()),
-                position,
-            )
-        )
-    return trials
-
-
-def _check(family: str, trials: list[tuple[set[int], set[int], int]], at_least: int = 4) -> None:
-    assert len(trials) >= at_least, f"only {len(trials)} boxes were large enough to test"
-    for changed, expected, position in trials:
-        assert position in expected
-        assert changed == expected
-        if record_of(family).layout in (fixed_grid.llava, block_grid.qwen):
-            assert changed == {position}
-
-
-SIZES = {
-    "square": (160, 160),
-    "wide": (300, 130),
-    "tall": (110, 250),
-    "odd": (211, 187),
-    "strip": (400, 100),
-}
 
 
 @pytest.mark.parametrize(
@@ -295,7 +62,7 @@ def test_pixels_of_a_box_change_its_token_alone(family: str, size: tuple[int, in
         size = (size[0] * longest // max(size), size[1] * longest // max(size))
     images = tiny_images(1, seed=3, sizes=[size])
     trials = occlusion_trials(family, processor, ["What colour is K?"], [images], seed=1, n_trials=10)
-    _check(family, trials)
+    check_trials(family, trials)
 
 
 @pytest.mark.parametrize("family", others_slow(REPRESENTATIVES, of=LAID_OUT))
@@ -312,19 +79,17 @@ def test_several_images_in_a_padded_batch(family: str) -> None:
         seed=2,
         n_trials=16,
     )
-    _check(family, trials, at_least=8)
+    check_trials(family, trials, at_least=8)
 
 
 # ---------------------------------------------------------------------- each family's own turns
 
 
-def _grids(family: str, processor: Any, images: list[Image.Image]) -> Prompt:
-    return make_prompt(processor, record_of(family).layout, "What colour is K?", images)
-
-
 def test_every_pixel_of_an_untiled_qwen_image_belongs_to_one_token() -> None:
     for family in ("qwen2_5_vl", "qwen3_vl"):
-        grid = _grids(family, tiny_processor(family), tiny_images(1, sizes=[(97, 64)])).token_map.grids[0][0]
+        grid = prompt_of_images(
+            family, tiny_processor(family), tiny_images(1, sizes=[(97, 64)])
+        ).token_map.grids[0][0]
         area = (grid.boxes[:, 2] - grid.boxes[:, 0]) * (grid.boxes[:, 3] - grid.boxes[:, 1])
         assert area.sum() == pytest.approx(97 * 64)
         assert grid.patches == (8, 12)
@@ -332,7 +97,7 @@ def test_every_pixel_of_an_untiled_qwen_image_belongs_to_one_token() -> None:
 
 
 def test_llava_crops_the_long_edge_away() -> None:
-    prompt = _grids("llava", tiny_processor("llava"), tiny_images(1, sizes=[(300, 100)]))
+    prompt = prompt_of_images("llava", tiny_processor("llava"), tiny_images(1, sizes=[(300, 100)]))
     boxes = prompt.token_map.grids[0][0].boxes
     # 100 -> 40, so 300 -> 120 of which the middle 40 stay: original pixels 100 to 200.
     assert boxes[:, 0].min() == pytest.approx(100) and boxes[:, 2].max() == pytest.approx(200)
@@ -346,8 +111,8 @@ def test_llava_pads_an_image_smaller_than_the_crop() -> None:
     trials = occlusion_trials(
         "llava", processor, ["What colour is K?"], [tiny_images(1, sizes=[(30, 37)])], seed=0, n_trials=8
     )
-    _check("llava", trials)
-    grid = _grids("llava", processor, tiny_images(1, sizes=[(20, 40)])).token_map.grids[0][0]
+    check_trials("llava", trials)
+    grid = prompt_of_images("llava", processor, tiny_images(1, sizes=[(20, 40)])).token_map.grids[0][0]
     empty = grid.boxes[:, 2] <= grid.boxes[:, 0]
     assert empty.reshape(5, 5).tolist() == [[True, False, False, False, True]] * 5
 
@@ -356,7 +121,7 @@ def test_llava_pads_an_image_smaller_than_the_crop() -> None:
 def test_llava_class_token_kept_or_absent(strategy: str, n_extra: int, n_first: int) -> None:
     processor = tiny_processor("llava")
     processor.vision_feature_select_strategy, processor.num_additional_image_tokens = strategy, n_extra
-    grid = _grids("llava", processor, tiny_images(1)).token_map.grids[0][0]
+    grid = prompt_of_images("llava", processor, tiny_images(1)).token_map.grids[0][0]
     assert len(grid) == 25 + n_extra
     assert (grid.row[:n_first] == -1).all() and (grid.row[n_first:] >= 0).all()
 
@@ -369,20 +134,20 @@ def test_llava_onevision_shrinks_a_large_mosaic() -> None:
     try:
         for size in ((300, 150), (160, 160), (200, 340)):
             images = tiny_images(1, sizes=[size])
-            grid = _grids("llava_onevision", processor, images).token_map.grids[0][0]
+            grid = prompt_of_images("llava_onevision", processor, images).token_map.grids[0][0]
             mosaic = grid.tile == WHOLE_IMAGE_TILE + 1
             assert 0 < mosaic.sum() < 34
             trials = occlusion_trials(
                 "llava_onevision", processor, ["What colour is K?"], [images], seed=1, n_trials=12
             )
-            _check("llava_onevision", trials)
+            check_trials("llava_onevision", trials)
     finally:
         model.config.vision_aspect_ratio = "anyres_max_4"
 
 
 def test_llava_onevision_newlines_are_separators_of_their_image() -> None:
     images = tiny_images(1, sizes=[(300, 130)])
-    token_map = _grids("llava_onevision", tiny_processor("llava_onevision"), images).token_map
+    token_map = prompt_of_images("llava_onevision", tiny_processor("llava_onevision"), images).token_map
     at = torch.nonzero(token_map.is_image[0] & (token_map.row[0] == -1)).flatten().tolist()
     n_rows = int(token_map.row[0][token_map.tile[0] == 1].max()) + 1
     assert len(at) == n_rows
@@ -398,14 +163,14 @@ def test_video_llama_3_merges_patches_where_its_processor_says_so() -> None:
     processor.image_processor.merge_size = 2
     images = tiny_images(2, seed=3, sizes=[(211, 187), (130, 160)])
     question = ["What colour is K?"]
-    _check("video_llama_3", occlusion_trials("video_llama_3", processor, question, [images], 1, 10))
-    assert _grids("video_llama_3", processor, images).token_map.grids[0][0].patches is not None
+    check_trials("video_llama_3", occlusion_trials("video_llama_3", processor, question, [images], 1, 10))
+    assert prompt_of_images("video_llama_3", processor, images).token_map.grids[0][0].patches is not None
 
 
 def test_internvl_tiles_follow_the_aspect_ratio() -> None:
     processor = tiny_processor("internvl")
     for size, n_tiles in (((200, 100), 2), ((100, 300), 3), ((40, 40), 1)):
-        grid = _grids("internvl", processor, tiny_images(1, sizes=[size])).token_map.grids[0][0]
+        grid = prompt_of_images("internvl", processor, tiny_images(1, sizes=[size])).token_map.grids[0][0]
         assert sorted(set(grid.tile.tolist())) == (list(range(n_tiles + 1)) if n_tiles > 1 else [0])
         assert len(grid) == (INTERNVL_SIZE // 16) ** 2 * (n_tiles + (n_tiles > 1))
         assert grid.tile[-1] == WHOLE_IMAGE_TILE
@@ -416,8 +181,10 @@ def test_idefics3_without_splitting_sees_the_whole_image_once(family: str) -> No
     processor = tiny_processor(family)
     processor.image_processor.do_image_splitting = False
     images = tiny_images(2, sizes=[(96, 40), (50, 96)])
-    assert set(_grids(family, processor, images).token_map.grids[0][0].tile.tolist()) == {WHOLE_IMAGE_TILE}
-    _check(
+    assert set(prompt_of_images(family, processor, images).token_map.grids[0][0].tile.tolist()) == {
+        WHOLE_IMAGE_TILE
+    }
+    check_trials(
         family,
         occlusion_trials(family, processor, ["What colour is K?"], [images], seed=4, n_trials=8),
         at_least=2,
@@ -433,7 +200,11 @@ def test_idefics3_longest_edge_need_not_be_whole_tiles(family: str, longest: int
     for size in ((100, 60), (61, 100), (90, 90), (200, 33), (31, 40)):
         for do_resize in (True, False):
             processor.image_processor.do_resize = do_resize
-            assert len(_grids(family, processor, tiny_images(1, sizes=[size])).token_map.grids[0][0]) % 9 == 0
+            assert (
+                len(prompt_of_images(family, processor, tiny_images(1, sizes=[size])).token_map.grids[0][0])
+                % 9
+                == 0
+            )
 
 
 @settings(max_examples=150, deadline=None)
@@ -472,13 +243,13 @@ def test_processor_settings_that_are_not_laid_out_are_refused() -> None:
     processor = tiny_processor("llava")
     processor.image_processor.size = {"shortest_edge": 40, "longest_edge": 80}
     with pytest.raises(TokenMapError, match=r"the image processor's size is .*longest_edge"):
-        _grids("llava", processor, tiny_images(1))
+        prompt_of_images("llava", processor, tiny_images(1))
     processor = tiny_processor("internvl")
     processor.image_seq_length = 8
     with pytest.raises(TokenMapError, match="image_seq_length is 8; expected the square"):
-        _grids("internvl", processor, tiny_images(1))
+        prompt_of_images("internvl", processor, tiny_images(1))
     onevision = tiny_processor("llava_onevision")
-    inputs = _grids("llava_onevision", onevision, tiny_images(1)).inputs
+    inputs = prompt_of_images("llava_onevision", onevision, tiny_images(1)).inputs
     for name, value, message in (
         ("vision_aspect_ratio", "square", "vision_aspect_ratio is 'square'"),
         ("vision_feature_select_strategy", "default", "expected 'full'"),
@@ -521,7 +292,7 @@ def test_published_settings(family: str) -> None:
         image_processor.max_image_size = {"longest_edge": tile}
         processor.image_seq_len = side**2
     for size in ((640, 480), (333, 1001), (1920, 200)):
-        token_map = _grids(family, processor, tiny_images(1, sizes=[size])).token_map
+        token_map = prompt_of_images(family, processor, tiny_images(1, sizes=[size])).token_map
         boxes = token_map.grids[0][0].boxes
         low, high = np.nanmin(boxes, axis=0), np.nanmax(boxes, axis=0)
         seen = (low[0], low[1], high[2], high[3])

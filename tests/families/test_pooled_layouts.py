@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_layouts import SIZES, _check, _grids, occlusion_trials
+from occlusion import SIZES, check_trials, occlusion_trials, prompt_of_images
 from tiny import TINY, record_of, tiny_images, tiny_processor
 from tiny.pooled import SIDE
 from transformers.utils import is_torchvision_available
@@ -21,13 +21,13 @@ QUESTION = ["What colour is K?"]
 
 
 def _tiles(family: str, processor: Any, size: tuple[int, int]) -> list[int]:
-    tile = _grids(family, processor, tiny_images(1, sizes=[size])).token_map.grids[0][0].tile
+    tile = prompt_of_images(family, processor, tiny_images(1, sizes=[size])).token_map.grids[0][0].tile
     return list(dict.fromkeys(tile.tolist()))
 
 
 def _proven(family: str, processor: Any, size: tuple[int, int], seed: int = 1) -> None:
     images = tiny_images(1, seed=3, sizes=[size])
-    _check(family, occlusion_trials(family, processor, QUESTION, [images], seed, n_trials=10))
+    check_trials(family, occlusion_trials(family, processor, QUESTION, [images], seed, n_trials=10))
 
 
 @pytest.mark.parametrize(("size", "n_crops"), [((300, 130), 2), ((110, 330), 3), ((211, 187), 0)])
@@ -48,7 +48,7 @@ def test_gemma3_crops_of_an_odd_width_meet() -> None:
         "pan_and_scan_min_crop_size": 32,
         "pan_and_scan_max_num_crops": 3,
     }
-    grid = _grids("gemma3", processor, tiny_images(1, sizes=[(301, 100)])).token_map.grids[0][0]
+    grid = prompt_of_images("gemma3", processor, tiny_images(1, sizes=[(301, 100)])).token_map.grids[0][0]
     edges = [(grid.boxes[grid.tile == t, 0].min(), grid.boxes[grid.tile == t, 2].max()) for t in (1, 2, 3)]
     assert edges == [(0, 101), (101, 202), (202, 301)]
 
@@ -58,12 +58,12 @@ def test_an_image_that_is_not_stretched_is_refused(family: str) -> None:
     processor = tiny_processor(family)
     processor.image_processor.do_resize = False
     with pytest.raises(TokenMapError, match="do_resize = False"):
-        _grids(family, processor, tiny_images(1, sizes=[(SIDE, SIDE)]))
+        prompt_of_images(family, processor, tiny_images(1, sizes=[(SIDE, SIDE)]))
 
 
 def test_paligemma_places_its_question_before_the_newline_it_adds() -> None:
     processor = tiny_processor("paligemma")
-    prompt = _grids("paligemma", processor, tiny_images(2))
+    prompt = prompt_of_images("paligemma", processor, tiny_images(2))
     assert prompt.text[0].endswith("assistant\n\n") and "labels" not in prompt.inputs
     ids = prompt.inputs["input_ids"][0][prompt.token_map.is_question[0]]
     assert processor.tokenizer.decode(ids) == "What colour is K?"
@@ -71,7 +71,7 @@ def test_paligemma_places_its_question_before_the_newline_it_adds() -> None:
 
 def test_gemma3_marks_its_soft_tokens_and_not_the_token_before_them() -> None:
     processor = tiny_processor("gemma3")
-    prompt = _grids("gemma3", processor, tiny_images(2))
+    prompt = prompt_of_images("gemma3", processor, tiny_images(2))
     assert processor.image_token_id == processor.tokenizer.boi_token_id
     ids = prompt.inputs["input_ids"][prompt.token_map.is_image]
     assert set(ids.tolist()) == {processor.tokenizer.image_token_id}
@@ -92,9 +92,9 @@ def test_ovis2_sees_the_whole_image_first(covering: bool) -> None:
 def test_granite_docling_without_tiles_and_on_the_fine_route(monkeypatch: pytest.MonkeyPatch) -> None:
     processor = tiny_processor("granite_docling")
     page = tiny_images(1, sizes=[(300, 130)])
-    coarse = _grids("granite_docling", processor, page).token_map.grids[0][0]
+    coarse = prompt_of_images("granite_docling", processor, page).token_map.grids[0][0]
     processor.image_processor.fine_route = True
-    fine = _grids("granite_docling", processor, page).token_map.grids[0][0]
+    fine = prompt_of_images("granite_docling", processor, page).token_map.grids[0][0]
     assert len(fine) == 4 * len(coarse)
     tiny = TINY["granite_docling"]
     monkeypatch.setitem(TINY, "granite_docling", dataclasses.replace(tiny, cell=tiny.cell / 2))
@@ -111,7 +111,9 @@ def test_idefics2_quarters_come_before_the_whole_image() -> None:
 
 def test_gemma4_boxes_tile_the_image() -> None:
     for size in ((97, 64), (210, 10), (31, 300)):
-        grid = _grids("gemma4", tiny_processor("gemma4"), tiny_images(1, sizes=[size])).token_map.grids[0][0]
+        grid = prompt_of_images(
+            "gemma4", tiny_processor("gemma4"), tiny_images(1, sizes=[size])
+        ).token_map.grids[0][0]
         area = (grid.boxes[:, 2] - grid.boxes[:, 0]) * (grid.boxes[:, 3] - grid.boxes[:, 1])
         assert area.sum() == pytest.approx(size[0] * size[1]) and 0 < len(grid) <= 70
 
@@ -121,7 +123,7 @@ def test_llama4_canvas() -> None:
     processor = tiny_processor("llama4")
     # Smaller than a tile: one padded tile, which is the whole image.
     assert _tiles("llama4", processor, (40, 30)) == [WHOLE_IMAGE_TILE]
-    grid = _grids("llama4", processor, tiny_images(1, sizes=[(40, 20)])).token_map.grids[0][0]
+    grid = prompt_of_images("llama4", processor, tiny_images(1, sizes=[(40, 20)])).token_map.grids[0][0]
     # 40 x 20 becomes 48 x 24 in the upper left of 48 x 48: the third row of tokens shows only padding.
     empty = grid.boxes[:, 3] <= grid.boxes[:, 1]
     assert empty.tolist() == [False] * 6 + [True] * 3
@@ -189,7 +191,7 @@ def test_published_settings(family: str) -> None:
         images.patch_size, images.pooling_kernel_size, images.max_soft_tokens = 16, 3, 280
     for size in ((640, 480), (333, 1001), (1920, 200)):
         boxes = torch.as_tensor(
-            _grids(family, processor, tiny_images(1, sizes=[size])).token_map.grids[0][0].boxes
+            prompt_of_images(family, processor, tiny_images(1, sizes=[size])).token_map.grids[0][0].boxes
         )
         seen = (*boxes.amin(dim=0)[:2].tolist(), *boxes.amax(dim=0)[2:].tolist())
         assert seen == pytest.approx((0, 0, *size), rel=0.02), TINY[family].model_type

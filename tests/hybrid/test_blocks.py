@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rule import rules, sees
+from streaming_rules import rules, sees
 
 from mmlens.hybrid.blocks import streaming_attention
 from mmlens.hybrid.rule import StreamingRule, first_positions

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rule import sees
+from streaming_rules import sees
 from torch import Tensor
 
 from mmlens.hybrid.layer import NotCausalError, StreamingLayer

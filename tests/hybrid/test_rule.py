@@ -6,14 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from streaming_rules import rules, sees
 
 from mmlens.hybrid.rule import StreamingRule
-
-rules = st.builds(StreamingRule, st.integers(0, 9), st.integers(1, 9))
-
-
-def sees(rule: StreamingRule, query: int, key: int, first: int) -> bool:
-    return first <= key <= query and (key - first < rule.sink or query - key < rule.window)
 
 
 @given(rule=rules, length=st.integers(1, 24), firsts=st.lists(st.integers(0, 10), min_size=1, max_size=3))
