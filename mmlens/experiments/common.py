@@ -302,7 +302,7 @@ def across_table(
     return pd.DataFrame([{"model": name, **pick(found.numbers)} for name, found in findings.items()])
 
 
-def ranged(value: float, low: float, high: float, style: str = ".2f") -> str:
+def ranged(value: float, low: float, high: float, *, style: str = ".2f") -> str:
     """A value with its interval.
 
     >>> ranged(0.5, 0.4, 0.6)

@@ -198,7 +198,7 @@ def _row(scores: HeadScores, last: HeadScores, fraction: float) -> dict[str, obj
 
 
 def _accuracies(right: dict[str, np.ndarray], seed: int) -> dict[str, Any]:
-    row = {}
+    row: dict[str, Any] = {}
     for arm, outcome in right.items():
         low, high = interval_of(outcome, seed)
         row |= {arm: outcome.mean(), f"{arm}_low": low, f"{arm}_high": high}

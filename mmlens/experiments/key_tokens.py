@@ -187,13 +187,13 @@ def _percent(interval: tuple[float, float]) -> tuple[float, float]:
 
 def _statement(found: _Measured) -> str:
     rows = found.ratios[found.ratios["heads"] == found.few].set_index("arm")
-    top, bottom = (ranged(*rows.loc[arm, ["mean", "low", "high"]], ".1f") for arm in ("top", "bottom"))
+    top, bottom = (ranged(*rows.loc[arm, ["mean", "low", "high"]], style=".1f") for arm in ("top", "bottom"))
     last = found.coverage[found.coverage["heads"] == found.coverage["heads"].max()].set_index("arm")
     return (
         f"Key Token Ratio on {found.n_examples} held-out examples: {top}% for the top {found.few} of "
         f"{found.n_heads} heads ({head_names(found.few_heads)}), {bottom}% for the bottom {found.few}; key tokens at "
         f"random would give {found.chance:.1f}%, and {found.ceiling:.1f}% is the most that there can be. The top above "
-        f"the bottom by {ranged(*found.gaps[found.few].values(), '.1f')} points: "
+        f"the bottom by {ranged(*found.gaps[found.few].values(), style='.1f')} points: "
         f"{'agrees' if found.agrees else 'does not agree'} "
         "with the paper (25.6 against 2.1 in Qwen3-VL-4B, 14.4 against 2.6 in LLaVA). Coverage of the top "
         f"{int(last['heads'].iloc[0])} heads ({last['share'].iloc[0]:.0%}): {last.loc['top', 'mean']:.0f}%, of as many "

@@ -188,7 +188,7 @@ def _correlations(scores: HeadScores, reliability: pd.DataFrame, n_resamples: in
         low, high = rank_correlation_interval(
             rho, rank_correlation(draws[one], draws[other]), min(len(parts[one]), len(parts[other]))
         )
-        row = {"spearman": rho, "low": low, "high": high}
+        row: dict[str, Any] = {"spearman": rho, "low": low, "high": high}
         noise = np.sqrt(max(reliable[one], 0.0) * max(reliable[other], 0.0)) or np.nan
         names = ("without_noise", "without_noise_low", "without_noise_high")
         # Above 1 is sampling error: a kind's halves then differ more than the kinds.

@@ -128,9 +128,10 @@ def colour_bar(
 
 def legend_outside(figure: Figure, *entries: Any, at: str = "lower center", **options: Any) -> None:
     """A legend beside the axes, without a frame; `entries` (handles, labels) are by default those of the axes."""
+    loc: Any = f"outside {at}"
     figure.legend(
         *entries,
-        loc=f"outside {at}",
+        loc=loc,
         fontsize=TICK_SIZE,
         frameon=False,
         labelcolor=INK,

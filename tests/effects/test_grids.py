@@ -24,7 +24,7 @@ from mmlens.effects.grids import (
     patch_layers_regions,
 )
 from mmlens.effects.sweeps import sweep
-from mmlens.model.hooks import UnknownHookError
+from mmlens.model.hooks import Intervention, UnknownHookError
 from mmlens.model.prompt import Prompt
 
 pytestmark = pytest.mark.filterwarnings("ignore::mmlens.model.hooked_vlm.NoChangeWarning")
@@ -108,7 +108,7 @@ def test_a_sweep_of_patches_equals_effects_one_by_one(family: str) -> None:
     )
     mask = prompt.token_map.is_question | prompt.last
     mask |= prompt.token_map.is_image & (torch.arange(prompt.shape[1]) % 3 == 0)
-    interventions: dict[object, mmlens.model.hooked_vlm.Intervention] = {}
+    interventions: dict[object, Intervention] = {}
     for hook in (
         "hook_resid_pre",
         "hook_resid_post",

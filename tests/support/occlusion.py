@@ -183,6 +183,7 @@ def occlusion_trials(
 ) -> list[tuple[set[int], set[int], int]]:
     """(changed positions, expected positions, occluded position) of one example per trial."""
     layout = record_of(family).layout
+    assert layout is not None
     clean_prompt = make_prompt(processor, layout, questions, images)
     clean = _embeddings(family, clean_prompt)
     token_map = clean_prompt.token_map
@@ -258,4 +259,6 @@ SIZES = {
 
 
 def prompt_of_images(family: str, processor: Any, images: list[Image.Image]) -> Prompt:
-    return make_prompt(processor, record_of(family).layout, "What colour is K?", images)
+    layout = record_of(family).layout
+    assert layout is not None
+    return make_prompt(processor, layout, "What colour is K?", images)
