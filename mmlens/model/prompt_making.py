@@ -338,7 +338,8 @@ def _token_map(
     sizes: Sequence[Sequence[tuple[int, int]]],
     is_question: Bool[Tensor, "batch pos"],
 ) -> TokenMap:
-    grids = iter(layout(processor, inputs, [size for own in sizes for size in own]))
+    flat = [size for own in sizes for size in own]
+    grids = iter(layout(processor, inputs, flat) if flat else [])
     per_example: list[list[ImageGrid]] = [[next(grids) for _ in own] for own in sizes]
     return TokenMap.from_grids(
         image_positions(processor, layout, inputs), inputs["attention_mask"], is_question, per_example

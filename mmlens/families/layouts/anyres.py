@@ -23,6 +23,7 @@ from mmlens.families.layouts.grids import (
     pixels,
     separator,
     square_edge,
+    whole_grid,
 )
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
@@ -37,8 +38,6 @@ def llava_onevision(
     is then the union of the (up to 2 x 2) patches that it mixes. Where an example has several images, each is
     padded to a square and seen once, with one newline.
     """
-    if not sizes:
-        return []
     image_processor = processor.image_processor
     if processor.vision_feature_select_strategy == "default":
         raise TokenMapError(
@@ -53,26 +52,17 @@ def llava_onevision(
     grids = []
     for size, tiled in zip(sizes, alone, strict=True):
         if tiled:
-            base = [pixels(cells(side, patch), length / view, limit=length) for length in size]
-            mosaic = _limited(
-                *_mosaic(image_processor.image_grid_pinpoints, size, view, side, patch),
-                processor.vision_aspect_ratio,
-                side,
-            )
-            grids.append(
-                joined(
-                    size, [image_grid(size, [(WHOLE_IMAGE_TILE, base[0], base[1])]), newlined(size, *mosaic)]
-                )
-            )
+            base = whole_grid(size, (side, side), patch, (view, view))
+            mosaic = _mosaic(image_processor.image_grid_pinpoints, size, view, side, patch)
+            rest = newlined(size, *_limited(*mosaic, processor.vision_aspect_ratio, side))
         else:
             longest = max(size)
-            padded = [
+            columns, rows = (
                 pixels(cells(side, patch), longest / view, start=(longest - length) // 2, limit=length)
                 for length in size
-            ]
-            grids.append(
-                joined(size, [image_grid(size, [(WHOLE_IMAGE_TILE, padded[0], padded[1])]), separator(size)])
             )
+            base, rest = image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)]), separator(size)
+        grids.append(joined(size, [base, rest]))
     return grids
 
 
@@ -85,8 +75,6 @@ def llava_next(
     row ends in a learnt newline. Where the projector keeps `downsample_rate` of the patches along each edge,
     a token is one cell of the coarser grid.
     """
-    if not sizes:
-        return []
     image_processor = processor.image_processor
     view = square_edge(image_processor.size)
     if image_processor.crop_size and square_edge(image_processor.crop_size) != view:
@@ -105,9 +93,8 @@ def llava_next(
     side, cell = int(view // processor.patch_size * kept), float(processor.patch_size / kept)
     grids = []
     for size in sizes:
-        columns, rows = (pixels(cells(side, cell), length / view, limit=length) for length in size)
+        base = whole_grid(size, (side, side), cell, (view, view))
         mosaic = _mosaic(image_processor.image_grid_pinpoints, size, view, side, cell)
-        base = image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)])
         grids.append(joined(size, [base, newlined(size, *mosaic)]))
     return grids
 

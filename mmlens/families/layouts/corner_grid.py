@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, cells, image_grid, pixels, square_edge
+from mmlens.families.layouts.grids import Size, cells, image_grid, pixels, square_edge, whole_grid
 from mmlens.families.layouts.tiles import image_options
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
 def fuyu(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Fuyu: an image that is too large shrunk to fit, one token per patch; the token that closes a row is text."""
-    if not sizes:
-        return []
     image_processor = processor.image_processor
     if not image_processor.do_pad:
         raise TokenMapError("do_pad = False is not laid out for fuyu; expected every image padded to `size`")
@@ -37,11 +35,9 @@ def fuyu(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[S
 
 def inkling2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Inkling 2: the image in its own size, one token per square cell; image_grid_thw counts cells."""
-    if not sizes:
-        return []
     cell = square_edge(processor.image_processor.size)
     return [
-        _whole(size, size, columns, rows, cell)
+        whole_grid(size, (columns, rows), cell, size)
         for size, (_, rows, columns) in zip(sizes, np.asarray(inputs["image_grid_thw"]).tolist(), strict=True)
     ]
 
@@ -51,8 +47,6 @@ def inkling(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
 
     A width of whole cells has a last column of padding besides.
     """
-    if not sizes:
-        return []
     option = image_options(processor)
     cell = square_edge(option("size"))
     grids = []
@@ -63,14 +57,5 @@ def inkling(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
             target = longest * option("rescale_image_frac")
             ratio = (target if most is None else min(target, max(most, longest))) / longest
         shown = size if ratio == 1 else (math.floor(size[0] * ratio + 0.5), math.floor(size[1] * ratio + 0.5))
-        grids.append(_whole(size, shown, shown[0] // cell + 1, -(-shown[1] // cell), cell))
+        grids.append(whole_grid(size, (shown[0] // cell + 1, -(-shown[1] // cell)), cell, shown))
     return grids
-
-
-def _whole(size: Size, shown: Size, n_columns: int, n_rows: int, cell: int) -> ImageGrid:
-    """Cells over the image, which was resized to `shown`."""
-    columns, rows = (
-        pixels(cells(n, cell), length / resized, limit=length)
-        for n, length, resized in zip((n_columns, n_rows), size, shown, strict=True)
-    )
-    return image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)])

@@ -25,8 +25,6 @@ from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 def llava(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """LLaVA 1.5: resize, crop (or pad) at the centre, one token per patch. What was cropped away has no token."""
-    if not sizes:
-        return []
     if hasattr(processor, "image_break_token"):
         # Pixtral-12B has LLaVA's model type, but its own processor.
         return resized_grid.pixtral(processor, inputs, sizes)
@@ -62,8 +60,6 @@ def deepseek(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequen
     With a view of high resolution besides (deepseek_vl_hybrid), the padded square of that one is what the
     smaller view shows, and one token stands for both.
     """
-    if not sizes:
-        return []
     image_processor = processor.image_processor
     if not (image_processor.do_resize and image_processor.do_pad):
         raise TokenMapError(

@@ -8,14 +8,12 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from mmlens.families.layouts import block_grid
-from mmlens.families.layouts.grids import Size, joined, part_of, separator
+from mmlens.families.layouts.grids import Size, closed_rows, joined, separator
 from mmlens.token_map import ImageGrid, TokenMapError
 
 
 def hunyuan(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Hunyuan-VL: a learnt first token, rows of blocks that each end in a learnt newline, a learnt last token."""
-    if not sizes:
-        return []
     if not processor.cat_extra_token:
         raise TokenMapError(
             "cat_extra_token is False; expected True: the model frames every image by two tokens"
@@ -25,7 +23,7 @@ def hunyuan(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
             f"spatial_patch_size is {processor.image_processor.spatial_patch_size}; laid out is 1"
         )
     return [
-        joined(size, [separator(size), *_closed_rows(size, grid), separator(size)])
+        joined(size, [separator(size), *closed_rows(size, grid, int(grid.row.max()) + 1), separator(size)])
         for size, grid in zip(sizes, block_grid.qwen(processor, inputs, sizes), strict=True)
     ]
 
@@ -33,12 +31,6 @@ def hunyuan(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
 def hy_v4(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """HY V4 VL: rows of blocks that each end in a learnt newline, and no frame."""
     return [
-        joined(size, _closed_rows(size, grid))
+        joined(size, closed_rows(size, grid, int(grid.row.max()) + 1))
         for size, grid in zip(sizes, block_grid.qwen(processor, inputs, sizes), strict=True)
     ]
-
-
-def _closed_rows(size: Size, grid: ImageGrid) -> list[ImageGrid]:
-    side = int(grid.column.max()) + 1
-    starts = range(0, len(grid), side)
-    return [part for start in starts for part in (part_of(grid, slice(start, start + side)), separator(size))]

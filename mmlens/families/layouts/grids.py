@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from transformers import ProcessorMixin
 
 from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 Size = tuple[int, int]
 Layout = Callable[[ProcessorMixin, Mapping[str, Any], Sequence[Size]], list[ImageGrid]]
+"""(processor, its inputs, sizes of at least one image) -> where each image's tokens come from."""
 Intervals = Float[np.ndarray, "_ 2"]
 View = tuple[int, Intervals, Intervals]
 """A tile's number, and the original pixels that its columns and its rows show."""
@@ -49,23 +50,35 @@ def pixels(cells: Intervals, scale: float, *, start: float = 0, limit: float) ->
 
 def tiled(size: Size, across: int, down: int, tile: Size, side: int) -> list[View]:
     """Crops of a canvas over which the image was stretched, row by row, and last the whole image."""
-    whole = [
-        pixels(cells(side, edge // side), length / edge, limit=length)
-        for length, edge in zip(size, tile, strict=True)
-    ]
+
+    def crop(number: int, place: Size, canvas: Size) -> View:
+        columns, rows = (
+            pixels(cells(side, edge // side, at * edge), length / (n * edge), limit=length)
+            for length, edge, at, n in zip(size, tile, place, canvas, strict=True)
+        )
+        return number, columns, rows
+
+    whole = crop(WHOLE_IMAGE_TILE, (0, 0), (1, 1))
     if across * down == 1:
-        return [(WHOLE_IMAGE_TILE, whole[0], whole[1])]
-    views: list[View] = []
-    for r in range(down):
-        for c in range(across):
-            columns = pixels(
-                cells(side, tile[0] // side, c * tile[0]), size[0] / (across * tile[0]), limit=size[0]
-            )
-            rows = pixels(
-                cells(side, tile[1] // side, r * tile[1]), size[1] / (down * tile[1]), limit=size[1]
-            )
-            views.append((1 + r * across + c, columns, rows))
-    return [*views, (WHOLE_IMAGE_TILE, whole[0], whole[1])]
+        return [whole]
+    crops = [crop(1 + r * across + c, (c, r), (across, down)) for r in range(down) for c in range(across)]
+    return [*crops, whole]
+
+
+def whole_view(size: Size, counts: Size, cell: float, canvas: Size) -> View:
+    """The whole image resized to a canvas, under `counts` (columns, rows) of square cells from its top left."""
+    columns, rows = (
+        pixels(cells(n, cell), length / resized, limit=length)
+        for n, length, resized in zip(counts, size, canvas, strict=True)
+    )
+    return WHOLE_IMAGE_TILE, columns, rows
+
+
+def whole_grid(
+    size: Size, counts: Size, cell: float, canvas: Size, patches: tuple[int, int] | None = None
+) -> ImageGrid:
+    """One token per cell of a `whole_view`."""
+    return image_grid(size, [whole_view(size, counts, cell, canvas)], patches)
 
 
 def image_grid(size: Size, views: Sequence[View], patches: tuple[int, int] | None = None) -> ImageGrid:
@@ -85,10 +98,23 @@ def newlined(size: Size, columns: Intervals, rows: Intervals) -> ImageGrid:
     Of a very wide image the model cuts all rows away as padding: then there is none, and no newline.
     """
     grid = image_grid(size, [(WHOLE_IMAGE_TILE + 1, columns, rows)])
-    parts = [part_of(grid, slice(0, 0))]
-    for row in range(len(rows)):
-        parts += [part_of(grid, slice(row * len(columns), (row + 1) * len(columns))), separator(size)]
-    return joined(size, parts)
+    return joined(size, [part_of(grid, slice(0, 0)), *closed_rows(size, grid, len(rows))])
+
+
+def closed_rows(size: Size, grid: ImageGrid, n_rows: int) -> list[ImageGrid]:
+    """The rows of a grid of one view, each closed by a learnt token."""
+    return [part for row in range(n_rows) for part in (part_of(grid, grid.row == row), separator(size))]
+
+
+def still_patches(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(rows, columns) of each image's patches in image_grid_thw; TokenMapError for a clip of several frames."""
+    counts = np.asarray(inputs["image_grid_thw"]).tolist()
+    for frames, *_ in counts:
+        if frames != 1:
+            raise TokenMapError(
+                f"an image of {frames} frames in image_grid_thw; give clips as a list of frame images"
+            )
+    return [(rows, columns) for _, rows, columns in counts]
 
 
 def separator(size: Size) -> ImageGrid:
@@ -96,7 +122,7 @@ def separator(size: Size) -> ImageGrid:
     return ImageGrid(size, none, none, none, np.full((1, 4), np.nan))
 
 
-def part_of(grid: ImageGrid, where: slice) -> ImageGrid:
+def part_of(grid: ImageGrid, where: slice | Bool[np.ndarray, " token"]) -> ImageGrid:
     return ImageGrid(grid.size, grid.tile[where], grid.row[where], grid.column[where], grid.boxes[where])
 
 

@@ -29,8 +29,6 @@ def molmo2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence
     not the margin of, so rows and columns count over the whole canvas. The tokens that close rows and views are
     text.
     """
-    if not sizes:
-        return []
     # The function stands in a module of its own for every image processor.
     from transformers.models.molmo2.image_processing_molmo2 import compute_crop_geometry
 

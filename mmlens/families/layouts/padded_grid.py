@@ -6,17 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, cells, image_grid, pixels
-from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
+from mmlens.families.layouts.grids import Size, still_patches, whole_grid
+from mmlens.token_map import ImageGrid, TokenMapError
 
 
 def kimi(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Kimi K2.5: an image above its budget of patches shrunk to whole pixels, then padded."""
-    if not sizes:
-        return []
     # The resize lives in a module that cannot be imported without torchvision, as this processor's images.
     from transformers.models.kimi_k25.image_processing_kimi_k25 import navit_resize
 
@@ -38,8 +35,6 @@ def kimi(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[S
 
 def glm(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """GLM-5 Next: scaled to fit whole tokens between min_image_tokens and max_image_tokens, then padded."""
-    if not sizes:
-        return []
     image_processor = processor.image_processor
     token = image_processor.patch_size * image_processor.merge_size
 
@@ -62,24 +57,14 @@ def _padded(
     """`shown(size, canvas)` is the (width, height) of the image on its canvas, whose top left corner it fills."""
     patch, merge = image_processor.patch_size, image_processor.merge_size
     grids = []
-    for size, (frames, patch_rows, patch_columns) in zip(
-        sizes, np.asarray(inputs["image_grid_thw"]).tolist(), strict=True
-    ):
-        if frames != 1:
-            raise TokenMapError(
-                f"an image of {frames} frames in image_grid_thw; give clips as a list of frame images"
-            )
-        canvas = (patch_columns * patch, patch_rows * patch)
+    for size, (rows, columns) in zip(sizes, still_patches(inputs), strict=True):
+        canvas = (columns * patch, rows * patch)
         content = shown(size, canvas) if image_processor.do_resize else size
         if content[0] > canvas[0] or content[1] > canvas[1]:
             raise TokenMapError(
                 f"an image of {size} is shown as {content}, but image_grid_thw has room for {canvas} pixels; "
                 "expected the image processor that made the inputs"
             )
-        columns, rows = (
-            pixels(cells(edge // (patch * merge), patch * merge), original / fitted, limit=original)
-            for original, fitted, edge in zip(size, content, canvas, strict=True)
-        )
-        patches = (patch_rows, patch_columns) if merge == 2 else None
-        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)], patches=patches))
+        patches = (rows, columns) if merge == 2 else None
+        grids.append(whole_grid(size, (columns // merge, rows // merge), patch * merge, content, patches))
     return grids

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, cells, image_grid, pixels
-from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid
+from mmlens.families.layouts.grids import Size, whole_grid
+from mmlens.token_map import ImageGrid
 
 
 def gemma4(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
@@ -26,13 +26,9 @@ def gemma4_unified(
 
 def _blocks(inputs: Mapping[str, Any], sizes: Sequence[Size], pooled: int) -> list[ImageGrid]:
     """One token per `pooled` x `pooled` positions, row by row."""
-    if not sizes:
-        return []
     # Padding has position -1.
     counts = (np.asarray(inputs["image_position_ids"]).max(axis=1) + 1) // pooled
-    grids = []
-    for size, (n_columns, n_rows) in zip(sizes, counts.tolist(), strict=True):
-        columns = pixels(cells(n_columns, 1), size[0] / n_columns, limit=size[0])
-        rows = pixels(cells(n_rows, 1), size[1] / n_rows, limit=size[1])
-        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)]))
-    return grids
+    return [
+        whole_grid(size, (columns, rows), 1, (columns, rows))
+        for size, (columns, rows) in zip(sizes, counts.tolist(), strict=True)
+    ]

@@ -34,8 +34,6 @@ def per_image(count: str) -> Layout:
     def layout(
         processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
     ) -> list[ImageGrid]:
-        if not sizes:
-            return []
         n_queries = attrgetter(count)(processor)
         if not isinstance(n_queries, int) or n_queries < 1:
             raise TokenMapError(
@@ -55,8 +53,6 @@ def idefics2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequen
 
 def aria(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Aria: as many queries for an image as size_conversion says for the edge of its view."""
-    if not sizes:
-        return []
     if processor._merge_kwargs()["images_kwargs"].get("split_image"):
         raise TokenMapError("split_image is not laid out for aria")
     n_queries = processor.size_conversion[inputs["pixel_values"].shape[2]]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, cells, image_grid, pixels
-from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
+from mmlens.families.layouts.grids import Size, whole_grid
+from mmlens.token_map import ImageGrid, TokenMapError
 
 
 def pixtral(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
@@ -18,8 +18,6 @@ def pixtral(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
     `image_sizes` says how large the processor made each image. Where rows end in a break token (all but
     LightOnOCR's), that is a token of its own id and counts as text.
     """
-    if not sizes:
-        return []
     token = processor.patch_size * processor.spatial_merge_size
     patches = processor.spatial_merge_size == 2
     grids = []
@@ -29,8 +27,6 @@ def pixtral(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
                 f"an image resized to {width} x {height} pixels is no whole number of tokens of {token} x {token}; "
                 f"expected the image processor's patch_size to be {token}"
             )
-        columns = pixels(cells(width // token, token), size[0] / width, limit=size[0])
-        rows = pixels(cells(height // token, token), size[1] / height, limit=size[1])
         grid = (height // processor.patch_size, width // processor.patch_size) if patches else None
-        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)], patches=grid))
+        grids.append(whole_grid(size, (width // token, height // token), token, (width, height), grid))
     return grids

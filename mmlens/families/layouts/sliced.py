@@ -19,8 +19,6 @@ def minicpm(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
     target_sizes says how many patches every view has; a token is 4 x 4 of them, or 2 x 2 where
     downsample_mode is "4x".
     """
-    if not sizes:
-        return []
     option = image_options(processor)
     if not option("do_resize"):
         raise TokenMapError(

@@ -23,8 +23,6 @@ from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 def paligemma(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """PaliGemma: one token per patch of the stretched image."""
-    if not sizes:
-        return []
     side = _side(processor)
     return [
         image_grid(size, [_view(WHOLE_IMAGE_TILE, (0, 0, *size), size, processor, side)]) for size in sizes
@@ -38,8 +36,6 @@ def gemma3(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence
     With do_pan_and_scan, an elongated image is also cut across its longer edge into crops (tiles 1..), each
     stretched to the square in its turn.
     """
-    if not sizes:
-        return []
     options = processor._merge_kwargs()["images_kwargs"]
     image_processor = processor.image_processor
     side = _side(processor)

@@ -14,11 +14,11 @@ from transformers import ProcessorMixin
 from mmlens.families.layouts.grids import (
     Size,
     cells,
+    closed_rows,
     grid_side,
     image_grid,
     joined,
     newlined,
-    part_of,
     pixels,
     separator,
     square_edge,
@@ -31,8 +31,6 @@ from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 def got_ocr2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """GOT-OCR 2: the image stretched to one square; with crop_to_patches over a canvas of squares (tiles 1..), then
     the whole once more (tile 0)."""
-    if not sizes:
-        return []
     square_edge(image_options(processor)("size"))
     return stretched_tiles(processor, sizes, grid_side(processor.num_image_tokens, "num_image_tokens"))
 
@@ -44,8 +42,6 @@ def pp_chart2table(
 
     Its processor expands nothing: the chat template writes all of an image's tokens, and they are counted.
     """
-    if not sizes:
-        return []
     edge = square_edge(processor.image_processor.size)
     n_tokens = int((np.asarray(inputs["input_ids"]) == processor.image_token_id).sum())
     side = grid_side(
@@ -60,8 +56,6 @@ def step3p7(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
 
     A sliver of an image is first padded to a square, at its right or bottom.
     """
-    if not sizes:
-        return []
     option = image_options(processor)
     view, crop = square_edge(option("size")), option("patch_size")
     token = processor.image_processor.vision_patch_size * processor.image_processor.downsampler_stride
@@ -93,8 +87,6 @@ def unlimited_ocr(
     """Unlimited-OCR: the image stretched over a canvas of tiles, as ONE mosaic (tile 1; none of small images), then
     the whole padded to a square (tile 0). Every row ends in a learnt newline, the image in a learnt separator.
     """
-    if not sizes:
-        return []
     # The function that chooses the canvas stands in a module that needs torchvision, as this processor's images do.
     from transformers.models.unlimited_ocr import image_processing_unlimited_ocr as images
 
@@ -130,8 +122,5 @@ def unlimited_ocr(
                     )
                 )
             whole = image_grid(size, [(WHOLE_IMAGE_TILE, axes[0], axes[1])])
-        side = view // token
-        for row in range(side):
-            parts += [part_of(whole, slice(row * side, (row + 1) * side)), separator(size)]
-        grids.append(joined(size, [*parts, separator(size)]))
+        grids.append(joined(size, [*parts, *closed_rows(size, whole, view // token), separator(size)]))
     return grids

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, cells, image_grid, pixels, tiled
+from mmlens.families.layouts.grids import Size, image_grid, tiled, whole_view
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid
 
 
@@ -20,22 +20,20 @@ def perception(
     With a vision_input_type other than "thumb+tile", the thumbnail alone. An image that gets one tile has its
     thumbnail besides.
     """
-    if not sizes:
-        return []
     image_processor = processor.image_processor
     tile = image_processor.tile_size
     cell = processor.patch_size * processor.pooling_ratio
     side = tile // processor.patch_size // processor.pooling_ratio
     grids = []
     for size in sizes:
-        columns, rows = (pixels(cells(side, cell), length / tile, limit=length) for length in size)
-        views = [(WHOLE_IMAGE_TILE, columns, rows)]
+        thumbnail = whole_view(size, (side, side), cell, (tile, tile))
+        views = [thumbnail]
         if image_processor.vision_input_type == "thumb+tile":
             width, height = size
             across, down = image_processor._fit_image_to_canvas(
                 width, height, tile
             ) or image_processor._find_closest_aspect_ratio(width, height, tile)
             tiles = tiled(size, across, down, (tile, tile), side)[:-1]
-            views += tiles or [(WHOLE_IMAGE_TILE + 1, columns, rows)]
+            views += tiles or [(WHOLE_IMAGE_TILE + 1, *thumbnail[1:])]
         grids.append(image_grid(size, views))
     return grids

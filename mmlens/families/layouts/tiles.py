@@ -35,8 +35,6 @@ def internvl(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequen
 
     An image that gets one tile has no thumbnail: the tile is then the whole image (tile 0).
     """
-    if not sizes:
-        return []
     return stretched_tiles(processor, sizes, grid_side(processor.image_seq_length, "image_seq_length"))
 
 
@@ -50,8 +48,6 @@ def cohere2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
 
     Its image processor calls the number of tokens on a tile's side patch_size.
     """
-    if not sizes:
-        return []
     # The image processor's module needs torchvision, and so does the processor that was given.
     from transformers.models.cohere2_vision import image_processing_cohere2_vision as cohere2_images
 
@@ -89,8 +85,6 @@ def granite_docling(
 
     On the fine route (tile_fine_mask among the inputs) a tile has four times as many tokens.
     """
-    if not sizes:
-        return []
     defaults = processor._merge_kwargs()["images_kwargs"]
     image_processor = processor.image_processor
     tile = square_edge(image_processor.size)
@@ -105,8 +99,6 @@ def granite_docling(
 @visual_token(lambda processor: "<IMG_ATOM>")
 def ovis2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Ovis 2: a view of the whole image (tile 0), then the image stretched over a canvas of tiles (tiles 1..)."""
-    if not sizes:
-        return []
     option = image_options(processor)
     tile = square_edge(option("size"))
     side = grid_side(processor.image_seq_length, "image_seq_length")
@@ -136,8 +128,6 @@ def llama4(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence
 
     A canvas of one tile is tile 0 itself, padded and not stretched. Tokens of padding have boxes without area.
     """
-    if not sizes:
-        return []
     # The image processor's module needs torchvision, and so does the processor that was given.
     from transformers.models.llama4 import image_processing_llama4 as llama4_images
 
@@ -186,8 +176,6 @@ def lfm2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[S
 
     A token stands for downsample_factor x downsample_factor patches; spatial_shapes hold every view's patches.
     """
-    if not sizes:
-        return []
     option = image_options(processor)
     image_processor = processor.image_processor
     factor, tile = option("downsample_factor"), option("tile_size")
@@ -230,8 +218,6 @@ def idefics3(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequen
 
     Without do_image_splitting, or where one tile holds the image, only the global image.
     """
-    if not sizes:
-        return []
     image_processor = processor.image_processor
     tile = image_processor.max_image_size["longest_edge"]
     side = grid_side(processor.image_seq_len, "image_seq_len")

@@ -12,21 +12,18 @@ from mmlens.families.layouts.fixed_grid import centre_cropped, resized_size
 from mmlens.families.layouts.grids import (
     Size,
     cells,
+    closed_rows,
     grid_side,
     image_grid,
     joined,
-    part_of,
-    pixels,
-    separator,
     square_edge,
+    whole_grid,
 )
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid
 
 
 def chameleon(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Chameleon: resized, cropped at the centre, a square of codes. What was cropped away has no token."""
-    if not sizes:
-        return []
     image_processor = processor.image_processor
     side = grid_side(processor.image_seq_length, "image_seq_length")
     seen = square_edge(image_processor.crop_size)
@@ -42,14 +39,10 @@ def chameleon(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Seque
 
 def emu3(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
     """Emu3: the image resized to whole cells, rows of codes that each end in the code of a line's end."""
-    grids = []
-    for size, grid in zip(sizes, _cells_of(inputs, sizes, processor.downsample_ratio), strict=True):
-        side = int(grid.column.max()) + 1
-        parts: list[ImageGrid] = []
-        for start in range(0, len(grid), side):
-            parts += [part_of(grid, slice(start, start + side)), separator(size)]
-        grids.append(joined(size, parts))
-    return grids
+    return [
+        joined(size, closed_rows(size, grid, int(grid.row.max()) + 1))
+        for size, grid in zip(sizes, _cells_of(inputs, sizes, processor.downsample_ratio), strict=True)
+    ]
 
 
 def apertus(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
@@ -59,11 +52,7 @@ def apertus(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
 
 def _cells_of(inputs: Mapping[str, Any], sizes: Sequence[Size], cell: int) -> list[ImageGrid]:
     """One token per cell of `cell` pixels of each resized image, whose heights and widths are in `image_sizes`."""
-    grids = []
-    for size, (height, width) in zip(
-        sizes, np.asarray(inputs["image_sizes"]).tolist() if sizes else (), strict=True
-    ):
-        columns = pixels(cells(width // cell, cell), size[0] / width, limit=size[0])
-        rows = pixels(cells(height // cell, cell), size[1] / height, limit=size[1])
-        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, columns, rows)]))
-    return grids
+    return [
+        whole_grid(size, (width // cell, height // cell), cell, (width, height))
+        for size, (height, width) in zip(sizes, np.asarray(inputs["image_sizes"]).tolist(), strict=True)
+    ]
