@@ -51,9 +51,9 @@ def _q_former(layers: str) -> Stack:
     )
 
 
-_Q_FORMER = {"qformer.": _q_former("qformer.encoder.layer")}
 _WINDOW_MERGER = {"merger.": Stack("model.vision_tower.vit_merger")}
 _NORMED_TOWER = Stack(norm="model.vision_tower.post_layernorm")
+_NORMED_MODEL = Stack(norm="model.vision_model.post_layernorm")
 _GLM_TOWER = Stack(norm="model.visual.post_layernorm")
 _SIGLIP_OF_DEEPSEEK = Stack("model.vision_model.encoder.layers", norm="model.vision_model.post_layernorm")
 
@@ -77,54 +77,40 @@ def _granite_reads(config: Any) -> list[int]:
 # What is missing, and why: shared by the families that have the same kind of layer.
 
 
+def _lacking(why: str, *parts: str) -> dict[str, str]:
+    """Language layers do not have these hook points."""
+    return {f"blocks.{{l}}.{part}": why for part in parts}
+
+
 def _hybrid(kind: str) -> dict[str, str]:
-    why = f"its {kind} layers have no softmax attention"
-    return {"blocks.{l}.attn.*": why, "blocks.{l}.image.hook_z": why}
+    return _lacking(f"its {kind} layers have no softmax attention", "attn.*", "image.hook_z")
 
 
-_ONE_NORM = "attention and MLP run in parallel on one norm's output"
-_PARALLEL = {
-    "blocks.{l}.hook_resid_mid": _ONE_NORM,
-    "blocks.{l}.image.hook_resid_mid": _ONE_NORM,
-    "blocks.{l}.hook_mlp_in": _ONE_NORM,
-    "blocks.{l}.ln2.*": _ONE_NORM,
-}
-_POST_NORM = "attention and MLP read the stream itself; the norms stand after them"
-_NO_NORM_BEFORE = {
-    "blocks.{l}.hook_attn_in": _POST_NORM,
-    "blocks.{l}.ln1.*": _POST_NORM,
-    "blocks.{l}.ln2.*": _POST_NORM,
-}
+_BETWEEN_BRANCHES = ("hook_resid_mid", "image.hook_resid_mid", "hook_mlp_in")
+_BEFORE_BRANCHES = ("hook_attn_in", "ln1.*", "ln2.*")
+_PARALLEL = _lacking("attention and MLP run in parallel on one norm's output", *_BETWEEN_BRANCHES, "ln2.*")
+_NO_NORM_BEFORE = _lacking(
+    "attention and MLP read the stream itself; the norms stand after them", *_BEFORE_BRANCHES
+)
 _MIXED = "attention and MLP read a learnt mixture of several streams"
-_HYPER_CONNECTIONS = {
-    "blocks.{l}.hook_resid_mid": _MIXED,
-    "blocks.{l}.image.hook_resid_mid": _MIXED,
-    "blocks.{l}.hook_mlp_in": _MIXED,
-}
-_NO_NORMS = {
-    "blocks.{l}.hook_attn_in": _MIXED,
-    "blocks.{l}.ln1.*": _MIXED,
-    "blocks.{l}.ln2.*": _MIXED,
-}
-_ALONE = "each of its layers is one norm and one mixer, MLPs included"
-_ONE_BRANCH = {
-    "blocks.{l}.hook_resid_mid": _ALONE,
-    "blocks.{l}.image.hook_resid_mid": _ALONE,
-    "blocks.{l}.hook_mlp_in": _ALONE,
-    "blocks.{l}.hook_mlp_out": _ALONE,
-    "blocks.{l}.image.hook_mlp_out": _ALONE,
-    "blocks.{l}.ln2.*": _ALONE,
-}
+_HYPER_CONNECTIONS = _lacking(_MIXED, *_BETWEEN_BRANCHES)
+_NO_NORMS = _lacking(_MIXED, *_BEFORE_BRANCHES)
+_ONE_BRANCH = _lacking(
+    "each of its layers is one norm and one mixer, MLPs included",
+    *_BETWEEN_BRANCHES,
+    "hook_mlp_out",
+    "image.hook_mlp_out",
+    "ln2.*",
+)
 
 
 def _no_tower(what: str) -> dict[str, str]:
     return {"vision.*": f"its vision side is {what}"}
 
 
-_SHARED_KEYS = {
-    f"blocks.{{l}}.attn.hook_{name}": "its last layers attend with the keys and values of earlier ones"
-    for name in ("k", "v")
-}
+_SHARED_KEYS = _lacking(
+    "its last layers attend with the keys and values of earlier ones", "attn.hook_k", "attn.hook_v"
+)
 _CLIPPED = "its output projection clips what it reads, so heads do not add up"
 _CONVOLUTIONS_TOO = "its short convolution layers have no softmax attention"
 _SAM = {"vision.blocks.{l}.attn.*": "SAM's relative-position attention bypasses transformers' interface"}
@@ -136,6 +122,18 @@ _STREAMS_FIRST = (
     "its stream is several, stacked in front of the batch: read hook_resid_* at the positions wanted"
 )
 _NO_FINAL_NORM = {"ln_final.*": "the last step of its language model is no single norm"}
+
+# What several families share as a whole.
+
+_BLIP = Family(
+    "blip-2",
+    layout=queries.per_image("num_query_tokens"),
+    vision=Stack(norm="vision_model.post_layernorm", norm_pools=True),
+    more_stacks={"qformer.": _q_former("qformer.encoder.layer")},
+)
+_MINICPM = Family(
+    "minicpm_ocr", layout=sliced.minicpm, vision=_NORMED_TOWER, missing=_hybrid("gated delta net")
+)
 
 
 FAMILIES: dict[str, Family] = {
@@ -150,8 +148,8 @@ FAMILIES: dict[str, Family] = {
             deep_injection=_deepstack(),
         ),
         Family("internvl", layout=tiles.internvl, vision=Stack(norm="model.vision_tower.layernorm")),
-        Family("idefics3", layout=tiles.idefics3, vision=Stack(norm="model.vision_model.post_layernorm")),
-        Family("smolvlm", layout=tiles.idefics3, vision=Stack(norm="model.vision_model.post_layernorm")),
+        Family("idefics3", layout=tiles.idefics3, vision=_NORMED_MODEL),
+        Family("smolvlm", layout=tiles.idefics3, vision=_NORMED_MODEL),
         # llava_like
         Family("vipllava", layout=fixed_grid.llava, feature_layer="vision_feature_layers"),
         Family("video_llava", layout=fixed_grid.llava),
@@ -216,11 +214,7 @@ FAMILIES: dict[str, Family] = {
             adds=False,
             missing={**_hybrid("gated delta net"), **_HYPER_CONNECTIONS, **_NO_NORMS, **_NO_FINAL_NORM},
         ),
-        Family(
-            "video_llama_3",
-            layout=block_grid.qwen,
-            vision=Stack(norm="model.vision_model.post_layernorm"),
-        ),
+        Family("video_llama_3", layout=block_grid.qwen, vision=_NORMED_MODEL),
         Family("cosmos3_edge", layout=block_grid.qwen, vision=Stack(norm="model.visual.post_layernorm")),
         Family("minimax_m3_vl", layout=block_grid.qwen),
         # glm_like
@@ -320,17 +314,14 @@ FAMILIES: dict[str, Family] = {
         Family(
             "idefics2",
             layout=queries.idefics2,
-            vision=Stack(norm="model.vision_model.post_layernorm"),
+            vision=_NORMED_MODEL,
             more_stacks={"resampler.": Stack("model.connector.perceiver_resampler.layers")},
         ),
         Family(
             "granite_docling",
             layout=tiles.granite_docling,
-            vision=Stack(norm="model.vision_model.post_layernorm"),
-            deep_injection=DeepInjection(
-                after=lambda config: list(range(len(config.vision_config.deepstack_visual_indexes))),
-                mergers="model.vision_model.connector.coarse.deepstack_mergers",
-            ),
+            vision=_NORMED_MODEL,
+            deep_injection=_deepstack("model.vision_model.connector.coarse.deepstack_mergers"),
         ),
         # ocr_and_others
         Family("got_ocr2", layout=strided_grid.got_ocr2, missing=_SAM),
@@ -374,26 +365,9 @@ FAMILIES: dict[str, Family] = {
                 "pooling.": Stack("model.multi_modal_projector", names={"attention": "image_pooling_2d"})
             },
         ),
-        Family(
-            "minicpmv4_6",
-            layout=sliced.minicpm,
-            vision=_NORMED_TOWER,
-            more_stacks=_WINDOW_MERGER,
-            missing=_hybrid("gated delta net"),
-        ),
-        Family(
-            "minicpmv4_7",
-            layout=sliced.minicpm,
-            vision=_NORMED_TOWER,
-            more_stacks=_WINDOW_MERGER,
-            missing=_hybrid("gated delta net"),
-        ),
-        Family(
-            "minicpm_ocr",
-            layout=sliced.minicpm,
-            vision=_NORMED_TOWER,
-            missing=_hybrid("gated delta net"),
-        ),
+        replace(_MINICPM, model_type="minicpmv4_6", more_stacks=_WINDOW_MERGER),
+        replace(_MINICPM, model_type="minicpmv4_7", more_stacks=_WINDOW_MERGER),
+        _MINICPM,
         Family("step3p7", layout=strided_grid.step3p7),
         Family(
             "deepseek_ocr2",
@@ -444,26 +418,10 @@ FAMILIES: dict[str, Family] = {
             missing=_no_tower("a stack of projections without attention"),
         ),
         # queries_and_cross
-        Family(
-            "blip-2",
-            layout=queries.per_image("num_query_tokens"),
-            vision=Stack(norm="vision_model.post_layernorm", norm_pools=True),
-            more_stacks=_Q_FORMER,
-        ),
-        Family(
-            "instructblip",
-            layout=queries.per_image("num_query_tokens"),
-            vision=Stack(norm="vision_model.post_layernorm", norm_pools=True),
-            more_stacks=_Q_FORMER,
-        ),
+        _BLIP,
+        replace(_BLIP, model_type="instructblip"),
         # The frames of a clip are its images.
-        Family(
-            "instructblipvideo",
-            layout=queries.per_image("num_query_tokens"),
-            vision=Stack(norm="vision_model.post_layernorm", norm_pools=True),
-            more_stacks=_Q_FORMER,
-            image_token="video_token_index",
-        ),
+        replace(_BLIP, model_type="instructblipvideo", image_token="video_token_index"),
         Family(
             "mllama",
             layout=queries.cross_attention,

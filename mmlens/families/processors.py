@@ -76,9 +76,7 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
         # SmolVLM's own asks the video half for its frame rate, whatever the messages hold.
         apply_chat_template = ProcessorMixin.apply_chat_template
 
-    WithoutVideo.__name__ = WithoutVideo.__qualname__ = processor_class.__name__
-    WithoutVideo.__module__ = processor_class.__module__
-    return WithoutVideo
+    return _named_as(processor_class, WithoutVideo)
 
 
 def _processor_class(name_or_path: str | Path, **hub_options: Any) -> type[ProcessorMixin]:
