@@ -155,8 +155,8 @@ class AttentionTap:
             if fast is eager:
                 attention_mask = _additive_mask(module, query, key, attention_mask, causal)
         if self.rows is not None and self.consume_rows is not None:
-            rows = _attention_rows(self.rows, eager, module, query, key, value, attention_mask, kwargs)
-            self.consume_rows(rows)
+            now = AttentionCall(query, key, value, attention_mask, kwargs)
+            self.consume_rows(_attention_rows(self.rows, eager, module, now))
         if not self.needs_softmax:
             return fast(module, query, key, value, attention_mask, **kwargs)
         # Where the fast path is the eager one, there is nothing to stay on.
@@ -322,18 +322,12 @@ def _additive_mask(
 
 
 def _attention_rows(
-    rows: QueryRows,
-    eager: AttentionFunction,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
+    rows: QueryRows, eager: AttentionFunction, module: nn.Module, call: AttentionCall
 ) -> Float[Tensor, "batch head query key"]:
     """Post-softmax attention at the chosen query positions, in float32."""
+    query, key, mask, kwargs = call.query, call.key, call.mask, call.options
     if not _is_softmax_alone(kwargs):
-        return _rows_of_eager_pattern(rows, eager, module, query, key, value, mask, kwargs)
+        return _rows_of_eager_pattern(rows, eager, module, call)
     batch, n_heads, _, d_head = query.shape
     n_kv_heads, k_length = key.shape[1], key.shape[2]
     index = rows.index.to(query.device)
@@ -361,21 +355,14 @@ def _attention_rows(
 
 
 def _rows_of_eager_pattern(
-    rows: QueryRows,
-    eager: AttentionFunction,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
+    rows: QueryRows, eager: AttentionFunction, module: nn.Module, call: AttentionCall
 ) -> Float[Tensor, "batch head query key"]:
     """The slow way, for families with a softcap, sinks or a position bias: their own full pattern, then the rows."""
-    full = _additive_mask(module, query, key, mask, kwargs.get("is_causal"))
-    pattern = eager(module, query, key, value, full, **kwargs)[1]
+    full = _additive_mask(module, call.query, call.key, call.mask, call.options.get("is_causal"))
+    pattern = eager(module, call.query, call.key, call.value, full, **call.options)[1]
     if pattern is None:
         raise UnsupportedError(f"{type(module).__name__} gives no attention pattern to take rows from")
-    attending = _attending(mask, kwargs)
+    attending = _attending(call.mask, call.options)
     pattern = pattern if attending is None else pattern * attending
     index = rows.index.to(pattern.device)[:, None, :, None]
     return pattern.gather(2, index.expand(-1, pattern.shape[1], -1, pattern.shape[3])).float()

@@ -8,8 +8,9 @@ it; `QK` and `OV` repeat them to one per query head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -263,6 +264,22 @@ class Block:
         return total
 
 
+def _stacked(blocks: Sequence[Block], name: str) -> Tensor:
+    """A weight of every layer, such as "attn.W_Q", on a new first axis."""
+    weights = list(map(attrgetter(name), blocks))
+    shapes = [tuple(weight.shape) for weight in weights]
+    if len(set(shapes)) > 1:
+        raise NoWeightError(
+            f"{name} of the layers cannot be stacked, their shapes differ: {shapes}; "
+            f"read model.blocks[l].{name}"
+        )
+    return torch.stack([weight.to(weights[0].device) for weight in weights])
+
+
+def _of_all_layers(name: str, doc: str) -> Any:
+    return property(lambda model: _stacked(model.blocks, name), doc=doc)
+
+
 class WeightProperties:
     """The weights that TransformerLens' tools and users read of a model; a part of HookedVLM.
 
@@ -319,72 +336,38 @@ class WeightProperties:
         """The unembedding's bias, zeros where there is none."""
         return bias_of(self.unembed, "b_U")
 
-    @property
-    def W_Q(self) -> Float[Tensor, "layer head d_model d_head"]:
-        """Query weights of all layers."""
-        return self._stacked(lambda block: block.attn.W_Q, "attn.W_Q")
-
-    @property
-    def W_K(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        """Key weights of all layers, one per key-value head."""
-        return self._stacked(lambda block: block.attn.W_K, "attn.W_K")
-
-    @property
-    def W_V(self) -> Float[Tensor, "layer kv_head d_model d_head"]:
-        """Value weights of all layers, one per key-value head."""
-        return self._stacked(lambda block: block.attn.W_V, "attn.W_V")
-
-    @property
-    def W_O(self) -> Float[Tensor, "layer head d_head d_model"]:
-        """Output weights of all layers."""
-        return self._stacked(lambda block: block.attn.W_O, "attn.W_O")
-
-    @property
-    def b_Q(self) -> Float[Tensor, "layer head d_head"]:
-        """Query biases of all layers."""
-        return self._stacked(lambda block: block.attn.b_Q, "attn.b_Q")
-
-    @property
-    def b_K(self) -> Float[Tensor, "layer kv_head d_head"]:
-        """Key biases of all layers."""
-        return self._stacked(lambda block: block.attn.b_K, "attn.b_K")
-
-    @property
-    def b_V(self) -> Float[Tensor, "layer kv_head d_head"]:
-        """Value biases of all layers."""
-        return self._stacked(lambda block: block.attn.b_V, "attn.b_V")
-
-    @property
-    def b_O(self) -> Float[Tensor, "layer d_model"]:
-        """Attention output biases of all layers."""
-        return self._stacked(lambda block: block.attn.b_O, "attn.b_O")
-
-    @property
-    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
-        """MLP input weights of all layers."""
-        return self._stacked(lambda block: block.mlp.W_in, "mlp.W_in")
+    W_Q: Float[Tensor, "layer head d_model d_head"] = _of_all_layers(
+        "attn.W_Q", "Query weights of all layers."
+    )
+    W_K: Float[Tensor, "layer kv_head d_model d_head"] = _of_all_layers(
+        "attn.W_K", "Key weights of all layers, one per key-value head."
+    )
+    W_V: Float[Tensor, "layer kv_head d_model d_head"] = _of_all_layers(
+        "attn.W_V", "Value weights of all layers, one per key-value head."
+    )
+    W_O: Float[Tensor, "layer head d_head d_model"] = _of_all_layers(
+        "attn.W_O", "Output weights of all layers."
+    )
+    b_Q: Float[Tensor, "layer head d_head"] = _of_all_layers("attn.b_Q", "Query biases of all layers.")
+    b_K: Float[Tensor, "layer kv_head d_head"] = _of_all_layers("attn.b_K", "Key biases of all layers.")
+    b_V: Float[Tensor, "layer kv_head d_head"] = _of_all_layers("attn.b_V", "Value biases of all layers.")
+    b_O: Float[Tensor, "layer d_model"] = _of_all_layers("attn.b_O", "Attention output biases of all layers.")
+    W_in: Float[Tensor, "layer d_model d_mlp"] = _of_all_layers(
+        "mlp.W_in", "MLP input weights of all layers."
+    )
 
     @property
     def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"] | None:
         """MLP gate weights of all layers; None where no MLP has gates, as in TransformerLens."""
         if not any(block.mlp.is_gated for block in self.blocks):
             return None
-        return self._stacked(lambda block: block.mlp.W_gate, "mlp.W_gate")
+        return _stacked(self.blocks, "mlp.W_gate")
 
-    @property
-    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
-        """MLP output weights of all layers."""
-        return self._stacked(lambda block: block.mlp.W_out, "mlp.W_out")
-
-    @property
-    def b_in(self) -> Float[Tensor, "layer d_mlp"]:
-        """MLP input biases of all layers."""
-        return self._stacked(lambda block: block.mlp.b_in, "mlp.b_in")
-
-    @property
-    def b_out(self) -> Float[Tensor, "layer d_model"]:
-        """MLP output biases of all layers."""
-        return self._stacked(lambda block: block.mlp.b_out, "mlp.b_out")
+    W_out: Float[Tensor, "layer d_mlp d_model"] = _of_all_layers(
+        "mlp.W_out", "MLP output weights of all layers."
+    )
+    b_in: Float[Tensor, "layer d_mlp"] = _of_all_layers("mlp.b_in", "MLP input biases of all layers.")
+    b_out: Float[Tensor, "layer d_model"] = _of_all_layers("mlp.b_out", "MLP output biases of all layers.")
 
     @property
     def QK(self) -> FactoredMatrix:
@@ -416,7 +399,10 @@ class WeightProperties:
         norm and unembedding). TransformerLens folds the gain into W_U for this; here W_U stays as it is.
         """
         directions = self.W_U.T[token_ids.to(self.W_U.device)]
-        return directions if self.ln_final is None else directions * norm_gain(self.ln_final, directions)
+        if self.ln_final is None:
+            return directions
+        gain, _, _ = norm_arithmetic(self.ln_final, directions.shape[-1], directions)
+        return directions * gain
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
@@ -434,16 +420,6 @@ class WeightProperties:
 
     def _per_query_head(self, weight: Float[Tensor, "layer kv_head a b"]) -> Float[Tensor, "layer head a b"]:
         return weight.repeat_interleave(self.W_Q.shape[1] // weight.shape[1], dim=1)
-
-    def _stacked(self, read: Callable[[Block], Tensor], name: str) -> Tensor:
-        weights = [read(block) for block in self.blocks]
-        shapes = [tuple(weight.shape) for weight in weights]
-        if len(set(shapes)) > 1:
-            raise NoWeightError(
-                f"{name} of the layers cannot be stacked, their shapes differ: {shapes}; "
-                f"read model.blocks[l].{name}"
-            )
-        return torch.stack([weight.to(weights[0].device) for weight in weights])
 
 
 def normalization_of(anatomy: Anatomy) -> tuple[str | None, bool]:
@@ -463,12 +439,6 @@ def normalization_of(anatomy: Anatomy) -> tuple[str | None, bool]:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module in a norm's place divides by a scale (some families have gates or factors there)."""
     return is_called_norm(unadapted(module))
-
-
-@torch.no_grad()
-def norm_gain(norm: nn.Module, like: Float[Tensor, "... d_model"]) -> Float[Tensor, " d_model"]:
-    """What a norm multiplies the normalized vector by, however it stores that."""
-    return norm_arithmetic(norm, like.shape[-1], like)[0]
 
 
 def subtracts_mean(norm: nn.Module) -> bool:
