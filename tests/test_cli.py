@@ -30,7 +30,9 @@ SIZES = ["--n-selection", "2", "--n-evaluation", "2"]
 
 @pytest.fixture
 def small() -> Iterator[None]:
+    core_heads = small_experiment.catalog.EXPERIMENTS["core-heads"]
     with small_experiment.registered():
+        small_experiment.catalog.EXPERIMENTS["core-heads"] = core_heads
         yield
 
 
