@@ -199,10 +199,8 @@ class _Target:
         return x.index_select(self.parts[0].axis, torch.tensor(self.index, device=x.device))
 
     def edit(self, model: HookedVLM, prompt: Prompt, change: Change, where: Positions) -> Edit:
-        if self.parts[0].part == "z":
+        if self.parts[0].part == "z" or self.index is None:
             return Edit(model, prompt, self.hook, change, positions=where, heads=self.index)
-        if self.index is None:
-            return Edit(model, prompt, self.hook, change, positions=where)
 
         def whole(x: Tensor, here: EditContext) -> Tensor:
             chosen = self.of(x)

@@ -94,7 +94,7 @@ def knockout(
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
         chosen = _edge_heads(model, of_layers, of_heads)
-        where, is_key = _queries(prompt, queries), _keys(prompt, keys)
+        where, is_key = _queries(prompt, queries), _real(prompt, keys, "keys")
 
         def change(scores: Tensor, here: EditContext) -> Tensor:
             blocked = _at_keys(is_key, here, scores) & ~is_masked(scores, model.hf_model.dtype)
@@ -179,7 +179,7 @@ def bias_attention(
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
         chosen = _head_set(model, heads, over_the_prompt=True)
-        where, is_key = _queries(prompt, queries), _keys(prompt, keys)
+        where, is_key = _queries(prompt, queries), _real(prompt, keys, "keys")
 
         def change(scores: Tensor, here: EditContext, deltas: Tensor) -> Tensor:
             biased = _at_keys(is_key, here, scores) & ~is_masked(scores, model.hf_model.dtype)
@@ -262,10 +262,6 @@ def _edge_heads(
         chosen = [layer for layer in model.attention_layers if not _looks_elsewhere(model, layer)]
     else:
         chosen = [layers] if isinstance(layers, int) else list(layers)
-        if not _are_integers(chosen):
-            raise InvalidTypeError(f"knockout: layers are integers, not {chosen!r}")
-        if not chosen:
-            raise InvalidValueError("knockout: no layers given: expected at least one, or None for all")
     pairs = []
     for layer in chosen:
         n_heads = model.grid.heads_per_layer[layer] if 0 <= layer < model.cfg.n_layers else 0
@@ -352,10 +348,6 @@ def _queries(prompt: Prompt, queries: Positions) -> IfAny | None:
     if queries is None and not bool(prompt.token_map.is_padding.any()):
         return None
     return if_any(_real(prompt, "prompt" if queries is None else queries, "queries"))
-
-
-def _keys(prompt: Prompt, keys: Positions) -> Mask:
-    return _real(prompt, keys, "keys")
 
 
 def _at_keys(is_key: Mask, here: EditContext, scores: Tensor) -> Bool[Tensor, "row 1 1 key"]:

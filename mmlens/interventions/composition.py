@@ -181,16 +181,15 @@ def by_layer(schedule: Schedule) -> Intervention:
     def intervention(model: HookedVLM, prompt: Prompt) -> list[Hook]:
         check_call(model, prompt)
         hooks: list[Hook] = []
-        scheduled = False
         entries = (
             {layer: schedule(layer) for layer in range(model.cfg.n_layers)}
             if callable(schedule)
             else schedule
         )
-        for key, part in entries.items():
-            if part is None:
-                continue
-            scheduled = True
+        scheduled = {key: part for key, part in entries.items() if part is not None}
+        if not scheduled:
+            raise InvalidValueError("by_layer: the schedule gives no intervention for any layer of the model")
+        for key, part in scheduled.items():
             if not isinstance(key, range):
                 key = whole_number("a layer of the schedule", key)
             layers = key if isinstance(key, range) else range(key, key + 1)
@@ -207,8 +206,6 @@ def by_layer(schedule: Schedule) -> Intervention:
                         f"by_layer: the intervention for {shown} hooks {outside[0]}, which is outside"
                     )
                 hooks.append((match, function))
-        if not scheduled:
-            raise InvalidValueError("by_layer: the schedule gives no intervention for any layer of the model")
         return hooks
 
     return intervention

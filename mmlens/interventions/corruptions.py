@@ -4,14 +4,6 @@ A corruption is a function (model, prompt) -> Prompt. Images and questions are c
 processor sees them, for every example of the batch, and answers and candidates stay attached, so that metrics
 of the corrupted run are about the clean prompt's answer.
 
-| corruption | what it changes |
-|---|---|
-| `blank_region` | a region of an image is filled with one colour |
-| `swap_regions` | two regions of equal size change places |
-| `replace_region` | a region shows other pixels |
-| `other_image` | images are exchanged for others |
-| `other_question` | the question is exchanged for another |
-
 They are in `image_edits` and `question_edits`. `noise_images` acts on embeddings, which no prompt holds: it is an
 intervention, (model, prompt) -> hooks.
 
@@ -27,7 +19,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from mmlens.arguments import (
@@ -38,6 +29,7 @@ from mmlens.arguments import (
 from mmlens.data.images import pixel_fingerprint
 from mmlens.errors import InvalidValueError
 from mmlens.interventions.layouts import layout_difference
+from mmlens.model.fingerprints import real_tokens
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.prompt import Prompt, prompt_of
 from mmlens.model.prompt_answers import answered
@@ -101,8 +93,7 @@ def corrupted_prompt(
 
 def _unchanged(model: HookedVLM, before: Prompt, after: Prompt, example: int) -> str:
     """Why one example's inputs are what they were; "" where they are not."""
-    tokens = [_real_tokens(prompt, example) for prompt in (before, after)]
-    if not torch.equal(*tokens):
+    if real_tokens(before, example) != real_tokens(after, example):
         return ""
     images = [[pixel_fingerprint(each) for each in prompt.images[example]] for prompt in (before, after)]
     if images[0] == images[1]:
@@ -123,10 +114,6 @@ def _equal_inputs(one: dict[str, Any], other: dict[str, Any]) -> bool:
         torch.equal(value, other[name]) if isinstance(value, Tensor) else value == other[name]
         for name, value in one.items()
     )
-
-
-def _real_tokens(prompt: Prompt, example: int) -> Int[Tensor, " _"]:
-    return prompt.inputs["input_ids"][example][~prompt.token_map.is_padding[example]]
 
 
 def _answered(model: HookedVLM, before: Prompt, after: Prompt) -> Prompt:

@@ -290,19 +290,18 @@ def _regions(where: Any, prompt: Prompt, example: int, image: int) -> list[Pixel
         where = called("where", where, "a function (prompt, example's index) -> region", n_arguments=2)(
             prompt, example
         )
-    given = where
-    if hasattr(given, "box") and hasattr(given, "image"):
-        return [_pixel_region(prompt, example, given.image, given.box)]
-    if not isinstance(given, Sequence) or isinstance(given, str):
+    if hasattr(where, "box") and hasattr(where, "image"):
+        return [_pixel_region(prompt, example, where.image, where.box)]
+    if not isinstance(where, Sequence) or isinstance(where, str):
         raise CorruptionError(
             f"example {example}: a region is a box (left, top, right, bottom), an Evidence, or a list of them, not "
-            f"{given!r}"
+            f"{where!r}"
         )
-    if not given:
+    if not where:
         raise CorruptionError(f"example {example}: the list of regions is empty")
-    if not isinstance(given[0], (Sequence, Region)) or isinstance(given[0], str):
-        return [_pixel_region(prompt, example, image, given)]
-    return [region for each in given for region in _regions(each, prompt, example, image)]
+    if not isinstance(where[0], (Sequence, Region)) or isinstance(where[0], str):
+        return [_pixel_region(prompt, example, image, where)]
+    return [region for each in where for region in _regions(each, prompt, example, image)]
 
 
 def _pixel_region(prompt: Prompt, example: int, image: int, box: Sequence[float] | None) -> PixelRegion:

@@ -69,7 +69,7 @@ class VLMActivationCache(ActivationCache):
         name = self._full_name(key)
         if name in self.cache_dict:
             return self.cache_dict[name]
-        if name in self._hook_points():
+        if name in getattr(self.model, "hook_dict", {}):
             raise UnknownNameError(
                 f"{name!r} is not in this cache, which holds {len(self.cache_dict)} activations: either names_filter "
                 "left it out (hook_result and the like are cached by name alone), or it never fired in the run"
@@ -100,9 +100,6 @@ class VLMActivationCache(ActivationCache):
             return str(get_act_name(parts[0], layer, *parts[2:]))
         except (AssertionError, AttributeError, IndexError, ValueError):
             return parts[0]
-
-    def _hook_points(self) -> Mapping[str, Any]:
-        return getattr(self.model, "hook_dict", {})
 
     def remove_batch_dim(self, batch_size: int | None = None) -> VLMActivationCache:
         """The same cache without the batch axis of its language side, changed in place.

@@ -34,7 +34,7 @@ TEXT_INPUTS = ("input_ids", "attention_mask")
 
 def example_seed(prompt: Prompt, example: int) -> list[int]:
     """Numbers that are an example's own in whatever batch it stands: of its tokens (no padding) and its images."""
-    ids = _real_tokens(prompt, example)
+    ids = real_tokens(prompt, example)
     return [
         zlib.crc32(ids),
         *(zlib.crc32(pixel_fingerprint(each).encode()) for each in prompt.images[example]),
@@ -49,7 +49,7 @@ def example_fingerprint(prompt: Prompt, example: int) -> str:
     images: list[Any] = [pixel_fingerprint(each) for each in prompt.images[example]]
     answers = [None if each is None else each[example] for each in (prompt.answers, prompt.candidates)]
     seen = images or (sorted(prompt.vision.items()), example)
-    return _short(_real_tokens(prompt, example), repr((seen, answers)).encode())
+    return _short(real_tokens(prompt, example), repr((seen, answers)).encode())
 
 
 def vision_fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
@@ -61,7 +61,8 @@ def vision_fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _real_tokens(prompt: Prompt, example: int) -> bytes:
+def real_tokens(prompt: Prompt, example: int) -> bytes:
+    """One example's token ids without padding."""
     real = ~prompt.token_map.is_padding[example].cpu()
     return prompt.inputs["input_ids"][example].cpu()[real].numpy().astype(np.int64).tobytes()
 

@@ -200,15 +200,12 @@ def load_error(given: Iterable[str], error: TypeError) -> Exception:
 def _check_dtype(name: str, dtype: object) -> None:
     if dtype is None or isinstance(dtype, torch.dtype) or dtype == "auto":
         return
-    known = sorted({str(value).removeprefix("torch.") for value in vars(torch).values() if _is_float(value)})
+    dtypes = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
+    known = sorted({str(value).removeprefix("torch.") for value in dtypes if value.is_floating_point})
     if not isinstance(dtype, str):
         raise InvalidTypeError(f"{name} is {shown(dtype)}; expected a torch.dtype, such as torch.bfloat16")
     if not isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype):
         raise InvalidValueError(unknown_name_message(name, dtype, ["auto", *known]))
-
-
-def _is_float(value: object) -> bool:
-    return isinstance(value, torch.dtype) and value.is_floating_point
 
 
 def check_generate(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:

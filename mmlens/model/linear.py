@@ -32,7 +32,7 @@ class NoWeightError(InvalidValueError):
 
 def unadapted(module: nn.Module) -> nn.Module:
     """The model's own module inside an adapter's layers."""
-    while inner := next((m for name in _AROUND if isinstance(m := _held(module, name), nn.Module)), None):
+    while inner := next(filter(None, map(internals.children_of(module).get, _AROUND)), None):
         module = inner
     return module
 
@@ -205,7 +205,3 @@ def _check_still(module: nn.Module, name: str) -> None:
     drops = (part for part in module.modules() if isinstance(part, internals.DROPOUT))
     if any(part.training and part.p > 0 for part in drops):
         raise StateError(f"{name} cannot be read while an adapter's dropout is active: call model.eval()")
-
-
-def _held(module: nn.Module, name: str) -> Any:
-    return internals.children_of(module).get(name)

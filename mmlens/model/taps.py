@@ -8,6 +8,7 @@ tensor, its heads, its rows at image positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakMethod, WeakSet
 
@@ -115,16 +116,12 @@ def _function(handle: LensHandle) -> Any:
     return hook.function if isinstance(hook, CheckedHook) else hook
 
 
+@dataclass(frozen=True, eq=False)
 class Step:
     """One or more hook points and what they do to the tensor: `apply(tensor, module, inputs) -> tensor`."""
 
-    def __init__(
-        self,
-        hook_points: Sequence[LazyHookPoint],
-        apply: Callable[[Tensor, nn.Module, tuple[Any, ...]], Tensor],
-    ) -> None:
-        self.hook_points = tuple(hook_points)
-        self.apply = apply
+    hook_points: Sequence[LazyHookPoint]
+    apply: Callable[[Tensor, nn.Module, tuple[Any, ...]], Tensor]
 
     @property
     def is_live(self) -> bool:

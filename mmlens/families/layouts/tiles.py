@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import ProcessorMixin
 from transformers.image_utils import SizeDict
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
 from transformers.models.ovis2 import image_processing_pil_ovis2 as ovis2_images
 
 from mmlens.families.layouts.grids import (
@@ -236,22 +238,8 @@ def _idefics3_resized(image_processor: Any, size: Size) -> Size:
     target = image_processor.size
     if not target.get("longest_edge"):
         return target["width"], target["height"]
-    width, height = size
-    longest = target["longest_edge"]
-    if width >= height:
-        width, height = longest, int(longest / (width / height))
-        height += height % 2
-    else:
-        width, height = int(longest * (width / height)), longest
-        width += width % 2
-    width, height = max(width, 1), max(height, 1)
-    aspect_ratio = width / height
-    most = 4096  # the processor's own bound on either edge
-    if width >= height and width > most:
-        width, height = most, int(most / aspect_ratio)
-    elif height > width and height > most:
-        width, height = int(most * aspect_ratio), most
-    return max(width, 1), max(height, 1)
+    height, width = get_resize_output_image_size(np.broadcast_to(0, size[::-1]), target["longest_edge"])
+    return width, height
 
 
 def _idefics3_tiles(resized: Size, tile: int) -> tuple[int, int]:
