@@ -172,7 +172,7 @@ def one_of(name: str, value: object, known: Iterable[str]) -> str:
     return value
 
 
-def text(name: str, value: object, expected: str = "a text", *, may_be_empty: bool = False) -> str:
+def text(name: str, value: object, expected: str = "a text") -> str:
     """A text that is not empty.
 
     >>> text("null_question", " ")
@@ -181,7 +181,7 @@ def text(name: str, value: object, expected: str = "a text", *, may_be_empty: bo
     mmlens.errors.InvalidValueError: null_question is ' '; expected a text that is not empty
     """
     given = instance_of(name, value, str, expected)
-    if not may_be_empty and not given.strip():
+    if not given.strip():
         raise InvalidValueError(f"{name} is {given!r}; expected {expected} that is not empty")
     return given
 
@@ -245,7 +245,7 @@ def listed(name: str, value: object, expected: str, *, least: int = 0, sets: boo
     return items
 
 
-def names_of(name: str, value: object, known: Iterable[str], *, least: int = 1) -> list[str]:
+def names_of(name: str, value: object, known: Iterable[str]) -> list[str]:
     """A list of some of a few names, each once.
 
     >>> names_of("modes", ("zero", "meen"), ["zero", "mean"])
@@ -254,7 +254,7 @@ def names_of(name: str, value: object, known: Iterable[str], *, least: int = 1) 
     mmlens.errors.InvalidValueError: there is no mode 'meen'; the nearest: 'mean'
     """
     names = list(known)
-    given = listed(name, value, f"a list of some of {', '.join(map(repr, names))}", least=least)
+    given = listed(name, value, f"a list of some of {', '.join(map(repr, names))}", least=1)
     return _each_once(name, [one_of(name.removesuffix("s"), item, names) for item in given])
 
 

@@ -12,9 +12,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from mmlens.families.names import (
 )
 from mmlens.families.record import Family, Stack
 
+T = TypeVar("T")
 Roles = Mapping[str, tuple[str, ...]]
 Names = Mapping[str, str | tuple[str, ...] | None]
 
@@ -258,7 +259,7 @@ def attention_parts(module: nn.Module, names: Names, out: nn.Module | None = Non
     d_value = getattr(module, "v_head_dim", None) or _width(out, "in_features") // n_heads
     projections: dict[str, Projection] = {}
     q, k, v, fused, latent = part("q"), part("k"), part("v"), part("qkv"), part("latent_kv")
-    d_head = _d_head(module, n_heads, d_value)
+    d_head = _first(module, ("qk_head_dim", "head_dim", "attention_head_size", "head_size"), int) or d_value
     n_kv_heads = n_heads // (getattr(module, "num_key_value_groups", None) or 1)
     if fused is not None:
         n_kv_heads = (_width(fused, "out_features") // d_head - n_heads) // 2
@@ -294,8 +295,7 @@ def mlp_linear(parts: LayerParts, role: str) -> nn.Module | None:
     if first is not last:
         # Two linear modules of the layer itself.
         return {"in": first, "out": last}.get(role)
-    found = (getattr(last, name, None) for name in MLP_ROLES[role])
-    return next((module for module in found if isinstance(module, nn.Module)), None)
+    return _first(last, MLP_ROLES[role], nn.Module)
 
 
 def is_called_norm(module: nn.Module) -> bool:
@@ -362,6 +362,12 @@ def _part(root: nn.Module, role: str, roles: Roles, names: Names) -> Any:
     return found
 
 
+def _first(owner: object, names: Iterable[str], kind: type[T]) -> T | None:
+    """The first of the owner's attributes under these names that is of a kind."""
+    found = (getattr(owner, name, None) for name in names)
+    return next((value for value in found if isinstance(value, kind)), None)
+
+
 def _own(module: nn.Module | None) -> nn.Module | None:
     return None if isinstance(module, nn.Identity) else module
 
@@ -376,24 +382,13 @@ def _width(linear: nn.Module, name: str) -> int:
 
 
 def _n_heads(module: nn.Module) -> int:
-    config: Any = getattr(module, "config", None)
-    for owner, names in (
-        (module, ("num_heads", "num_attention_heads", "n_heads")),
-        (config, ("num_attention_heads", "num_heads", "n_heads")),
-    ):
-        for name in names:
-            value = getattr(owner, name, None)
-            if isinstance(value, int):
-                return value
-    raise AnatomyError(f"{type(module).__name__} does not say how many heads it has")
-
-
-def _d_head(module: nn.Module, n_heads: int, d_value: int) -> int:
-    for name in ("qk_head_dim", "head_dim", "attention_head_size", "head_size"):
-        value = getattr(module, name, None)
-        if isinstance(value, int):
-            return value
-    return d_value
+    n_heads = _first(module, ("num_heads", "num_attention_heads", "n_heads"), int)
+    if n_heads is None:
+        config = getattr(module, "config", None)
+        n_heads = _first(config, ("num_attention_heads", "num_heads", "n_heads"), int)
+    if n_heads is None:
+        raise AnatomyError(f"{type(module).__name__} does not say how many heads it has")
+    return n_heads
 
 
 def _lists(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
@@ -427,8 +422,7 @@ def _final_norm(model: PreTrainedModel, stack: Stack, layers: str) -> nn.Module 
     if stack.norm is not None:
         return _submodule(model, stack.norm)
     owner = _submodule(model, layers.rpartition(".")[0])
-    found = (getattr(owner, name, None) for name in STREAM_NORMS)
-    return next((norm for norm in found if isinstance(norm, nn.Module)), None)
+    return _first(owner, STREAM_NORMS, nn.Module)
 
 
 def _projector(model: PreTrainedModel, family: Family, inside_decoder: set[int]) -> nn.Module | None:

@@ -103,7 +103,9 @@ def _restricted(
             )
         return function
     if isinstance(function, Edit):
-        edit = _fresh(function)
+        # A copy that has not fired yet.
+        edit = copy.copy(function)
+        edit.fired, edit._sizes = 0, []
     elif when == "both":
         return function
     else:
@@ -112,13 +114,6 @@ def _restricted(
     if when == "decode":
         edit.mask = torch.zeros_like(prompt.token_map.is_padding)
     return edit
-
-
-def _fresh(edit: Edit) -> Edit:
-    """A copy that has not fired yet."""
-    fresh = copy.copy(edit)
-    fresh.fired, fresh._sizes = 0, []
-    return fresh
 
 
 def _of_part(

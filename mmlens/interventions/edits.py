@@ -189,11 +189,6 @@ class EditContext:
     def is_image(self) -> Bool[Tensor, "batch span"]:
         return self.of_prompt(self.prompt.token_map.is_image, False)
 
-    @property
-    def is_text(self) -> Bool[Tensor, "batch span"]:
-        """Text positions, generated ones included; padding is neither text nor image."""
-        return self.of_prompt(NAMED_POSITIONS["text"](self.prompt), True)
-
 
 Change = Callable[[Tensor, EditContext], Tensor]
 """(the activation at the chosen heads, what it covers) -> what stands in its place; the edit keeps it at the chosen

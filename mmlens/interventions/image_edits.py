@@ -62,14 +62,11 @@ def blank_region(where: Where, *, image: int = 0, fill: str | Sequence[int] = "m
     """
     image, colour = whole_number("image", image, least=0), _colour(fill)
 
-    def blank(before: list[Pixels], regions: list[list[PixelRegion]], *at: Any) -> list[Pixels]:
-        after = [pixels.copy() for pixels in before]
-        for region in regions[0]:
-            own = before[region.image]
-            after[region.image][region.window] = (
-                np.rint(own.mean(axis=(0, 1))).astype(np.uint8) if colour is None else colour
-            )
-        return after
+    def blank(before: list[Pixels], regions: Regions, *at: Any) -> Changes:
+        if colour is not None:
+            return [(region, colour) for region in regions[0]]
+        means = [np.rint(own.mean(axis=(0, 1))).astype(np.uint8) for own in before]
+        return [(region, means[region.image]) for region in regions[0]]
 
     return _of_regions([where], image, blank)
 
@@ -90,7 +87,7 @@ def swap_regions(one: Where, other: Where, *, image: int = 0) -> Corruption:
 
     image = whole_number("image", image, least=0)
 
-    def swap(before: list[Pixels], regions: list[list[PixelRegion]], name: str, *at: Any) -> list[Pixels]:
+    def swap(before: list[Pixels], regions: Regions, name: str, *at: Any) -> Changes:
         a, b = (_only(sided, name, "swap_regions takes one region on each side") for sided in regions)
         if a.size != b.size:
             raise CorruptionError(
@@ -99,10 +96,7 @@ def swap_regions(one: Where, other: Where, *, image: int = 0) -> Corruption:
             )
         if a.image == b.image and _overlap(a, b):
             raise CorruptionError(f"{name}: the regions {a.box} and {b.box} of image {a.image} overlap")
-        after = [pixels.copy() for pixels in before]
-        after[a.image][a.window] = before[b.image][b.window]
-        after[b.image][b.window] = before[a.image][a.window]
-        return after
+        return [(a, before[b.image][b.window]), (b, before[a.image][a.window])]
 
     return _of_regions([one, other], image, swap)
 
@@ -125,9 +119,7 @@ def replace_region(where: Where, source: Any | Callable[[Prompt, int], Any], *, 
     image = whole_number("image", image, least=0)
     fixed = None if callable(source) else load_image(source, "the source")
 
-    def put(
-        before: list[Pixels], regions: list[list[PixelRegion]], name: str, prompt: Prompt, example: int
-    ) -> list[Pixels]:
+    def put(before: list[Pixels], regions: Regions, name: str, prompt: Prompt, example: int) -> Changes:
         region = _only(regions[0], name, "replace_region takes one region")
         given = load_image(source(prompt, example), f"the source of {name}") if fixed is None else fixed
         if given.size != region.size:
@@ -135,9 +127,7 @@ def replace_region(where: Where, source: Any | Callable[[Prompt, int], Any], *, 
                 f"{name}: the source is {in_pixels(given.size)}, the region {region.box} {in_pixels(region.size)}; "
                 "crop or resize the source"
             )
-        after = [pixels.copy() for pixels in before]
-        after[region.image][region.window] = np.array(given)
-        return after
+        return [(region, np.array(given))]
 
     return _of_regions([where], image, put)
 
@@ -266,19 +256,25 @@ class PixelRegion:
         return right - left, bottom - top
 
 
-def _of_regions(
-    where: Sequence[Where], image: int, edit: Callable[..., list[Pixels]]
-) -> Callable[[HookedVLM, Prompt], Prompt]:
-    """The corruption that edits the pixels of every example: `edit(pixels of its images, its regions of each
-    `where`, its name for errors, prompt, example)`."""
+Regions = list[list[PixelRegion]]
+"""Of each `where`, what it means in one example."""
+Changes = list[tuple[PixelRegion, np.ndarray]]
+"""Regions, and the pixels or the colour that they show instead."""
+
+
+def _of_regions(where: Sequence[Where], image: int, edit: Callable[..., Changes]) -> Corruption:
+    """The corruption that edits the pixels of every example: `edit(pixels of its images, its regions, its name for
+    errors, prompt, example)`."""
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
         check_call(model, prompt)
         made = []
         for example, own in enumerate(prompt.images):
             regions = [_regions(each, prompt, example, image) for each in where]
-            edited = edit([np.array(each) for each in own], regions, f"example {example}", prompt, example)
-            made.append([Image.fromarray(pixels) for pixels in edited])
+            before, after = ([np.array(each) for each in own] for _ in range(2))
+            for region, shown in edit(before, regions, f"example {example}", prompt, example):
+                after[region.image][region.window] = shown
+            made.append([Image.fromarray(pixels) for pixels in after])
         return corrupted_prompt(model, prompt, images=made)
 
     return corruption

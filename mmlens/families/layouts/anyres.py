@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -13,8 +12,10 @@ from transformers import ProcessorMixin
 from transformers.image_processing_utils import select_best_resolution
 
 from mmlens.families.layouts.grids import (
+    Inputs,
     Intervals,
     Size,
+    Sizes,
     cells,
     grid_side,
     image_grid,
@@ -28,9 +29,7 @@ from mmlens.families.layouts.grids import (
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
-def llava_onevision(
-    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
-) -> list[ImageGrid]:
+def llava_onevision(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """LLaVA-OneVision: a base view of the whole image (tile 0), then the tiles as ONE mosaic (tile 1).
 
     The mosaic's row and column count over all tiles, after the model has cut away most of the padding; every
@@ -66,9 +65,7 @@ def llava_onevision(
     return grids
 
 
-def llava_next(
-    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
-) -> list[ImageGrid]:
+def llava_next(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """LLaVA-NeXT, Granite Vision: a base view of the whole image (tile 0), then the tiles as ONE mosaic (tile 1).
 
     The mosaic's row and column count over all tiles, after the model has cut away most of the padding; every

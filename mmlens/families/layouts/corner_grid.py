@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, cells, image_grid, pixels, square_edge, whole_grid
+from mmlens.families.layouts.grids import (
+    Inputs,
+    Sizes,
+    cells,
+    image_grid,
+    pixels,
+    square_edge,
+    whole_grid,
+)
 from mmlens.families.layouts.tiles import image_options
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
-def fuyu(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def fuyu(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Fuyu: an image that is too large shrunk to fit, one token per patch; the token that closes a row is text."""
     image_processor = processor.image_processor
     if not image_processor.do_pad:
@@ -33,7 +39,7 @@ def fuyu(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[S
     return grids
 
 
-def inkling2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def inkling2(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Inkling 2: the image in its own size, one token per square cell; image_grid_thw counts cells."""
     cell = square_edge(processor.image_processor.size)
     return [
@@ -42,7 +48,7 @@ def inkling2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequen
     ]
 
 
-def inkling(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def inkling(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Inkling: one token per square cell of the image, resized where rescale_image_frac says so.
 
     A width of whole cells has a last column of padding besides.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import ProcessorMixin
 
 from mmlens.families.layouts import resized_grid
 from mmlens.families.layouts.grids import (
+    Inputs,
     Intervals,
     Size,
+    Sizes,
     cells,
     grid_side,
     image_grid,
@@ -23,7 +24,7 @@ from mmlens.families.layouts.grids import (
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
-def llava(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def llava(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """LLaVA 1.5: resize, crop (or pad) at the centre, one token per patch. What was cropped away has no token."""
     if hasattr(processor, "image_break_token"):
         # Pixtral-12B has LLaVA's model type, but its own processor.
@@ -54,7 +55,7 @@ def llava(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[
     return grids
 
 
-def deepseek(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def deepseek(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """DeepSeek-VL, Janus: the longest edge resized to the view, the other padded at both ends; a token per patch.
 
     With a view of high resolution besides (deepseek_vl_hybrid), the padded square of that one is what the

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from transformers import ProcessorMixin
 
 from mmlens.families.layouts import block_grid
-from mmlens.families.layouts.grids import Size, closed_rows, joined, separator
+from mmlens.families.layouts.grids import Inputs, Sizes, closed_rows, joined, separator
 from mmlens.token_map import ImageGrid, TokenMapError
 
 
-def hunyuan(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def hunyuan(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Hunyuan-VL: a learnt first token, rows of blocks that each end in a learnt newline, a learnt last token."""
     if not processor.cat_extra_token:
         raise TokenMapError(
@@ -28,7 +25,7 @@ def hunyuan(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
     ]
 
 
-def hy_v4(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def hy_v4(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """HY V4 VL: rows of blocks that each end in a learnt newline, and no frame."""
     return [
         joined(size, closed_rows(size, grid, int(grid.row.max()) + 1))

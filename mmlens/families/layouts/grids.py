@@ -13,7 +13,11 @@ from transformers import ProcessorMixin
 from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 Size = tuple[int, int]
-Layout = Callable[[ProcessorMixin, Mapping[str, Any], Sequence[Size]], list[ImageGrid]]
+Sizes = Sequence[Size]
+"""(width, height) of each image."""
+Inputs = Mapping[str, Any]
+"""What a processor gives, by name."""
+Layout = Callable[[ProcessorMixin, Inputs, Sizes], list[ImageGrid]]
 """(processor, its inputs, sizes of at least one image) -> where each image's tokens come from."""
 Intervals = Float[np.ndarray, "_ 2"]
 View = tuple[int, Intervals, Intervals]
@@ -106,7 +110,7 @@ def closed_rows(size: Size, grid: ImageGrid, n_rows: int) -> list[ImageGrid]:
     return [part for row in range(n_rows) for part in (part_of(grid, grid.row == row), separator(size))]
 
 
-def still_patches(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+def still_patches(inputs: Inputs) -> list[tuple[int, int]]:
     """(rows, columns) of each image's patches in image_grid_thw; TokenMapError for a clip of several frames."""
     counts = np.asarray(inputs["image_grid_thw"]).tolist()
     for frames, *_ in counts:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 from transformers import ProcessorMixin
 
 from mmlens.families.layouts.grids import (
+    Inputs,
     Intervals,
-    Size,
+    Sizes,
     cells,
     image_grid,
     pixels,
@@ -22,7 +20,7 @@ from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid
 
 
 @visual_token(lambda processor: "<im_patch>")
-def molmo2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def molmo2(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Molmo 2: the image stretched to one square (tile 0), then stretched over the canvas of its crops (tile 1).
 
     A token pools a window of patches (2 x 2). Every patch of the canvas is taken from the one crop that it is

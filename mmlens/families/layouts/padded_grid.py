@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, still_patches, whole_grid
+from mmlens.families.layouts.grids import Inputs, Size, Sizes, still_patches, whole_grid
 from mmlens.token_map import ImageGrid, TokenMapError
 
 
-def kimi(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def kimi(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Kimi K2.5: an image above its budget of patches shrunk to whole pixels, then padded."""
     # The resize lives in a module that cannot be imported without torchvision, as this processor's images.
     from transformers.models.kimi_k25.image_processing_kimi_k25 import navit_resize
@@ -33,7 +32,7 @@ def kimi(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[S
     return _padded(image_processor, inputs, sizes, shown)
 
 
-def glm(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def glm(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """GLM-5 Next: scaled to fit whole tokens between min_image_tokens and max_image_tokens, then padded."""
     image_processor = processor.image_processor
     token = image_processor.patch_size * image_processor.merge_size
@@ -51,9 +50,7 @@ def glm(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Si
     return _padded(image_processor, inputs, sizes, shown)
 
 
-def _padded(
-    image_processor: Any, inputs: Mapping[str, Any], sizes: Sequence[Size], shown: Any
-) -> list[ImageGrid]:
+def _padded(image_processor: Any, inputs: Inputs, sizes: Sizes, shown: Any) -> list[ImageGrid]:
     """`shown(size, canvas)` is the (width, height) of the image on its canvas, whose top left corner it fills."""
     patch, merge = image_processor.patch_size, image_processor.merge_size
     grids = []

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, whole_grid
+from mmlens.families.layouts.grids import Inputs, Sizes, whole_grid
 from mmlens.token_map import ImageGrid
 
 
-def gemma4(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def gemma4(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Gemma 4: image_position_ids hold the (column, row) of every patch; the model pools them."""
     return _blocks(inputs, sizes, processor.image_processor.pooling_kernel_size)
 
 
-def gemma4_unified(
-    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
-) -> list[ImageGrid]:
+def gemma4_unified(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Gemma 4 unified: image_position_ids hold the (column, row) of every block, merged by the processor."""
     return _blocks(inputs, sizes, 1)
 
 
-def _blocks(inputs: Mapping[str, Any], sizes: Sequence[Size], pooled: int) -> list[ImageGrid]:
+def _blocks(inputs: Inputs, sizes: Sizes, pooled: int) -> list[ImageGrid]:
     """One token per `pooled` x `pooled` positions, row by row."""
     # Padding has position -1.
     counts = (np.asarray(inputs["image_position_ids"]).max(axis=1) + 1) // pooled

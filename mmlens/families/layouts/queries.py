@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
 
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Layout, Size, joined, separator, visual_token
+from mmlens.families.layouts.grids import Inputs, Layout, Size, Sizes, joined, separator, visual_token
 from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
@@ -31,9 +30,7 @@ def per_image(count: str) -> Layout:
     `count` may be a path ("image_processor.num_queries").
     """
 
-    def layout(
-        processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
-    ) -> list[ImageGrid]:
+    def layout(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
         n_queries = attrgetter(count)(processor)
         if not isinstance(n_queries, int) or n_queries < 1:
             raise TokenMapError(
@@ -44,14 +41,14 @@ def per_image(count: str) -> Layout:
     return layout
 
 
-def idefics2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def idefics2(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Idefics 2: image_seq_len learnt queries that read the whole image (tile 0); with do_image_splitting as many
     for each of its four quarters before it (tiles 1 to 4)."""
     quarters = (1, 2, 3, 4) if processor.image_processor.do_image_splitting else ()
     return [query_grid(size, processor.image_seq_len, (*quarters, WHOLE_IMAGE_TILE)) for size in sizes]
 
 
-def aria(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def aria(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Aria: as many queries for an image as size_conversion says for the edge of its view."""
     if processor._merge_kwargs()["images_kwargs"].get("split_image"):
         raise TokenMapError("split_image is not laid out for aria")
@@ -59,9 +56,7 @@ def aria(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[S
     return [query_grid(size, n_queries) for size in sizes]
 
 
-def deepseek_ocr2(
-    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
-) -> list[ImageGrid]:
+def deepseek_ocr2(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """DeepSeek-OCR 2: the queries of every crop (tiles 1..; none of small images), of the whole (tile 0), and a
     learnt separator."""
     image_processor = processor.image_processor
@@ -77,8 +72,6 @@ def deepseek_ocr2(
 
 
 @visual_token(lambda processor: None)
-def cross_attention(
-    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
-) -> list[ImageGrid]:
+def cross_attention(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Mllama: cross-attention reads the images, and no position of the prompt is one."""
     return [query_grid(size, 0) for size in sizes]

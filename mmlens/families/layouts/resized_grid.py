@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, whole_grid
+from mmlens.families.layouts.grids import Inputs, Sizes, whole_grid
 from mmlens.token_map import ImageGrid, TokenMapError
 
 
-def pixtral(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def pixtral(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Pixtral, Mistral 3, LightOnOCR: a token per spatial_merge_size x spatial_merge_size patches.
 
     `image_sizes` says how large the processor made each image. Where rows end in a break token (all but

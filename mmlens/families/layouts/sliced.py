@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, View, cells, image_grid, pixels
+from mmlens.families.layouts.grids import Inputs, Size, Sizes, View, cells, image_grid, pixels
 from mmlens.families.layouts.tiles import image_options
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
-def minicpm(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def minicpm(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """MiniCPM-V, MiniCPM-OCR: the whole image (tile 0), then its slices row by row (tiles 1..).
 
     target_sizes says how many patches every view has; a token is 4 x 4 of them, or 2 x 2 where

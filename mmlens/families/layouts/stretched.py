@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from transformers import ProcessorMixin
 
 from mmlens.families.layouts.grids import (
+    Inputs,
     Size,
+    Sizes,
     View,
     cells,
     grid_side,
@@ -21,7 +23,7 @@ from mmlens.families.layouts.grids import (
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
-def paligemma(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def paligemma(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """PaliGemma: one token per patch of the stretched image."""
     side = _side(processor)
     return [
@@ -30,7 +32,7 @@ def paligemma(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Seque
 
 
 @visual_token(lambda processor: processor.tokenizer.image_token)
-def gemma3(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def gemma3(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Gemma 3, ShieldGemma 2: one token per pooled block of the stretched image (tile 0).
 
     With do_pan_and_scan, an elongated image is also cut across its longer edge into crops (tiles 1..), each

@@ -5,14 +5,12 @@ The kernels reach further, over a patch or two of the neighbouring cells.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 from transformers import ProcessorMixin
 
 from mmlens.families.layouts.grids import (
-    Size,
+    Inputs,
+    Sizes,
     cells,
     closed_rows,
     grid_side,
@@ -28,16 +26,14 @@ from mmlens.families.layouts.tiles import image_options, stretched_tiles
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 
-def got_ocr2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def got_ocr2(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """GOT-OCR 2: the image stretched to one square; with crop_to_patches over a canvas of squares (tiles 1..), then
     the whole once more (tile 0)."""
     square_edge(image_options(processor)("size"))
     return stretched_tiles(processor, sizes, grid_side(processor.num_image_tokens, "num_image_tokens"))
 
 
-def pp_chart2table(
-    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
-) -> list[ImageGrid]:
+def pp_chart2table(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """PP-Chart2Table: the image stretched to one square.
 
     Its processor expands nothing: the chat template writes all of an image's tokens, and they are counted.
@@ -50,7 +46,7 @@ def pp_chart2table(
     return [image_grid(size, tiled(size, 1, 1, (edge, edge), side)) for size in sizes]
 
 
-def step3p7(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def step3p7(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Step 3.7: windows of the image, each stretched to a crop (tiles 1.., none of small images), then the whole
     stretched to a square (tile 0).
 
@@ -81,9 +77,7 @@ def step3p7(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
     return grids
 
 
-def unlimited_ocr(
-    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
-) -> list[ImageGrid]:
+def unlimited_ocr(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Unlimited-OCR: the image stretched over a canvas of tiles, as ONE mosaic (tile 1; none of small images), then
     the whole padded to a square (tile 0). Every row ends in a learnt newline, the image in a learnt separator.
     """

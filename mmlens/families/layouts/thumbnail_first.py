@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Size, image_grid, tiled, whole_view
+from mmlens.families.layouts.grids import Inputs, Sizes, image_grid, tiled, whole_view
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid
 
 
-def perception(
-    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
-) -> list[ImageGrid]:
+def perception(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Perception LM: a thumbnail (tile 0), then tiles row by row (1..); a token is pooling_ratio x pooling_ratio
     patches.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import get_resiz
 from transformers.models.ovis2 import image_processing_pil_ovis2 as ovis2_images
 
 from mmlens.families.layouts.grids import (
+    Inputs,
     Size,
+    Sizes,
     View,
     cells,
     grid_side,
@@ -31,7 +33,7 @@ Canvas = Callable[[Size, Size, int, int], Size]
 """(height, width) of image and tile, fewest and most tiles -> tiles across and down."""
 
 
-def internvl(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def internvl(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """InternVL, Qianfan-OCR: the image stretched over a canvas of tiles (tiles 1..), then a thumbnail of it all
     (tile 0).
 
@@ -40,12 +42,12 @@ def internvl(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequen
     return stretched_tiles(processor, sizes, grid_side(processor.image_seq_length, "image_seq_length"))
 
 
-def aya(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def aya(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Aya Vision: InternVL's tiles and thumbnail; img_size and patch_size say how many tokens a tile has."""
     return stretched_tiles(processor, sizes, processor.img_size // processor.patch_size)
 
 
-def cohere2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def cohere2(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Cohere Command A Vision: InternVL's tiles and thumbnail, on a canvas that shrinks the image least.
 
     Its image processor calls the number of tokens on a tile's side patch_size.
@@ -57,7 +59,7 @@ def cohere2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequenc
 
 
 def stretched_tiles(
-    processor: ProcessorMixin, sizes: Sequence[Size], side: int, canvas: Canvas = get_optimal_tiled_canvas
+    processor: ProcessorMixin, sizes: Sizes, side: int, canvas: Canvas = get_optimal_tiled_canvas
 ) -> list[ImageGrid]:
     """Tiles of `side` x `side` tokens over the canvas that `canvas` chooses for each image."""
     option = image_options(processor)
@@ -80,9 +82,7 @@ def image_options(processor: ProcessorMixin) -> Callable[[str], Any]:
     return lambda name: defaults.get(name, getattr(processor.image_processor, name, None))
 
 
-def granite_docling(
-    processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]
-) -> list[ImageGrid]:
+def granite_docling(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Granite Docling: the page stretched over whole tiles (tiles 1..), then a view of it all (tile 0).
 
     On the fine route (tile_fine_mask among the inputs) a tile has four times as many tokens.
@@ -99,7 +99,7 @@ def granite_docling(
 
 
 @visual_token(lambda processor: "<IMG_ATOM>")
-def ovis2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def ovis2(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Ovis 2: a view of the whole image (tile 0), then the image stretched over a canvas of tiles (tiles 1..)."""
     option = image_options(processor)
     tile = square_edge(option("size"))
@@ -124,7 +124,7 @@ def ovis2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[
 
 
 @visual_token(lambda processor: processor.img_patch_token)
-def llama4(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def llama4(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Llama 4: the image in the upper left corner of a padded canvas of tiles (tiles 1..), then a view of the
     whole image stretched to one tile (tile 0).
 
@@ -172,7 +172,7 @@ def llama4(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence
     return grids
 
 
-def lfm2(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def lfm2(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """LFM2-VL: a large image stretched over a canvas of tiles (tiles 1..), then, with use_thumbnail, a view of
     the whole image (tile 0); a smaller image is that view alone.
 
@@ -215,7 +215,7 @@ def _patched(
     return (WHOLE_IMAGE_TILE if number is None else number + 1, columns, rows)
 
 
-def idefics3(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def idefics3(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Idefics3, SmolVLM: the image stretched over whole tiles (tiles 1..), then a global image (tile 0).
 
     Without do_image_splitting, or where one tile holds the image, only the global image.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 from transformers import ProcessorMixin
 
 from mmlens.families.layouts.fixed_grid import centre_cropped, resized_size
 from mmlens.families.layouts.grids import (
-    Size,
+    Inputs,
+    Sizes,
     cells,
     closed_rows,
     grid_side,
@@ -22,7 +20,7 @@ from mmlens.families.layouts.grids import (
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid
 
 
-def chameleon(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def chameleon(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Chameleon: resized, cropped at the centre, a square of codes. What was cropped away has no token."""
     image_processor = processor.image_processor
     side = grid_side(processor.image_seq_length, "image_seq_length")
@@ -37,7 +35,7 @@ def chameleon(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Seque
     return grids
 
 
-def emu3(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def emu3(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Emu3: the image resized to whole cells, rows of codes that each end in the code of a line's end."""
     return [
         joined(size, closed_rows(size, grid, int(grid.row.max()) + 1))
@@ -45,12 +43,12 @@ def emu3(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[S
     ]
 
 
-def apertus(processor: ProcessorMixin, inputs: Mapping[str, Any], sizes: Sequence[Size]) -> list[ImageGrid]:
+def apertus(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Apertus 1.5: the image resized to whole cells, one code for each; rows are closed by a token of text."""
     return _cells_of(inputs, sizes, processor.image_processor.spatial_factor)
 
 
-def _cells_of(inputs: Mapping[str, Any], sizes: Sequence[Size], cell: int) -> list[ImageGrid]:
+def _cells_of(inputs: Inputs, sizes: Sizes, cell: int) -> list[ImageGrid]:
     """One token per cell of `cell` pixels of each resized image, whose heights and widths are in `image_sizes`."""
     return [
         whole_grid(size, (width // cell, height // cell), cell, (width, height))
