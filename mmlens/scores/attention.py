@@ -1,16 +1,5 @@
 """Head scores akin to RAM that read where the question or the last token looks, and RAM's corrected forms.
 
-| function | score of a head | source |
-|---|---|---|
-| `null_calibrated_ram` | RAM minus RAM under a null question | arXiv 2605.27243 |
-| `query_focused_score` | the same per token of whole documents, low outliers dropped | arXiv 2506.09944 |
-| `gaze_score` | attention of the prompt's last token to the evidence | arXiv 2606.14703 |
-| `ram_per_token` | RAM / number of evidence tokens | RAM corrected for the size of the evidence |
-
-Each takes (model, prompts) and gives HeadScores with one score per example, as `mmlens.scores.ram` does,
-and reads nothing but rows of the pattern. The other head scores: RAM against its chance level (lift.py), what heads
-copy while decoding (decoding.py), how compactly they look (spatial.py), what they write (logits.py).
-
 Arguments and errors that the functions share with `ram` are described there; the docstrings here name what is theirs.
 Where a source's code was read, "stated" is what paper or code says and "our reading" what they leave open.
 """
@@ -32,7 +21,7 @@ from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 from mmlens.model.prompt_making import UnknownWordWarning
 from mmlens.scores.retrieval import attention_mass, evidence_tokens
-from mmlens.scores.rows import LayerBuffer, Rows, mean_of_rows, read_rows, real_positions
+from mmlens.scores.rows import Rows, mean_of_rows, of_layers, read_rows
 from mmlens.scores.score import HeadScore, known_examples
 from mmlens.token_map import BoxMapping, mapping_of
 
@@ -66,37 +55,21 @@ def null_calibrated_ram(
     HeadScores(null-calibrated RAM: 8 layers x 8 heads, 2 examples)
     """
     text("null_question", null_question)
-    return NULL_CALIBRATED_RAM(
-        model,
-        prompts,
-        batch_size=batch_size,
-        progress=progress,
-        null_question=null_question,
-        mapping=mapping_of(mapping),
-    )
+    mapping_of(mapping)
 
-
-def _null_calibrated_ram(
-    model: HookedVLM, prompt: Prompt, null_question: str = NULL_QUESTION, mapping: BoxMapping = "merged"
-) -> Float[Tensor, "batch layer head"]:
-    null = _null_prompt(model, prompt, null_question)
-    examples = known_examples(prompt)
-    asked, unasked = (
-        attention_mass(
-            model, each, each.token_map.is_question, each.token_map.evidence(examples, mapping=mapping)
+    def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
+        null = _null_prompt(model, prompt, null_question)
+        examples = known_examples(prompt)
+        asked, unasked = (
+            attention_mass(
+                model, each, each.token_map.is_question, each.token_map.evidence(examples, mapping=mapping)
+            )
+            for each in (prompt, null)
         )
-        for each in (prompt, null)
-    )
-    return asked - unasked
+        return asked - unasked
 
-
-NULL_CALIBRATED_RAM = HeadScore(
-    "null-calibrated RAM",
-    _null_calibrated_ram,
-    label="null-calibrated",
-    source="arXiv 2605.27243",
-    needs=("evidence",),
-)
+    score = HeadScore("null-calibrated RAM", of_batch, needs=("evidence",))
+    return score(model, prompts, batch_size=batch_size, progress=progress)
 
 
 def query_focused_score(
@@ -130,49 +103,29 @@ def query_focused_score(
     one_of("region", region, get_args(Region))
     if null_question is not None:
         text("null_question", null_question, "a text, or None for no null,")
-    return QUERY_FOCUSED_SCORE(
-        model,
-        prompts,
-        batch_size=batch_size,
-        progress=progress,
-        null_question=null_question,
-        cut=None if cut is None else number("cut", cut, least=0),
-        region=region,
-        mapping=mapping_of(mapping),
-    )
+    cut = None if cut is None else number("cut", cut, least=0)
+    mapping_of(mapping)
 
+    def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
+        keys = _region_tokens(prompt, region, mapping).cpu()
+        images = prompt.token_map.image.cpu()
+        null = None if null_question is None else _null_prompt(model, prompt, null_question)
+        asked = _attention_to_images(model, prompt)
+        unasked = None if null is None else _attention_to_images(model, null)
+        scores = {}
+        for layer, of_layer in asked.items():
+            rows = []
+            for row, attention in enumerate(of_layer):
+                calibrated = attention if unasked is None else attention - unasked[layer][row]
+                is_image = prompt.token_map.is_image[row].cpu()
+                rows.append(
+                    _sum_of_documents(calibrated, images[row][is_image], keys[row][is_image], cut=cut)
+                )
+            scores[layer] = torch.stack(rows)
+        return of_layers(model, scores)
 
-def _query_focused_score(
-    model: HookedVLM,
-    prompt: Prompt,
-    null_question: str | None = NULL_QUESTION,
-    cut: float | None = 2.0,
-    region: Region = "images",
-    mapping: BoxMapping = "merged",
-) -> Float[Tensor, "batch layer head"]:
-    keys = _region_tokens(prompt, region, mapping).cpu()
-    images = prompt.token_map.image.cpu()
-    null = None if null_question is None else _null_prompt(model, prompt, null_question)
-    asked = _attention_to_images(model, prompt)
-    unasked = None if null is None else _attention_to_images(model, null)
-    scores = LayerBuffer(model, len(prompt))
-    for layer, of_layer in asked.items():
-        rows = []
-        for row, attention in enumerate(of_layer):
-            calibrated = attention if unasked is None else attention - unasked[layer][row]
-            is_image = prompt.token_map.is_image[row].cpu()
-            rows.append(_sum_of_documents(calibrated, images[row][is_image], keys[row][is_image], cut=cut))
-        scores.put(layer, torch.stack(rows))
-    return scores.take()
-
-
-QUERY_FOCUSED_SCORE = HeadScore(
-    "query-focused score",
-    _query_focused_score,
-    label="query-focused",
-    source="arXiv 2506.09944",
-    needs=("evidence",),
-)
+    score = HeadScore("query-focused score", of_batch, needs=("evidence",))
+    return score(model, prompts, batch_size=batch_size, progress=progress)
 
 
 def gaze_score(
@@ -197,20 +150,13 @@ def gaze_score(
     True
     """
     one_of("region", region, get_args(Region))
-    return GAZE_SCORE(
-        model, prompts, batch_size=batch_size, progress=progress, region=region, mapping=mapping_of(mapping)
-    )
+    mapping_of(mapping)
 
+    def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
+        return attention_mass(model, prompt, prompt.last, _region_tokens(prompt, region, mapping))
 
-def _gaze_score(
-    model: HookedVLM, prompt: Prompt, region: Region = "evidence", mapping: BoxMapping = "merged"
-) -> Float[Tensor, "batch layer head"]:
-    return attention_mass(model, prompt, prompt.last, _region_tokens(prompt, region, mapping))
-
-
-GAZE_SCORE = HeadScore(
-    "gaze score", _gaze_score, label="gaze", source="arXiv 2606.14703", needs=("evidence",)
-)
+    score = HeadScore("gaze score", of_batch, needs=("evidence",))
+    return score(model, prompts, batch_size=batch_size, progress=progress)
 
 
 def ram_per_token(
@@ -228,20 +174,15 @@ def ram_per_token(
     >>> ram_per_token(model, mmlens.scene_examples("frames", 2, seed=0), progress=False)
     HeadScores(RAM per token: 8 layers x 8 heads, 2 examples)
     """
-    return RAM_PER_TOKEN(
-        model, prompts, batch_size=batch_size, progress=progress, mapping=mapping_of(mapping)
-    )
+    mapping_of(mapping)
 
+    def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
+        evidence = evidence_tokens(prompt, mapping)
+        mass = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
+        return mass / evidence.sum(-1).cpu()[:, None, None]
 
-def _ram_per_token(
-    model: HookedVLM, prompt: Prompt, mapping: BoxMapping = "merged"
-) -> Float[Tensor, "batch layer head"]:
-    evidence = evidence_tokens(prompt, mapping)
-    mass = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
-    return mass / evidence.sum(-1).cpu()[:, None, None]
-
-
-RAM_PER_TOKEN = HeadScore("RAM per token", _ram_per_token, source="RAM / |V*|", needs=("evidence",))
+    score = HeadScore("RAM per token", of_batch, needs=("evidence",))
+    return score(model, prompts, batch_size=batch_size, progress=progress)
 
 
 # ---------------------------------------------------------------------- plumbing
@@ -266,7 +207,7 @@ def _attention_to_images(
         mean = mean_of_rows(rows, real).cpu()
         read[layer] = [mean[row][:, prompt.token_map.is_image[row].cpu()] for row in range(len(mean))]
 
-    read_rows(model, prompt, prompt.token_map.is_question, real_positions(prompt), consume)
+    read_rows(model, prompt, prompt.token_map.is_question, consume)
     return read
 
 

@@ -22,13 +22,14 @@ from mmlens.model.batches import Batches, Prompts
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
+from mmlens.scores.retrieval import region_tokens
 from mmlens.scores.score import HeadScore, known_examples
 from mmlens.token_map import BoxMapping, mapping_of
 
 MAX_NEW_TOKENS = 8
 
-Credit = Callable[[Prompt, int, int], dict[int, float]]
-"""(prompt, batch row, generated token id) -> what a head earns whose argmax key is that position."""
+Credit = Callable[[int, int], dict[int, float]]
+"""(batch row, generated token id) -> what a head earns whose argmax key is that position."""
 
 _Pairs = list[tuple[str, Sequence[Evidence]]]
 
@@ -70,39 +71,22 @@ def copy_score(
     )
     if len(own) != len(examples):
         raise InvalidValueError(f"{len(own)} needles for {len(examples)} examples: one text each")
-    for example, needle in zip(examples, own, strict=True):
-        _needle_span(example, needle)  # Raises before anything runs.
-    return COPY_SCORE(
-        model,
-        batches.prompts,
-        batch_size=batch_size,
-        progress=progress,
-        max_new_tokens=max_new_tokens,
-        of_example={"needles": own},
-    )
-
-
-def _copy_score(
-    model: HookedVLM,
-    prompt: Prompt,
-    needles: Sequence[str] | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-) -> Float[Tensor, "batch layer head"]:
-    examples = known_examples(prompt)
-    own = [example.answer for example in examples] if needles is None else needles
     spans = [_needle_span(example, needle) for example, needle in zip(examples, own, strict=True)]
-    positions = [_question_positions(model, prompt, row, span) for row, span in enumerate(spans)]
 
-    def credit(prompt: Prompt, row: int, token: int) -> dict[int, float]:
-        ids = prompt.inputs["input_ids"][row]
-        return {at: 1 / len(positions[row]) for at in positions[row] if int(ids[at]) == token}
+    def of_batch(
+        model: HookedVLM, prompt: Prompt, spans: Sequence[tuple[int, int]]
+    ) -> Float[Tensor, "batch layer head"]:
+        positions = [_question_positions(model, prompt, row, span) for row, span in enumerate(spans)]
 
-    return _decoded_credit(model, prompt, max_new_tokens, credit)
+        def credit(row: int, token: int) -> dict[int, float]:
+            ids = prompt.inputs["input_ids"][row]
+            return {at: 1 / len(positions[row]) for at in positions[row] if int(ids[at]) == token}
 
+        return _decoded_credit(model, prompt, max_new_tokens, credit)
 
-COPY_SCORE = HeadScore(
-    "copy score", _copy_score, label="copy (text)", source="arXiv 2404.15574", needs=("decoding",)
-)
+    score = HeadScore("copy score", of_batch, needs=("decoding",))
+    prompts, of_example = batches.prompts, {"spans": spans}
+    return score(model, prompts, batch_size=batch_size, progress=progress, of_example=of_example)
 
 
 def visual_head_score(
@@ -134,46 +118,34 @@ def visual_head_score(
     HeadScores(visual head score: 8 layers x 8 heads, 2 examples)
     """
     whole_number("max_new_tokens", max_new_tokens, least=1)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "mapping": mapping_of(mapping)}
+    mapping_of(mapping)
+    of_example: dict[str, list[_Pairs]] = {}
     if words is not None:
         pairs = [_word_pairs(f"words[{at}]", own) for at, own in enumerate(listed("words", words, _WORDS))]
         batches = Batches(model, prompts)
         if len(pairs) != batches.n_examples:
             raise InvalidValueError(f"words for {len(pairs)} examples, but there are {batches.n_examples}")
-        prompts = batches.prompts
-        options["of_example"] = {"words": pairs}
-    return VISUAL_HEAD_SCORE(model, prompts, batch_size=batch_size, progress=progress, **options)
+        prompts, of_example = batches.prompts, {"words": pairs}
 
+    def of_batch(
+        model: HookedVLM, prompt: Prompt, words: Sequence[_Pairs] | None = None
+    ) -> Float[Tensor, "batch layer head"]:
+        if words is None:
+            words = [[(example.answer, example.evidence)] for example in known_examples(prompt)]
+        regions = [
+            [(word, region_tokens(prompt, row, at, mapping).nonzero().flatten().tolist()) for word, at in own]
+            for row, own in enumerate(words)
+        ]
 
-def _visual_head_score(
-    model: HookedVLM,
-    prompt: Prompt,
-    words: Sequence[_Pairs] | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    mapping: BoxMapping = "merged",
-) -> Float[Tensor, "batch layer head"]:
-    if words is None:
-        words = [[(example.answer, example.evidence)] for example in known_examples(prompt)]
-    regions = [
-        [(word, _positions(prompt, row, evidence, mapping)) for word, evidence in own]
-        for row, own in enumerate(words)
-    ]
+        def credit(row: int, token: int) -> dict[int, float]:
+            said = model.to_text(torch.tensor([[token]]))[0].strip()
+            matching = [positions for word, positions in regions[row] if said and said in word]
+            return {at: 1 / len(matching[0]) for at in matching[0]} if len(matching) == 1 else {}
 
-    def credit(prompt: Prompt, row: int, token: int) -> dict[int, float]:
-        said = model.to_text(torch.tensor([[token]]))[0].strip()
-        matching = [positions for word, positions in regions[row] if said and said in word]
-        return {at: 1 / len(matching[0]) for at in matching[0]} if len(matching) == 1 else {}
+        return _decoded_credit(model, prompt, max_new_tokens, credit)
 
-    return _decoded_credit(model, prompt, max_new_tokens, credit)
-
-
-VISUAL_HEAD_SCORE = HeadScore(
-    "visual head score",
-    _visual_head_score,
-    label="visual head",
-    source="arXiv 2506.05344",
-    needs=("evidence", "decoding"),
-)
+    score = HeadScore("visual head score", of_batch, needs=("evidence", "decoding"))
+    return score(model, prompts, batch_size=batch_size, progress=progress, of_example=of_example)
 
 
 @torch.no_grad()
@@ -186,7 +158,7 @@ def _decoded_credit(
     answering = _before_the_end(model, ids)
     for row in range(len(ids)):
         for step in range(int(answering[row].sum())):
-            for position, earned in credit(prompt, row, int(ids[row, step])).items():
+            for position, earned in credit(row, int(ids[row, step])).items():
                 for layer, keys in attended.items():
                     total[row, layer, : keys.shape[2]] += earned * (keys[step, row] == position)
     return total
@@ -200,16 +172,13 @@ def _decode(
     length = prompt.shape[1]
     attended: dict[int, list[Tensor]] = {layer: [] for layer in model.attention_layers}
 
-    def reader(layer: int) -> Callable[..., None]:
-        def read(pattern: Tensor, hook: Any) -> None:
-            attended[layer].append(pattern[:, :, -1].argmax(-1).cpu())
+    def read(pattern: Tensor, hook: Any) -> None:
+        attended[hook.layer()].append(pattern[:, :, -1].argmax(-1).cpu())
 
-        stated: Any = read
-        # The rows before the prompt's last position are then never made.
-        stated.first_position = length - 1
-        return read
-
-    hooks = [(f"blocks.{layer}.attn.hook_pattern", reader(layer)) for layer in attended]
+    stated: Any = read
+    # The rows before the prompt's last position are then never made.
+    stated.first_position = length - 1
+    hooks = [(f"blocks.{layer}.attn.hook_pattern", read) for layer in attended]
     with model.hooks(fwd_hooks=hooks):
         ids = model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)[:, length:].cpu()
     read = {layer: torch.stack(steps) for layer, steps in attended.items()}
@@ -225,17 +194,6 @@ def _before_the_end(model: HookedVLM, ids: Int[Tensor, "batch step"]) -> Bool[Te
         return torch.ones_like(ids, dtype=torch.bool)
     ends = torch.isin(ids, torch.as_tensor(stop).flatten())
     return ends.long().cumsum(-1) == 0
-
-
-def _positions(prompt: Prompt, row: int, evidence: Sequence[Evidence], mapping: BoxMapping) -> list[int]:
-    found = torch.zeros_like(prompt.token_map.is_image[row])
-    for region in evidence:
-        found |= (
-            prompt.token_map.image_tokens(region.image, example=row)
-            if region.box is None
-            else prompt.token_map.box(region.image, region.box, example=row, mapping=mapping)
-        )[row]
-    return found.nonzero().flatten().tolist()
 
 
 _WORDS = "a list of (word, Evidence) pairs for each example"

@@ -16,7 +16,7 @@ from mmlens.model.batches import Prompts
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 from mmlens.scores.retrieval import evidence_tokens
-from mmlens.scores.rows import LayerBuffer, Rows, mean_of_rows, mean_to, read_rows, real_positions
+from mmlens.scores.rows import mean_of_rows, mean_to, read_heads
 from mmlens.scores.score import HeadScore, known_examples
 from mmlens.token_map import BoxMapping, TokenMap, mapping_of
 
@@ -48,32 +48,26 @@ def ram_lift(
     HeadScores(RAM lift: 8 layers x 8 heads, 2 examples)
     """
     one_of("shape", shape, ("same", "any"))
-    return RAM_LIFT(
-        model, prompts, batch_size=batch_size, progress=progress, shape=shape, mapping=mapping_of(mapping)
-    )
+    mapping_of(mapping)
 
+    def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
+        evidence = evidence_tokens(prompt, mapping)
+        fakes = []
+        for row, example in enumerate(known_examples(prompt)):
+            try:
+                fakes.append(fake_region(prompt.token_map, evidence[row], row, shape=shape))
+            except ValueError as error:
+                raise InvalidValueError(f"example {example.id!r}: {error}") from error
+        contrast = evidence.cpu().float() - torch.stack(fakes)
+        return read_heads(
+            model,
+            prompt,
+            prompt.token_map.is_question,
+            lambda rows, real: mean_to(mean_of_rows(rows, real), contrast),
+        )
 
-def _ram_lift(
-    model: HookedVLM, prompt: Prompt, shape: Shape = "same", mapping: BoxMapping = "merged"
-) -> Float[Tensor, "batch layer head"]:
-    evidence = evidence_tokens(prompt, mapping)
-    fakes = []
-    for row, example in enumerate(known_examples(prompt)):
-        try:
-            fakes.append(fake_region(prompt.token_map, evidence[row], row, shape=shape))
-        except ValueError as error:
-            raise InvalidValueError(f"example {example.id!r}: {error}") from error
-    contrast = evidence.cpu().float() - torch.stack(fakes)
-    lift = LayerBuffer(model, len(prompt))
-
-    def consume(layer: int, rows: Rows, real: Bool[Tensor, "batch query"]) -> None:
-        lift.put(layer, mean_to(mean_of_rows(rows, real), contrast))
-
-    read_rows(model, prompt, prompt.token_map.is_question, real_positions(prompt), consume)
-    return lift.take()
-
-
-RAM_LIFT = HeadScore("RAM lift", _ram_lift, source="RAM against fake regions", needs=("evidence",))
+    score = HeadScore("RAM lift", of_batch, needs=("evidence",))
+    return score(model, prompts, batch_size=batch_size, progress=progress)
 
 
 def fake_region(

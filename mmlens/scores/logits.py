@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ from mmlens.model.prompt import Prompt, check_left_padding, prompt_of
 from mmlens.model.prompt_answers import answer_ids_of
 from mmlens.model.taps import norm_arithmetic
 from mmlens.scores.retrieval import evidence_tokens
-from mmlens.scores.rows import LayerBuffer, Rows
+from mmlens.scores.rows import Rows, of_layers
 from mmlens.scores.score import HeadScore
 from mmlens.token_map import BoxMapping, mapping_of
 
@@ -64,35 +63,18 @@ def logit_contribution(
     one_of("final_norm", final_norm, FINAL_NORMS)
     if off_evidence is not None:
         one_of("off_evidence", off_evidence, OFF_EVIDENCE)
-    return LOGIT_CONTRIBUTION(
-        model,
-        prompts,
-        batch_size=batch_size,
-        progress=progress,
-        final_norm=final_norm,
-        off_evidence=off_evidence,
-        mapping=mapping_of(mapping),
-    )
+    mapping_of(mapping)
 
+    def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
+        evidence = evidence_tokens(prompt, mapping).cpu()
+        weights = evidence.float()
+        if off_evidence is not None:
+            others = prompt.token_map.is_image if off_evidence == "visual" else ~prompt.token_map.is_padding
+            weights -= _length_matched(evidence, others.cpu() & ~evidence)
+        return position_contributions(model, prompt, weights, final_norm=final_norm)
 
-def _logit_contribution(
-    model: HookedVLM,
-    prompt: Prompt,
-    final_norm: Literal["frozen", "none"] = "frozen",
-    off_evidence: Literal["all", "visual"] | None = "all",
-    mapping: BoxMapping = "merged",
-) -> Float[Tensor, "batch layer head"]:
-    evidence = evidence_tokens(prompt, mapping).cpu()
-    weights = evidence.float()
-    if off_evidence is not None:
-        others = prompt.token_map.is_image if off_evidence == "visual" else ~prompt.token_map.is_padding
-        weights -= _length_matched(evidence, others.cpu() & ~evidence)
-    return position_contributions(model, prompt, weights, final_norm=final_norm)
-
-
-LOGIT_CONTRIBUTION = HeadScore(
-    "logit contribution", _logit_contribution, source="arXiv 2607.01002", needs=("evidence", "answer")
-)
+    score = HeadScore("logit contribution", of_batch, needs=("evidence", "answer"))
+    return score(model, prompts, batch_size=batch_size, progress=progress)
 
 
 @torch.no_grad()
@@ -118,7 +100,7 @@ def position_contributions(
         )
     check_left_padding(prompt.inputs["attention_mask"])
     towards = _directions(model, prompt, final_norm)
-    total = LayerBuffer(model, len(prompt))
+    total: dict[int, Tensor] = {}
     values: dict[int, Tensor] = {}
     expected: dict[int, Tensor] = {}
     scales: dict[str, Tensor] = {}
@@ -135,26 +117,20 @@ def position_contributions(
         if attention.scale is not None:
             write = write * torch.as_tensor(attention.scale).to(pattern)
         phi = pattern * torch.einsum("bkhd,bhd->bhk", per_head, write)
-        total.put(layer, torch.einsum("bhk,bk->bh", phi, weights.to(phi))[:, :n_heads])
+        total[layer] = torch.einsum("bhk,bk->bh", phi, weights.to(phi))[:, :n_heads]
 
-    def keep_value(layer: int) -> Callable[..., None]:
-        def keep(value: Tensor, hook: Any) -> None:
-            values[layer] = value
+    def keep_value(value: Tensor, hook: Any) -> None:
+        values[hook.layer()] = value
 
-        return keep
-
-    def check(layer: int) -> Callable[..., None]:
-        def compare(z: Tensor, hook: Any) -> None:
-            own = z[:, -1].float()
-            given = expected.pop(layer).to(own)
-            rounding = 1e-4 if z.dtype == torch.float32 else 3e-2
-            if float((own - given).abs().max()) > rounding * max(float(own.abs().max()), 1e-3):
-                raise InvalidValueError(
-                    f"blocks.{layer}.attn: its heads' output is not their pattern times hook_v (a gate, or a norm of "
-                    "values, stands between), so no position's contribution can be told apart"
-                )
-
-        return compare
+    def check(z: Tensor, hook: Any) -> None:
+        layer, own = hook.layer(), z[:, -1].float()
+        given = expected.pop(layer).to(own)
+        rounding = 1e-4 if z.dtype == torch.float32 else 3e-2
+        if float((own - given).abs().max()) > rounding * max(float(own.abs().max()), 1e-3):
+            raise InvalidValueError(
+                f"blocks.{layer}.attn: its heads' output is not their pattern times hook_v (a gate, or a norm of "
+                "values, stands between), so no position's contribution can be told apart"
+            )
 
     def keep_scale(scale: Tensor, hook: Any) -> None:
         scales[hook.name] = scale[:, -1].float().cpu()
@@ -166,14 +142,14 @@ def position_contributions(
             raise InvalidValueError(
                 f"{name}: the layer has no values of its own, so no head's contribution can be told"
             )
-        hooks += [(name, keep_value(layer)), (f"blocks.{layer}.attn.hook_z", check(layer))]
+        hooks += [(name, keep_value), (f"blocks.{layer}.attn.hook_z", check)]
         if model.blocks[layer].parts.post_norm1 is not None:
             hooks.append((f"blocks.{layer}.ln1_post.hook_scale", keep_scale))
     if final_norm == "frozen" and model.ln_final is not None:
         hooks.append(("ln_final.hook_scale", keep_scale))
     with model.hooks(fwd_hooks=hooks):
         model.attention_rows(prompt, prompt.last, consume)
-    result = total.take()
+    result = of_layers(model, total)
     for name, scale in scales.items():
         if name == "ln_final.hook_scale":
             result = result / scale[:, :, None]

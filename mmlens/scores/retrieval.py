@@ -1,12 +1,7 @@
 """Where heads look: attention mass from the question to a region, and the scores built on it.
 
 All of it is read from the pattern's rows at the query positions, layer by layer during one forward pass;
-no position x position pattern is ever made.
-
-- Retrieval Attention Mass (RAM), Eq. 1 of arXiv 2606.05843: `ram`.
-- The same mass on all visual tokens, by which the paper ranks its "vision heads": `vision_mass`.
-- Key Token Ratio and Key Token Coverage, Eq. 22-25: `key_token_ratio`, `key_token_coverage`.
-- All of these from one pass: `evidence_attention`.
+no position x position pattern is ever made. Equations are those of arXiv 2606.05843.
 
 A [layer, head] at which the model has no head (a layer without softmax attention, or with fewer heads than others)
 is NaN throughout. Models that read images by cross-attention are refused: their keys are no positions.
@@ -14,7 +9,7 @@ is NaN throughout. Models that read images by cross-attention are refused: their
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,20 +17,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.arguments import BATCH_SIZE
+from mmlens.data.examples import Evidence
 from mmlens.head_scores import HeadScores
-from mmlens.heads import HeadGrid, Heads, as_head_set
+from mmlens.heads import Heads, as_head_set
 from mmlens.model.batches import Prompts
 from mmlens.model.cross_attention import refuse_cross_attention
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.inputs import Inputs
 from mmlens.model.prompt import Prompt
 from mmlens.scores.rows import (
-    LayerBuffer,
     Rows,
     check_positions,
     mass_of_rows,
     mean_of_rows,
     mean_to,
+    of_layers,
+    read_heads,
     read_rows,
     real_positions,
 )
@@ -63,15 +60,10 @@ def attention_mass(
     True
     """
     refuse_cross_attention(model_of(model))
-    real = real_positions(inputs)
-    check_positions("keys", keys, real)
-    mass = LayerBuffer(model, len(real))
-
-    def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
-        mass.put(layer, mass_of_rows(rows, query_mask, keys.to(rows.device)))
-
-    read_rows(model, inputs, queries, real, consume)
-    return mass.take()
+    check_positions("keys", keys, real_positions(inputs))
+    return read_heads(
+        model, inputs, queries, lambda rows, real: mass_of_rows(rows, real, keys.to(rows.device))
+    )
 
 
 def vision_mass(
@@ -82,7 +74,19 @@ def vision_mass(
     The visual tokens are those at which the token map says `is_image`, learnt separators among them. Raises
     ValueError where a prompt has no image.
     """
-    return VISION_MASS(model, prompts, batch_size=batch_size, progress=progress)
+
+    def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
+        token_map = prompt.token_map
+        check_positions("the prompt's images", token_map.is_image, real_positions(prompt))
+        return read_heads(
+            model,
+            prompt,
+            token_map.is_question,
+            lambda rows, real: mean_to(mean_of_rows(rows, real), token_map.is_image),
+        )
+
+    score = HeadScore("vision mass", of_batch, needs=("images",))
+    return score(model, prompts, batch_size=batch_size, progress=progress)
 
 
 def ram(
@@ -103,7 +107,13 @@ def ram(
     Raises ValueError for no examples, for examples without evidence (named), and prompts that know no examples;
     CrossAttentionError as `attention_mass` does.
     """
-    return RAM(model, prompts, batch_size=batch_size, progress=progress, mapping=mapping_of(mapping))
+    mapping_of(mapping)
+
+    def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
+        return attention_mass(model, prompt, prompt.token_map.is_question, evidence_tokens(prompt, mapping))
+
+    score = HeadScore("RAM", of_batch, needs=("evidence",))
+    return score(model, prompts, batch_size=batch_size, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,9 @@ class EvidenceAttention:
     def key_token_ratio(self) -> HeadScores:
         """100 |T_top(h) & V*| / |V*| (Eq. 23), in percent; the paper calls 50 and more a hit."""
         grid = self.ram.grid
-        return HeadScores(_ratio(self.hits, grid), "key token ratio", self.ram.kinds, grid)
+        ratio = torch.stack([100 * own.float().mean(-1) for own in self.hits])
+        ratio.masked_fill_(~grid.exists, torch.nan)
+        return HeadScores(ratio, "key token ratio", self.ram.kinds, grid)
 
     def key_token_coverage(self, heads: Heads) -> Float[Tensor, " example"]:
         """100 |union over the heads of (T_top(h) & V*)| / |V*| (Eq. 25), in percent, for every example."""
@@ -167,19 +179,19 @@ def _read_evidence(
     real, is_image = real_positions(prompt), prompt.token_map.is_image
     evidence = evidence_tokens(prompt, mapping)
     check_positions("evidence", evidence, real)
-    to_evidence, to_vision = LayerBuffer(model, len(prompt)), LayerBuffer(model, len(prompt))
+    masses: dict[int, Tensor] = {}
     hits = [torch.zeros(*model.grid.shape, int(tokens.sum()), dtype=torch.bool) for tokens in evidence]
 
     def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
         mean = mean_of_rows(rows, query_mask)
-        for mass, keys in ((to_evidence, evidence), (to_vision, is_image)):
-            mass.put(layer, mean_to(mean, keys))
+        masses[layer] = torch.stack([mean_to(mean, evidence), mean_to(mean, is_image)], dim=-1)
         top = key_tokens(mean, real.to(mean.device)).cpu()
         for row, of_example in enumerate(hits):
             of_example[layer, : top.shape[1]] = top[row][:, evidence[row].cpu()]
 
-    read_rows(model, prompt, prompt.token_map.is_question, real, consume)
-    return to_evidence.take(), to_vision.take(), hits
+    read_rows(model, prompt, prompt.token_map.is_question, consume)
+    to_evidence, to_vision = of_layers(model, masses).unbind(-1)
+    return to_evidence, to_vision, hits
 
 
 def key_token_ratio(
@@ -194,9 +206,9 @@ def key_token_ratio(
 
     See `evidence_attention`, which gives it together with RAM and the coverage of any set of heads.
     """
-    return KEY_TOKEN_RATIO(
-        model, prompts, batch_size=batch_size, progress=progress, mapping=mapping_of(mapping)
-    )
+    return evidence_attention(
+        model, prompts, batch_size=batch_size, mapping=mapping, progress=progress
+    ).key_token_ratio
 
 
 def key_token_coverage(
@@ -238,38 +250,15 @@ def evidence_tokens(prompt: Prompt, mapping: BoxMapping = "merged") -> Bool[Tens
     return prompt.token_map.evidence(known_examples(prompt), mapping=mapping)
 
 
-def _ratio(
-    hits: Sequence[Bool[Tensor, "layer head _"]], grid: HeadGrid
-) -> Float[Tensor, "example layer head"]:
-    ratio = torch.stack([100 * own.float().mean(-1) for own in hits])
-    return ratio.masked_fill(~grid.exists, torch.nan)
-
-
-def _ram(
-    model: HookedVLM, prompt: Prompt, mapping: BoxMapping = "merged"
-) -> Float[Tensor, "batch layer head"]:
-    return attention_mass(model, prompt, prompt.token_map.is_question, evidence_tokens(prompt, mapping))
-
-
-def _vision_mass(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
-    real, is_image = real_positions(prompt), prompt.token_map.is_image
-    check_positions("the prompt's images", is_image, real)
-    mass = LayerBuffer(model, len(prompt))
-
-    def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
-        mass.put(layer, mean_to(mean_of_rows(rows, query_mask), is_image))
-
-    read_rows(model, prompt, prompt.token_map.is_question, real, consume)
-    return mass.take()
-
-
-def _key_token_ratio(
-    model: HookedVLM, prompt: Prompt, mapping: BoxMapping = "merged"
-) -> Float[Tensor, "batch layer head"]:
-    return _ratio(_read_evidence(model, prompt, mapping)[2], model.grid)
-
-
-_PAPER = "arXiv 2606.05843"
-RAM = HeadScore("RAM", _ram, source=_PAPER, needs=("evidence",))
-VISION_MASS = HeadScore("vision mass", _vision_mass, source=f"{_PAPER}, the contrast", needs=("images",))
-KEY_TOKEN_RATIO = HeadScore("key token ratio", _key_token_ratio, source=_PAPER, needs=("evidence",))
+def region_tokens(
+    prompt: Prompt, row: int, regions: Iterable[Evidence], mapping: BoxMapping
+) -> Bool[Tensor, " pos"]:
+    """The tokens of regions of images in one row of the prompt; without a box a region is its whole image."""
+    token_map = prompt.token_map
+    found = torch.zeros_like(token_map.is_image[row])
+    for region in regions:
+        if region.box is None:
+            found |= token_map.image_tokens(region.image, example=row)[row]
+        else:
+            found |= token_map.box(region.image, region.box, example=row, mapping=mapping)[row]
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
@@ -16,35 +16,47 @@ from mmlens.model.prompt import prompt_of
 Rows = Float[Tensor, "batch head query key"]
 
 
-class LayerBuffer:
-    """[batch, layer, head], filled one layer at a time; refuses to be read with a layer missing.
+def read_heads(
+    model: HookedVLM,
+    inputs: Inputs,
+    queries: Bool[Tensor, "batch pos"],
+    of_layer: Callable[[Rows, Tensor], Shaped[Tensor, "batch head *numbers"]],
+) -> Shaped[Tensor, "batch layer head *numbers"]:
+    """What `of_layer(rows, query mask)` makes of every layer's rows at the queries; NaN where the model has no head.
 
-    NaN where the model has no head.
+    Raises StateError where a layer gave no rows, and for the queries as `check_positions`.
     """
+    found: dict[int, Tensor] = {}
 
-    def __init__(self, model: HookedVLM, batch: int) -> None:
-        self._values = model.grid.full(batch)
-        self._missing = set(model.attention_layers)
+    def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
+        found[layer] = of_layer(rows, query_mask)
 
-    def put(self, layer: int, values: Float[Tensor, "batch head"]) -> None:
-        self._values[:, layer, : values.shape[1]] = values.cpu()
-        self._missing.discard(layer)
+    read_rows(model, inputs, queries, consume)
+    return of_layers(model, found)
 
-    def take(self) -> Float[Tensor, "batch layer head"]:
-        if self._missing:
-            raise StateError(f"layers {sorted(self._missing)} gave no attention rows in this forward pass")
-        return self._values
+
+def of_layers(
+    model: HookedVLM, found: Mapping[int, Shaped[Tensor, "batch _ *numbers"]]
+) -> Shaped[Tensor, "batch layer head *numbers"]:
+    """What every layer with heads gave as one tensor on the CPU; NaN where the model has no head."""
+    missing = sorted(set(model.attention_layers) - set(found))
+    if missing:
+        raise StateError(f"layers {missing} gave no attention rows in this forward pass")
+    batch, _, *numbers = next(iter(found.values())).shape
+    values = torch.full((batch, *model.grid.shape, *numbers), torch.nan)
+    for layer, own in found.items():
+        values[:, layer, : own.shape[1]] = own.cpu()
+    return values
 
 
 def read_rows(
     model: HookedVLM,
     inputs: Inputs,
     queries: Bool[Tensor, "batch pos"],
-    real: Bool[Tensor, "batch pos"],
     consume: Callable[[int, Tensor, Tensor], None],
 ) -> None:
     """Hand every layer's rows at the queries to `consume(layer, rows, query mask)`, after checking the queries."""
-    check_positions("queries", queries, real)
+    check_positions("queries", queries, real_positions(inputs))
     model.attention_rows(inputs, queries, consume)
 
 

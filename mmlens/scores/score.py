@@ -20,6 +20,11 @@ from mmlens.model.prompt import Prompt
 Need = Literal["evidence", "images", "answer", "decoding"]
 """Evidence or images in every example, at positions of the prompt; answers that the tokenizer knows; generation."""
 
+_LACKS = {
+    "evidence": "have no evidence (text-only controls have none)",
+    "images": "have no image, and the score needs one",
+}
+
 
 @dataclass(frozen=True)
 class HeadScore:
@@ -100,16 +105,20 @@ def score_batches(
         by_size=True,
         answers="answer" in needs,
     )
-    if {"evidence", "images"} & set(needs):
+    if _LACKS.keys() & set(needs):
         refuse_cross_attention(model)
-    if "evidence" in needs:
-        examples = known_examples(batches)
-        _refuse(
-            [not e.evidence for e in examples], examples, "have no evidence (text-only controls have none)"
-        )
-    if "images" in needs and batches.examples is not None:
-        examples = batches.examples
-        _refuse([not e.images for e in examples], examples, "have no image, and the score needs one")
+    examples = known_examples(batches) if "evidence" in needs else batches.examples or []
+    for need, what in _LACKS.items():
+        lacking = [
+            example.id or f"number {at}"
+            for at, example in enumerate(examples)
+            if need in needs and not getattr(example, need)
+        ]
+        if lacking:
+            more = " ..." if len(lacking) > 5 else ""
+            raise InvalidValueError(
+                f"{len(lacking)} of {len(examples)} examples {what}: {', '.join(lacking[:5])}{more}"
+            )
     return batches
 
 
@@ -127,15 +136,3 @@ def kinds_of_examples(examples: Sequence[Example] | None) -> tuple[str, ...] | N
     """The kind of each example, or None where none has one."""
     kinds = tuple(example.kind for example in examples or ())
     return kinds if any(kinds) else None
-
-
-def _refuse(lacking: Sequence[bool], examples: Sequence[Example], what: str) -> None:
-    named = [
-        example.id or f"number {at}"
-        for at, (example, lacks) in enumerate(zip(examples, lacking, strict=True))
-        if lacks
-    ]
-    if named:
-        raise InvalidValueError(
-            f"{len(named)} of {len(examples)} examples {what}: {', '.join(named[:5])}{' ...' if len(named) > 5 else ''}"
-        )

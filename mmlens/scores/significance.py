@@ -32,7 +32,8 @@ from mmlens.heads import HeadSet
 from mmlens.model.batches import Prompts
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
-from mmlens.scores.rows import LayerBuffer, Rows, mean_of_rows, read_rows, real_positions
+from mmlens.scores.retrieval import region_tokens
+from mmlens.scores.rows import Rows, mean_of_rows, read_heads
 from mmlens.scores.score import kinds_of_examples, known_examples, score_batches
 from mmlens.statistics import benjamini_hochberg
 from mmlens.token_map import BoxMapping, TokenMapError, mapping_of
@@ -231,25 +232,13 @@ def _moved(region: Evidence, images: int, x: float, y: float) -> Evidence:
 
 def _token_size(prompt: Prompt, row: int, example: Example) -> tuple[float, float]:
     """Width and height in pixels of the smallest of the evidence's tokens."""
-    at = _region(prompt, row, example.evidence, "merged")
+    at = region_tokens(prompt, row, example.evidence, "merged")
     boxes = prompt.token_map.boxes[row][at]
     sizes = boxes[:, 2:] - boxes[:, :2]
     sizes = sizes[(sizes > 0).all(-1)]
     if not len(sizes):
         raise InvalidValueError(f"example {example.id!r}: the evidence's tokens show no pixels of their own")
     return float(sizes[:, 0].min()), float(sizes[:, 1].min())
-
-
-def _region(
-    prompt: Prompt, row: int, region: Sequence[Evidence], mapping: BoxMapping
-) -> Bool[Tensor, " pos"]:
-    token_map, mask = prompt.token_map, torch.zeros_like(prompt.token_map.is_image[row])
-    for part in region:
-        if part.box is None:
-            mask |= token_map.image_tokens(part.image, example=row)[row]
-        else:
-            mask |= token_map.box(part.image, part.box, example=row, mapping=mapping)[row]
-    return mask
 
 
 def _masks(
@@ -262,7 +251,7 @@ def _masks(
     mapping: BoxMapping,
 ) -> Bool[Tensor, "region pos"]:
     """The evidence's tokens first, then those of the other regions of as many tokens."""
-    evidence = _region(prompt, row, example.evidence, mapping)
+    evidence = region_tokens(prompt, row, example.evidence, mapping)
     others = (
         other_places(prompt, row, example) if regions is None else [tuple(each) for each in regions(example)]
     )
@@ -274,7 +263,7 @@ def _masks(
     kept = {tuple(evidence.nonzero().flatten().tolist()): evidence}
     for other in others:
         try:
-            mask = _region(prompt, row, other, mapping)
+            mask = region_tokens(prompt, row, other, mapping)
         except TokenMapError:
             if regions is not None:
                 raise
@@ -296,14 +285,10 @@ def _mass_of_regions(
     """RAM of every region of every row of the prompt."""
     most = max(map(len, masks))
     padded = torch.stack([torch.cat([own, own.new_zeros(most - len(own), own.shape[1])]) for own in masks])
-    buffers = [LayerBuffer(model, len(prompt)) for _ in range(most)]
 
-    def consume(layer: int, rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> None:
+    def mass_of(rows: Rows, query_mask: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head region"]:
         mean = mean_of_rows(rows, query_mask)
-        mass = torch.einsum("bhk,brk->rbh", mean, padded.to(mean.device, mean.dtype))
-        for buffer, own in zip(buffers, mass, strict=True):
-            buffer.put(layer, own)
+        return torch.einsum("bhk,brk->bhr", mean, padded.to(mean.device, mean.dtype))
 
-    read_rows(model, prompt, prompt.token_map.is_question, real_positions(prompt), consume)
-    stacked = torch.stack([buffer.take() for buffer in buffers], dim=1)
-    return [stacked[row, : len(own)] for row, own in enumerate(masks)]
+    mass = read_heads(model, prompt, prompt.token_map.is_question, mass_of).movedim(-1, 1)
+    return [mass[row, : len(own)] for row, own in enumerate(masks)]

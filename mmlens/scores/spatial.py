@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import scipy.ndimage
 import torch
@@ -16,7 +14,7 @@ from mmlens.head_scores import HeadScores
 from mmlens.model.batches import Prompts
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.prompt import Prompt
-from mmlens.scores.rows import LayerBuffer, Rows, mean_to, read_rows, real_positions
+from mmlens.scores.rows import Rows, mean_to, read_heads
 from mmlens.scores.score import HeadScore
 from mmlens.token_map import NO_PATCH, TokenMap
 
@@ -57,64 +55,39 @@ def localization_score(
     """
     n_lowest = whole_number("n_lowest", n_lowest, least=1)
     first_layer = whole_number("first_layer", first_layer, least=0, most=model_of(model).cfg.n_layers - 1)
-    return LOCALIZATION_SCORE(
-        model,
-        prompts,
-        batch_size=batch_size,
-        progress=progress,
-        cut=None if cut is None else number("cut", cut),
-        n_lowest=n_lowest,
-        first_layer=first_layer,
-        last_row=None if last_row is None else number("last_row", last_row),
-    )
+    cut = None if cut is None else number("cut", cut)
+    last_row = None if last_row is None else number("last_row", last_row)
+
+    def of_all(read: Float[Tensor, "example layer head read=3"]) -> Float[Tensor, "example layer head"]:
+        mass, entropy, lowest_row = read.unbind(-1)
+        exists = ~mass[0].isnan()
+        entropy = entropy.clone()
+        entropy[:, :first_layer] = torch.inf
+        if last_row is not None:
+            entropy[lowest_row > last_row] = torch.inf
+        selected = _selected(mass[:, exists].numpy(), entropy[:, exists].numpy(), cut, n_lowest)
+        per_example = torch.full_like(mass, torch.nan)
+        per_example[:, exists] = torch.from_numpy(selected)
+        return per_example
+
+    score = HeadScore("localization score", _read_maps, needs=("images",), of_all=of_all)
+    return score(model, prompts, batch_size=batch_size, progress=progress)
 
 
-def _read_maps(model: HookedVLM, prompt: Prompt, **_: Any) -> Float[Tensor, "batch layer head read=3"]:
+def _read_maps(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head read=3"]:
     """Of the last token's attention: its mass on the image, its entropy there, the most that a last row's cell gets."""
     canvases = [_canvas(prompt.token_map, row) for row in range(len(prompt))]
     last_rows = [_last_rows(canvas) for canvas in canvases]
-    is_image = prompt.token_map.is_image
-    mass, entropy, lowest_row = (LayerBuffer(model, len(prompt)) for _ in range(3))
 
-    def consume(layer: int, rows: Rows, real: Bool[Tensor, "batch query"]) -> None:
+    def of_layer(rows: Rows, real: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head read=3"]:
         last = rows[:, :, 0].cpu()
-        mass.put(layer, mean_to(last, is_image))
-        entropies = [torch.from_numpy(_map_entropy(a, c)) for a, c in zip(last, canvases, strict=True)]
-        entropy.put(layer, torch.stack(entropies))
+        maps = [(a.numpy()[:, canvas], canvas >= 0) for a, canvas in zip(last, canvases, strict=True)]
+        entropies = [torch.from_numpy(spatial_entropy(*of_example)) for of_example in maps]
         most = [a[:, cells].amax(-1) for a, cells in zip(last, last_rows, strict=True)]
-        lowest_row.put(layer, torch.stack(most))
+        reads = mean_to(last, prompt.token_map.is_image), torch.stack(entropies).float(), torch.stack(most)
+        return torch.stack(reads, dim=-1)
 
-    read_rows(model, prompt, prompt.last, real_positions(prompt), consume)
-    return torch.stack([mass.take(), entropy.take(), lowest_row.take()], dim=-1)
-
-
-def _localized(
-    read: Float[Tensor, "example layer head read=3"],
-    cut: float | None = None,
-    n_lowest: int = 10,
-    first_layer: int = 0,
-    last_row: float | None = None,
-) -> Float[Tensor, "example layer head"]:
-    mass, entropy, lowest_row = read.unbind(-1)
-    exists = ~mass[0].isnan()
-    entropy = entropy.clone()
-    entropy[:, :first_layer] = torch.inf
-    if last_row is not None:
-        entropy[lowest_row > last_row] = torch.inf
-    selected = _selected(mass[:, exists].numpy(), entropy[:, exists].numpy(), cut, n_lowest)
-    per_example = torch.full_like(mass, torch.nan)
-    per_example[:, exists] = torch.from_numpy(selected)
-    return per_example
-
-
-LOCALIZATION_SCORE = HeadScore(
-    "localization score",
-    _read_maps,
-    label="localization",
-    source="arXiv 2503.06287",
-    needs=("images",),
-    of_all=_localized,
-)
+    return read_heads(model, prompt, prompt.last, of_layer)
 
 
 def spatial_entropy(
@@ -211,7 +184,3 @@ def _last_rows(canvas: np.ndarray) -> np.ndarray:
     empty = np.asarray((canvas < 0).all(1))
     cells = canvas[:-1][empty[1:] & ~empty[:-1]]
     return cells[cells >= 0]
-
-
-def _map_entropy(attention: Float[Tensor, "head key"], canvas: np.ndarray) -> Float[np.ndarray, " head"]:
-    return spatial_entropy(attention.numpy()[:, canvas], canvas >= 0)

@@ -71,7 +71,7 @@ def proportion_interval(values: Values, *, level: float = 0.95) -> Interval:
     Interval(low=0.8388..., high=1.0, level=0.95)
     """
     sample = sample_of(values, "a proportion", at_least=1)
-    _check_level(level)
+    number("level", level, above=0, below=1)
     if not is_binary(sample):
         raise InvalidValueError(
             f"a proportion is of values that are 0 or 1; got values up to {sample.max():g}"
@@ -259,11 +259,7 @@ def _newcombe(sample: np.ndarray, reference: np.ndarray, level: float) -> Interv
     return Interval(low, high, level)
 
 
-def _check_level(level: float) -> None:
-    number("level", level, above=0, below=1)
-
-
 def _check_resampling(level: float, n_resamples: int, seed: int) -> None:
-    _check_level(level)
+    number("level", level, above=0, below=1)
     whole_number("n_resamples", n_resamples, least=1)
     seed_of(seed)
