@@ -100,9 +100,7 @@ def ablated(
         run: ablate(heads, mode, reference=reference[mode], seed=setup.seed)
         for (mode, heads), run in runs.items()
     }
-    table = sweep(
-        setup.model, examples, interventions, metrics, batch_size=setup.batch_size, progress=setup.progress
-    )
+    table = sweep(setup.model, examples, interventions, metrics, **setup.options)
     of_run = dict(list(table.groupby("intervention", sort=False)))
     frames = [
         of_run[runs[mode, heads]].assign(

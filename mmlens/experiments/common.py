@@ -20,6 +20,8 @@ from mmlens.experiments.experiment import Findings, Setup
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.metrics.outcomes import Metric, accuracy, invalid
+from mmlens.model.batches import Batches
+from mmlens.scores.retrieval import ram
 from mmlens.statistics import interval_of, ratio_interval
 
 PAPER = "arXiv 2606.05843"
@@ -36,6 +38,11 @@ def with_evidence(examples: Sequence[Example]) -> list[Example]:
     if not chosen:
         raise InvalidValueError(f"none of the {len(examples)} examples has evidence")
     return chosen
+
+
+def selection_ram(setup: Setup) -> HeadScores:
+    """RAM on the examples of the selection split that have evidence."""
+    return ram(setup.model, with_evidence(setup.selection), **setup.options)
 
 
 def kinds_of(scores: HeadScores) -> list[str]:
@@ -202,27 +209,22 @@ def arm_difference(
     return paired_difference(values, others, seed)
 
 
-def token_counts(setup: Setup, examples: Sequence[Example], label: str = "tokens") -> pd.DataFrame:
+def token_counts(setup: Setup, examples: Sequence[Example]) -> pd.DataFrame:
     """How many tokens the prompt of each example has: `positions`, `visual`, `evidence` and `key` tokens.
 
     `key` is the number of key tokens of a head, max(1, floor(.05 L)). In the order of the examples.
     """
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].images))
-    rows: dict[int, dict[str, int]] = {}
-    starts = range(0, len(order), setup.batch_size)
-    for start in tqdm(starts, desc=label, unit="batch", disable=not setup.progress):
-        chosen = order[start : start + setup.batch_size]
-        tokens = setup.model.prompt_examples([examples[index] for index in chosen]).token_map
-        evidence = tokens.evidence([examples[index] for index in chosen]).sum(-1).tolist()
-        positions, visual = (~tokens.is_padding).sum(-1).tolist(), tokens.is_image.sum(-1).tolist()
-        for at, index in enumerate(chosen):
-            rows[index] = {
-                "positions": positions[at],
-                "visual": visual[at],
-                "evidence": evidence[at],
-                "key": max(1, positions[at] // 20),
-            }
-    return pd.DataFrame([rows[index] for index in range(len(examples))])
+    parts = []
+    for index, prompt in Batches(setup.model, examples, **setup.options, label="tokens", by_size=True):
+        tokens = prompt.token_map
+        counts = {
+            "positions": (~tokens.is_padding).sum(-1).numpy(),
+            "visual": tokens.is_image.sum(-1).numpy(),
+            "evidence": tokens.evidence([examples[at] for at in index]).sum(-1).numpy(),
+        }
+        parts.append(pd.DataFrame(counts, index=index))
+    found = pd.concat(parts).sort_index()
+    return found.assign(key=(found["positions"] // 20).clip(lower=1))
 
 
 def selectivity(
@@ -276,9 +278,13 @@ def flat_per_example(scores: HeadScores) -> np.ndarray:
 def plain(value: Any) -> Any:
     """The value as JSON takes it: Python numbers, lists and dicts; a number that is not finite is None.
 
+    A table is the list of its rows.
+
     >>> plain({"a": np.float64(1.5), "b": (np.int64(2), float("nan"))})
     {'a': 1.5, 'b': [2, None]}
     """
+    if isinstance(value, pd.DataFrame):
+        value = value.to_dict("records")
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | np.ndarray | HeadSet):
@@ -290,16 +296,40 @@ def plain(value: Any) -> Any:
     return value
 
 
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table's rows as plain JSON."""
-    return plain(table.to_dict("records"))
-
-
 def across_table(
-    findings: Mapping[str, Findings], pick: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    findings: Mapping[str, Findings], pick: Callable[[Mapping[str, Any]], Mapping[str, Any]] | Sequence[str]
 ) -> pd.DataFrame:
-    """One row per model: its name, and what `pick` takes from the numbers found on it."""
-    return pd.DataFrame([{"model": name, **pick(found.numbers)} for name, found in findings.items()])
+    """One row per model: its name, and what `pick` takes from the numbers found on it, or those of these names."""
+    take = pick if callable(pick) else lambda numbers: {name: numbers[name] for name in pick}
+    return pd.DataFrame([{"model": name, **take(found.numbers)} for name, found in findings.items()])
+
+
+def across_rows(
+    findings: Mapping[str, Findings],
+    part: str,
+    keep: Callable[[Mapping[str, Any], Mapping[str, Any]], bool] = lambda row, numbers: True,
+) -> pd.DataFrame:
+    """The rows that `numbers[part]` lists, of all models, each after its model's name.
+
+    `keep` says of a row, and the numbers that it is of, whether it is wanted.
+    """
+    return pd.DataFrame(
+        [
+            {"model": name, **row}
+            for name, found in findings.items()
+            for row in found.numbers[part]
+            if keep(row, found.numbers)
+        ]
+    )
+
+
+def of_models(holds: pd.Series) -> str:
+    """In how many models something holds, in words.
+
+    >>> of_models(pd.Series([True, False, True]))
+    '2 of 3 models'
+    """
+    return f"{int(holds.sum())} of {len(holds)} models"
 
 
 def ranged(value: float, low: float, high: float, *, style: str = ".2f") -> str:

@@ -142,9 +142,7 @@ def measured(
     total = len(setup.model.heads)
     counts = _counts(None if counts is None else whole_numbers("counts", counts, at_least=0), total)
     selected = [example for example in setup.selection if example.evidence]
-    attention = evidence_attention(
-        setup.model, selected, batch_size=setup.batch_size, mapping=mapping, progress=setup.progress
-    )
+    attention = evidence_attention(setup.model, selected, mapping=mapping, **setup.options)
     sets, moved = _arms(attention.ram, counts, n_draws, setup.seed)
     examples = sorted(setup.evaluation, key=lambda e: (e.kind, len(e.images)))
     outcomes = _outcomes(setup, examples, sets, modes)

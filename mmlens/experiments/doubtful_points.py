@@ -23,12 +23,12 @@ from mmlens.experiments.common import (
     POOLED,
     ablation_outcomes,
     ablation_table,
+    across_rows,
     arm_difference,
     head_names,
     kinds_of,
     plain,
     ranged,
-    records,
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
@@ -76,10 +76,6 @@ class _Given:
     """The marks that the paper names, then those for tokenizers which lack them."""
 
     @property
-    def options(self) -> dict[str, Any]:
-        return {"batch_size": self.setup.batch_size, "progress": self.setup.progress}
-
-    @property
     def top(self) -> HeadSet:
         return self.ours.top(self.fraction)
 
@@ -97,17 +93,6 @@ class _Given:
         own = self.ours if own is None else own
         heads, others = own.top(self.fraction), scores.top(self.fraction)
         return Reading(name, ours, other, heads, others, self.mode, self.mode, own.spearman(scores), note)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """`table` has a row for each point that was read both ways; `left_out` says why the others were not."""
-
-    n_heads: int
-    table: pd.DataFrame
-    left_out: dict[str, str]
-    outcomes: pd.DataFrame
-    ablation: pd.DataFrame
 
 
 @checked_settings
@@ -129,31 +114,26 @@ def run(
     two ways here is named with the reason.
     """
     examples = with_evidence(setup.selection)
-    ours = ram(setup.model, examples, batch_size=setup.batch_size, progress=setup.progress)
+    ours = ram(setup.model, examples, **setup.options)
     given = _Given(setup, examples, ours, fraction, mode, (tags, fallback_tags))
     points = {name: read(given) for name, read in POINTS.items()}
     readings = [point for point in points.values() if isinstance(point, Reading)]
     outcomes = _outcomes(replace(setup, evaluation=first_of_kinds(setup.evaluation, n_per_kind)), readings)
     ablation = ablation_table(outcomes, setup.seed)
-    found = _Measured(
-        len(ours.grid),
-        pd.DataFrame([compared(reading, outcomes, ablation, setup.seed) for reading in readings]),
-        {name: reason for name, reason in points.items() if isinstance(reason, str)},
-        outcomes,
-        ablation,
-    )
+    table = pd.DataFrame([compared(reading, outcomes, ablation, setup.seed) for reading in readings])
+    left_out = {name: reason for name, reason in points.items() if isinstance(reason, str)}
     return Findings(
-        _statement(found),
-        plain({"n_heads": found.n_heads, "readings": records(found.table), "left_out": found.left_out}),
+        _statement(table, left_out),
+        plain({"n_heads": len(ours.grid), "readings": table, "left_out": left_out}),
         tables={
             "readings": (
                 "Both readings: agreement of scores and top heads, and accuracy with each one ablated.",
-                found.table,
+                table,
             ),
             "ablation": ("Accuracy and invalid answers on the evaluation split.", ablation),
         },
         per_example={"ablation": outcomes},
-        figures=_figures(found),
+        figures=_figures(ablation),
     )
 
 
@@ -219,7 +199,7 @@ def _box_mapping(given: _Given) -> Reading | str:
     if not boxed:
         return "no evidence has a box"
     try:
-        other = ram(given.setup.model, boxed, mapping="paper_floor", **given.options)
+        other = ram(given.setup.model, boxed, mapping="paper_floor", **given.setup.options)
     except TokenMapError as error:
         return f"the paper's index is not defined for this model ({error})"
     return given.read(
@@ -227,7 +207,7 @@ def _box_mapping(given: _Given) -> Reading | str:
         "2x2 merge",
         "paper's floor(index / 4)",
         other,
-        own=ram(given.setup.model, boxed, **given.options),
+        own=ram(given.setup.model, boxed, **given.setup.options),
         note=f"{len(boxed)} of {len(given.examples)} examples have boxes",
     )
 
@@ -244,9 +224,7 @@ def ram_from(
 ) -> HeadScores:
     """RAM from other positions than the question's: `queries` gives them for a prompt."""
     parts, label = [], "RAM from other positions"
-    for index, prompt in Batches(
-        setup.model, examples, setup.batch_size, progress=setup.progress, label=label
-    ):
+    for index, prompt in Batches(setup.model, examples, **setup.options, label=label):
         evidence = prompt.token_map.evidence([examples[at] for at in index])
         parts.append(attention_mass(setup.model, prompt, queries(prompt), evidence))
     kinds = tuple(example.kind for example in examples)
@@ -347,7 +325,7 @@ def _evidence_tags(given: _Given) -> Reading | str:
         prompts.append(prompt)
     kinds = tuple(example.kind for example in chosen)
     tagged = HeadScores(torch.cat(masses), "RAM with tags", kinds, model.grid)
-    untagged = ram(model, chosen, **given.options)
+    untagged = ram(model, chosen, **setup.options)
     with_tags = effect(model, prompts, None, accuracy).mean
     without = effect(model, chosen, None, accuracy, batch_size=setup.batch_size).mean
     asked = given.tags[0]
@@ -378,16 +356,16 @@ POINTS: dict[str, Callable[[_Given], Reading | str]] = {
 # ---------------------------------------------------------------------- how it is told
 
 
-def _statement(found: _Measured) -> str:
-    table = found.table
+def _statement(table: pd.DataFrame, left_out: Mapping[str, str]) -> str:
+    """`table` has a row for each point that was read both ways; `left_out` says why the others were not."""
     changed = table[(table["low"] > 0) | (table["high"] < 0)]
     return (
-        f"{len(table)} of {len(table) + len(found.left_out)} doubtful points were read both ways. "
+        f"{len(table)} of {len(table) + len(left_out)} doubtful points were read both ways. "
         + "; ".join(_said(row) for row in table.to_dict("records"))
         + f". The ablation result changes, its interval without 0, in {len(changed)}"
         + (f" ({', '.join(changed['reading'])})" if len(changed) else "")
         + "."
-        + "".join(f" Not read both ways: {name}, {reason}." for name, reason in found.left_out.items())
+        + "".join(f" Not read both ways: {name}, {reason}." for name, reason in left_out.items())
     )
 
 
@@ -402,8 +380,8 @@ def _said(row: Mapping[str, Any]) -> str:
     )
 
 
-def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
-    drawn = found.ablation[(found.ablation["kind"] == POOLED) & (found.ablation["metric"] == "accuracy")]
+def _figures(ablation: pd.DataFrame) -> list[tuple[str, str, Figure]]:
+    drawn = ablation[(ablation["kind"] == POOLED) & (ablation["metric"] == "accuracy")]
     return [
         (
             "Accuracy under each reading",
@@ -421,35 +399,28 @@ def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """What the other reading changes, by point and model."""
-    rows = [
-        {"model": name, **row, "mean": row["difference"]}
-        for name, found in findings.items()
-        for row in found.numbers["readings"]
-    ]
-    table = pd.DataFrame(rows)
+    table = across_rows(findings, "readings")
+    drawn = table.assign(mean=table["difference"])
+    figure = plot_intervals(
+        drawn, row="reading", series="model", xlabel="Difference in accuracy", lines={"no difference": 0.0}
+    )
     changed = table[(table["low"] > 0) | (table["high"] < 0)]
     said = [f"{row.reading} in {row.model}" for row in changed.itertuples()]
     return Findings(
         f"The other reading changes the ablation result (95% interval without 0) in {len(changed)} of "
         f"{len(table)} cases" + (f": {', '.join(said)}." if said else "."),
-        plain({"readings": rows}),
+        plain({"readings": drawn}),
         tables={
             "readings": (
                 "Spearman of the two scores, shared top heads, and accuracy with each one's heads ablated.",
-                table.drop(columns=["mean"]),
+                table,
             )
         },
         figures=[
             (
                 "What the other reading changes",
                 "Accuracy under the other reading minus that under ours, paired by example, 95% intervals.",
-                plot_intervals(
-                    table,
-                    row="reading",
-                    series="model",
-                    xlabel="Difference in accuracy",
-                    lines={"no difference": 0.0},
-                ),
+                figure,
             )
         ],
     )

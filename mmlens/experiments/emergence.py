@@ -7,7 +7,6 @@ shows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from mmlens.data.examples import DataError, Example
 from mmlens.data.scenes import scene_of
 from mmlens.effects.measure import effect
 from mmlens.experiments.ablations import first_of_kinds
-from mmlens.experiments.common import FIVE_PERCENT, head_names, plain, records
+from mmlens.experiments.common import FIVE_PERCENT, head_names, plain
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet
@@ -82,21 +81,6 @@ ARMS = {
 """What is ablated at every checkpoint, and what the figure calls it."""
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """`table` has a row a checkpoint, `outcomes` one for each of its arms and examples."""
-
-    fraction: float
-    n_examples: int
-    final_top: HeadSet
-    table: pd.DataFrame
-    outcomes: pd.DataFrame
-
-    @property
-    def last_step(self) -> int:
-        return int(self.table["step"].iloc[-1])
-
-
 @checked_settings
 def run(
     setup: Setup,
@@ -132,19 +116,17 @@ def run(
             )
             for arm, outcome in right.items()
         ]
-    found = _Measured(
-        fraction, len(judged), last.top(fraction), pd.DataFrame(rows), pd.concat(outcomes, ignore_index=True)
-    )
+    table = pd.DataFrame(rows)
     caption = (
         "Stage 1 on oracle visual tokens. RAM is the mean over the heads named; overlap is the share of the "
         f"final top {fraction:.0%} that is in the checkpoint's own; accuracy with 95% intervals."
     )
     return Findings(
-        _statement(found),
-        plain({"last_step": found.last_step, "n": len(judged), "rows": records(found.table)}),
-        tables={"checkpoints": (caption, found.table)},
-        per_example={"outcomes": found.outcomes},
-        figures=[("Accuracy through training", caption, _figure(found))],
+        _statement(table, last.top(fraction), fraction),
+        plain({"last_step": table["step"].iloc[-1], "n": len(judged), "rows": table}),
+        tables={"checkpoints": (caption, table)},
+        per_example={"outcomes": pd.concat(outcomes, ignore_index=True)},
+        figures=[("Accuracy through training", caption, _figure(table, fraction))],
     )
 
 
@@ -231,8 +213,7 @@ def _accuracy(
 # ---------------------------------------------------------------------- how it is told
 
 
-def _statement(found: _Measured) -> str:
-    table, share = found.table, f"top {found.fraction:.0%}"
+def _statement(table: pd.DataFrame, final_top: HeadSet, fraction: float) -> str:
     learnt = table[table["clean"] >= 0.9]
     when = (
         f"Accuracy first reaches 90% at step {int(learnt['step'].min())}"
@@ -241,19 +222,18 @@ def _statement(found: _Measured) -> str:
     )
     half = table[table["ram_of_final_top"] >= table["ram_of_final_top"].iloc[-1] / 2]["step"].min()
     return (
-        f"{when}; the heads that are the {share} at step {found.last_step} ({head_names(found.final_top)}) "
+        f"{when}; the heads that are the top {fraction:.0%} at step {table['step'].iloc[-1]} ({head_names(final_top)}) "
         f"first have half of their final RAM at step {int(half)}. Zeroing them leaves "
         f"{table['final_top'].iloc[-1]:.0%} at the last step, zeroing layer-matched random heads "
         f"{table['random'].iloc[-1]:.0%}."
     )
 
 
-def _figure(found: _Measured) -> Figure:
-    table = found.table
+def _figure(table: pd.DataFrame, fraction: float) -> Figure:
     curves = [
         pd.DataFrame(
             {
-                "arm": label.format(fraction=found.fraction),
+                "arm": label.format(fraction=fraction),
                 "step": table["step"],
                 "mean": table[arm],
                 "low": table[f"{arm}_low"],

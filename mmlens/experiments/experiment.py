@@ -54,6 +54,11 @@ class Setup:
     force_overlap: bool = False
     leak: str = field(default="", init=False)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How to run examples: what scores and effects take as their keywords `batch_size` and `progress`."""
+        return {"batch_size": self.batch_size, "progress": self.progress}
+
     def __post_init__(self) -> None:
         model_of(self.model)
         for part in ("selection", "evaluation"):

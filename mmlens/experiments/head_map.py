@@ -99,7 +99,7 @@ def run(setup: Setup, *, fraction: float = FIVE_PERCENT, n_resamples: int = 1000
     the middle 95%, of shares and Gini coefficients, which noise in the scores raises, the basic bootstrap's.
     """
     model, examples = setup.model, with_evidence(setup.selection)
-    scores = ram(model, examples, batch_size=setup.batch_size, progress=setup.progress)
+    scores = ram(model, examples, **setup.options)
     parts = by_kind(scores)
     places = {kind: _place(part, fraction, n_resamples, setup.seed) for kind, part in parts.items()}
     about = {
@@ -165,7 +165,7 @@ def _place(scores: HeadScores, fraction: float, n_resamples: int, seed: int) -> 
 
     here, draws = of(flat_per_example(scores).mean(0, keepdims=True)), of(means)
     return {
-        "top": [list(head) for head in top],
+        "top": top,
         "depth": float(here["depth"][0]),
         "depth_interval": percentile_interval(draws["depth"]),
         "share_of_top": float(here["share"][0]),
@@ -271,7 +271,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
     )
     return Findings(
         statement,
-        plain({"later_with_scale": later, "models": table.to_dict("records")}),
+        plain({"later_with_scale": later, "models": table}),
         tables={"models": ("Mean depth of the top heads, with concentration, by model.", table)},
         figures=[
             (

@@ -17,14 +17,15 @@ from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
     PAPER,
     POOLED,
+    across_rows,
     across_table,
     all_equal,
     arm_difference,
     kind_groups,
     matched_controls,
+    of_models,
     plain,
     ranged,
-    records,
     summarised,
     with_evidence,
 )
@@ -117,8 +118,8 @@ def run(
                 "share_of_scores": shares,
                 "layer_matched_shortfall": moved,
                 "notes": notes,
-                "table": records(table),
-                "differences": records(differences),
+                "table": table,
+                "differences": differences,
             }
         ),
         tables={
@@ -153,12 +154,11 @@ def _figures(table: pd.DataFrame, shares: Mapping[int, float], sink: int) -> lis
 
 def _scores(setup: Setup) -> tuple[HeadScores, dict[str, HeadScores], list[str]]:
     """RAM on the selection split, the other scores by name, and why one is missing."""
-    options: dict[str, Any] = {"batch_size": setup.batch_size, "progress": setup.progress}
     examples = with_evidence(setup.selection)
-    seen = evidence_attention(setup.model, examples, **options)
+    seen = evidence_attention(setup.model, examples, **setup.options)
     others, notes = {VISION: seen.vision_mass}, []
     try:
-        others[LOGIT] = logit_contribution(setup.model, examples, **options)
+        others[LOGIT] = logit_contribution(setup.model, examples, **setup.options)
     except ValueError as error:
         notes.append(f"no arm of {LOGIT}: {error}")
     notes += [f"no arm of {name}: it is the same for all heads" for name in others if all_equal(others[name])]
@@ -204,19 +204,16 @@ def _outcomes(
 ) -> pd.DataFrame:
     """One row per window, arm, count, draw, example and metric: with its value, and that of the dense run."""
     rows: list[pd.DataFrame] = []
-    at = 0
     graded = all(len(set(example.candidates)) > 1 for example in examples)
-    for _, prompt in Batches(setup.model, list(examples), setup.batch_size, progress=setup.progress):
-        part = examples[at : at + len(prompt)]
+    for index, prompt in Batches(setup.model, list(examples), **setup.options):
         frame = pd.DataFrame(
             {
-                "example": range(at, at + len(prompt)),
-                "id": [e.id for e in part],
-                "kind": [e.kind for e in part],
+                "example": index,
+                "id": [examples[at].id for at in index],
+                "kind": [examples[at].kind for at in index],
                 "n_tokens": (~prompt.token_map.is_padding).sum(-1).tolist(),
             }
         )
-        at += len(prompt)
         dense = setup.model(prompt)
         before = _measured(dense, prompt, dense, graded)
         done: dict[tuple[int, HeadSet], dict[str, Any]] = {}
@@ -386,22 +383,14 @@ def _by_work(table: pd.DataFrame) -> Figure:
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """Where CoRe heads keep more of the answers than random ones, and what every arm keeps, by model."""
-    table = across_table(
-        findings, lambda found: {name: found[name] for name in ("agrees", "clean", "n_heads", "counts")}
-    )
-    verdicts = pd.DataFrame(
-        [
-            {"model": model, **verdict}
-            for model, found in findings.items()
-            for verdict in found.numbers["verdicts"]
-        ]
-    )
+    table = across_table(findings, ("agrees", "clean", "n_heads", "counts"))
+    verdicts = across_rows(findings, "verdicts")
     accuracies = pd.concat([_wide(found).assign(model=model) for model, found in findings.items()])
     kept = accuracies[["model", *(name for name in accuracies if name != "model")]]
     return Findings(
         f"Where the window matters, dense CoRe heads keep more answers than as many random or layer-matched ones, at "
-        f"some share and window, in {int(table['agrees'].sum())} of {len(table)} models.",
-        plain({"models": records(table), "verdicts": records(verdicts), "accuracies": records(kept)}),
+        f"some share and window, in {of_models(table['agrees'])}.",
+        plain({"models": table, "verdicts": verdicts, "accuracies": kept}),
         tables={
             "verdicts": ("By model and window.", verdicts),
             "accuracies": ("Accuracy with evidence by arm.", kept),

@@ -13,18 +13,20 @@ from matplotlib.figure import Figure
 from mmlens.experiments.common import (
     FIVE_PERCENT,
     PAPER,
+    across_rows,
     across_table,
     head_names,
+    of_models,
     plain,
     ranged,
-    records,
+    selection_ram,
     token_counts,
     with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet
-from mmlens.scores.retrieval import EvidenceAttention, evidence_attention, ram
+from mmlens.scores.retrieval import EvidenceAttention, evidence_attention
 from mmlens.statistics import difference_interval_of, interval_of
 from mmlens.viz.intervals import plot_curves, plot_intervals
 
@@ -89,10 +91,9 @@ def run(
     can be, `chance` what key tokens at random positions give. Shares of heads are those of the paper's figures, and
     5%. "random" is the mean of `n_draws` draws from the heads outside the top.
     """
-    options: dict[str, Any] = {"batch_size": setup.batch_size, "progress": setup.progress}
-    scores = ram(setup.model, with_evidence(setup.selection), **options)
+    scores = selection_ram(setup)
     examples = with_evidence(setup.evaluation)
-    seen = evidence_attention(setup.model, examples, **options)
+    seen = evidence_attention(setup.model, examples, **setup.options)
     tokens = token_counts(setup, examples)
     total = len(scores.grid)
     of_ratio, gaps = _ratios(seen, scores, sorted({share_of(s, total) for s in ratio_shares}), setup.seed)
@@ -209,9 +210,9 @@ def _numbers(found: _Measured) -> dict[str, Any]:
         "n_heads": found.n_heads,
         "ceiling": found.ceiling,
         "chance": found.chance,
-        "ratios": records(found.ratios),
+        "ratios": found.ratios,
         "top_minus_bottom": found.gaps,
-        "coverage": records(found.coverage),
+        "coverage": found.coverage,
         "few": found.few,
     }
 
@@ -256,20 +257,11 @@ def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """Key Token Ratio of the top and bottom heads at the paper's share, by model."""
-    rows = [
-        {"model": name, **row}
-        for name, found in findings.items()
-        for row in found.numbers["ratios"]
-        if row["heads"] == found.numbers["few"]
-    ]
-    table = pd.DataFrame(rows)
-    agreed = across_table(
-        findings, lambda found: {key: found[key] for key in ("agrees", "n_heads", "few", "chance", "ceiling")}
-    )
+    table = across_rows(findings, "ratios", lambda row, numbers: row["heads"] == numbers["few"])
+    agreed = across_table(findings, ("agrees", "n_heads", "few", "chance", "ceiling"))
     return Findings(
-        f"The top heads' Key Token Ratio is above the bottom heads' in {int(agreed['agrees'].sum())} of "
-        f"{len(agreed)} models.",
-        plain({"models": records(agreed), "ratios": rows}),
+        f"The top heads' Key Token Ratio is above the bottom heads' in {of_models(agreed['agrees'])}.",
+        plain({"models": agreed, "ratios": table}),
         tables={
             "ratio": ("Key Token Ratio in percent of the top and bottom heads.", table),
             "models": ("What random key tokens would give, and the most there can be, in percent.", agreed),

@@ -16,8 +16,8 @@ from mmlens.experiments.common import (
     POOLED,
     across_table,
     arm_difference,
+    of_models,
     plain,
-    records,
 )
 from mmlens.experiments.core_heads_claim import CoreHeads, measured
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
@@ -80,7 +80,7 @@ def run(
         "n_heads": total,
         "chance": float(found.summary["finding"]["chance"]),
         "verdicts": verdicts,
-        "ablation": records(found.ablation),
+        "ablation": found.ablation,
         "layer_matched_shortfall": found.summary["heads"]["layer_matched_shortfall"],
     }
     return Findings(
@@ -195,30 +195,34 @@ def _verdict(outcomes: pd.DataFrame, mode: str, count: int, seed: int) -> dict[s
 def across(findings: Mapping[str, Findings]) -> Findings:
     """Top minus random at the paper's largest share, by model and mode."""
     rows = [
-        {"model": name, "mode": mode, "heads": found.numbers["count_nearest_2.6_percent"]}
-        | {"mean": verdict["top_minus_random"]}
-        | dict(zip(("low", "high"), verdict["top_minus_random_interval"], strict=True))
+        (
+            name,
+            mode,
+            found.numbers["count_nearest_2.6_percent"],
+            verdict["top_minus_random"],
+            *verdict["top_minus_random_interval"],
+        )
         for name, found in findings.items()
         for mode, verdict in found.numbers["verdicts"].items()
     ]
-    table = pd.DataFrame(rows)
-    agreed = across_table(findings, lambda found: {"agrees": found["agrees"], "n_heads": found["n_heads"]})
+    table = pd.DataFrame(rows, columns=["model", "mode", "heads", "mean", "low", "high"])
+    agreed = across_table(findings, ("agrees", "n_heads"))
+    figure = plot_intervals(
+        table,
+        row="model",
+        series="mode",
+        xlabel="Accuracy, top \N{MINUS SIGN} random",
+        lines={"no difference": 0.0},
+    )
     return Findings(
-        f"The top heads cost more than random ones in every mode in {int(agreed['agrees'].sum())} of "
-        f"{len(agreed)} models.",
-        plain({"models": records(agreed), "top_minus_random": rows}),
+        f"The top heads cost more than random ones in every mode in {of_models(agreed['agrees'])}.",
+        plain({"models": agreed, "top_minus_random": table}),
         tables={"top_minus_random": ("Accuracy, top masked minus random masked, 2.6% of heads.", table)},
         figures=[
             (
                 "Top minus random",
                 "Accuracy with the top heads masked minus that with random ones, 2.6% of all, 95% intervals.",
-                plot_intervals(
-                    table,
-                    row="model",
-                    series="mode",
-                    xlabel="Accuracy, top \N{MINUS SIGN} random",
-                    lines={"no difference": 0.0},
-                ),
+                figure,
             )
         ],
     )

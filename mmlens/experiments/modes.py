@@ -25,21 +25,20 @@ from mmlens.experiments.ablations import (
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
+    across_rows,
     flat_per_example,
     matched_controls,
     plain,
     ranged,
-    records,
     resampled_means,
+    selection_ram,
     summarised,
     top_unless_tied,
-    with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.metrics.outcomes import Metric, accuracy
-from mmlens.scores.retrieval import ram
 from mmlens.statistics import rank_correlation, rank_correlation_interval, split_half_reliability
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
@@ -88,10 +87,7 @@ def run(
     if len(set(modes)) < 2:
         raise InvalidValueError(f"modes are compared: at least two different ones, not {list(modes)}")
     heads = all_heads(setup)
-    scores = ram(
-        setup.model, with_evidence(setup.selection), batch_size=setup.batch_size, progress=setup.progress
-    )
-    top = scores.top(FIVE_PERCENT)
+    top = selection_ram(setup).top(FIVE_PERCENT)
     matched, moved = matched_controls(top, n_draws, setup.seed)
     arms = {
         "top": [top],
@@ -235,10 +231,10 @@ def _numbers(found: _Measured) -> dict[str, Any]:
         "top": found.top,
         "moved": found.moved,
         **found.n_examples,
-        "costs": records(found.costs),
-        "agreement": records(found.pairs),
+        "costs": found.costs,
+        "agreement": found.pairs,
         "reliability": {mode: found.agreement.loc[mode, mode] for mode in found.agreement},
-        "disagreement": records(found.disagreement),
+        "disagreement": found.disagreement,
     }
 
 
@@ -262,16 +258,11 @@ def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """The top heads' cost in accuracy by model and mode, and the agreement of modes."""
-    rows: list[dict[str, Any]] = []
-    pairs: list[dict[str, Any]] = []
-    for model, found in findings.items():
-        rows += [
-            {"model": model, **row}
-            for row in found.numbers["costs"]
-            if row["arm"] == "top" and row["metric"] == "accuracy" and row["examples"] == "with evidence"
-        ]
-        pairs += [{"model": model, **row} for row in found.numbers["agreement"]]
-    table, agreement = pd.DataFrame(rows), pd.DataFrame(pairs)
+    wanted = ("top", "accuracy", "with evidence")
+    table = across_rows(
+        findings, "costs", lambda row, _: (row["arm"], row["metric"], row["examples"]) == wanted
+    )
+    agreement = across_rows(findings, "agreement")
     rho = agreement.dropna(subset="rho").groupby(["one", "other"], sort=False)["rho"].mean()
     said = [
         f"{one} and {other} {value:.2f}" for (one, other), value in rho.sort_values(ascending=False).items()

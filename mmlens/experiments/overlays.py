@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,12 +16,14 @@ from mmlens.data.examples import Example
 from mmlens.experiments.common import (
     PAPER,
     POOLED,
+    across_rows,
     across_table,
     beside_chance,
     head_names,
+    of_models,
     plain,
     ranged,
-    records,
+    selection_ram,
     selectivity,
     token_counts,
     with_evidence,
@@ -31,7 +32,7 @@ from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_s
 from mmlens.experiments.looking import overlay_figures
 from mmlens.heads import HeadSet
 from mmlens.model.hooked_vlm import HookedVLM
-from mmlens.scores.retrieval import EvidenceAttention, evidence_attention, ram
+from mmlens.scores.retrieval import EvidenceAttention, evidence_attention
 from mmlens.viz.intervals import plot_intervals
 
 
@@ -76,10 +77,9 @@ def run(setup: Setup, *, n_heads: int = 1) -> Findings:
     these heads' attention to visual tokens that lies on the evidence (mean RAM / mean vision mass, summed over the
     heads), and what it would be were the same attention spread evenly over each example's visual tokens.
     """
-    options: dict[str, Any] = {"batch_size": setup.batch_size, "progress": setup.progress}
-    scores = ram(setup.model, with_evidence(setup.selection), **options)
+    scores = selection_ram(setup)
     examples = with_evidence(setup.evaluation)
-    seen = evidence_attention(setup.model, examples, **options)
+    seen = evidence_attention(setup.model, examples, **setup.options)
     counts = token_counts(setup, examples)
     found = _Measured(
         {"top": scores.top(n_heads), "bottom": scores.bottom(n_heads)},
@@ -94,7 +94,7 @@ def run(setup: Setup, *, n_heads: int = 1) -> Findings:
                 "agrees": found.agrees,
                 "top": found.arms["top"],
                 "bottom": found.arms["bottom"],
-                "shares": records(found.shares),
+                "shares": found.shares,
             }
         ),
         tables={
@@ -182,26 +182,20 @@ def _figures(found: _Measured, model: HookedVLM) -> list[tuple[str, str, Figure]
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """Share of the attention on the evidence, top and bottom heads, by model."""
-    rows = [
-        {"model": name, **row, "mean": row["selectivity"]}
-        for name, found in findings.items()
-        for row in found.numbers["shares"]
-        if row["kind"] == POOLED
-    ]
-    table = pd.DataFrame(rows)
-    agreed = across_table(findings, lambda found: {"agrees": found["agrees"]})
+    table = across_rows(findings, "shares", lambda row, _: row["kind"] == POOLED)
+    table["mean"] = table["selectivity"]
+    agreed = across_table(findings, ["agrees"])
+    figure = plot_intervals(table, row="model", series="arm", xlabel="Share on the evidence", percent=True)
     return Findings(
-        f"Top heads look at the evidence more than bottom heads and than chance in {int(agreed['agrees'].sum())} of "
-        f"{len(agreed)} models.",
-        plain({"models": records(agreed), "shares": rows}),
+        "Top heads look at the evidence more than bottom heads and than chance in "
+        f"{of_models(agreed['agrees'])}.",
+        plain({"models": agreed, "shares": table}),
         tables={"shares": ("Share of the attention to visual tokens that lies on the evidence.", table)},
         figures=[
             (
                 "Share of attention on the evidence, by model",
                 "Of the attention to visual tokens, 95% bootstrap intervals.",
-                plot_intervals(
-                    table, row="model", series="arm", xlabel="Share on the evidence", percent=True
-                ),
+                figure,
             )
         ],
     )

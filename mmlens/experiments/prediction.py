@@ -29,11 +29,11 @@ from mmlens.experiments.ablations import (
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
+    across_rows,
     across_table,
     flat_per_example,
     plain,
     ranged,
-    records,
     resampled_means,
     top_unless_tied,
 )
@@ -149,10 +149,7 @@ def run(
         )
     selection = first_with_evidence(setup.selection, n_per_kind)
     evaluation = first_with_evidence(setup.evaluation, n_per_kind)
-    of_score = {
-        name: known[name](setup.model, selection, batch_size=setup.batch_size, progress=setup.progress)
-        for name in names
-    }
+    of_score = {name: known[name](setup.model, selection, **setup.options) for name in names}
     graded, graded_function = graded_metric(evaluation)
     metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
     groups = {name: _groups(of_score[name], heads, n_groups) for name in names}
@@ -350,8 +347,8 @@ def _numbers(found: _Measured) -> dict[str, Any]:
     return {
         **found.n,
         "metrics": found.metrics,
-        "correlations": records(found.correlations),
-        "groups": records(found.groups),
+        "correlations": found.correlations,
+        "groups": found.groups,
     }
 
 
@@ -414,17 +411,15 @@ def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """The correlations of all models, score by score."""
-    rows = []
-    for model, found in findings.items():
-        graded = next(iter(found.numbers["metrics"]))
-        rows += [
-            {"model": model, **{key: row[key] for key in _ACROSS}}
-            for row in found.numbers["correlations"]
-            if row["metric"] == graded and row["rho"] is not None
-        ]
-    table = pd.DataFrame(rows).rename(columns={"rho": "mean", "rho_low": "low", "rho_high": "high"})
+
+    def is_known(row: Mapping[str, Any], numbers: Mapping[str, Any]) -> bool:
+        return row["metric"] == next(iter(numbers["metrics"])) and row["rho"] is not None
+
+    table = across_rows(findings, "correlations", is_known)
     if not len(table):
         return Findings("No model has a rank correlation.", {"models": []})
+    table = table[["model", *_ACROSS]]
+    table = table.rename(columns={"rho": "mean", "rho_low": "low", "rho_high": "high"})
     mean = table.groupby("score", sort=False)["mean"].mean().sort_values(ascending=False)
     statement = (
         f"Mean Spearman with single-head costs over {table['model'].nunique()} model(s): "
@@ -435,11 +430,10 @@ def across(findings: Mapping[str, Findings]) -> Findings:
     )
     return Findings(
         statement + ".",
-        plain({"models": across_table(findings, lambda n: {"n_heads": n["n_heads"]}).to_dict("records"),
-               "mean": mean.to_dict()}),
+        plain({"models": across_table(findings, ["n_heads"]), "mean": mean.to_dict()}),
         tables={"correlations": ("Rank correlation with single-head costs, by model and score.", table)},
         figures=[("Does the score predict the cost?", "Spearman over heads, 95% intervals.", figure)],
-    )  # fmt: skip
+    )
 
 
 _ACROSS = (

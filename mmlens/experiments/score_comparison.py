@@ -28,13 +28,13 @@ from mmlens.experiments.ablations import (
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
+    across_rows,
     all_equal,
     flat_per_example,
     head_names,
     matched_controls,
     plain,
     ranged,
-    records,
     resampled_means,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
@@ -201,7 +201,7 @@ class _Scored:
 
 def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_kind: int | None) -> _Scored:
     model = setup.model
-    options: dict[str, Any] = {"batch_size": setup.batch_size, "progress": setup.progress}
+    options = setup.options
     examples = first_with_evidence(setup.selection, n_per_kind)
     found = _Scored()
     attention = evidence_attention(model, examples, **options)
@@ -249,9 +249,7 @@ def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_
 def _answered_right(setup: Setup, examples: Sequence[Example]) -> list[Example]:
     if not examples:
         return []
-    right = effect(
-        setup.model, examples, None, accuracy, batch_size=setup.batch_size, progress=setup.progress
-    ).clean
+    right = effect(setup.model, examples, None, accuracy, **setup.options).clean
     return [example for example, value in zip(examples, right.tolist(), strict=True) if value]
 
 
@@ -489,9 +487,9 @@ def _numbers(found: _Measured) -> dict[str, Any]:
         "clean": found.clean,
         "n_selection": found.scored.n_examples,
         "n_evaluation": found.n_evaluation,
-        "scores": records(found.table),
-        "agreement": records(found.agreement),
-        "effects": records(found.effects),
+        "scores": found.table,
+        "agreement": found.agreement,
+        "effects": found.effects,
         "notes": found.scored.notes,
         "layer_matched_shortfall": found.shortfall,
     }
@@ -552,22 +550,15 @@ def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """Every score's cost beyond its controls and its rank correlation with RAM, model by model."""
-    rows, agreement = [], []
-    for model, found in findings.items():
-        for row in found.numbers["scores"]:
-            rows.append(
-                {
-                    "model": model,
-                    "score": row["score"],
-                    "half_mass": row["half_mass"],
-                    "cost": row["accuracy_cost"],
-                    "mean": row["accuracy_excess"],
-                    "low": row["accuracy_excess_low"],
-                    "high": row["accuracy_excess_high"],
-                }
-            )
-        agreement += [{"model": model, **row} for row in found.numbers["agreement"]]
-    table, pairs = pd.DataFrame(rows), pd.DataFrame(agreement)
+    columns = {
+        **{name: name for name in ("model", "score", "half_mass")},
+        "accuracy_cost": "cost",
+        "accuracy_excess": "mean",
+        "accuracy_excess_low": "low",
+        "accuracy_excess_high": "high",
+    }
+    table = across_rows(findings, "scores")[list(columns)].rename(columns=columns)
+    pairs = across_rows(findings, "agreement")
     mean = table.groupby("score", sort=False)["mean"].mean().sort_values(ascending=False)
     told = table[table["low"] > 0].groupby("score")["model"].nunique()
     n_models = table.groupby("score")["model"].nunique()
@@ -584,9 +575,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
     )
     return Findings(
         statement,
-        plain(
-            {"excess": records(table), "mean_excess": mean.to_dict(), "spearman_with_ram": with_ram.to_dict()}
-        ),
+        plain({"excess": table, "mean_excess": mean.to_dict(), "spearman_with_ram": with_ram.to_dict()}),
         tables={
             "excess": (
                 "Cost in accuracy of each score's top, and its excess over layer-matched heads.",

@@ -26,12 +26,12 @@ from mmlens.experiments.ablations import (
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
+    across_rows,
     head_names,
     matched_controls,
     plain,
     ranged,
-    records,
-    with_evidence,
+    selection_ram,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
@@ -46,7 +46,7 @@ from mmlens.model.hooks import Intervention
 from mmlens.model.prompt import Prompt
 from mmlens.model.prompt_answers import answer_ids_of
 from mmlens.model.weights import subtracts_mean
-from mmlens.scores.retrieval import attention_mass, ram
+from mmlens.scores.retrieval import attention_mass
 from mmlens.statistics import benjamini_hochberg, difference_interval_of, paired_permutation_test
 from mmlens.viz.intervals import plot_intervals
 
@@ -91,9 +91,7 @@ def run(
     difference; heads are told from unchanged ones by paired permutation tests at a false discovery rate of `q`.
     """
     heads = all_heads(setup)
-    scores = ram(
-        setup.model, with_evidence(setup.selection), batch_size=setup.batch_size, progress=setup.progress
-    )
+    scores = selection_ram(setup)
     examples = first_with_evidence(setup.evaluation, n_per_kind)
     graded, graded_function = graded_metric(examples)
     metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
@@ -246,7 +244,7 @@ def measured_changes(
     """
     model = setup.model
     found: dict[str, list[tuple[Tensor, Tensor]]] = {what: [] for what in ("ram", "direct")[: 1 + direct]}
-    for index, made in Batches(model, examples, setup.batch_size, progress=setup.progress, label="backup"):
+    for index, made in Batches(model, examples, **setup.options, label="backup"):
         prompt = model.encode_images(made)
         hooks = list(without(model, prompt))
         evidence = prompt.token_map.evidence([examples[at] for at in index])
@@ -390,10 +388,10 @@ def _numbers(found: _Measured) -> dict[str, Any]:
         "n_heads": found.n_heads,
         "n_evaluation": found.n_examples,
         "top": found.top,
-        "excess": records(found.excess),
+        "excess": found.excess,
         "sums": found.sums,
         "n_changed": {what: int((changed["what"] == what).sum()) for what in found.sums["measured"]},
-        "backup": records(changed),
+        "backup": changed,
     }
 
 
@@ -426,21 +424,13 @@ def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """The excess of the top groups by model, in units of the metric."""
-    rows: list[dict[str, Any]] = []
-    for model, found in findings.items():
-        graded = found.numbers["excess"][0]["metric"]
-        rows += [
-            {
-                "model": model,
-                **row,
-                "mean": row["excess"],
-                "low": row["excess_low"],
-                "high": row["excess_high"],
-            }
-            for row in found.numbers["excess"]
-            if row["metric"] == graded and row["arm"] in ("top", "random")
-        ]
-    table = pd.DataFrame(rows)
+
+    def is_drawn(row: Mapping[str, Any], numbers: Mapping[str, Any]) -> bool:
+        return row["metric"] == numbers["excess"][0]["metric"] and row["arm"] in ("top", "random")
+
+    table = across_rows(findings, "excess", is_drawn)
+    for name, column in (("mean", "excess"), ("low", "excess_low"), ("high", "excess_high")):
+        table[name] = table[column]
     table["group"] = table["model"] + ", " + table["size"].astype(str)
     tops = table[table["arm"] == "top"]
     above, below = int((tops["low"] > 0).sum()), int((tops["high"] < 0).sum())

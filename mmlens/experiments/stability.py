@@ -23,16 +23,15 @@ from mmlens.experiments.common import (
     flat_per_example,
     head_names,
     kinds_of,
+    of_models,
     plain,
     ranged,
-    records,
     resampled_means,
-    with_evidence,
+    selection_ram,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet
-from mmlens.scores.retrieval import ram
 from mmlens.statistics import (
     percentile_interval,
     rank_correlation,
@@ -126,9 +125,7 @@ def run(
     limits, by the root of the two rankings' reliabilities; Spearman 1904), the reliabilities being those of split
     halves (`n_splits`) corrected for length (Spearman-Brown). Raises ValueError for fewer than two kinds.
     """
-    scores = ram(
-        setup.model, with_evidence(setup.selection), batch_size=setup.batch_size, progress=setup.progress
-    )
+    scores = selection_ram(setup)
     kinds = kinds_of(scores)
     if len(kinds) < 2:
         raise InvalidValueError(f"stability compares kinds of task; the examples have {kinds or 'none'}")
@@ -246,15 +243,15 @@ def _numbers(found: _Measured) -> dict[str, Any]:
     tops = found.tops
     return {
         "agrees": found.as_published and tops.shared,
-        "spearman": records(found.correlations),
+        "spearman": found.correlations,
         "lowest": {name: found.lowest[name] for name in ("spearman", "low", "high")},
         "top": tops.top,
         "n_heads": tops.n_heads,
-        "in_all_tops": [list(head) for head in tops.everywhere],
+        "in_all_tops": tops.everywhere,
         "share_of_top_in_all": len(tops.everywhere) / tops.top,
         "p_value": tops.p_value,
-        "counts": records(tops.counts),
-        "reliability": records(found.reliability),
+        "counts": tops.counts,
+        "reliability": found.reliability,
     }
 
 
@@ -304,11 +301,11 @@ def across(findings: Mapping[str, Findings]) -> Findings:
     )
     statement = (
         f"Rank correlations between kinds reach the paper's range and the tops share more heads than chance in "
-        f"{int(table['agrees'].sum())} of {len(table)} models."
+        f"{of_models(table['agrees'])}."
     )
     return Findings(
         statement,
-        plain({"models": table.to_dict("records")}),
+        plain({"models": table}),
         tables={"models": ("The lowest Spearman between two kinds, and heads in all kinds' tops.", table)},
         figures=[
             (

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import one_of
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
     ablated,
@@ -19,13 +18,13 @@ from mmlens.experiments.ablations import (
     graded_metric,
     head_costs,
     references,
+    single_heads,
 )
-from mmlens.experiments.common import plain, summarised, with_evidence
+from mmlens.experiments.common import across_rows, plain, selection_ram, summarised
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
-from mmlens.heads import HeadSet, head_name
+from mmlens.heads import HeadSet
 from mmlens.metrics.outcomes import Metric, accuracy
-from mmlens.scores.retrieval import ram
 from mmlens.viz.intervals import plot_curves, plot_intervals
 
 RANKINGS = ("ram", "effect")
@@ -53,8 +52,7 @@ def run(
     clean accuracy for which the smallest k is sought. `n_per_kind` evaluation examples of each kind with evidence.
     """
     for ranking in rankings:
-        if ranking not in RANKINGS:
-            raise InvalidValueError(unknown_name_message("ranking", ranking, RANKINGS))
+        one_of("ranking", ranking, RANKINGS)
     if not rankings or not 0 < keep <= 1:
         raise InvalidValueError(
             f"at least one of the rankings {RANKINGS}, and keep in (0, 1]; got {list(rankings)}, {keep}"
@@ -80,8 +78,8 @@ def run(
                 "clean": clean,
                 "chance": float(np.mean([1 / len(e.candidates) if e.candidates else 0.0 for e in examples])),
                 "keep": keep,
-                "smallest": smallest.to_dict("records"),
-                "curves": curves.to_dict("records"),
+                "smallest": smallest,
+                "curves": curves,
                 "order": {name: found[name].top(len(heads)) for name in rankings},
             }
         ),
@@ -159,12 +157,10 @@ def same_layers(heads: HeadSet, rng: np.random.Generator) -> HeadSet:
 
 def _ranking(setup: Setup, ranking: str, heads: HeadSet) -> HeadScores:
     if ranking == "ram":
-        selection = with_evidence(setup.selection)
-        return ram(setup.model, selection, batch_size=setup.batch_size, progress=setup.progress)
+        return selection_ram(setup)
     examples = first_with_evidence(setup.selection, 6)
     graded, function = graded_metric(examples)
-    singles = {head_name(head): HeadSet([head], heads.grid) for head in heads}
-    table = ablated(setup, examples, singles, references(setup, ["mean"]), {graded: function})
+    table = ablated(setup, examples, single_heads(heads), references(setup, ["mean"]), {graded: function})
     return head_costs(setup, table, graded, "mean", heads)
 
 
@@ -200,13 +196,7 @@ def _smallest(curves: pd.DataFrame, keep: float) -> pd.DataFrame:
         goal = keep * part["mean"].iloc[0]
         enough = part[(part["mean"] >= goal - 1e-12).cummin()]
         last = enough.iloc[-1]
-        rows.append(
-            {
-                "mode": mode,
-                "arm": arm,
-                **{key: last[key] for key in ("count", "fraction", "mean", "low", "high")},
-            }
-        )
+        rows.append({"mode": mode, "arm": arm, **last[["count", "fraction", "mean", "low", "high"]]})
     return pd.DataFrame(rows)
 
 
@@ -237,41 +227,25 @@ def _statement(curves: pd.DataFrame, smallest: pd.DataFrame, keep: float, clean:
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """The fewest heads by model, arm and mode, as shares of all heads."""
-    rows: list[dict[str, Any]] = []
-    for model, found in findings.items():
-        rows += [
-            {
-                "model": model,
-                "n_heads": found.numbers["n_heads"],
-                **row,
-                "mean": row["fraction"],
-                "accuracy": row["mean"],
-            }
-            | {"low": math.nan, "high": math.nan}
-            for row in found.numbers["smallest"]
-        ]
-    table = pd.DataFrame(rows)
+    table = across_rows(findings, "smallest").drop(columns=["low", "high"])
+    table = table.rename(columns={"mean": "accuracy"})
+    table.insert(1, "n_heads", [findings[model].numbers["n_heads"] for model in table["model"]])
     mode = table["mode"].iloc[0]
-    mean = table[table["mode"] == mode].groupby("arm", sort=False)["fraction"].mean()
+    of_mode = table[table["mode"] == mode]
+    mean = of_mode.groupby("arm", sort=False)["fraction"].mean()
+    drawn = of_mode.assign(mean=of_mode["fraction"], low=math.nan, high=math.nan)
+    figure = plot_intervals(drawn, row="model", series="arm", xlabel="Share of heads kept", percent=True)
     return Findings(
         f"Mean share of the heads that has to be kept ({mode} ablation of the others): "
         + ", ".join(f"{arm.replace('_', '-')} {share:.0%}" for arm, share in mean.items())
         + ".",
         plain({"mode": mode, "share": mean.to_dict()}),
-        tables={
-            "smallest": ("Fewest heads that keep the accuracy.", table.drop(columns=["low", "high", "mean"]))
-        },
+        tables={"smallest": ("Fewest heads that keep the accuracy.", table)},
         figures=[
             (
                 "Share of heads that has to be kept",
                 f"{mode.capitalize()} ablation of all others; of the counts tried.",
-                plot_intervals(
-                    table[table["mode"] == mode],
-                    row="model",
-                    series="arm",
-                    xlabel="Share of heads kept",
-                    percent=True,
-                ),
+                figure,
             )
         ],
     )

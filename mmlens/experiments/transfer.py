@@ -16,6 +16,7 @@ from mmlens.experiments.ablations import ablated, first_of_kinds, references
 from mmlens.experiments.common import (
     FIVE_PERCENT,
     POOLED,
+    across_rows,
     arm_difference,
     by_kind,
     head_names,
@@ -23,13 +24,12 @@ from mmlens.experiments.common import (
     matched_controls,
     plain,
     ranged,
+    selection_ram,
     summarised,
-    with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet
 from mmlens.metrics.outcomes import Metric, accuracy
-from mmlens.scores.retrieval import ram
 from mmlens.statistics import ratio_interval
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
@@ -53,8 +53,7 @@ def run(
     the same size; `beyond` is the loss beyond theirs, paired by example. Raises ValueError where the selection split
     has fewer than two kinds with evidence.
     """
-    selection = with_evidence(setup.selection)
-    scores = ram(setup.model, selection, batch_size=setup.batch_size, progress=setup.progress)
+    scores = selection_ram(setup)
     if len(kinds_of(scores)) < 2:
         raise InvalidValueError(
             f"transfer is between kinds of task: the selection split has {kinds_of(scores)} with evidence, expected two"
@@ -88,10 +87,10 @@ def run(
                 "count": count,
                 "n_heads": len(setup.model.grid),
                 "n_evaluation": len(evaluation),
-                "heads": {kind: [[*head] for head in heads] for kind, heads in chosen.items()},
+                "heads": chosen,
                 "moved": {kind: moved for kind, (_, moved) in controls.items() if moved},
-                "cells": cells.to_dict("records"),
-                "groups": groups.to_dict("records"),
+                "cells": cells,
+                "groups": groups,
                 "other_to_own": ratio,
                 "overlap": {kind: row.to_dict() for kind, row in overlap.iterrows()},
             }
@@ -261,13 +260,7 @@ def _statement(
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """Loss on own and other kinds and on text, by model."""
-    rows = [
-        {"model": model, **row}
-        for model, found in findings.items()
-        for row in found.numbers["groups"]
-        if row["arm"] == "chosen"
-    ]
-    table = pd.DataFrame(rows)
+    table = across_rows(findings, "groups", lambda row, _: row["arm"] == "chosen")
     ratios = {model: found.numbers["other_to_own"]["ratio"] for model, found in findings.items()}
     known = [ratio for ratio in ratios.values() if ratio is not None]
     said = (

@@ -22,9 +22,9 @@ from mmlens.experiments.common import (
     beside_chance,
     head_names,
     matched_controls,
+    of_models,
     plain,
     ranged,
-    records,
     selectivity,
     token_counts,
     with_evidence,
@@ -95,9 +95,7 @@ def run(
     on the first `n_per_kind` evaluation examples of each kind (None: all). Selectivity is the share of a head's
     attention to visual tokens that goes to the evidence, mean RAM / mean vision mass on the evaluation split.
     """
-    chosen_on = evidence_attention(
-        setup.model, with_evidence(setup.selection), batch_size=setup.batch_size, progress=setup.progress
-    )
+    chosen_on = evidence_attention(setup.model, with_evidence(setup.selection), **setup.options)
     sets = {CORE: chosen_on.ram.top(fraction), VISION: chosen_on.vision_mass.top(fraction)}
     looks = _looks(setup, sets)
     controls = {
@@ -143,7 +141,7 @@ def run(
 def _looks(setup: Setup, sets: Mapping[str, HeadSet]) -> pd.DataFrame:
     """The selectivity of every head of the two sets, on the evaluation split."""
     examples = with_evidence(setup.evaluation)
-    seen = evidence_attention(setup.model, examples, batch_size=setup.batch_size, progress=setup.progress)
+    seen = evidence_attention(setup.model, examples, **setup.options)
     counts = token_counts(setup, examples)
     evidence_share = (counts["evidence"] / counts["visual"]).to_numpy()
     return pd.DataFrame(
@@ -191,8 +189,8 @@ def _numbers(found: _Measured) -> dict[str, Any]:
         "overlap_p_value": found.p_value,
         "spearman": found.spearman,
         "core_minus_vision": found.differences,
-        "ablation": records(found.ablation),
-        "selectivity": records(found.looks),
+        "ablation": found.ablation,
+        "selectivity": found.looks,
         "layer_matched_shortfall": found.shortfall,
     }
 
@@ -238,28 +236,26 @@ def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
 
 def across(findings: Mapping[str, Findings]) -> Findings:
     """Overlap of the two sets and the difference of their effects, by model and mode."""
-    rows = []
-    for name, found in findings.items():
-        for mode, difference in found.numbers["core_minus_vision"].items():
-            rows.append(
-                {"model": name, "mode": mode, "mean": difference["difference"]}
-                | {"low": difference["low"], "high": difference["high"]}
-            )
-    table = pd.DataFrame(rows)
-    shared = across_table(
-        findings,
-        lambda found: {
-            "top": len(found["core"]),
-            **{
-                key: found[key]
-                for key in ("overlap", "expected_overlap", "overlap_p_value", "spearman", "core_matters_more")
-            },
-        },
+    rows = [
+        {"model": name, "mode": mode, **difference}
+        for name, found in findings.items()
+        for mode, difference in found.numbers["core_minus_vision"].items()
+    ]
+    table = pd.DataFrame(rows).rename(columns={"difference": "mean"})
+    names = ("overlap", "expected_overlap", "overlap_p_value", "spearman", "core_matters_more")
+    shared = across_table(findings, names)
+    shared.insert(1, "top", [len(found.numbers["core"]) for found in findings.values()])
+    figure = plot_intervals(
+        table,
+        row="model",
+        series="mode",
+        xlabel="Accuracy, CoRe ablated \N{MINUS SIGN} vision ablated",
+        lines={"no difference": 0.0},
     )
     return Findings(
-        f"CoRe heads matter more than vision heads in every mode in {int(shared['core_matters_more'].sum())} "
-        f"of {len(shared)} models.",
-        plain({"models": shared.to_dict("records"), "core_minus_vision": rows}),
+        "CoRe heads matter more than vision heads in every mode in "
+        f"{of_models(shared['core_matters_more'])}.",
+        plain({"models": shared, "core_minus_vision": table}),
         tables={
             "overlap": ("How far the top heads by RAM and by vision mass are the same.", shared),
             "ablation": ("Accuracy with CoRe heads ablated minus accuracy with vision heads ablated.", table),
@@ -268,13 +264,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
             (
                 "CoRe minus vision",
                 "Difference in accuracy, paired by example, 95% intervals; below 0: CoRe heads matter more.",
-                plot_intervals(
-                    table,
-                    row="model",
-                    series="mode",
-                    xlabel="Accuracy, CoRe ablated \N{MINUS SIGN} vision ablated",
-                    lines={"no difference": 0.0},
-                ),
+                figure,
             )
         ],
     )
