@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
 
-from mmlens.arguments import unknown_name_message
 from mmlens.data.examples import Example
 from mmlens.effects.sweeps import sweep
 from mmlens.errors import InvalidValueError
@@ -53,8 +52,8 @@ def first_of_kinds(examples: Sequence[Example], n_per_kind: int | None) -> list[
     return sorted(chosen, key=lambda example: (example.kind, len(example.images)))
 
 
-def first_with_evidence(examples: Sequence[Example], n_per_kind: int | None) -> list[Example]:
-    """`first_of_kinds` of those that have evidence; raises ValueError where none has."""
+def with_evidence(examples: Sequence[Example], n_per_kind: int | None = None) -> list[Example]:
+    """`first_of_kinds` of those that have evidence (None: all of them); raises ValueError where none has."""
     chosen = [example for example in examples if example.evidence]
     if not chosen:
         raise InvalidValueError(f"none of the {len(examples)} examples has evidence")
@@ -145,22 +144,3 @@ def head_costs(setup: Setup, table: pd.DataFrame, metric: str, mode: str, heads:
     for layer, head in heads:
         values[:, layer, head] = torch.tensor(found.loc[head_name((layer, head))].to_numpy())
     return HeadScores(values, f"cost in {metric.replace('_', ' ')}", tuple(first["kind"]), heads.grid)
-
-
-def cost_interval(table: pd.DataFrame, seed: int) -> tuple[float, float, float]:
-    """Mean of clean - value and its 95% interval, paired by example.
-
-    `table` holds one metric; where an example stands several times (draws of a control), its mean counts once.
-    """
-    of_example = table.groupby("example")[["clean", "value"]].mean()
-    return paired_difference(of_example["clean"], of_example["value"], seed)
-
-
-def named(functions: Mapping[str, Callable[..., HeadScores]], names: Sequence[str], what: str) -> list[str]:
-    """The names, each checked to be one of `functions`; raises ValueError with the nearest for another."""
-    for name in names:
-        if name not in functions:
-            raise InvalidValueError(unknown_name_message(what, name, functions))
-    if not names:
-        raise InvalidValueError(f"no {what} given; there are {', '.join(functions)}")
-    return list(names)

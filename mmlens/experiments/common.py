@@ -14,8 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmlens.data.examples import Example
-from mmlens.errors import InvalidValueError
-from mmlens.experiments.ablations import ablated, by_example, paired_difference, references
+from mmlens.experiments.ablations import ablated, by_example, paired_difference, references, with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
@@ -27,17 +26,6 @@ from mmlens.statistics import interval_of, ratio_interval
 PAPER = "arXiv 2606.05843"
 POOLED = "pooled"
 FIVE_PERCENT = 0.05
-
-
-def with_evidence(examples: Sequence[Example]) -> list[Example]:
-    """The examples that have evidence, in an order that keeps batches alike: by kind, then number of images.
-
-    Raises ValueError where there is none.
-    """
-    chosen = sorted((e for e in examples if e.evidence), key=lambda e: (e.kind, len(e.images)))
-    if not chosen:
-        raise InvalidValueError(f"none of the {len(examples)} examples has evidence")
-    return chosen
 
 
 def selection_ram(setup: Setup) -> HeadScores:

@@ -464,20 +464,34 @@ def _head_maps(found: CoreHeads) -> Figures:
     return figures
 
 
+METRIC_CAPTIONS = {
+    "accuracy": "Share of held-out examples whose first answer token is right.",
+    "logit_difference": "Logit of the answer minus the best wrong candidate's.",
+    "invalid": "Share of answers that are no candidate at all: lost format, not lost retrieval.",
+}
+
+
+def metric_figures(found: CoreHeads, titles: Mapping[str, str]) -> Figures:
+    """Metrics, name -> title, against the number of heads ablated, a figure each; those not measured are left out."""
+    chance = {"accuracy": found.summary["finding"]["chance"]}
+    measured = set(found.ablation["metric"])
+    return [
+        (
+            title,
+            METRIC_CAPTIONS[metric],
+            plot_ablation_panels(found.ablation, metric=metric, chance=chance.get(metric)),
+        )
+        for metric, title in titles.items()
+        if metric in measured
+    ]
+
+
 def _curves(found: CoreHeads) -> Figures:
-    table, summary = found.ablation, found.summary
-    controls = summary["controls"]
+    table, controls = found.ablation, found.summary["controls"]
     kinds = [kind for kind in dict.fromkeys(table["kind"]) if kind not in (POOLED, *controls)]
-    figures: Figures = []
-    for metric, caption in (
-        ("accuracy", "Share of held-out examples whose first answer token is right."),
-        ("logit_difference", "Logit of the answer minus the best wrong candidate's."),
-        ("invalid", "Share of answers that are no candidate at all: lost format, not lost retrieval."),
-    ):
-        if metric in set(table["metric"]):
-            chance = summary["finding"]["chance"] if metric == "accuracy" else None
-            figure = plot_ablation_panels(table, metric=metric, chance=chance)
-            figures.append((f"Ablation: {metric.replace('_', ' ')}", caption, figure))
+    figures = metric_figures(
+        found, {metric: f"Ablation: {metric.replace('_', ' ')}" for metric in METRIC_CAPTIONS}
+    )
     figures.append(
         (
             "Ablation by kind of task",

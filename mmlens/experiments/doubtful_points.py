@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mmlens.data.examples import Evidence, Example
 from mmlens.effects.measure import effect
 from mmlens.errors import InvalidValueError
-from mmlens.experiments.ablations import first_of_kinds
+from mmlens.experiments.ablations import first_of_kinds, with_evidence
 from mmlens.experiments.common import (
     FIVE_PERCENT,
     PAPER,
@@ -29,7 +29,6 @@ from mmlens.experiments.common import (
     kinds_of,
     plain,
     ranged,
-    with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.experiments.masking import LARGEST_OF_QWEN
@@ -433,8 +432,7 @@ EXPERIMENT = Experiment(
     question="Where the paper's text and method differ or are doubtful, does it matter which reading one takes?",
     method=(
         "Every doubtful point was run both ways on the selection split (box to token, question tokens, tags in the "
-        "prompt, the mask, the number of heads, the mean); the top {fraction} of each was ablated (mode "
-        "{mode}) on the "
+        "prompt, the mask, the number of heads, the mean); the top {fraction} of each was ablated (mode {mode}) on the "
         "evaluation split."
     ),
     run=run,

@@ -253,8 +253,8 @@ EXPERIMENT = Experiment(
     source="beyond the paper",
     question="At which step do the heads that end up with the largest RAM get it, and do answers come with it?",
     method=(
-        "Checkpoints of the language model's training on oracle visual tokens were scored by RAM and judged with "
-        "the top {fraction:.0%} of heads zeroed, on {n_per_kind} examples of each kind."
+        "Checkpoints of the language model's training on oracle visual tokens were scored by RAM and judged with the "
+        "top {fraction:.0%} of heads zeroed, on {n_per_kind} examples of each kind."
     ),
     run=run,
     cites=("arxiv_2606_05843",),

@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mmlens.errors import InvalidValueError
+from mmlens.experiments.ablations import with_evidence
 from mmlens.experiments.common import (
     FIVE_PERCENT,
     PAPER,
@@ -22,7 +23,6 @@ from mmlens.experiments.common import (
     plain,
     ranged,
     resampled_means,
-    with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores
@@ -165,7 +165,7 @@ def _place(scores: HeadScores, fraction: float, n_resamples: int, seed: int) -> 
 
     here, draws = of(flat_per_example(scores).mean(0, keepdims=True)), of(means)
     return {
-        "top": top,
+        "top": [list(head) for head in top],
         "depth": float(here["depth"][0]),
         "depth_interval": percentile_interval(draws["depth"]),
         "share_of_top": float(here["share"][0]),
@@ -295,8 +295,7 @@ EXPERIMENT = Experiment(
     title="Where the heads are that look at the evidence",
     source=f"{PAPER}, Fig. 4 and 9",
     question=(
-        "In which layers are the heads with the highest Retrieval Attention Mass, and how few hold how much of "
-        "it?"
+        "In which layers are the heads with the highest Retrieval Attention Mass, and how few hold how much of it?"
     ),
     method=(
         "Retrieval Attention Mass (RAM, Eq. 1) of every head was averaged over the selection examples; the top "

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
-from mmlens.experiments.ablations import first_of_kinds
+from mmlens.experiments.ablations import first_of_kinds, with_evidence
 from mmlens.experiments.common import (
     PAPER,
     POOLED,
@@ -27,7 +27,6 @@ from mmlens.experiments.common import (
     plain,
     ranged,
     summarised,
-    with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of

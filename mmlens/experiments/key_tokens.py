@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from mmlens.experiments.ablations import with_evidence
 from mmlens.experiments.common import (
     FIVE_PERCENT,
     PAPER,
@@ -21,7 +22,6 @@ from mmlens.experiments.common import (
     ranged,
     selection_ram,
     token_counts,
-    with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
@@ -283,9 +283,8 @@ EXPERIMENT = Experiment(
     question="How much of the evidence is among the tokens that a head attends to most, and how many heads cover it?",
     method=(
         "Heads were ranked by RAM on the selection split. On the evaluation split the Key Token Ratio of the top and "
-        "bottom heads and the Key Token Coverage of growing sets were measured (Eq. 22-25), with {n_draws} "
-        "random sets of "
-        "the same size."
+        "bottom heads and the Key Token Coverage of growing sets were measured (Eq. 22-25), with {n_draws} random sets "
+        "of the same size."
     ),
     run=run,
     cites=("arxiv_2606_05843",),

@@ -19,7 +19,7 @@ from mmlens.experiments.common import (
     of_models,
     plain,
 )
-from mmlens.experiments.core_heads_claim import CoreHeads, measured
+from mmlens.experiments.core_heads_claim import CoreHeads, measured, metric_figures
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import share_of
 from mmlens.viz.ablation_curves import plot_ablation_panels
@@ -88,7 +88,7 @@ def run(
         plain(numbers),
         tables=_tables(found, verdicts, few, total),
         per_example={"outcomes": found.outcomes},
-        figures=_figures(found, numbers["chance"]),
+        figures=_figures(found),
     )
 
 
@@ -153,29 +153,15 @@ def _tables(
     }
 
 
-def _figures(found: CoreHeads, chance: float) -> list[tuple[str, str, Figure]]:
-    table, controls = found.ablation, found.summary["controls"]
-    figures = [
-        (
-            "Masking: accuracy",
-            "Share of held-out examples whose first answer token is right.",
-            plot_ablation_panels(table, metric="accuracy", chance=chance),
-        )
-    ]
-    if "invalid" in set(table["metric"]):
-        figures.append(
-            (
-                "Masking: invalid answers",
-                "Share of answers that are no candidate at all: lost format, not lost retrieval.",
-                plot_ablation_panels(table, metric="invalid"),
-            )
-        )
+def _figures(found: CoreHeads) -> list[tuple[str, str, Figure]]:
+    controls = found.summary["controls"]
+    figures = metric_figures(found, {"accuracy": "Masking: accuracy", "invalid": "Masking: invalid answers"})
     if controls:
         figures.append(
             (
                 "Masking: text-only controls",
                 "Accuracy on questions without an image, with the same heads masked.",
-                plot_ablation_panels(table, metric="accuracy", kinds=controls),
+                plot_ablation_panels(found.ablation, kinds=controls),
             )
         )
     return figures
@@ -234,11 +220,9 @@ EXPERIMENT = Experiment(
     source=f"{PAPER}, Fig. 6a",
     question="How fast do answers go wrong as the heads with most RAM are masked, and how fast with other heads?",
     method=(
-        "The top, the bottom, random and layer-matched random heads ({n_draws} draws) by RAM on the selection "
-        "split were "
-        "masked at all positions (modes: {modes}) in the shares of heads of the paper's figure and at 5%; "
-        "accuracy and "
-        "invalid answers were taken on {n_per_kind} evaluation examples of each kind."
+        "The top, the bottom, random and layer-matched random heads ({n_draws} draws) by RAM on the selection split "
+        "were masked at all positions (modes: {modes}) in the shares of heads of the paper's figure and at 5%; "
+        "accuracy and invalid answers were taken on {n_per_kind} evaluation examples of each kind."
     ),
     run=run,
     cites=("arxiv_2606_05843",),

@@ -17,11 +17,11 @@ from mmlens.experiments.ablations import (
     ablated,
     all_heads,
     first_of_kinds,
-    first_with_evidence,
     graded_metric,
     head_costs,
     references,
     single_heads,
+    with_evidence,
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
@@ -99,7 +99,7 @@ def run(
     metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
     reference = references(setup, modes)
     of_sets = _of_sets(setup, evaluation, arms, reference, metrics)
-    judged = first_with_evidence(setup.evaluation, n_per_kind_single)
+    judged = with_evidence(setup.evaluation, n_per_kind_single)
     of_heads = ablated(setup, judged, single_heads(heads), reference, metrics)
     cost = {mode: head_costs(setup, of_heads, graded, mode, heads) for mode in modes}
     found = _Measured(
@@ -290,9 +290,8 @@ EXPERIMENT = Experiment(
     source="beyond arXiv 2606.05843; zero ablation is off-distribution: arXiv 2604.14433",
     question="Does it matter for the finding whether heads are ablated by mean, zero, resample, uniform or mean query?",
     method=(
-        "The top 5% of heads by RAM on the selection split, and {n_draws} random and layer-matched sets of as "
-        "many, were "
-        "ablated in each mode ({modes}) on {n_per_kind} evaluation examples of each kind; every single head on "
+        "The top 5% of heads by RAM on the selection split, and {n_draws} random and layer-matched sets of as many, "
+        "were ablated in each mode ({modes}) on {n_per_kind} evaluation examples of each kind; every single head on "
         "{n_per_kind_single} of each kind with evidence. References for mean and resample are the selection split. "
         "Agreement is Spearman's rank correlation of single-head costs (bootstrap over examples, {n_resamples} "
         "resamples)."

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmlens.data.examples import Example
+from mmlens.experiments.ablations import with_evidence
 from mmlens.experiments.common import (
     PAPER,
     POOLED,
@@ -26,7 +27,6 @@ from mmlens.experiments.common import (
     selection_ram,
     selectivity,
     token_counts,
-    with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.experiments.looking import overlay_figures
@@ -206,8 +206,7 @@ EXPERIMENT = Experiment(
     title="What top and bottom heads look at",
     source=f"{PAPER}, Fig. 1, 2 and 8",
     question=(
-        "Do the top heads look at the evidence of examples they were not chosen on, and what do bottom heads look "
-        "at?"
+        "Do the top heads look at the evidence of examples they were not chosen on, and what do bottom heads look at?"
     ),
     method=(
         "The {n_heads} top and bottom heads by RAM on the selection split were drawn over held-out examples, and the "

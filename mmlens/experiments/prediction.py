@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from mmlens.arguments import BATCH_SIZE
+from mmlens.arguments import BATCH_SIZE, one_of
 from mmlens.attribution.nodes import attribute
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
@@ -20,12 +20,11 @@ from mmlens.experiments.ablations import (
     ablated,
     all_heads,
     costs,
-    first_with_evidence,
     graded_metric,
     head_costs,
-    named,
     references,
     single_heads,
+    with_evidence,
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
@@ -141,14 +140,14 @@ def run(
     each kind of either split (None: all).
     """
     known: dict[str, Callable[..., HeadScores]] = {**SCORES, "attribution": attributed_cost}
-    names = named(known, scores, "score")
+    names = [one_of("score", name, known) for name in scores]
     heads = all_heads(setup)
     if not 3 <= n_groups <= len(heads):
         raise InvalidValueError(
             f"n_groups is a number of groups from 3 to the model's {len(heads)} heads, not {n_groups}"
         )
-    selection = first_with_evidence(setup.selection, n_per_kind)
-    evaluation = first_with_evidence(setup.evaluation, n_per_kind)
+    selection = with_evidence(setup.selection, n_per_kind)
+    evaluation = with_evidence(setup.evaluation, n_per_kind)
     of_score = {name: known[name](setup.model, selection, **setup.options) for name in names}
     graded, graded_function = graded_metric(evaluation)
     metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
@@ -456,13 +455,11 @@ EXPERIMENT = Experiment(
     source="beyond arXiv 2606.05843; attention is not importance: arXiv 1902.10186, 1908.04626",
     question="Do heads with a higher score cost more when they are ablated, one by one and in groups?",
     method=(
-        "Scores ({scores}) were taken on the selection split, and every head was ablated alone ({mode} "
-        "ablation) on the "
-        "evaluation split ({n_per_kind} examples of each kind of either split). Spearman's rank correlation over heads "
-        "has a bootstrap interval ({n_resamples} resamples of the examples of both splits) and "
-        "permutation p-values over all heads and within layers; costs were told from zero by paired permutation tests "
-        "at a false discovery rate of {q}. Each score's ranking was also cut into {n_groups} groups, each ablated as a "
-        "whole."
+        "Scores ({scores}) were taken on the selection split, and every head was ablated alone ({mode} ablation) on "
+        "the evaluation split ({n_per_kind} examples of each kind of either split). Spearman's rank correlation over "
+        "heads has a bootstrap interval ({n_resamples} resamples of the examples of both splits) and permutation "
+        "p-values over all heads and within layers; costs were told from zero by paired permutation tests at a false "
+        "discovery rate of {q}. Each score's ranking was also cut into {n_groups} groups, each ablated as a whole."
     ),
     run=run,
     cites=("arxiv_2606_05843", "arxiv_1902_10186", "arxiv_1908_04626"),

@@ -20,22 +20,23 @@ from mmlens.effects.measure import effect
 from mmlens.errors import InvalidValueError, MmlensWarning
 from mmlens.experiments.ablations import (
     ablated,
-    cost_interval,
     first_of_kinds,
-    first_with_evidence,
     graded_metric,
     references,
+    with_evidence,
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
     across_rows,
     all_equal,
+    arm_difference,
     flat_per_example,
     head_names,
     matched_controls,
     plain,
     ranged,
     resampled_means,
+    summarised,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, half_mass_share, share_of
@@ -48,7 +49,7 @@ from mmlens.scores.logits import logit_contribution
 from mmlens.scores.registry import SCORES
 from mmlens.scores.retrieval import evidence_attention
 from mmlens.scores.spatial import localization_score
-from mmlens.statistics import difference_interval_of, rank_correlation, rank_correlation_interval
+from mmlens.statistics import rank_correlation, rank_correlation_interval
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
 
@@ -142,7 +143,7 @@ def run(
             f"({'; '.join(scored.notes)})"
         )
     tops = {name: scores.top(fraction) for name, scores in scored.scores.items()}
-    evaluation = first_with_evidence(setup.evaluation, n_per_kind)
+    evaluation = with_evidence(setup.evaluation, n_per_kind)
     texts = first_of_kinds([example for example in setup.evaluation if not example.evidence], n_per_kind)
     graded, graded_function = graded_metric([*evaluation, *texts])
     sets, shortfall = _arms(tops, n_draws, setup.seed)
@@ -202,7 +203,7 @@ class _Scored:
 def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_kind: int | None) -> _Scored:
     model = setup.model
     options = setup.options
-    examples = first_with_evidence(setup.selection, n_per_kind)
+    examples = with_evidence(setup.selection, n_per_kind)
     found = _Scored()
     attention = evidence_attention(model, examples, **options)
     found.add("RAM", attention.ram)
@@ -350,32 +351,25 @@ def _effects(outcomes: pd.DataFrame, controls: Sequence[str], seed: int) -> pd.D
     rows = []
     for group, part in (("evidence", outcomes[~is_text]), ("text", outcomes[is_text])):
         for (score, metric), cell in part.groupby(["score", "metric"], sort=False):
-            by_arm = dict(list(cell.groupby("arm", sort=False)))
-            values = {arm: own.groupby("example")["value"].mean().to_numpy() for arm, own in by_arm.items()}
-            excess = difference_interval_of(values[CONTROL], values[TOP], seed)
-            for arm, own in by_arm.items():
-                cost, low, high = cost_interval(own, seed)
-                of_draws = (own["clean"] - own["value"]).groupby(own["draw"]).mean()
+            excess = arm_difference(cell, CONTROL, TOP, metric=metric, seed=seed)
+            costs = summarised(cell, ["arm"], paired=("cost", "clean", "value"), seed=seed)
+            for row in costs.to_dict("records"):
                 rows.append(
                     {
                         "score": score,
-                        "arm": arm,
+                        "arm": row["arm"],
                         "metric": metric,
                         "group": group,
-                        "n": own["example"].nunique(),
-                        "cost": cost,
-                        "low": low,
-                        "high": high,
-                        "draw_min": float(of_draws.min()),
-                        "draw_max": float(of_draws.max()),
+                        "n": row["n"],
+                        "cost": row["cost"],
+                        "low": row["cost_low"],
+                        "high": row["cost_high"],
+                        "draw_min": row["clean"] - row["draw_max"],
+                        "draw_max": row["clean"] - row["draw_min"],
                     }
                 )
-                if arm == TOP:
-                    rows[-1] |= {
-                        "excess": float((values[CONTROL] - values[TOP]).mean()),
-                        "excess_low": excess[0],
-                        "excess_high": excess[1],
-                    }
+                if row["arm"] == TOP:
+                    rows[-1] |= dict(zip(("excess", "excess_low", "excess_high"), excess, strict=True))
     return pd.DataFrame(rows)
 
 
@@ -559,6 +553,14 @@ def across(findings: Mapping[str, Findings]) -> Findings:
     }
     table = across_rows(findings, "scores")[list(columns)].rename(columns=columns)
     pairs = across_rows(findings, "agreement")
+    figure = plot_intervals(
+        table,
+        row="score",
+        series="model",
+        xlabel="Excess cost in accuracy",
+        percent=True,
+        lines={"controls": 0.0},
+    )
     mean = table.groupby("score", sort=False)["mean"].mean().sort_values(ascending=False)
     told = table[table["low"] > 0].groupby("score")["model"].nunique()
     n_models = table.groupby("score")["model"].nunique()
@@ -588,14 +590,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
                 "Cost beyond controls",
                 "Accuracy lost with each score's own top ablated, minus that with layer-matched random heads, paired "
                 "by example, 95% intervals.",
-                plot_intervals(
-                    table,
-                    row="score",
-                    series="model",
-                    xlabel="Excess cost in accuracy",
-                    percent=True,
-                    lines={"controls": 0.0},
-                ),
+                figure,
             )
         ],
     )
@@ -614,9 +609,9 @@ EXPERIMENT = Experiment(
     method=(
         "Every score was taken on the selection split ({n_per_kind} examples of each kind of either split; null "
         "questions: {null_questions}), those that count answers on the examples answered right. Rankings of all heads "
-        "were compared by Spearman's correlation, with recentred bootstrap intervals ({n_resamples} resamples of "
-        "the examples). The top {fraction} of each score, and {n_draws} layer-matched random sets for each, were "
-        "ablated ({mode} ablation, at all positions) on the evaluation split."
+        "were compared by Spearman's correlation, with recentred bootstrap intervals ({n_resamples} resamples of the "
+        "examples). The top {fraction} of each score, and {n_draws} layer-matched random sets for each, were ablated "
+        "({mode} ablation, at all positions) on the evaluation split."
     ),
     run=run,
     cites=(

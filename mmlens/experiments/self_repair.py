@@ -19,10 +19,10 @@ from mmlens.experiments.ablations import (
     ablated,
     all_heads,
     costs,
-    first_with_evidence,
     graded_metric,
     references,
     single_heads,
+    with_evidence,
 )
 from mmlens.experiments.common import (
     FIVE_PERCENT,
@@ -92,7 +92,7 @@ def run(
     """
     heads = all_heads(setup)
     scores = selection_ram(setup)
-    examples = first_with_evidence(setup.evaluation, n_per_kind)
+    examples = with_evidence(setup.evaluation, n_per_kind)
     graded, graded_function = graded_metric(examples)
     metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
     groups = _groups(scores, len(heads), shares, n_draws, setup.seed)
@@ -311,23 +311,20 @@ def _sums(changes: Changes, top: HeadSet, seed: int) -> dict[str, Any]:
 
 
 def _long(changes: Changes, heads: HeadSet, examples: Sequence[Example]) -> pd.DataFrame:
-    frames = []
-    for what, (before, after) in changes.items():
-        for head in heads:
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "what": what,
-                        "head": head_name(head),
-                        "example": range(len(examples)),
-                        "id": [example.id for example in examples],
-                        "kind": [example.kind for example in examples],
-                        "clean": before[:, head[0], head[1]].numpy(),
-                        "without": after[:, head[0], head[1]].numpy(),
-                    }
-                )
-            )
-    return pd.concat(frames, ignore_index=True)
+    of_example = pd.DataFrame({"id": [e.id for e in examples], "kind": [e.kind for e in examples]})
+    of_example.insert(0, "example", range(len(examples)))
+    frames = [
+        of_example.assign(
+            what=what,
+            head=head_name((layer, head)),
+            clean=before[:, layer, head].numpy(),
+            without=after[:, layer, head].numpy(),
+        )
+        for what, (before, after) in changes.items()
+        for layer, head in heads
+    ]
+    columns = ["what", "head", "example", "id", "kind", "clean", "without"]
+    return pd.concat(frames, ignore_index=True)[columns]
 
 
 # ---------------------------------------------------------------------- how it is told
@@ -336,9 +333,8 @@ def _long(changes: Changes, heads: HeadSet, examples: Sequence[Example]) -> pd.D
 def _statement(found: _Measured) -> str:
     graded, top = found.graded, found.top
     said = []
-    for row in found.excess[(found.excess["metric"] == graded) & (found.excess["arm"] == "top")].to_dict(
-        "records"
-    ):
+    excess = found.excess[(found.excess["metric"] == graded) & (found.excess["arm"] == "top")]
+    for row in excess.to_dict("records"):
         verdict = (
             "more than its members together, as where they stand in for each other"
             if row["excess_low"] > 0
@@ -432,6 +428,9 @@ def across(findings: Mapping[str, Findings]) -> Findings:
     for name, column in (("mean", "excess"), ("low", "excess_low"), ("high", "excess_high")):
         table[name] = table[column]
     table["group"] = table["model"] + ", " + table["size"].astype(str)
+    figure = plot_intervals(
+        table, row="group", series="arm", xlabel="Excess cost of the group", lines={"0": 0.0}
+    )
     tops = table[table["arm"] == "top"]
     above, below = int((tops["low"] > 0).sum()), int((tops["high"] < 0).sum())
     return Findings(
@@ -443,9 +442,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
             (
                 "Cost of groups beyond the sum of their members",
                 "Above 0 a group costs more than its members one by one; model and number of heads; 95% intervals.",
-                plot_intervals(
-                    table, row="group", series="arm", xlabel="Excess cost of the group", lines={"0": 0.0}
-                ),
+                figure,
             )
         ],
     )
@@ -457,15 +454,12 @@ EXPERIMENT = Experiment(
     source="beyond arXiv 2606.05843; self-repair: arXiv 2307.15771, 2402.15390",
     question="Does a group cost more than its members one by one, and which heads do more when others are gone?",
     method=(
-        "Groups of the top heads by RAM on the selection split (2 heads and shares {shares} of all), and "
-        "{n_draws} random "
-        "and layer-matched groups of as many, were ablated ({mode} ablation) as a whole and head by head on the same "
-        "evaluation examples ({n_per_kind} of each kind); the difference has a paired bootstrap interval. "
-        "With the top 5% "
-        "ablated, the change of each later head's RAM and direct contribution to the logit difference (final "
-        "norm's scale "
-        "and best wrong answer held at the clean run's) was tested by paired permutations at a false "
-        "discovery rate of {q}."
+        "Groups of the top heads by RAM on the selection split (2 heads and shares {shares} of all), and {n_draws} "
+        "random and layer-matched groups of as many, were ablated ({mode} ablation) as a whole and head by head on the "
+        "same evaluation examples ({n_per_kind} of each kind); the difference has a paired bootstrap interval. With "
+        "the top 5% ablated, the change of each later head's RAM and direct contribution to the logit difference "
+        "(final norm's scale and best wrong answer held at the clean run's) was tested by paired permutations at a "
+        "false discovery rate of {q}."
     ),
     run=run,
     cites=("arxiv_2606_05843", "arxiv_2307_15771", "arxiv_2402_15390"),

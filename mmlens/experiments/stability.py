@@ -329,9 +329,8 @@ EXPERIMENT = Experiment(
     question="Do different kinds of visual question rank heads alike by RAM, and are the same heads at the top?",
     method=(
         "RAM was averaged over the selection examples of each kind; Spearman's rank correlation over heads between "
-        "kinds has recentred bootstrap intervals ({n_resamples} resamples of the examples); "
-        "the number of heads in every "
-        "kind's top {fraction} is compared with {n_draws} random choices; reliability is that of {n_splits} "
+        "kinds has recentred bootstrap intervals ({n_resamples} resamples of the examples); the number of heads in "
+        "every kind's top {fraction} is compared with {n_draws} random choices; reliability is that of {n_splits} "
         "split halves."
     ),
     run=run,

@@ -14,11 +14,11 @@ from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
-    first_with_evidence,
     graded_metric,
     head_costs,
     references,
     single_heads,
+    with_evidence,
 )
 from mmlens.experiments.common import across_rows, plain, selection_ram, summarised
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
@@ -62,7 +62,7 @@ def run(
     counts = sorted({share_of(share, len(heads)) for share in shares} - {len(heads)})
     found = {ranking: _ranking(setup, ranking, heads) for ranking in rankings}
     kept = _kept(setup, found, heads, counts, n_draws)
-    examples = first_with_evidence(setup.evaluation, n_per_kind)
+    examples = with_evidence(setup.evaluation, n_per_kind)
     metrics: dict[str, Metric] = {"accuracy": accuracy}
     sets = {_label(key): own.complement() for key, own in kept.items()} | {NONE: heads}
     table = ablated(setup, examples, sets, references(setup, modes), metrics)
@@ -158,7 +158,7 @@ def same_layers(heads: HeadSet, rng: np.random.Generator) -> HeadSet:
 def _ranking(setup: Setup, ranking: str, heads: HeadSet) -> HeadScores:
     if ranking == "ram":
         return selection_ram(setup)
-    examples = first_with_evidence(setup.selection, 6)
+    examples = with_evidence(setup.selection, 6)
     graded, function = graded_metric(examples)
     table = ablated(setup, examples, single_heads(heads), references(setup, ["mean"]), {graded: function})
     return head_costs(setup, table, graded, "mean", heads)
@@ -258,11 +258,9 @@ EXPERIMENT = Experiment(
     question="Do the top heads keep the accuracy when all other heads are ablated, and how many does it take?",
     method=(
         "Only the top k heads of a ranking ({rankings}, both on the selection split) were kept and all others ablated "
-        "({modes}), for shares {shares} of all heads, beside {n_draws} random orders of all heads and "
-        "{n_draws} draws of "
-        "as many heads in each layer; {n_per_kind} evaluation examples of each kind. The smallest k is "
-        "reported from which "
-        "on {keep} of the clean accuracy is kept."
+        "({modes}), for shares {shares} of all heads, beside {n_draws} random orders of all heads and {n_draws} draws "
+        "of as many heads in each layer; {n_per_kind} evaluation examples of each kind. The smallest k is reported "
+        "from which on {keep} of the clean accuracy is kept."
     ),
     run=run,
     cites=("arxiv_2606_05843",),

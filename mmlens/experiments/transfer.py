@@ -189,15 +189,10 @@ def _groups(table: pd.DataFrame, chosen: list[str], text: list[str], seed: int) 
     )
     lost["kind"] = pd.Categorical(lost["kind"], [OWN, OTHER, *text])
     lost = lost.sort_values(["kind", "arm"], ignore_index=True)
-    columns = {
-        "kind": "judged_on",
-        "arm": "arm",
-        "lost": "mean",
-        "lost_low": "low",
-        "lost_high": "high",
-        "n": "n",
-    }
-    return lost[list(columns)].rename(columns=columns).astype({"judged_on": object})
+    groups = lost[["kind", "arm", "lost", "lost_low", "lost_high", "n"]]
+    return groups.set_axis(["judged_on", "arm", "mean", "low", "high", "n"], axis=1).astype(
+        {"judged_on": object}
+    )
 
 
 def _ratio(table: pd.DataFrame, chosen: list[str], groups: pd.DataFrame, seed: int) -> dict[str, Any]:
@@ -261,6 +256,7 @@ def _statement(
 def across(findings: Mapping[str, Findings]) -> Findings:
     """Loss on own and other kinds and on text, by model."""
     table = across_rows(findings, "groups", lambda row, _: row["arm"] == "chosen")
+    figure = plot_intervals(table, row="model", series="judged_on", xlabel="Accuracy lost", lines={"0": 0.0})
     ratios = {model: found.numbers["other_to_own"]["ratio"] for model, found in findings.items()}
     known = [ratio for ratio in ratios.values() if ratio is not None]
     said = (
@@ -274,9 +270,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
             (
                 "Accuracy lost on own kind, other kinds and text-only kinds",
                 "By model, 95% intervals.",
-                plot_intervals(
-                    table, row="model", series="judged_on", xlabel="Accuracy lost", lines={"0": 0.0}
-                ),
+                figure,
             )
         ],
     )
@@ -288,13 +282,10 @@ EXPERIMENT = Experiment(
     source="beyond arXiv 2606.05843, whose Fig. 5 compares scores, not effects",
     question="What does ablating the heads chosen on one kind of task cost on the others, and on text?",
     method=(
-        "The top {fraction} of heads by RAM was chosen on each kind of task alone, and pooled, on the "
-        "selection split, and "
-        "ablated ({mode} ablation) on {n_per_kind} evaluation examples of every kind, text-only kinds among "
-        "them, beside "
-        "{n_draws} layer-matched random sets each. Losses of accuracy are paired by example; other kinds' "
-        "loss as a share "
-        "of own loss has a bootstrap interval."
+        "The top {fraction} of heads by RAM was chosen on each kind of task alone, and pooled, on the selection split, "
+        "and ablated ({mode} ablation) on {n_per_kind} evaluation examples of every kind, text-only kinds among them, "
+        "beside {n_draws} layer-matched random sets each. Losses of accuracy are paired by example; other kinds' loss "
+        "as a share of own loss has a bootstrap interval."
     ),
     run=run,
     cites=("arxiv_2606_05843",),

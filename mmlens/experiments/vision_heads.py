@@ -10,7 +10,7 @@ import pandas as pd
 import scipy.stats
 from matplotlib.figure import Figure
 
-from mmlens.experiments.ablations import first_of_kinds
+from mmlens.experiments.ablations import first_of_kinds, with_evidence
 from mmlens.experiments.common import (
     FIVE_PERCENT,
     PAPER,
@@ -27,7 +27,6 @@ from mmlens.experiments.common import (
     ranged,
     selectivity,
     token_counts,
-    with_evidence,
 )
 from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores
@@ -279,8 +278,7 @@ EXPERIMENT = Experiment(
         "matter?"
     ),
     method=(
-        "On the selection split heads were ranked by RAM and by attention from the question to all visual "
-        "tokens; the "
+        "On the selection split heads were ranked by RAM and by attention from the question to all visual tokens; the "
         "top {fraction} of each, and {n_draws} layer-matched random sets, were ablated (modes: {modes}) on the "
         "evaluation split."
     ),

@@ -27,7 +27,6 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from mmlens.arguments import unknown_name_message
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment, Findings
@@ -50,6 +49,7 @@ from mmlens.runs.rerun import is_current
 from mmlens.runs.run import (
     Prepared,
     Request,
+    experiment_named,
     model_folders,
     prepare,
     read_findings,
@@ -102,11 +102,8 @@ def run_all(
     """
     if jobs < 1:
         raise InvalidValueError(f"jobs is a number of models run at a time, 1 or more, not {jobs}")
-    for name in experiments or ():
-        if name not in EXPERIMENTS:
-            raise InvalidValueError(unknown_name_message("experiment", name, EXPERIMENTS))
     by_default = [name for name, experiment in EXPERIMENTS.items() if not experiment.by_name]
-    chosen = [EXPERIMENTS[name] for name in experiments or by_default]
+    chosen = [experiment_named(name) for name in experiments or by_default]
     references = bibliography(key for experiment in chosen for key in experiment.cites)
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -118,12 +115,10 @@ def run_all(
     folders = {experiment.name: model_folders(models, out / experiment.name) for experiment in chosen}
     with locked(out):
         _write_summary(out, models, [], {})
-        names = [experiment.name for experiment in chosen]
         by_model = [
             (
                 replace(request, model=model),
-                names,
-                [folders[name][model] for name in names],
+                {name: places[model] for name, places in folders.items()},
                 out,
                 command,
                 progress,
@@ -139,12 +134,12 @@ def run_all(
                 for o in outcomes
                 if o.experiment == experiment.name and o.status != "failed"
             }
+            place = out / experiment.name / "across"
             try:
-                found = write_across(experiment, whole, out / experiment.name / "across")
+                found = write_across(experiment, whole, place)
             except Exception as error:
                 across[experiment.name] = f"{type(error).__name__}: {error}"
-                place = out / experiment.name / "across"
-                failures.append(_failure(experiment.name, "across models", place, error, 0.0))
+                failures.append(_failure(experiment.name, "across models", place, error))
             else:
                 if found is not None:
                     across[experiment.name] = found
@@ -212,34 +207,30 @@ def _work(run_model: Callable[..., list[Outcome]], *arguments: Any) -> list[Outc
 
 
 def _found(
-    future: Future[list[Outcome]], request: Request, names: Sequence[str], folders: Sequence[Path], *_: Any
+    future: Future[list[Outcome]], request: Request, folders: Mapping[str, Path], *_: Any
 ) -> list[Outcome]:
     """What a process found; where it died, every run of its model failed."""
     try:
         return future.result()
     except Exception as error:
-        return [
-            _failure(name, request.model, folder, error, 0.0)
-            for name, folder in zip(names, folders, strict=True)
-        ]
+        return [_failure(name, request.model, folder, error) for name, folder in folders.items()]
 
 
 def _run_model(
     request: Request,
-    experiments: Sequence[str],
-    folders: Sequence[Path],
+    folders: Mapping[str, Path],
     out: Path,
     command: str,
     progress: bool,
     bars: bool = True,
 ) -> list[Outcome]:
-    """The experiments on the request's model, loaded once."""
+    """Experiments, name -> folder, on the request's model, loaded once."""
     try:
         prepared: Prepared | Outcome = prepare(request)
     except Exception as error:
-        prepared = _failure("", request.model, out, error, 0.0)
+        prepared = _failure("", request.model, out, error)
     outcomes = []
-    for name, folder in zip(experiments, folders, strict=True):
+    for name, folder in folders.items():
         if isinstance(prepared, Outcome):
             outcome = replace(prepared, experiment=name, folder=folder)
         else:
@@ -247,7 +238,7 @@ def _run_model(
             outcome = _run_one(EXPERIMENTS[name], asked, folder, prepared, command, progress and bars)
         outcomes.append(outcome)
         if progress:
-            _say(outcome, len(outcomes), len(experiments))
+            _say(outcome, len(outcomes), len(folders))
     return outcomes
 
 
@@ -268,16 +259,9 @@ def _run_one(
     return Outcome(experiment.name, request.model, "done", folder, seconds, broken=broken)
 
 
-def _failure(experiment: str, model: str, folder: Path, error: Exception, seconds: float) -> Outcome:
-    return Outcome(
-        experiment,
-        model,
-        "failed",
-        folder,
-        round(seconds, 1),
-        f"{type(error).__name__}: {error}",
-        "".join(traceback.format_exception(error)),
-    )
+def _failure(experiment: str, model: str, folder: Path, error: Exception, seconds: float = 0.0) -> Outcome:
+    said, details = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+    return Outcome(experiment, model, "failed", folder, round(seconds, 1), said, details)
 
 
 def is_kept(experiment: Experiment, request: Request, folder: Path, prepared: Prepared) -> bool:

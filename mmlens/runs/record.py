@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmlens.arguments import number, shown, whole_number
+from mmlens.arguments import instance_of, number, whole_number
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.files import path_within, read_json
 
@@ -99,28 +100,21 @@ def _leaves(value: Any) -> list[Any]:
 Check = Callable[[str, Any], Any]
 
 
+_whole = partial(whole_number, least=0)
+_number = partial(number, least=0)
+
+
 def _text(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise InvalidTypeError(f"{name} is {shown(value)}; expected a text")
-
-
-def _whole(name: str, value: Any) -> None:
-    whole_number(name, value, least=0)
-
-
-def _number(name: str, value: Any) -> None:
-    number(name, value, least=0)
+    instance_of(name, value, str, "a text")
 
 
 def _object(name: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise InvalidTypeError(f"{name} is {shown(value)}; expected an object")
+    instance_of(name, value, dict, "an object")
 
 
 def _listed(of: Check) -> Check:
     def check(name: str, value: Any) -> None:
-        if not isinstance(value, list):
-            raise InvalidTypeError(f"{name} is {shown(value)}; expected a list")
+        instance_of(name, value, list, "a list")
         for index, member in enumerate(value):
             of(f"{name}[{index}]", member)
 

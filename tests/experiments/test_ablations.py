@@ -11,22 +11,22 @@ import mmlens
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
-    cost_interval,
     costs,
     first_of_kinds,
-    first_with_evidence,
     graded_metric,
     head_costs,
     references,
     single_heads,
+    with_evidence,
 )
+from mmlens.experiments.common import summarised
 from mmlens.heads import head_name
 
 
 def test_single_head_costs_are_those_of_the_plain_model(micro: mmlens.HookedVLM) -> None:
     setup = small_setup(micro)
     heads = all_heads(setup)
-    examples = first_with_evidence(setup.evaluation, 2)
+    examples = with_evidence(setup.evaluation, 2)
     name, metric = graded_metric(examples)
     metrics = {name: metric, "accuracy": mmlens.accuracy}
     table = ablated(setup, examples, single_heads(heads), references(setup, ["zero"]), metrics)
@@ -60,10 +60,10 @@ def test_equal_sets_share_a_run_and_every_name_keeps_its_rows(micro: mmlens.Hook
 
 def test_a_cost_counts_each_example_once() -> None:
     table = pd.DataFrame(
-        {"example": [0, 0, 1, 1], "clean": [1.0, 1, 1, 1], "value": [0.0, 1, 1, 1], "heads": list("abab")}
-    )
-    mean, low, high = cost_interval(table, 0)
-    assert mean == 0.25 and low <= 0.25 <= high
+        {"example": [0, 0, 1, 1], "clean": [1.0, 1, 1, 1], "value": [0.0, 1, 1, 1], "draw": [0, 1, 0, 1]}
+    ).assign(arm="top")
+    cost = summarised(table, ["arm"], paired=("cost", "clean", "value")).iloc[0]
+    assert cost["cost"] == 0.25 and cost["cost_low"] <= 0.25 <= cost["cost_high"] and cost["n"] == 2
 
 
 def test_examples_are_cut_by_kind_and_the_metric_follows_the_candidates() -> None:
@@ -71,10 +71,10 @@ def test_examples_are_cut_by_kind_and_the_metric_follows_the_candidates() -> Non
     chosen = first_of_kinds(examples, 2)
     assert {e.id for e in chosen} == {e.id for e in examples if e.id.endswith(("-0", "-1"))}
     assert chosen == sorted(chosen, key=lambda e: (e.kind, len(e.images)))
-    assert {e.id for e in first_with_evidence(examples, 2)} == {e.id for e in chosen if e.evidence}
+    assert {e.id for e in with_evidence(examples, 2)} == {e.id for e in chosen if e.evidence}
     assert len(first_of_kinds(examples, None)) == len(examples)
     with pytest.raises(ValueError, match="none of the 6 examples has evidence"):
-        first_with_evidence([e for e in examples if not e.evidence], None)
+        with_evidence([e for e in examples if not e.evidence], None)
     assert graded_metric(chosen)[0] == "logit_difference"
     assert graded_metric([*chosen, mmlens.Example("What?", "x")])[0] == "answer_log_probability"
     with pytest.raises(ValueError, match="at least 2"):

@@ -8,6 +8,7 @@ import torch
 from plain_runs import scenes, small_setup, without_heads
 
 import mmlens
+from mmlens.experiments.ablations import with_evidence
 from mmlens.experiments.common import (
     ablation_outcomes,
     ablation_table,
@@ -19,7 +20,6 @@ from mmlens.experiments.common import (
     selectivity,
     token_counts,
     top_unless_tied,
-    with_evidence,
 )
 from mmlens.experiments.experiment import Setup
 from mmlens.head_scores import HeadScores

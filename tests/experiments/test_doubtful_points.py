@@ -14,7 +14,8 @@ from plain_attention import seen_by_plain_model
 from plain_runs import scenes
 
 import mmlens
-from mmlens.experiments.common import ablation_table, with_evidence
+from mmlens.experiments.ablations import with_evidence
+from mmlens.experiments.common import ablation_table
 from mmlens.experiments.doubtful_points import (
     EXPERIMENT,
     Reading,

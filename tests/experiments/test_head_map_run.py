@@ -12,7 +12,7 @@ from plain_attention import seen_by_plain_model
 from plain_runs import small_setup
 
 import mmlens
-from mmlens.experiments.common import with_evidence
+from mmlens.experiments.ablations import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.head_map import BAND, EXPERIMENT, PUBLISHED, across, gini
 

@@ -13,7 +13,7 @@ from plain_runs import small_setup
 
 import mmlens
 from mmlens.cli import main
-from mmlens.experiments.common import with_evidence
+from mmlens.experiments.ablations import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.key_tokens import COVERAGE_SHARES, EXPERIMENT, across
 from mmlens.runs.rerun import rerun

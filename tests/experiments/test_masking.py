@@ -9,7 +9,7 @@ import pytest
 from plain_runs import small_setup, without_heads
 
 import mmlens
-from mmlens.experiments.common import with_evidence
+from mmlens.experiments.ablations import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.masking import EXPERIMENT, PUBLISHED, across
 from mmlens.head_scores import share_of

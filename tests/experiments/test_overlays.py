@@ -10,7 +10,7 @@ from plain_attention import seen_by_plain_model
 from plain_runs import small_setup
 
 import mmlens
-from mmlens.experiments.common import with_evidence
+from mmlens.experiments.ablations import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.overlays import EXPERIMENT, across
 from mmlens.scores.retrieval import ram

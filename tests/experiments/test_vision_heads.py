@@ -11,7 +11,7 @@ from plain_attention import seen_by_plain_model
 from plain_runs import small_setup, without_heads
 
 import mmlens
-from mmlens.experiments.common import with_evidence
+from mmlens.experiments.ablations import with_evidence
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.experiments.vision_heads import EXPERIMENT, across
 
