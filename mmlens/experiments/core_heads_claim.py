@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mmlens.arguments import BATCH_SIZE, names_of, whole_number, whole_numbers
 from mmlens.data.examples import Example
@@ -34,7 +33,7 @@ from mmlens.experiments.common import (
     plain,
     summarised,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.experiments.looking import overlay_figures
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
@@ -55,8 +54,6 @@ MODES = ("mean", "zero", "uniform")
 COST_OF_TOP = 0.5
 # and each control at most this share of what the top heads cost.
 COST_OF_CONTROL = 0.25
-
-Figures = list[tuple[str, str, Figure]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import torch
 from jaxtyping import Bool
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +29,7 @@ from mmlens.experiments.common import (
     plain,
     ranged,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.experiments.masking import LARGEST_OF_QWEN
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet
@@ -379,7 +378,7 @@ def _said(row: Mapping[str, Any]) -> str:
     )
 
 
-def _figures(ablation: pd.DataFrame) -> list[tuple[str, str, Figure]]:
+def _figures(ablation: pd.DataFrame) -> Figures:
     drawn = ablation[(ablation["kind"] == POOLED) & (ablation["metric"] == "accuracy")]
     return [
         (

@@ -148,6 +148,10 @@ def checked_settings(run: Callable[..., Findings]) -> Callable[..., Findings]:
     return checked
 
 
+Figures = list[tuple[str, str, Figure]]
+"""(title, caption, figure), in the order of a report."""
+
+
 @dataclass(frozen=True, eq=False)
 class Findings:
     """What an experiment found.
@@ -162,7 +166,7 @@ class Findings:
     numbers: dict[str, Any]
     tables: dict[str, tuple[str, pd.DataFrame]] = field(default_factory=dict)
     per_example: dict[str, pd.DataFrame] = field(default_factory=dict)
-    figures: list[tuple[str, str, Figure]] = field(default_factory=list)
+    figures: Figures = field(default_factory=list)
     flat: bool = False
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import with_evidence
@@ -24,7 +23,7 @@ from mmlens.experiments.common import (
     ranged,
     resampled_means,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet, head_name
 from mmlens.scores.retrieval import ram
@@ -219,7 +218,7 @@ def _numbers(found: _Measured) -> dict[str, Any]:
     }
 
 
-def _figures(found: _Measured, profile: pd.DataFrame) -> list[tuple[str, str, Figure]]:
+def _figures(found: _Measured, profile: pd.DataFrame) -> Figures:
     caption = (
         "Mean attention from the question to the evidence, selection split; outlined: the top "
         f"{found.fraction:.0%}."

@@ -28,7 +28,7 @@ from mmlens.experiments.common import (
     ranged,
     summarised,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, as_head_set
 from mmlens.hybrid.dense_heads import hybrid_attention
@@ -130,7 +130,7 @@ def run(
     )
 
 
-def _figures(table: pd.DataFrame, shares: Mapping[int, float], sink: int) -> list[tuple[str, str, Figure]]:
+def _figures(table: pd.DataFrame, shares: Mapping[int, float], sink: int) -> Figures:
     """`shares`: window -> share of a dense head's scores that a streaming one computes."""
     return [
         *(

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mmlens.experiments.ablations import with_evidence
 from mmlens.experiments.common import (
@@ -23,7 +22,7 @@ from mmlens.experiments.common import (
     selection_ram,
     token_counts,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet
 from mmlens.scores.retrieval import EvidenceAttention, evidence_attention
@@ -217,7 +216,7 @@ def _numbers(found: _Measured) -> dict[str, Any]:
     }
 
 
-def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+def _figures(found: _Measured) -> Figures:
     curves = [
         found.coverage.assign(series=found.coverage["arm"] + " heads"),
         *(
@@ -259,6 +258,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
     """Key Token Ratio of the top and bottom heads at the paper's share, by model."""
     table = across_rows(findings, "ratios", lambda row, numbers: row["heads"] == numbers["few"])
     agreed = across_table(findings, ("agrees", "n_heads", "few", "chance", "ceiling"))
+    figure = plot_intervals(table, row="model", series="arm", xlabel="Key Token Ratio, %")
     return Findings(
         f"The top heads' Key Token Ratio is above the bottom heads' in {of_models(agreed['agrees'])}.",
         plain({"models": agreed, "ratios": table}),
@@ -270,7 +270,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
             (
                 "Key Token Ratio by model",
                 "Top and bottom heads, as many as the paper's 15 of 1152 come to; 95% intervals.",
-                plot_intervals(table, row="model", series="arm", xlabel="Key Token Ratio, %"),
+                figure,
             )
         ],
     )

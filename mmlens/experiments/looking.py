@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmlens.data.examples import Example
+from mmlens.experiments.experiment import Figures
 from mmlens.heads import Head
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.scores.rows import mean_of_rows
@@ -42,9 +42,7 @@ def question_attention(
     return means, boxes, positions
 
 
-def overlay_figures(
-    model: HookedVLM, example: Example, heads: Sequence[tuple[str, Head]]
-) -> list[tuple[str, str, Figure]]:
+def overlay_figures(model: HookedVLM, example: Example, heads: Sequence[tuple[str, Head]]) -> Figures:
     """For each of `heads`, (what it is one of, head), its attention from the question to every image of the example.
 
     One colour scale for all heads: on its own scale a head that ignores the images would look busy.

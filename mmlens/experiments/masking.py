@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import (
@@ -20,7 +19,7 @@ from mmlens.experiments.common import (
     plain,
 )
 from mmlens.experiments.core_heads_claim import CoreHeads, measured, metric_figures
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import share_of
 from mmlens.viz.ablation_curves import plot_ablation_panels
 from mmlens.viz.intervals import plot_intervals
@@ -153,7 +152,7 @@ def _tables(
     }
 
 
-def _figures(found: CoreHeads) -> list[tuple[str, str, Figure]]:
+def _figures(found: CoreHeads) -> Figures:
     controls = found.summary["controls"]
     figures = metric_figures(found, {"accuracy": "Masking: accuracy", "invalid": "Masking: invalid answers"})
     if controls:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
@@ -17,7 +16,7 @@ from mmlens.experiments.ablations import (
     ablated,
     all_heads,
     first_of_kinds,
-    graded_metric,
+    graded_and_accuracy,
     head_costs,
     references,
     single_heads,
@@ -35,10 +34,10 @@ from mmlens.experiments.common import (
     summarised,
     top_unless_tied,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
-from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.metrics.outcomes import Metric
 from mmlens.statistics import rank_correlation, rank_correlation_interval, split_half_reliability
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
@@ -95,8 +94,7 @@ def run(
         "layer_matched": matched,
     }
     evaluation = first_of_kinds(setup.evaluation, n_per_kind)
-    graded, graded_function = graded_metric(evaluation)
-    metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
+    graded, metrics = graded_and_accuracy(evaluation)
     reference = references(setup, modes)
     of_sets = _of_sets(setup, evaluation, arms, reference, metrics)
     judged = with_evidence(setup.evaluation, n_per_kind_single)
@@ -238,7 +236,7 @@ def _numbers(found: _Measured) -> dict[str, Any]:
     }
 
 
-def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+def _figures(found: _Measured) -> Figures:
     return [
         (
             "Accuracy lost by mode",
@@ -262,6 +260,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
     table = across_rows(
         findings, "costs", lambda row, _: (row["arm"], row["metric"], row["examples"]) == wanted
     )
+    figure = plot_intervals(table, row="model", series="mode", xlabel="Accuracy lost", lines={"0": 0.0})
     agreement = across_rows(findings, "agreement")
     rho = agreement.dropna(subset="rho").groupby(["one", "other"], sort=False)["rho"].mean()
     said = [
@@ -275,11 +274,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
             "agreement": ("Agreement.", agreement),
         },
         figures=[
-            (
-                "Accuracy lost without the top heads",
-                "By model and ablation mode, 95% intervals.",
-                plot_intervals(table, row="model", series="mode", xlabel="Accuracy lost", lines={"0": 0.0}),
-            )
+            ("Accuracy lost without the top heads", "By model and ablation mode, 95% intervals.", figure)
         ],
     )
 

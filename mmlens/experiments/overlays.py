@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmlens.data.examples import Example
@@ -28,7 +27,7 @@ from mmlens.experiments.common import (
     selectivity,
     token_counts,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.experiments.looking import overlay_figures
 from mmlens.heads import HeadSet
 from mmlens.model.hooked_vlm import HookedVLM
@@ -155,7 +154,7 @@ def _statement(found: _Measured) -> str:
     )
 
 
-def _figures(found: _Measured, model: HookedVLM) -> list[tuple[str, str, Figure]]:
+def _figures(found: _Measured, model: HookedVLM) -> Figures:
     figures = [
         (
             "Share of attention on the evidence",

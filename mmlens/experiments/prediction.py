@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from mmlens.arguments import BATCH_SIZE, one_of
 from mmlens.attribution.nodes import attribute
@@ -20,6 +19,7 @@ from mmlens.experiments.ablations import (
     ablated,
     all_heads,
     costs,
+    graded_and_accuracy,
     graded_metric,
     head_costs,
     references,
@@ -36,11 +36,10 @@ from mmlens.experiments.common import (
     resampled_means,
     top_unless_tied,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.interventions.ablation import mean_activations
-from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.model.batches import Batches
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
@@ -149,8 +148,7 @@ def run(
     selection = with_evidence(setup.selection, n_per_kind)
     evaluation = with_evidence(setup.evaluation, n_per_kind)
     of_score = {name: known[name](setup.model, selection, **setup.options) for name in names}
-    graded, graded_function = graded_metric(evaluation)
-    metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
+    graded, metrics = graded_and_accuracy(evaluation)
     groups = {name: _groups(of_score[name], heads, n_groups) for name in names}
     sets = single_heads(heads)
     sets |= {f"{name} {at}": group for name in names for at, group in enumerate(groups[name])}
@@ -362,7 +360,7 @@ def _tables(found: _Measured) -> dict[str, tuple[str, pd.DataFrame]]:
     }
 
 
-def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+def _figures(found: _Measured) -> Figures:
     of_heads, correlations, groups = (
         table[table["metric"] == found.graded] for table in (found.of_heads, found.correlations, found.groups)
     )

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.stats
-from matplotlib.figure import Figure
 
 from mmlens.data.examples import Example
 from mmlens.effects.measure import effect
@@ -38,7 +37,7 @@ from mmlens.experiments.common import (
     resampled_means,
     summarised,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, half_mass_share, share_of
 from mmlens.heads import HeadSet
 from mmlens.metrics.outcomes import accuracy
@@ -280,18 +279,9 @@ def _read_null(setup: Setup, question: str) -> list[str]:
 
 
 def _per_example(name: str, scores: HeadScores) -> pd.DataFrame:
-    example, layer, head = scores.grid.exists.expand_as(scores.per_example).nonzero().numpy().T
-    kinds = scores.kinds or ("",) * len(scores)
-    return pd.DataFrame(
-        {
-            "score": name,
-            "example": example,
-            "kind": [kinds[index] for index in example],
-            "layer": layer,
-            "head": head,
-            "value": scores.per_example[:, scores.grid.exists].flatten().numpy(),
-        }
-    )
+    table = scores.per_example_table().rename(columns={"score": "value"}).assign(score=name)
+    there = table[table["head"] < table["heads_in_layer"]]
+    return there[["score", "example", "kind", "layer", "head", "value"]]
 
 
 # ---------------------------------------------------------------------- agreement and effects
@@ -508,7 +498,7 @@ def _tables(found: _Measured) -> dict[str, tuple[str, pd.DataFrame]]:
     }
 
 
-def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+def _figures(found: _Measured) -> Figures:
     names, share = list(found.tops), f"top {found.fraction:.0%}"
     drawn = found.effects[found.effects["group"] == "evidence"].rename(columns={"cost": "mean"})
     overlap = found.square("shared", diagonal=found.count)

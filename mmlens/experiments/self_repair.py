@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from mmlens.data.examples import Example
@@ -19,7 +18,7 @@ from mmlens.experiments.ablations import (
     ablated,
     all_heads,
     costs,
-    graded_metric,
+    graded_and_accuracy,
     references,
     single_heads,
     with_evidence,
@@ -33,12 +32,11 @@ from mmlens.experiments.common import (
     ranged,
     selection_ram,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.hook_names import block
 from mmlens.interventions.ablation import ablate
-from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.model.batches import Batches
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM
@@ -93,8 +91,7 @@ def run(
     heads = all_heads(setup)
     scores = selection_ram(setup)
     examples = with_evidence(setup.evaluation, n_per_kind)
-    graded, graded_function = graded_metric(examples)
-    metrics: dict[str, Metric] = {graded: graded_function, "accuracy": accuracy}
+    graded, metrics = graded_and_accuracy(examples)
     groups = _groups(scores, len(heads), shares, n_draws, setup.seed)
     members = {name: own for group in groups.values() for name, own in single_heads(group).items()}
     sets = members | {_label(group): own for group, own in groups.items()}
@@ -391,7 +388,7 @@ def _numbers(found: _Measured) -> dict[str, Any]:
     }
 
 
-def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+def _figures(found: _Measured) -> Figures:
     shown = found.excess[found.excess["metric"] == found.graded]
     drawn = pd.concat(
         shown.assign(what=what, mean=shown[column], low=shown[f"{column}_low"], high=shown[f"{column}_high"])

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
-from matplotlib.figure import Figure
 
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.common import (
@@ -29,7 +28,7 @@ from mmlens.experiments.common import (
     resampled_means,
     selection_ram,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet
 from mmlens.statistics import (
@@ -255,7 +254,7 @@ def _numbers(found: _Measured) -> dict[str, Any]:
     }
 
 
-def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+def _figures(found: _Measured) -> Figures:
     matrix = pd.DataFrame(np.eye(len(found.kinds)), index=found.kinds, columns=found.kinds)
     for one, other, rho in found.correlations[["one", "other", "spearman"]].itertuples(index=False):
         matrix.loc[one, other] = matrix.loc[other, one] = rho
@@ -299,6 +298,12 @@ def across(findings: Mapping[str, Findings]) -> Findings:
             "agrees": found["agrees"],
         },
     )
+    figure = plot_intervals(
+        table.rename(columns={"lowest_spearman": "mean"}),
+        row="model",
+        xlabel="Lowest Spearman of RAM between two kinds",
+        lines={".79": LOWEST_PUBLISHED},
+    )
     statement = (
         f"Rank correlations between kinds reach the paper's range and the tops share more heads than chance in "
         f"{of_models(table['agrees'])}."
@@ -311,12 +316,7 @@ def across(findings: Mapping[str, Findings]) -> Findings:
             (
                 "Lowest Spearman between kinds",
                 "With 95% bootstrap intervals; dashed: the lowest of the paper (Qwen3-VL-4B).",
-                plot_intervals(
-                    table.rename(columns={"lowest_spearman": "mean"}),
-                    row="model",
-                    xlabel="Lowest Spearman of RAM between two kinds",
-                    lines={".79": LOWEST_PUBLISHED},
-                ),
+                figure,
             )
         ],
     )

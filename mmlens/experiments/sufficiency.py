@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mmlens.arguments import one_of
 from mmlens.errors import InvalidValueError
@@ -21,10 +20,10 @@ from mmlens.experiments.ablations import (
     with_evidence,
 )
 from mmlens.experiments.common import across_rows, plain, selection_ram, summarised
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet
-from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.metrics.outcomes import accuracy
 from mmlens.viz.intervals import plot_curves, plot_intervals
 
 RANKINGS = ("ram", "effect")
@@ -63,9 +62,8 @@ def run(
     found = {ranking: _ranking(setup, ranking, heads) for ranking in rankings}
     kept = _kept(setup, found, heads, counts, n_draws)
     examples = with_evidence(setup.evaluation, n_per_kind)
-    metrics: dict[str, Metric] = {"accuracy": accuracy}
     sets = {_label(key): own.complement() for key, own in kept.items()} | {NONE: heads}
-    table = ablated(setup, examples, sets, references(setup, modes), metrics)
+    table = ablated(setup, examples, sets, references(setup, modes), {"accuracy": accuracy})
     curves = _curves(table, kept, len(heads), setup.seed)
     smallest = _smallest(curves, keep)
     clean = float(curves.loc[curves["count"] == len(heads), "mean"].iloc[0])
@@ -95,7 +93,7 @@ def run(
     )
 
 
-def _figures(curves: pd.DataFrame, n_examples: int, n_heads: int) -> list[tuple[str, str, Figure]]:
+def _figures(curves: pd.DataFrame, n_examples: int, n_heads: int) -> Figures:
     labels = {
         "ram": "top by RAM",
         "effect": "top by single-head cost",

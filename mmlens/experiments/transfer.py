@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import ablated, first_of_kinds, references
@@ -27,9 +26,9 @@ from mmlens.experiments.common import (
     selection_ram,
     summarised,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.heads import HeadSet
-from mmlens.metrics.outcomes import Metric, accuracy
+from mmlens.metrics.outcomes import accuracy
 from mmlens.statistics import ratio_interval
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
@@ -67,8 +66,7 @@ def run(
     sets: dict[str, HeadSet] = dict(chosen)
     for kind, (drawn, _) in controls.items():
         sets |= {f"{kind} #{draw}": own for draw, own in enumerate(drawn)}
-    metrics: dict[str, Metric] = {"accuracy": accuracy}
-    table = ablated(setup, evaluation, sets, references(setup, [mode]), metrics)
+    table = ablated(setup, evaluation, sets, references(setup, [mode]), {"accuracy": accuracy})
     table["chosen_on"] = table["heads"].str.replace(r" #\d+$", "", regex=True)
     table["arm"] = np.where(table["heads"] == table["chosen_on"], "chosen", "layer_matched")
     cells = _cells(table, judged, setup.seed)
@@ -115,7 +113,7 @@ def _figures(
     judged: Sequence[str],
     mode: str,
     n_draws: int,
-) -> list[tuple[str, str, Figure]]:
+) -> Figures:
     chosen, count = list(overlap.index), overlap.loc[POOLED, POOLED]
     square, random = (
         cells.pivot(index="chosen_on", columns="judged_on", values=name).loc[chosen, judged].to_numpy()

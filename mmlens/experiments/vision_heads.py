@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 import scipy.stats
-from matplotlib.figure import Figure
 
 from mmlens.experiments.ablations import first_of_kinds, with_evidence
 from mmlens.experiments.common import (
@@ -28,7 +27,7 @@ from mmlens.experiments.common import (
     selectivity,
     token_counts,
 )
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet, head_name
 from mmlens.scores.retrieval import evidence_attention
@@ -194,7 +193,7 @@ def _numbers(found: _Measured) -> dict[str, Any]:
     }
 
 
-def _figures(found: _Measured) -> list[tuple[str, str, Figure]]:
+def _figures(found: _Measured) -> Figures:
     return [
         (
             "RAM",
