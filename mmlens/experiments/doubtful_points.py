@@ -372,9 +372,8 @@ def _said(row: Mapping[str, Any]) -> str:
     difference, low, high = (row[name] for name in ("difference", "low", "high"))
     return (
         f"{row['reading']} ({row['other']} instead of {row['ours']}): {rho}{row['shared_heads']} of "
-        f"{row['heads']} top "
-        f"heads shared, accuracy {row['accuracy_ours']:.0%} and {row['accuracy_other']:.0%}, difference "
-        f"{ranged(difference, low, high)}"
+        f"{row['heads']} top heads shared, accuracy {row['accuracy_ours']:.0%} and {row['accuracy_other']:.0%}, "
+        f"difference {ranged(difference, low, high)}"
     )
 
 

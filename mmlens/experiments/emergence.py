@@ -163,7 +163,13 @@ def _right(
         "final_top": ablate(final, "zero"),
         "random": ablate(final.matched_random(setup.seed), "zero"),
     }
-    return {arm: _accuracy(model, examples, edit, setup.batch_size) for arm, edit in arms.items()}
+    right: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
+    for index, prompt in Batches(model, examples, setup.batch_size):
+        oracle = oracle_images(model, prompt, [examples[at] for at in index])
+        for arm, edit in arms.items():
+            under = oracle if edit is None else compose(oracle, edit)
+            right[arm].append(effect(model, [prompt], under, accuracy).values.numpy())
+    return {arm: np.concatenate(parts) for arm, parts in right.items()}
 
 
 def _row(scores: HeadScores, last: HeadScores, fraction: float) -> dict[str, object]:
@@ -196,18 +202,6 @@ def _ram(model: HookedVLM, examples: list[Example], batch_size: int) -> HeadScor
             per_example.append(attention_mass(model, prompt, prompt.token_map.is_question, evidence))
     kinds = tuple(example.kind for example in examples)
     return HeadScores(torch.cat(per_example), "RAM", kinds, model.grid)
-
-
-def _accuracy(
-    model: HookedVLM, examples: list[Example], edit: Intervention | None, batch_size: int
-) -> np.ndarray:
-    right = []
-    for index, prompt in Batches(model, examples, batch_size):
-        part = [examples[at] for at in index]
-        oracle = oracle_images(model, prompt, part)
-        under = oracle if edit is None else compose(oracle, edit)
-        right.append(effect(model, [prompt], under, accuracy).values.numpy())
-    return np.concatenate(right)
 
 
 # ---------------------------------------------------------------------- how it is told

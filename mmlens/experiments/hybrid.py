@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
@@ -132,13 +131,22 @@ def run(
 
 def _figures(table: pd.DataFrame, shares: Mapping[int, float], sink: int) -> Figures:
     """`shares`: window -> share of a dense head's scores that a streaming one computes."""
+    by_work = _with_starts(table, (CORE, MATCHED))
+    by_work["series"] = by_work["arm"] + ", window " + by_work["window"].astype(str)
     return [
         *(
             (
                 f"Accuracy under hybrid attention, window {window}",
                 f"Held-out examples with evidence; {sink} sinks; 95% intervals. Streaming heads compute "
                 f"{share:.0%} of a dense head's scores here.",
-                _by_share(table, window),
+                plot_curves(
+                    _with_starts(table[table["window"] == window]),
+                    x="dense_share",
+                    series="arm",
+                    xlabel="share of heads that are dense",
+                    ylabel="accuracy",
+                    percent=True,
+                ),
             )
             for window, share in shares.items()
         ),
@@ -146,7 +154,14 @@ def _figures(table: pd.DataFrame, shares: Mapping[int, float], sink: int) -> Fig
             "Accuracy against the attention computed",
             "Scores computed by all heads, as a share of those with all heads dense: what a prefill can save. Held-out "
             "examples with evidence; 95% intervals.",
-            _by_work(table),
+            plot_curves(
+                by_work,
+                x="computed",
+                series="series",
+                xlabel="attention scores computed, as a share of dense",
+                ylabel="accuracy",
+                percent=True,
+            ),
         ),
     ]
 
@@ -355,29 +370,6 @@ def _with_starts(table: pd.DataFrame, arms: Sequence[str] | None = None) -> pd.D
     none, others = pooled[pooled["arm"] == NONE], pooled[pooled["arm"] != NONE]
     names = list(dict.fromkeys(others["arm"])) if arms is None else arms
     return pd.concat([part for arm in names for part in (none.assign(arm=arm), others[others["arm"] == arm])])
-
-
-def _by_share(table: pd.DataFrame, window: int) -> Figure:
-    return plot_curves(
-        _with_starts(table[table["window"] == window]),
-        x="dense_share",
-        series="arm",
-        xlabel="share of heads that are dense",
-        ylabel="accuracy",
-        percent=True,
-    )
-
-
-def _by_work(table: pd.DataFrame) -> Figure:
-    rows = _with_starts(table, (CORE, MATCHED))
-    return plot_curves(
-        rows.assign(series=rows["arm"] + ", window " + rows["window"].astype(str)),
-        x="computed",
-        series="series",
-        xlabel="attention scores computed, as a share of dense",
-        ylabel="accuracy",
-        percent=True,
-    )
 
 
 def across(findings: Mapping[str, Findings]) -> Findings:

@@ -243,8 +243,7 @@ def _statement(
         verdict = f"Other kinds' heads cost {share} of what a kind's own do"
     return (
         f"{verdict}; in {harmed} of {len(told)} pairs of different kinds with evidence they cost more than "
-        "layer-matched "
-        f"random heads"
+        "layer-matched random heads"
         + (f", while the own heads of {', '.join(idle)} cost no more than those" if idle else "")
         + f". Two kinds share {np.mean(shared):.1f} of their top {count} heads on average. Accuracy lost "
         f"under {mode} ablation on - {'; '.join(losses)}."
