@@ -15,7 +15,7 @@ from torch import Tensor
 from mmlens.errors import InvalidValueError
 from mmlens.interventions.edits import Edit
 from mmlens.model.checked_hooks import CountedHook
-from mmlens.model.hooks import Hook
+from mmlens.model.hooks import Hook, HookName
 
 HookDone = tuple[str, int, float]
 """A hook's name, how often it fired, and the largest change that it made."""
@@ -83,14 +83,14 @@ def watched(hooks: Sequence[Hook]) -> list[WatchedHook]:
     >>> hooks[0].name, hooks[0].fired, round(hooks[0].size, 3)
     ('hook_embed', 1, 2.0)
     """
-    found = []
-    for point, function in hooks:
-        name = point if isinstance(point, str) else getattr(point, "__name__", repr(point))
-        # One that has fired before would report that too.
-        is_own = isinstance(function, Edit) and not function.fired
-        account = function if is_own else _MeasuredHook(name, function)
-        found.append(WatchedHook(name, (point, account), account))
-    return found
+    return [_watch(name, function) for name, function in hooks]
+
+
+def _watch(point: HookName, function: Callable[..., Any]) -> WatchedHook:
+    name = point if isinstance(point, str) else getattr(point, "__name__", repr(point))
+    # One that has fired before would report that too.
+    account = function if isinstance(function, Edit) and not function.fired else _MeasuredHook(name, function)
+    return WatchedHook(name, (point, account), account)
 
 
 def _largest_change(before: Tensor, after: Tensor) -> Float[Tensor, ""]:

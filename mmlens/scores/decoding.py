@@ -172,13 +172,13 @@ def _decode(
     length = prompt.shape[1]
     attended: dict[int, list[Tensor]] = {layer: [] for layer in model.attention_layers}
 
-    def read(pattern: Tensor, hook: Any) -> None:
+    def keep(pattern: Tensor, hook: Any) -> None:
         attended[hook.layer()].append(pattern[:, :, -1].argmax(-1).cpu())
 
-    stated: Any = read
+    stated: Any = keep
     # The rows before the prompt's last position are then never made.
     stated.first_position = length - 1
-    hooks = [(f"blocks.{layer}.attn.hook_pattern", read) for layer in attended]
+    hooks = [(f"blocks.{layer}.attn.hook_pattern", keep) for layer in attended]
     with model.hooks(fwd_hooks=hooks):
         ids = model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False)[:, length:].cpu()
     read = {layer: torch.stack(steps) for layer, steps in attended.items()}
