@@ -27,7 +27,7 @@ from mmlens.effects.sweeps import sweep
 from mmlens.model.hooks import Intervention, UnknownHookError
 from mmlens.model.prompt import Prompt
 
-pytestmark = pytest.mark.filterwarnings("ignore::mmlens.model.hooked_vlm.NoChangeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::mmlens.model.hooks.NoChangeWarning")
 
 
 def pair(model: mmlens.HookedVLM) -> tuple[Prompt, Prompt]:
