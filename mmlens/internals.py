@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images as make_flat_list_of_images
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

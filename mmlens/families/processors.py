@@ -22,7 +22,6 @@ from transformers import (
     ImageProcessingMixin,
     ProcessorMixin,
 )
-from transformers.image_utils import make_flat_list_of_images
 
 from mmlens import internals
 from mmlens.errors import InvalidValueError
@@ -131,7 +130,9 @@ def with_placeholders(processor_class: type[FuyuProcessor]) -> type[FuyuProcesso
             return super().__call__(images=images, text=text, return_legacy_image_output=False, **kwargs)
 
         def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-            flat = None if images is None else make_flat_list_of_images([own for own in images if own])
+            flat = (
+                None if images is None else internals.make_flat_list_of_images([own for own in images if own])
+            )
             return flat, [text] if isinstance(text, str) else list(text), None, None
 
         def _process_images(
