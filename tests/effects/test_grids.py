@@ -199,7 +199,7 @@ def test_bad_grids_are_errors() -> None:
         patch_layers(model, clean, "hook_residpre")
     with pytest.raises(ValueError, match=r"hook_mlp_out is \[batch, pos, d_model\]: it has no heads"):
         patch_heads(model, clean, "hook_mlp_out")
-    with pytest.raises(ValueError, match=r"no kind 'patern'; the nearest: 'pattern'"):
+    with pytest.raises(ValueError, match=r"no part 'patern'; the nearest: 'pattern'"):
         patch_heads_qkv(model, clean, parts=["patern"])
     with pytest.raises(ValueError, match="regions is empty"):
         patch_layers_regions(model, clean, regions={})
