@@ -20,6 +20,7 @@ import torch
 from mmlens.arguments import file_to_write, unknown_name_message, whole_number
 from mmlens.errors import InvalidValueError, MmlensError
 from mmlens.experiments.catalog import EXPERIMENTS
+from mmlens.experiments.core_heads_claim import EXPERIMENT as CORE_HEADS
 from mmlens.experiments.experiment import Experiment
 from mmlens.families.catalog import UnknownFamilyError
 from mmlens.hybrid.speed import PARTS
@@ -433,7 +434,7 @@ COMMANDS = {
                 "box to token: merged or paper_floor", _name_of("mapping", ("merged", "paper_floor"))
             ),
         },
-        (Request, experiment_named("core-heads").run),
+        (Request, CORE_HEADS.run),
     ),
     "run": Command(
         _run,

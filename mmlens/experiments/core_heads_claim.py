@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from mmlens.arguments import BATCH_SIZE, names_of, whole_number, whole_numbers
-from mmlens.data.examples import Example
+from mmlens.data.examples import Example, examples_of
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import ablated, references
 from mmlens.experiments.common import (
@@ -119,6 +119,7 @@ def core_heads(
     Raises ValueError where the two splits share an example or group, either holds an example twice or has none with
     evidence, where no mode, an unknown one or one twice is named, or a count leaves too few heads for the controls.
     """
+    selection, evaluation = examples_of(selection, "selection"), examples_of(evaluation, "evaluation")
     setup = Setup(model, selection, evaluation, seed, batch_size, progress, force_overlap=force_overlap)
     return measured(setup, counts=counts, modes=modes, n_draws=n_draws, mapping=mapping)
 

@@ -338,7 +338,7 @@ def _effects(w: World) -> list[Call]:
             {"values": "per example", "clean": "per example", "level": "level"},
         ),
         Call("reuse_table", mmlens.effects.reuse_table, {"table": _swept(w)}, {"table": "table"}),
-        Call("grid", mmlens.effects.grid, {"table": _swept(w)}, {"table": "table", "of": "choice"}),
+        Call("grid", mmlens.effects.grid, {"table": _swept(w)}, {"table": "table", "quantity": "choice"}),
         Call(
             "parse_answer",
             parse_answer,
@@ -748,6 +748,7 @@ def _data(w: World) -> list[Call]:
             {"examples": w.examples, "folder": w.folder / "saved"},
             {"examples": "examples", "folder": "new folder"},
         ),
+        Call("load_image", mmlens.data.load_image, {"image": w.examples[0].images[0]}, {"image": "image"}),
         Call("load_examples", mmlens.load_examples, {"folder": _folder(w)}, {"folder": "folder to read"}),
         Call(
             "split_examples",
@@ -1113,7 +1114,7 @@ def _model(w: World) -> list[Call]:
                 "dense": "heads or none of them",
                 "sink": "count or none",
                 "window": "count",
-                "path": "choice",
+                "method": "choice",
             },
         ),
         Call(
