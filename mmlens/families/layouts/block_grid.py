@@ -25,7 +25,7 @@ def nemotron(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[Im
     return _blocks(sizes, patches, round(1 / processor.image_processor.downsample_ratio))
 
 
-def _blocks(sizes: Sizes, patches: Sequence[tuple[int, int]], merge: int) -> list[ImageGrid]:
+def _blocks(sizes: Sizes, patches: Sequence[Sequence[int]], merge: int) -> list[ImageGrid]:
     """One token per `merge` x `merge` of the (rows, columns) of patches of each image."""
     grids = []
     for size, (rows, columns) in zip(sizes, patches, strict=True):
