@@ -84,7 +84,7 @@ def copy_score(
 
         return _decoded_credit(model, prompt, max_new_tokens, credit)
 
-    score = HeadScore("copy score", of_batch, needs=("decoding",))
+    score = HeadScore("copy score", of_batch)
     prompts, of_example = batches.prompts, {"spans": spans}
     return score(model, prompts, batch_size=batch_size, progress=progress, of_example=of_example)
 
@@ -144,7 +144,7 @@ def visual_head_score(
 
         return _decoded_credit(model, prompt, max_new_tokens, credit)
 
-    score = HeadScore("visual head score", of_batch, needs=("evidence", "decoding"))
+    score = HeadScore("visual head score", of_batch, needs=("evidence",))
     return score(model, prompts, batch_size=batch_size, progress=progress, of_example=of_example)
 
 

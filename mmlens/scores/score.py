@@ -17,8 +17,8 @@ from mmlens.model.cross_attention import refuse_cross_attention
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 
-Need = Literal["evidence", "images", "answer", "decoding"]
-"""Evidence or images in every example, at positions of the prompt; answers that the tokenizer knows; generation."""
+Need = Literal["evidence", "images", "answer"]
+"""Evidence or images in every example, at positions of the prompt; answers that the tokenizer knows."""
 
 _LACKS = {
     "evidence": "have no evidence (text-only controls have none)",
