@@ -49,6 +49,10 @@ __version__ = "0.1.0"
 
 # What draws figures is loaded when it is first used.
 _LATER = ("experiments", "runs", "viz")
+_ROOMS = (
+    *("data", "model", "interventions", "metrics", "scores", "effects"),
+    *("attribution", "hybrid", "statistics", "token_map"),
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -56,7 +60,11 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "core_heads":
         return importlib.import_module(f"{__name__}.experiments").core_heads
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    rooms = [
+        room for room in _ROOMS if not name.startswith("_") and name in vars(globals().get(room, object))
+    ]
+    hint = f"; it is {__name__}.{rooms[0]}.{name}" if rooms else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 import mmlens
 
 PAGE = Path(__file__).parents[1] / "docs" / "design.md"
@@ -79,3 +81,13 @@ def test_the_front_door_is_about_thirty_names() -> None:
     }
     names = {name for name in names if not inspect.ismodule(getattr(mmlens, name))}
     assert 25 <= len(names) <= 35, sorted(names)
+
+
+def test_a_name_that_is_not_at_the_front_door_is_told_where_it_is() -> None:
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'patch_heads'; it is mmlens\.effects\.patch_heads$"
+    ):
+        _ = mmlens.patch_heads
+    with pytest.raises(AttributeError, match=r"no attribute 'no_such_name'$"):
+        _ = mmlens.no_such_name
+    assert not hasattr(mmlens, "__path_of_none__")
