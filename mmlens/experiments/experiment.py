@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -128,7 +128,8 @@ def _tags(name: str, value: object) -> list[str]:
 def checked_settings(run: Callable[..., Findings]) -> Callable[..., Findings]:
     """Decorator of an experiment's `run`: its setup and its settings are checked before anything is run.
 
-    Lists reach `run` as tuples, whoever gave them: Python, JSON or the command line.
+    Of splits that overlap by force, the statement says so. Lists reach `run` as tuples, whoever gave them: Python,
+    JSON or the command line.
     """
 
     @functools.wraps(run)
@@ -140,10 +141,13 @@ def checked_settings(run: Callable[..., Findings]) -> Callable[..., Findings]:
             name: _SETTINGS[name](name, value) if name in _SETTINGS else value
             for name, value in settings.items()
         }
-        return run(
+        found = run(
             setup,
             **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()},
         )
+        if setup.leak in found.statement:
+            return found
+        return replace(found, statement=f"{found.statement} {setup.leak}.")
 
     return checked
 

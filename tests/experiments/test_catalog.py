@@ -70,3 +70,19 @@ def test_references_are_whole() -> None:
         assert re.search(r"\n  (title|eprint) = \{\S", entry), key
     with pytest.raises(ValueError, match=r"no entry of references.bib 'arxiv_2606_0584'; the nearest"):
         bibliography(["arxiv_2606_0584"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("head-map", {}), ("core-heads", {"modes": ["zero"], "n_draws": 1})]
+)
+def test_findings_on_splits_that_overlap_say_so(
+    name: str, settings: dict[str, Any], micro: mmlens.HookedVLM
+) -> None:
+    """Once, whichever experiment it is; one without an overlap does not."""
+    examples = mmlens.scene_examples("objects", 4, seed=0)
+    with pytest.warns(UserWarning, match="share 4 example"):
+        setup = Setup(micro, examples, examples, progress=False, force_overlap=True)
+    found = EXPERIMENTS[name].run(setup, **settings)
+    assert found.statement.count("by force: heads chosen and judged on the same data look better") == 1
+    apart = Setup(micro, examples, mmlens.scene_examples("objects", 4, seed=1), progress=False)
+    assert "by force" not in EXPERIMENTS[name].run(apart, **settings).statement
