@@ -1,7 +1,7 @@
 """Loading a Hugging Face processor with its PIL image half, with or without torchvision.
 
 A processor with a video half refuses to be built where torchvision is missing, although images and text need
-none of it. The video half is left out and clips come as frames.
+none of it. The video half is left out there, and a video is refused with the command that mends it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import (
     ImageProcessingMixin,
     ProcessorMixin,
 )
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from mmlens import internals
 from mmlens.errors import InvalidValueError
@@ -176,14 +177,25 @@ _CALLED_IN_OTHER_WAYS: dict[str, Callable[[Any], type[ProcessorMixin]]] = {
 }
 
 
+def _has_video(name_or_path: str | Path, hub_options: dict[str, Any]) -> bool:
+    """Whether the processor's video half can be built: torchvision is here, and the files have its settings."""
+    if not internals.is_torchvision_available():
+        return False
+    try:
+        BaseVideoProcessor.get_video_processor_dict(name_or_path, **hub_options)
+    except OSError:
+        return False
+    return True
+
+
 def load_processor(name_or_path: str | Path, **hub_options: Any) -> ProcessorMixin:
-    """The processor that belongs to a model folder or hub id: images by PIL, clips as separate frames.
+    """The processor that belongs to a model folder or hub id: images by PIL, videos where torchvision is.
 
     With torchvision installed transformers would resize images by it, to slightly other pixels; PIL gives the
     same numbers on every machine. `hub_options` go to `from_pretrained` (revision, token, cache_dir, ...).
     """
     processor_class = _processor_class(name_or_path, **hub_options)
-    if "video_processor" in processor_class.get_attributes():
+    if "video_processor" in processor_class.get_attributes() and not _has_video(name_or_path, hub_options):
         processor_class = without_video(processor_class)  # type: ignore[arg-type]
     if processor_class.__name__ in _CALLED_IN_OTHER_WAYS:
         processor_class = _CALLED_IN_OTHER_WAYS[processor_class.__name__](processor_class)

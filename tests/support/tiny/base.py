@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.utils import is_torchvision_available
+
+from mmlens.families.processors import without_video
 
 PATCH = 8
 D_MODEL = 64
@@ -62,6 +66,15 @@ class TinyFamily:
     """(width, height) of the images of the parity suite, where the family needs particular ones."""
     most_images: int | None = None
     """1 where the processor takes one image a prompt."""
+
+
+def with_video(
+    processor_class: type[ProcessorMixin], video: str, options: Mapping[str, Any], **parts: Any
+) -> ProcessorMixin:
+    """The processor of these parts, with the video half of this name where torchvision is installed."""
+    if not is_torchvision_available():
+        return without_video(processor_class)(**parts)
+    return processor_class(video_processor=getattr(transformers, video)(**options), **parts)
 
 
 _SENTENCES = (

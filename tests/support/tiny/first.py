@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from mmlens.families.processors import without_video
-from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tower
+from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tower, with_video
 
 LLAVA_SIZE = 40
 # 34 = 4 patches of 8 and a remainder of 2 that the vision tower never sees, as 384 is 27 x 14 and 6.
@@ -99,6 +99,9 @@ QWEN_SPECIAL = {
     "vision_end_token": "<|vision_end|>",
 }
 QWEN_IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+QWEN_VIDEO: dict[str, Any] = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
 
 
 def qwen_image_processor() -> Qwen2VLImageProcessorPil:
@@ -247,8 +250,12 @@ FAMILIES = (
         _qwen2_5_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
-        processor=lambda shared: without_video(Qwen2_5_VLProcessor)(
-            image_processor=qwen_image_processor(), **shared
+        processor=lambda shared: with_video(
+            Qwen2_5_VLProcessor,
+            "Qwen2VLVideoProcessor",
+            {**QWEN_VIDEO, "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}},
+            image_processor=qwen_image_processor(),
+            **shared,
         ),
         cell=2 * PATCH,
     ),
@@ -257,8 +264,12 @@ FAMILIES = (
         _qwen3_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
-        processor=lambda shared: without_video(Qwen3VLProcessor)(
-            image_processor=qwen_image_processor(), **shared
+        processor=lambda shared: with_video(
+            Qwen3VLProcessor,
+            "Qwen3VLVideoProcessor",
+            {**QWEN_VIDEO, "size": {"shortest_edge": 2 * 32 * 32, "longest_edge": 8 * 128 * 128}},
+            image_processor=qwen_image_processor(),
+            **shared,
         ),
         cell=2 * PATCH,
     ),
