@@ -86,7 +86,7 @@ class ImageGrid:
 class Place:
     """What stands at one position. `image` is None for text and padding; `box` None where there is no patch."""
 
-    kind: Literal["text", "question", "padding", "patch", "query", "separator"]
+    kind: Literal["text", "question", "answer", "padding", "patch", "query", "separator"]
     image: int | None = None
     tile: int | None = None
     row: int | None = None
@@ -119,6 +119,8 @@ class TokenMap:
     is_image: Bool[Tensor, "batch pos"]
     is_padding: Bool[Tensor, "batch pos"]
     is_question: Bool[Tensor, "batch pos"]
+    is_answer: Bool[Tensor, "batch pos"]
+    """What follows the prompt: see `Prompt.continued`."""
     grids: tuple[tuple[ImageGrid, ...], ...]
     """The images of each example, in prompt order."""
 
@@ -169,6 +171,7 @@ class TokenMap:
             is_image=mask,
             is_padding=attention_mask.cpu() == 0,
             is_question=is_question.cpu(),
+            is_answer=torch.zeros_like(mask),
             grids=tuple(tuple(own) for own in grids),
         )
 
@@ -295,11 +298,13 @@ class TokenMap:
             )
         at = (example, position)
         if not bool(self.is_image[at]):
-            kind: Literal["text", "question", "padding"] = "text"
+            kind: Literal["text", "question", "answer", "padding"] = "text"
             if bool(self.is_padding[at]):
                 kind = "padding"
             elif bool(self.is_question[at]):
                 kind = "question"
+            elif bool(self.is_answer[at]):
+                kind = "answer"
             return Place(kind)
         if int(self.row[at]) == NO_PATCH:
             image, tile = int(self.image[at]), int(self.tile[at])
@@ -354,7 +359,7 @@ class TokenMap:
             table[name] = getattr(self, name).cpu().numpy().reshape(-1)
         edges = self.boxes.cpu().numpy().reshape(-1, 4)
         table |= {name: edges[:, i] for i, name in enumerate(("left", "top", "right", "bottom"))}
-        for name in ("is_image", "is_padding", "is_question"):
+        for name in ("is_image", "is_padding", "is_question", "is_answer"):
             table[name] = getattr(self, name).cpu().numpy().reshape(-1)
         return pd.DataFrame(table)
 

@@ -22,6 +22,10 @@ PADDED_IMAGES = "cross_attention_mask"
 DROP_ALPHA = ("Idefics2Processor",)
 """Processors that load images anew and lose the alpha channel, which all others lay over white."""
 
+VALUES_AFTER_PROMPT: Mapping[str, Mapping[str, int]] = {"PaliGemmaProcessor": {"token_type_ids": 1}}
+"""Inputs that change where the prompt ends: PaliGemma's prompt sees itself in both directions, an answer what is before
+it. All others go on as they stood at the last position."""
+
 _PLACEHOLDERS = ("image_placeholder_token", "image_token")
 """What processors call the text that stands for an image before it is expanded; the first that is there counts."""
 
@@ -60,6 +64,11 @@ def image_positions(
 def drops_alpha(processor: ProcessorMixin) -> bool:
     """Whether plain use of the processor shows the colours that lie under transparency."""
     return type(processor).__name__ in DROP_ALPHA
+
+
+def values_after(processor: ProcessorMixin) -> Mapping[str, int]:
+    """By input, what stands at the positions of an answer where that is not what stands at the prompt's last one."""
+    return VALUES_AFTER_PROMPT.get(type(processor).__name__, {})
 
 
 def sees_missing_images(inputs: Mapping[str, Any], n_images: Sequence[int]) -> bool:

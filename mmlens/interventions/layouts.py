@@ -43,7 +43,7 @@ def layout_difference(one: Prompt, other: Prompt, *, boxes: bool = False) -> str
             return f"example {example} has {counts[0]} and {counts[1]}"
     if first.image.shape != second.image.shape:
         return f"the batches are padded to {first.image.shape[1]} and {second.image.shape[1]} positions"
-    names = ("image", "tile", "row", "col", "is_image", "is_padding", "is_question")
+    names = ("image", "tile", "row", "col", "is_image", "is_padding", "is_question", "is_answer")
     differ = torch.stack([getattr(first, name) != getattr(second, name) for name in names]).any(0)
     if bool(differ.any()):
         example, position = differ.nonzero()[0].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from mmlens.errors import (
     MmlensWarning,
     PromptError,
 )
+from mmlens.model.continuing import continued
 from mmlens.model.fingerprints import example_fingerprint, vision_fingerprints
 from mmlens.token_map import TokenMap
 
@@ -91,6 +92,10 @@ class Prompt:
     """Fingerprints of the inputs that it read, which are then no inputs any more."""
     processor: str = ""
     """Fingerprint of the processor that made it; "" where that is not known."""
+    pad_id: int | None = None
+    """The token that stands at padding; None where that is not known."""
+    values_after: Mapping[str, int] = field(default_factory=dict)
+    """What inputs hold at positions after the prompt, where that is not what they hold at its last one."""
 
     def __len__(self) -> int:
         return len(self.token_map)
@@ -127,11 +132,15 @@ class Prompt:
 
     @property
     def last(self) -> Bool[Tensor, "batch pos"]:
-        """The last position of each prompt, which predicts the first token of the answer."""
-        real = ~self.token_map.is_padding
+        """The last position of each prompt, which predicts the first token of the answer; of a continued one too."""
+        real = ~self.token_map.is_padding & ~self.token_map.is_answer
         length = real.shape[1]
         position = length - 1 - real.flip(1).int().argmax(dim=1, keepdim=True)
         return torch.arange(length, device=real.device) == position
+
+    def continued(self, ids: Sequence[Sequence[int]]) -> Prompt:
+        """The prompt with these tokens after each row, as positions that the token map calls answer: `continuing`."""
+        return continued(self, ids)
 
     def to(self, device: torch.device | str) -> Prompt:
         """The same prompt with inputs, token map and answer ids on `device`."""

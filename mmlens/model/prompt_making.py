@@ -35,6 +35,7 @@ from mmlens.families.placeholders import (
     drops_alpha,
     image_positions,
     sees_missing_images,
+    values_after,
 )
 from mmlens.model.chat_template import Rendered, n_placeholders, placeholder_error, render
 from mmlens.model.fingerprints import processor_fingerprint
@@ -159,6 +160,8 @@ def assembled_prompt(
         images=images,
         text=_joined(rendered),
         processor=processor_fingerprint(processor),
+        pad_id=processor.tokenizer.pad_token_id,
+        values_after=values_after(processor),
     )
 
 
@@ -204,6 +207,8 @@ def prompt_from_inputs(
         images=[[] for _ in range(n)],
         text=[""] * n,
         processor=processor_fingerprint(processor),
+        pad_id=processor.tokenizer.pad_token_id,
+        values_after=values_after(processor),
     )
 
 

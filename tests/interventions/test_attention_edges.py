@@ -75,7 +75,16 @@ def edge_prompt(model: HookedVLM, family: str) -> Prompt:
     nowhere = torch.full(is_image.shape, -1)
     boxes = torch.full((*is_image.shape, 4), torch.nan)
     token_map = TokenMap(
-        nowhere, nowhere, nowhere, nowhere, boxes, is_image, is_padding, is_question, ((), ())
+        nowhere,
+        nowhere,
+        nowhere,
+        nowhere,
+        boxes,
+        is_image,
+        is_padding,
+        is_question,
+        torch.zeros_like(is_image),
+        ((), ()),
     )
     return Prompt(inputs, token_map, ["", ""], [[], []], ["", ""])
 

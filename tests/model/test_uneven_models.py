@@ -101,7 +101,8 @@ def prompt_of(family: str) -> Prompt:
     none = torch.full(mask.shape, -1)
     where = TokenMap(
         none, none, none, none, torch.full((*mask.shape, 4), torch.nan), is_image, mask == 0,
-        text & (text.cumsum(1) > text.sum(1, keepdim=True) - 4), ((), ()),
+        text & (text.cumsum(1) > text.sum(1, keepdim=True) - 4),
+        torch.zeros_like(is_image), ((), ()),
     )  # fmt: skip
     return Prompt(inputs, where, ["?", "?"], [[], []], ["", ""])
 
