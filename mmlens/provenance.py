@@ -97,7 +97,11 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
         images = [image.convert("RGBA") if image.mode == "P" else image for image in example.images]
         pixels = [(image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in images]
         evidence = [
-            (region.image, region.box and tuple(map(float, region.box))) for region in example.evidence
+            (
+                region.image if region.video is None else ("video", region.video, region.frames),
+                region.box and tuple(map(float, region.box)),
+            )
+            for region in example.evidence
         ]
         texts = [getattr(example, name) for name in ("id", "kind", "group", "question", "answer")]
         digest.update(json.dumps([texts, example.candidates, evidence, pixels]).encode() + b"\n")

@@ -1,8 +1,9 @@
 """Which positions of a prompt are which pixels.
 
-An `ImageGrid` says what every visual token of one image is; a `TokenMap` says it for every position of a
-batch. Boxes are (left, top, right, bottom) in pixels of the ORIGINAL image, right and bottom exclusive,
-whatever the processor did in between (resizing, padding, cropping, tiling).
+An `ImageGrid` says what every visual token of one image is, a `VideoGrid` of one video; a `TokenMap` says it for every
+position of a batch. Boxes are (left, top, right, bottom) in pixels of the ORIGINAL image or video, right and bottom
+exclusive, whatever the processor did in between (resizing, padding, cropping, tiling). Frames are numbered as in the
+original video, whichever of them the processor chose.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,7 @@ WHOLE_IMAGE_TILE = 0
 thumbnail or global image. Crops are numbered from 1, row by row."""
 
 NO_PATCH = -1
-"""Image, tile, row and column of what has none: text, padding; row and column of separators."""
+"""Image, video, frames, tile, row and column of what has none: text, padding; row and column of separators."""
 
 SLIVER = 0.01
 """Pixels of overlap that do not count, so that rounded box edges match no neighbour."""
@@ -44,10 +45,17 @@ class TokenMapError(InvalidValueError):
 
 @runtime_checkable
 class Region(Protocol):
-    """What `Evidence` is: an image's number in its prompt and a box, or None for the whole image."""
+    """What `Evidence` is: an image or a video by its number in its prompt, frames of the video (None: all of them),
+    and a box (None: all of the image)."""
 
     @property
-    def image(self) -> int: ...
+    def image(self) -> int | None: ...
+
+    @property
+    def video(self) -> int | None: ...
+
+    @property
+    def frames(self) -> tuple[int, int] | None: ...
 
     @property
     def box(self) -> Box | None: ...
@@ -82,9 +90,31 @@ class ImageGrid:
         return len(self.tile)
 
 
+@dataclass(frozen=True, kw_only=True)
+class VideoGrid(ImageGrid):
+    """What each visual token of one video is, in the order in which the tokens stand in the prompt.
+
+    A temporal patch is what is seen at once: one frame, or several that the model merges. `size` is that of the frames,
+    and every temporal patch has the tiles, rows, columns and boxes of an `ImageGrid`.
+    """
+
+    step: Int[np.ndarray, " token"]
+    """The number of each token's temporal patch; -1 for a separator."""
+    shown: tuple[tuple[int, ...], ...]
+    """The original frames that each temporal patch shows, in order."""
+    n_frames: int
+    """How many frames the original video has."""
+
+    @property
+    def frames(self) -> Int[np.ndarray, "token 2"]:
+        """The first and the last frame that each token shows; -1 for a separator."""
+        ends = np.array([(min(own), max(own)) for own in self.shown] + [(NO_PATCH, NO_PATCH)])
+        return ends[self.step]
+
+
 @dataclass(frozen=True)
 class Place:
-    """What stands at one position. `image` is None for text and padding; `box` None where there is no patch."""
+    """What stands at one position. `image` and `video` are None for text and padding, `box` where there is no patch."""
 
     kind: Literal["text", "question", "answer", "padding", "patch", "query", "separator"]
     image: int | None = None
@@ -92,15 +122,19 @@ class Place:
     row: int | None = None
     col: int | None = None
     box: Box | None = None
+    video: int | None = None
+    frames: tuple[int, int] | None = None
+    """The first and the last frame of the original video that a patch of it shows."""
 
 
 @dataclass(frozen=True)
 class TokenMap:
-    """For every position of a batch: text, or image, tile, row, column and box in original pixels.
+    """For every position of a batch: text, or image or video, tile, row, column and box in original pixels.
 
-    `image`, `tile`, `row`, `col` are -1 where there is none. Images count from 0 within their example; see
-    WHOLE_IMAGE_TILE for tiles. A learnt separator belongs to its image (`is_image`, `image`) but is no patch:
-    tile, row and col -1, box NaN. A learnt query has its tile, but row and col -1 and a NaN box.
+    `is_image` says that a position is visual: of an image or of a video. `image`, `video`, `frames`, `tile`, `row` and
+    `col` are -1 where there is none. Images count from 0 within their example, and so do videos; see WHOLE_IMAGE_TILE
+    for tiles. A learnt separator belongs to its image (`is_image`, `image`) but is no patch: tile, row and col -1, box
+    NaN. A learnt query has its tile, but row and col -1 and a NaN box.
 
     >>> token_map = text_only_map(torch.tensor([[0, 1, 1]]), torch.tensor([[False, False, True]]))
     >>> token_map.where(2).kind
@@ -112,6 +146,9 @@ class TokenMap:
     """
 
     image: Int[Tensor, "batch pos"]
+    video: Int[Tensor, "batch pos"]
+    frames: Int[Tensor, "batch pos 2"]
+    """The first and the last frame of the original video that a position shows."""
     tile: Int[Tensor, "batch pos"]
     row: Int[Tensor, "batch pos"]
     col: Int[Tensor, "batch pos"]
@@ -123,6 +160,8 @@ class TokenMap:
     """What follows the prompt: see `Prompt.continued`."""
     grids: tuple[tuple[ImageGrid, ...], ...]
     """The images of each example, in prompt order."""
+    videos: tuple[tuple[VideoGrid, ...], ...]
+    """The videos of each example, in prompt order."""
 
     @classmethod
     def from_grids(
@@ -132,31 +171,33 @@ class TokenMap:
         is_question: Bool[Tensor, "batch pos"],
         grids: Sequence[Sequence[ImageGrid]],
     ) -> TokenMap:
-        """Lay each example's grids over its visual positions, in order.
+        """Lay each example's grids, of images and videos as they stand in the prompt, over its visual positions.
 
         Raises TokenMapError where an example has another number of visual positions than its grids predict.
         """
         batch, length = is_image.shape
         if len(grids) != batch:
             raise TokenMapError(f"grids for {len(grids)} example(s), but the batch has {batch}")
-        columns = {name: torch.full((batch, length), NO_PATCH) for name in ("image", "tile", "row", "col")}
+        names = ("image", "video", "tile", "row", "col")
+        columns = {name: torch.full((batch, length), NO_PATCH) for name in names}
+        frames = torch.full((batch, length, 2), NO_PATCH)
         boxes = torch.full((batch, length, 4), torch.nan)
         mask = is_image.cpu()
         for example, own in enumerate(grids):
             found, predicted = int(mask[example].sum()), sum(len(grid) for grid in own)
             if found != predicted:
                 raise TokenMapError(
-                    f"example {example}: input_ids holds {found} image token(s), but the layout of its "
-                    f"{len(own)} image(s) of size {[grid.size for grid in own]} predicts {predicted} "
-                    f"({[len(grid) for grid in own]} per image); was the image resized or the prompt cut "
+                    f"example {example}: input_ids holds {found} visual token(s), but the layout of its "
+                    f"{in_words(own)} of size {[grid.size for grid in own]} predicts {predicted} "
+                    f"({[len(grid) for grid in own]} in each); was the image resized or the prompt cut "
                     "after it was processed?"
                 )
             if not own:
                 continue
             at = mask[example]
-            numbers = np.repeat(np.arange(len(own)), [len(grid) for grid in own])
             for name, values in (
-                ("image", numbers),
+                ("image", _numbers(own, of_videos=False)),
+                ("video", _numbers(own, of_videos=True)),
                 ("tile", np.concatenate([grid.tile for grid in own])),
                 ("row", np.concatenate([grid.row for grid in own])),
                 ("col", np.concatenate([grid.column for grid in own])),
@@ -165,14 +206,24 @@ class TokenMap:
             boxes[example, at] = torch.as_tensor(
                 np.concatenate([grid.boxes for grid in own]), dtype=boxes.dtype
             )
+            frames[example, at] = torch.as_tensor(
+                np.concatenate(
+                    [
+                        grid.frames if isinstance(grid, VideoGrid) else np.full((len(grid), 2), NO_PATCH)
+                        for grid in own
+                    ]
+                )
+            )
         return cls(
             **columns,
+            frames=frames,
             boxes=boxes,
             is_image=mask,
             is_padding=attention_mask.cpu() == 0,
             is_question=is_question.cpu(),
             is_answer=torch.zeros_like(mask),
-            grids=tuple(tuple(own) for own in grids),
+            grids=tuple(tuple(grid for grid in own if not isinstance(grid, VideoGrid)) for own in grids),
+            videos=tuple(tuple(grid for grid in own if isinstance(grid, VideoGrid)) for own in grids),
         )
 
     def __len__(self) -> int:
@@ -189,9 +240,9 @@ class TokenMap:
         moved = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)
-            if field.name != "grids"
+            if field.name not in ("grids", "videos")
         }
-        return TokenMap(**moved, grids=self.grids)
+        return TokenMap(**moved, grids=self.grids, videos=self.videos)
 
     # ------------------------------------------------------------------ regions -> positions
 
@@ -210,8 +261,37 @@ class TokenMap:
         return self.image_tokens(page, example=example)
 
     def frame(self, frame: int, *, example: int = 0) -> Bool[Tensor, "batch pos"]:
-        """`image_tokens`, where the images are frames of a clip."""
+        """`image_tokens`, where the images are frames of a clip; those of a video are `video_tokens`."""
         return self.image_tokens(frame, example=example)
+
+    def video_tokens(
+        self,
+        video: int,
+        frames: Sequence[int] | None = None,
+        box: Sequence[float] | None = None,
+        *,
+        example: int = 0,
+    ) -> Bool[Tensor, "batch pos"]:
+        """Positions that show frames (first, stop) of a video, stop exclusive, and pixels of a box in them.
+
+        Frames are those of the original video, of which the processor shows the model some; a position whose temporal
+        patch shows any of the span is chosen. Without `frames` and `box` it is every position of the video, its
+        separators included.
+
+        Raises IndexError where the batch has no such example, or the example no such video; TokenMapError for frames
+        that the video does not have or of which the model is shown none, and for a box as `box` does.
+        """
+        video, grid = self._video(video, example)
+        where = f"video {video} of example {example}"
+        own = hit = self.video[example] == video
+        if frames is not None:
+            hit = hit & _showing(self, video, example, checked_frames(frames, grid.n_frames, where))
+        if box is not None:
+            hit = hit & _overlapping(self, example, checked_box(box, grid.size, where))
+            _check_met(self, hit, own, example, box, where)
+        selected = torch.zeros_like(self.is_image)
+        selected[example] = hit
+        return selected
 
     def box(
         self, image: int, box: Sequence[float], *, example: int = 0, mapping: BoxMapping = "merged"
@@ -238,19 +318,12 @@ class TokenMap:
                 f"image {image} of example {example}: its {len(grid)} tokens are learnt queries that each read a "
                 "whole view, so no box maps to some of them; take image_tokens(...), or evidence without a box"
             )
+        own = self.image[example] == image
         if mapping_of(mapping) == "merged":
-            edges = self.boxes[example].nan_to_num(nan=-1.0)
-            overlap_x = edges[:, 2].clamp(max=right) - edges[:, 0].clamp(min=left)
-            overlap_y = edges[:, 3].clamp(max=bottom) - edges[:, 1].clamp(min=top)
-            hit = (self.image[example] == image) & (overlap_x > SLIVER) & (overlap_y > SLIVER)
+            hit = own & _overlapping(self, example, (left, top, right, bottom))
         else:
-            hit = self._paper_floor(image, example, grid, (left, top, right, bottom))
-        if not bool(hit.any()):
-            raise TokenMapError(
-                f"the box {tuple(box)} of image {image} of example {example} maps to no token: the processor "
-                f"shows the model only {self._shown(image, example)} of the image's {grid.size[0]} x {grid.size[1]} "
-                "pixels"
-            )
+            hit = _paper_floor(self, image, example, (left, top, right, bottom))
+        _check_met(self, hit, own, example, box, f"image {image} of example {example}")
         selected = torch.zeros_like(self.is_image)
         selected[example] = hit
         return selected
@@ -264,9 +337,9 @@ class TokenMap:
         """The union of each example's evidence regions, one row per example.
 
         Takes examples, or lists of Evidence, one per batch row; for a batch of one also the example or the
-        list itself. A region without a box is its whole image, separators included.
+        list itself. A region without a box is its whole image, separators included, or its frames of a video.
 
-        Raises TokenMapError where their number is not the batch's, or a row has no evidence, and as `box`.
+        Raises TokenMapError where their number is not the batch's, or a row has no evidence, and as `region`.
         """
         rows = _evidence_rows(evidence)
         if len(rows) != len(self):
@@ -276,11 +349,26 @@ class TokenMap:
             if not regions:
                 raise TokenMapError(f"example {example} has no evidence, so it maps to no token")
             for region in regions:
-                if region.box is None:
-                    selected |= self.image_tokens(region.image, example=example)
-                else:
-                    selected |= self.box(region.image, region.box, example=example, mapping=mapping)
+                selected |= self.region(region, example=example, mapping=mapping)
         return selected
+
+    def region(
+        self, region: Region, *, example: int = 0, mapping: BoxMapping = "merged"
+    ) -> Bool[Tensor, "batch pos"]:
+        """Positions of one region of evidence: `image_tokens`, `box` or `video_tokens`, and raises as these do.
+
+        The mapping "paper_floor" is one of images; a box of a video under it raises TokenMapError.
+        """
+        if region.video is not None:
+            if region.box is not None and mapping_of(mapping) != "merged":
+                raise TokenMapError(
+                    f"mapping={mapping!r} is defined for images; a video's boxes take 'merged'"
+                )
+            return self.video_tokens(region.video, region.frames, region.box, example=example)
+        assert region.image is not None
+        if region.box is None:
+            return self.image_tokens(region.image, example=example)
+        return self.box(region.image, region.box, example=example, mapping=mapping)
 
     # ------------------------------------------------------------------ positions -> regions
 
@@ -306,14 +394,17 @@ class TokenMap:
             elif bool(self.is_answer[at]):
                 kind = "answer"
             return Place(kind)
+        image, video, tile = (_number(column[at]) for column in (self.image, self.video, self.tile))
+        first, last = self.frames[at].tolist()
+        seen = Place(
+            "separator", image, tile, video=video, frames=None if first == NO_PATCH else (first, last)
+        )
         if int(self.row[at]) == NO_PATCH:
-            image, tile = int(self.image[at]), int(self.tile[at])
-            return Place("separator", image) if tile == NO_PATCH else Place("query", image, tile)
+            return seen if tile is None else dataclasses.replace(seen, kind="query")
         left, top, right, bottom = self.boxes[at].tolist()
-        return Place(
-            "patch",
-            image=int(self.image[at]),
-            tile=int(self.tile[at]),
+        return dataclasses.replace(
+            seen,
+            kind="patch",
             row=int(self.row[at]),
             col=int(self.col[at]),
             box=(left, top, right, bottom),
@@ -323,30 +414,14 @@ class TokenMap:
         """A name for every visual position of an example, None at text and padding.
 
         "<img0 r2c3>" is row 2, column 3 of image 0; "<img0 t1 r2c3>" of its tile 1, where an image has several;
-        "<img0 t1 q5>" the tile's query 5; "<img0 sep>" a learnt separator.
+        "<img0 t1 q5>" the tile's query 5; "<img0 sep>" a learnt separator; "<vid0 f4-5 r2c3>" a patch that shows frames
+        4 to 5 of video 0.
 
         >>> text_only_map(torch.tensor([[1, 1]]), torch.tensor([[False, True]])).labels()
         [None, None]
         """
         self._check_example(example)
-        columns = (self.image, self.tile, self.row, self.col)
-        places = zip(*(column[example].tolist() for column in columns), strict=True)
-        tiled = [bool((grid.tile > WHOLE_IMAGE_TILE).any()) for grid in self.grids[example]]
-        n_queries: dict[tuple[int, int], int] = {}
-        names: list[str | None] = []
-        for image, tile, row, col in places:
-            prefix = f"img{image} t{tile}" if image >= 0 and tiled[image] else f"img{image}"
-            if image == NO_PATCH:
-                names.append(None)
-            elif row != NO_PATCH:
-                names.append(f"<{prefix} r{row}c{col}>")
-            elif tile == NO_PATCH:
-                names.append(f"<img{image} sep>")
-            else:
-                number = n_queries.get((image, tile), 0)
-                n_queries[image, tile] = number + 1
-                names.append(f"<{prefix} q{number}>")
-        return names
+        return _labels(self, example)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per example and position: the arrays of the map as columns."""
@@ -355,8 +430,10 @@ class TokenMap:
             "example": np.repeat(np.arange(batch), length),
             "position": np.tile(np.arange(length), batch),
         }
-        for name in ("image", "tile", "row", "col"):
+        for name in ("image", "video", "tile", "row", "col"):
             table[name] = getattr(self, name).cpu().numpy().reshape(-1)
+        spans = self.frames.cpu().numpy().reshape(-1, 2)
+        table |= {name: spans[:, i] for i, name in enumerate(("first_frame", "last_frame"))}
         edges = self.boxes.cpu().numpy().reshape(-1, 4)
         table |= {name: edges[:, i] for i, name in enumerate(("left", "top", "right", "bottom"))}
         for name in ("is_image", "is_padding", "is_question", "is_answer"):
@@ -381,29 +458,113 @@ class TokenMap:
             raise OutOfRangeError(f"image {image} of example {example}: the example has {there}")
         return image, own[image]
 
-    def _shown(self, image: int, example: int) -> str:
-        edges = self.boxes[example][self.image[example] == image]
-        edges = edges[(edges[:, 2] > edges[:, 0]) & (edges[:, 3] > edges[:, 1])]
-        if not len(edges):
-            return "none"
-        low, high = edges[:, :2].amin(0).tolist(), edges[:, 2:].amax(0).tolist()
-        return f"({low[0]:g}, {low[1]:g}, {high[0]:g}, {high[1]:g})"
+    def _video(self, video: int, example: int) -> tuple[int, VideoGrid]:
+        """The number of a video of an example, checked, and its grid."""
+        self._check_example(example)
+        video, own = whole_number("video", video), self.videos[example]
+        if not 0 <= video < len(own):
+            there = f"{len(own)} video(s), 0 to {len(own) - 1}" if own else "no video"
+            raise OutOfRangeError(f"video {video} of example {example}: the example has {there}")
+        return video, own[video]
 
-    def _paper_floor(self, image: int, example: int, grid: ImageGrid, box: Box) -> Bool[Tensor, " pos"]:
-        if grid.patches is None:
-            raise TokenMapError(
-                "mapping='paper_floor' is defined only where every token is a 2 x 2 block of one grid of patches "
-                "(the Qwen-VL families, merge_size 2); use mapping='merged' here"
-            )
-        rows, columns = grid.patches
-        width, height = grid.size
-        left, right = (min(int(x * columns // width), columns - 1) for x in (box[0], box[2]))
-        top, bottom = (min(int(y * rows // height), rows - 1) for y in (box[1], box[3]))
-        patches = (torch.arange(top, bottom + 1)[:, None] * columns + torch.arange(left, right + 1)).flatten()
-        hit = torch.zeros_like(self.is_image[example])
-        positions = torch.nonzero(self.image[example] == image).flatten()
-        hit[positions[(patches // 4).unique().to(positions.device)]] = True
-        return hit
+
+def _showing(token_map: TokenMap, video: int, example: int, frames: tuple[int, int]) -> Bool[Tensor, " pos"]:
+    """Which positions of a video show any of the frames (first, stop)."""
+    first, stop = frames
+    grid = token_map.videos[example][video]
+    shows = np.array([any(first <= frame < stop for frame in own) for own in grid.shown] + [False])
+    if not shows.any():
+        seen = sorted({frame for own in grid.shown for frame in own})
+        listing = ", ".join(map(str, seen[:12])) + (" ..." if len(seen) > 12 else "")
+        raise TokenMapError(
+            f"frames {first} to {stop - 1} of video {video} of example {example} map to no token: of its "
+            f"{grid.n_frames} frames the processor shows the model {len(seen)}: {listing}"
+        )
+    selected = torch.zeros_like(token_map.is_image[example])
+    selected[token_map.video[example] == video] = torch.as_tensor(shows[grid.step], device=token_map.device)
+    return selected
+
+
+def _overlapping(token_map: TokenMap, example: int, box: Box) -> Bool[Tensor, " pos"]:
+    left, top, right, bottom = box
+    edges = token_map.boxes[example].nan_to_num(nan=-1.0)
+    overlap_x = edges[:, 2].clamp(max=right) - edges[:, 0].clamp(min=left)
+    overlap_y = edges[:, 3].clamp(max=bottom) - edges[:, 1].clamp(min=top)
+    return (overlap_x > SLIVER) & (overlap_y > SLIVER)
+
+
+def _check_met(
+    token_map: TokenMap,
+    hit: Bool[Tensor, " pos"],
+    own: Bool[Tensor, " pos"],
+    example: int,
+    box: Any,
+    where: str,
+) -> None:
+    """Raise TokenMapError where no position is hit; `own` are those of the whole image or video."""
+    if bool(hit.any()):
+        return
+    edges = token_map.boxes[example][own]
+    edges = edges[(edges[:, 2] > edges[:, 0]) & (edges[:, 3] > edges[:, 1])]
+    seen = "none"
+    if len(edges):
+        low, high = edges[:, :2].amin(0).tolist(), edges[:, 2:].amax(0).tolist()
+        seen = f"({low[0]:g}, {low[1]:g}, {high[0]:g}, {high[1]:g})"
+    raise TokenMapError(
+        f"the box {tuple(box)} of {where} maps to no token: the processor shows the model only {seen} of its pixels"
+    )
+
+
+def _paper_floor(token_map: TokenMap, image: int, example: int, box: Box) -> Bool[Tensor, " pos"]:
+    grid = token_map.grids[example][image]
+    if grid.patches is None:
+        raise TokenMapError(
+            "mapping='paper_floor' is defined only where every token is a 2 x 2 block of one grid of patches "
+            "(the Qwen-VL families, merge_size 2); use mapping='merged' here"
+        )
+    rows, columns = grid.patches
+    width, height = grid.size
+    left, right = (min(int(x * columns // width), columns - 1) for x in (box[0], box[2]))
+    top, bottom = (min(int(y * rows // height), rows - 1) for y in (box[1], box[3]))
+    patches = (torch.arange(top, bottom + 1)[:, None] * columns + torch.arange(left, right + 1)).flatten()
+    hit = torch.zeros_like(token_map.is_image[example])
+    positions = torch.nonzero(token_map.image[example] == image).flatten()
+    hit[positions[(patches // 4).unique().to(positions.device)]] = True
+    return hit
+
+
+def _labels(token_map: TokenMap, example: int) -> list[str | None]:
+    columns = (
+        token_map.image,
+        token_map.video,
+        token_map.frames,
+        token_map.tile,
+        token_map.row,
+        token_map.col,
+    )
+    places = zip(*(column[example].tolist() for column in columns), strict=True)
+    n_queries: dict[tuple[str, int], int] = {}
+    names: list[str | None] = []
+    for image, video, (first, last), tile, row, col in places:
+        if image == video == NO_PATCH:
+            names.append(None)
+            continue
+        name, grid = (
+            (f"img{image}", token_map.grids[example][image])
+            if video == NO_PATCH
+            else (f"vid{video}", token_map.videos[example][video])
+        )
+        prefix = name if first == NO_PATCH else f"{name} f{first}" + (f"-{last}" if last > first else "")
+        prefix += f" t{tile}" if bool((grid.tile > WHOLE_IMAGE_TILE).any()) else ""
+        if row != NO_PATCH:
+            names.append(f"<{prefix} r{row}c{col}>")
+        elif tile == NO_PATCH:
+            names.append(f"<{name} sep>")
+        else:
+            number = n_queries.get((prefix, tile), 0)
+            n_queries[prefix, tile] = number + 1
+            names.append(f"<{prefix} q{number}>")
+    return names
 
 
 def mapping_of(value: object) -> BoxMapping:
@@ -418,6 +579,32 @@ def mapping_of(value: object) -> BoxMapping:
         if isinstance(value, str) and value == mapping:
             return mapping
     raise TokenMapError(f"mapping is 'merged' or 'paper_floor', not {value!r}")
+
+
+def in_words(grids: Sequence[ImageGrid]) -> str:
+    """How many images and videos these are.
+
+    >>> in_words([])
+    '0 image(s)'
+    """
+    n_videos = sum(isinstance(grid, VideoGrid) for grid in grids)
+    n_images = len(grids) - n_videos
+    counts = [f"{n_images} image(s)"] if n_images or not n_videos else []
+    return " and ".join(counts + ([f"{n_videos} video(s)"] if n_videos else []))
+
+
+def _numbers(grids: Sequence[ImageGrid], *, of_videos: bool) -> Int[np.ndarray, " token"]:
+    """For every token of an example the number of its image, or of its video; -1 where it is of the other kind."""
+    numbers, n = [], 0
+    for grid in grids:
+        is_one = isinstance(grid, VideoGrid) == of_videos
+        numbers.append(np.full(len(grid), n if is_one else NO_PATCH))
+        n += is_one
+    return np.concatenate(numbers)
+
+
+def _number(value: Tensor) -> int | None:
+    return None if int(value) == NO_PATCH else int(value)
 
 
 def text_only_map(
@@ -473,6 +660,37 @@ def box_of(name: str, value: object) -> Box:
         number(f"{side} of {name} {tuple(sides)}", given)
     left, top, right, bottom = (side.item() if hasattr(side, "item") else side for side in sides)
     return left, top, right, bottom
+
+
+def frames_of(name: str, value: object) -> tuple[int, int]:
+    """A span of frames (first, stop), stop exclusive, in whole numbers; TokenMapError for one that holds no frame.
+
+    >>> frames_of("frames", [4, 9])
+    (4, 9)
+    >>> frames_of("frames", (4, 4))
+    Traceback (most recent call last):
+        ...
+    mmlens.token_map.TokenMapError: frames: the span (4, 4) holds no frame; it is (first, stop), stop exclusive
+    """
+    ends = listed(name, value, "a span of frames (first, stop)")
+    if len(ends) != 2:
+        raise TokenMapError(f"{name}: a span of frames is (first, stop), not {tuple(ends)}")
+    first, stop = whole_number(f"first of {name}", ends[0]), whole_number(f"stop of {name}", ends[1])
+    if first < 0 or first >= stop:
+        raise TokenMapError(
+            f"{name}: the span {(first, stop)} holds no frame; it is (first, stop), stop exclusive"
+        )
+    return first, stop
+
+
+def checked_frames(frames: Sequence[int], n_frames: int, where: str) -> tuple[int, int]:
+    """A span of frames of a video of `n_frames`; TokenMapError where it ends after the last one."""
+    first, stop = frames_of(where, frames)
+    if stop > n_frames:
+        raise TokenMapError(
+            f"{where}: the frames {(first, stop)} end after the last of its {n_frames} frames, {n_frames - 1}"
+        )
+    return first, stop
 
 
 def checked_box(box: Sequence[float], size: tuple[int, int], where: str) -> Box:

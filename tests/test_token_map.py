@@ -14,7 +14,7 @@ from tiny import REPRESENTATIVES, tiny_images, tiny_processor
 from mmlens.data.examples import Evidence, Example
 from mmlens.families.catalog import family_of
 from mmlens.model.prompt_making import make_prompt
-from mmlens.token_map import ImageGrid, TokenMap, TokenMapError, text_only_map
+from mmlens.token_map import ImageGrid, Place, TokenMap, TokenMapError, VideoGrid, text_only_map
 
 torch.set_num_threads(1)
 
@@ -266,7 +266,7 @@ def test_tokens_of_padding_alone_are_never_selected() -> None:
 def test_another_number_of_image_tokens_than_predicted_is_refused() -> None:
     grid = _uniform_grid(40, 40, 4, 4)
     is_image = torch.tensor([[True] * 15 + [False]])
-    with pytest.raises(TokenMapError, match=re.escape("input_ids holds 15 image token(s), but the layout")):
+    with pytest.raises(TokenMapError, match=re.escape("input_ids holds 15 visual token(s), but the layout")):
         TokenMap.from_grids(is_image, torch.ones(1, 16).long(), ~is_image, [[grid]])
     with pytest.raises(TokenMapError, match=re.escape("grids for 2 example(s), but the batch has 1")):
         TokenMap.from_grids(is_image, torch.ones(1, 16).long(), ~is_image, [[grid], []])
@@ -278,3 +278,96 @@ def test_a_map_moves_between_devices_whole() -> None:
     assert (
         moved.device.type == "meta" and moved.boxes.device.type == "meta" and moved.grids == token_map.grids
     )
+
+
+# ---------------------------------------------------------------------- videos
+
+
+def _video_map() -> TokenMap:
+    """An image of 2 tokens, then a video of 3 temporal patches of 2 x 1 tokens and a separator, between texts."""
+    row, column = np.divmod(np.arange(2), 2)
+    boxes = np.array([[0.0, 0, 8, 10], [8, 0, 16, 10]])
+    image = ImageGrid((16, 10), np.zeros_like(row), row, column, boxes)
+    video = VideoGrid(
+        size=(16, 10),
+        tile=np.array([0] * 6 + [-1]),
+        row=np.array([0] * 6 + [-1]),
+        column=np.array([0, 1] * 3 + [-1]),
+        boxes=np.concatenate([boxes, boxes, boxes, np.full((1, 4), np.nan)]),
+        step=np.array([0, 0, 1, 1, 2, 2, -1]),
+        shown=((0, 3), (6, 9), (12, 12)),
+        n_frames=15,
+    )
+    is_image = torch.tensor([[False, True, True, False, *[True] * 7, False, False]])
+    is_question = torch.zeros_like(is_image)
+    return TokenMap.from_grids(is_image, torch.ones_like(is_image).long(), is_question, [[image, video]])
+
+
+def _at(mask: torch.Tensor) -> list[int]:
+    return torch.nonzero(mask[0]).flatten().tolist()
+
+
+def test_positions_of_a_video_know_its_frames() -> None:
+    token_map = _video_map()
+    assert token_map.video[0].tolist() == [-1] * 4 + [0] * 7 + [-1] * 2
+    assert token_map.image[0].tolist() == [-1, 0, 0] + [-1] * 10
+    assert token_map.frames[0, 4:11].tolist() == [
+        [0, 3],
+        [0, 3],
+        [6, 9],
+        [6, 9],
+        [12, 12],
+        [12, 12],
+        [-1, -1],
+    ]
+    assert token_map.where(7) == Place(
+        "patch", tile=0, row=0, col=1, box=(8.0, 0.0, 16.0, 10.0), video=0, frames=(6, 9)
+    )
+    assert token_map.where(10) == Place("separator", video=0)
+    assert token_map.where(1).video is None and token_map.where(1).image == 0
+    assert token_map.labels()[1:11] == [
+        "<img0 r0c0>", "<img0 r0c1>", None,
+        "<vid0 f0-3 r0c0>", "<vid0 f0-3 r0c1>", "<vid0 f6-9 r0c0>", "<vid0 f6-9 r0c1>",
+        "<vid0 f12 r0c0>", "<vid0 f12 r0c1>", "<vid0 sep>",
+    ]  # fmt: skip
+    table = token_map.to_pandas()
+    assert table.loc[6, ["video", "first_frame", "last_frame", "image"]].tolist() == [0, 6, 9, -1]
+    assert [len(own) for own in token_map.grids] == [1] and [len(own) for own in token_map.videos] == [1]
+    assert token_map.to("cpu").videos == token_map.videos
+
+
+def test_frames_and_boxes_of_a_video_choose_positions() -> None:
+    token_map = _video_map()
+    assert _at(token_map.video_tokens(0)) == list(range(4, 11))
+    assert _at(token_map.video_tokens(0, (9, 10))) == [6, 7]
+    assert _at(token_map.video_tokens(0, (3, 7))) == [4, 5, 6, 7]
+    assert _at(token_map.video_tokens(0, (9, 15), (8, 0, 16, 10))) == [7, 9]
+    assert _at(token_map.video_tokens(0, box=(0, 0, 8, 10))) == [4, 6, 8]
+    evidence = [Evidence(0, (0, 0, 8, 10)), Evidence(video=0, frames=(12, 13))]
+    assert _at(token_map.evidence(evidence)) == [1, 8, 9]
+    assert _at(token_map.image_tokens(0)) == [1, 2]
+
+
+def test_frames_that_no_position_shows_are_an_error() -> None:
+    token_map = _video_map()
+    with pytest.raises(
+        TokenMapError, match=re.escape("frames 1 to 2 of video 0 of example 0 map to no token: of its")
+    ):
+        token_map.video_tokens(0, (1, 3))
+    with pytest.raises(TokenMapError, match="end after the last of its 15 frames"):
+        token_map.video_tokens(0, (4, 16))
+    with pytest.raises(TokenMapError, match="holds no frame"):
+        token_map.video_tokens(0, (4, 4))
+    with pytest.raises(IndexError, match="video 1 of example 0: the example has 1 video"):
+        token_map.video_tokens(1)
+    with pytest.raises(TokenMapError, match="not a box"):
+        token_map.video_tokens(0, box=(0, 0, 17, 10))
+    with pytest.raises(TokenMapError, match="defined for images"):
+        token_map.evidence([Evidence(video=0, box=(0, 0, 8, 10))], mapping="paper_floor")
+    with pytest.raises(TokenMapError, match=re.escape("1 image(s) and 1 video(s)")):
+        TokenMap.from_grids(
+            token_map.is_image[:, :-3],
+            torch.ones(1, 10).long(),
+            token_map.is_question[:, :-3],
+            [[*token_map.grids[0], *token_map.videos[0]]],
+        )

@@ -34,26 +34,57 @@ from mmlens.arguments import (
 )
 from mmlens.arguments import number as real_number
 from mmlens.data.images import as_rgb, load_image, open_image, pixel_fingerprint
-from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError
+from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError, UnsupportedError
 from mmlens.files import make_folder, parsed_json, path_within, write_text_at_once
-from mmlens.token_map import Box, Region, box_of, checked_box
+from mmlens.token_map import Box, Region, box_of, checked_box, frames_of
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One region that holds the answer: a box of an image, or the whole image when `box` is None.
+    """One region that holds the answer: of an image or of a video, all of it or a box.
 
-    `image` counts the prompt's images from 0 (a page or a frame of a clip is an image). `box` is
-    (left, top, right, bottom) in pixels of the ORIGINAL image, right and bottom exclusive.
+    `image` counts the prompt's images from 0 (a page is an image, and so is a frame that was given as one), `video` its
+    videos; one of the two is given. `frames` is a span (first, stop) of the ORIGINAL video's frames, stop exclusive;
+    None: all of them. `box` is (left, top, right, bottom) in pixels of the ORIGINAL image or video, right and bottom
+    exclusive; None: the whole.
+
+    >>> Evidence(video=0, frames=(4, 9), box=(0, 0, 32, 32)).frames
+    (4, 9)
+    >>> Evidence()
+    Traceback (most recent call last):
+        ...
+    mmlens.errors.InvalidValueError: evidence is of an image or of a video: Evidence(image, box) or ...
     """
 
-    image: int
+    image: int | None = None
     box: Box | None = None
+    video: int | None = None
+    frames: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image", whole_number("image", self.image, least=0))
+        if (self.image is None) == (self.video is None):
+            raise InvalidValueError(
+                "evidence is of an image or of a video: Evidence(image, box) or Evidence(video=0, frames=(first, "
+                f"stop), box=box); got image={self.image!r} and video={self.video!r}"
+            )
+        for name in ("image", "video"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), least=0))
+        if self.frames is not None:
+            if self.video is None:
+                raise InvalidValueError(
+                    f"frames={self.frames!r} are of a video, and the evidence names an image"
+                )
+            object.__setattr__(self, "frames", frames_of("frames", self.frames))
         if self.box is not None:
             object.__setattr__(self, "box", box_of("box", self.box))
+
+    @property
+    def of_image(self) -> int:
+        """`image`, for what reads images alone; UnsupportedError for evidence of a video."""
+        if self.image is None:
+            raise UnsupportedError(f"this takes evidence of images alone, and {self} is of a video")
+        return self.image
 
 
 @dataclass(frozen=True)
@@ -96,14 +127,18 @@ class Example:
         object.__setattr__(self, "evidence", tuple(regions_of("evidence", self.evidence)))
         instance_of("metadata", self.metadata, dict, "a dict")
         for region in self.evidence:
-            if not 0 <= region.image < len(self.images):
+            if region.video is not None:
+                raise InvalidValueError(
+                    f"example {self.id!r}: evidence names video {region.video}, but the example has none"
+                )
+            if not 0 <= region.of_image < len(self.images):
                 raise InvalidValueError(
                     f"example {self.id!r}: evidence names image {region.image}, "
                     f"but the example has {len(self.images)} image(s)"
                 )
             if region.box is not None:
                 where = f"example {self.id!r}, image {region.image}"
-                checked_box(region.box, self.images[region.image].size, where)
+                checked_box(region.box, self.images[region.of_image].size, where)
 
     def _checked_candidates(self, name: str) -> tuple[str, ...]:
         candidates = listed(
@@ -203,8 +238,12 @@ def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
             "id": name,
             "images": files,
             "evidence": [
-                {"image": int(e.image)} | ({} if e.box is None else {"box": list(e.box)})
-                for e in example.evidence
+                {
+                    name: list(value) if isinstance(value, tuple) else value
+                    for name in _REGION_FIELDS
+                    if (value := getattr(region, name)) is not None
+                }
+                for region in example.evidence
             ],
             "candidates": list(example.candidates),
             "metadata": example.metadata,
@@ -261,7 +300,7 @@ def load_examples(folder: str | Path, *, images_outside: bool = False) -> list[E
     return examples
 
 
-_REGION_FIELDS = ("image", "box")
+_REGION_FIELDS = ("image", "video", "frames", "box")
 
 
 def _example(record: Any, folder: Path, images_outside: bool) -> Example:
@@ -322,18 +361,24 @@ def _json(value: Any) -> str:
 def _region(where: str, region: Any) -> Evidence:
     if not isinstance(region, dict):
         raise InvalidTypeError(
-            f'{where} must be a region, {{"image": 0}} or {{"image": 0, "box": [left, top, right, bottom]}}, got '
-            f"{_json(region)}"
+            f'{where} must be a region, {{"image": 0}}, {{"image": 0, "box": [left, top, right, bottom]}} or '
+            f'{{"video": 0, "frames": [first, stop]}}, got {_json(region)}'
         )
     _check_names(f"field of {where}", region, _REGION_FIELDS)
-    if "image" not in region:
+    if ("image" in region) == ("video" in region):
         raise InvalidValueError(
-            f"{where} has no field 'image': which of the example's images, counted from 0"
+            f"{where} has no field 'image', or both it and 'video': which of the example's images or videos, counted "
+            "from 0"
         )
-    image = whole_number(f"the field 'image' of {where}", region["image"], least=0)
-    if region.get("box") is None:
-        return Evidence(image)
-    return Evidence(image, box_of(f"the field 'box' of {where}", region["box"]))
+    fields: dict[str, Any] = {
+        name: whole_number(f"the field {name!r} of {where}", region[name], least=0)
+        for name in ("image", "video")
+        if name in region
+    }
+    for name, checked in (("frames", frames_of), ("box", box_of)):
+        if region.get(name) is not None:
+            fields[name] = checked(f"the field {name!r} of {where}", region[name])
+    return Evidence(**fields)
 
 
 def _place(folder: Path, name: str, images_outside: bool) -> Path:

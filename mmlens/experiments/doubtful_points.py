@@ -274,7 +274,7 @@ def tagged_prompt(model: HookedVLM, examples: Sequence[Example], tags: Tags) -> 
         )
     rendered = []
     for example in examples:
-        marked = {region.image for region in example.evidence}
+        marked = {region.of_image for region in example.evidence}
         content: list[dict[str, str]] = []
         for number in range(len(example.images)):
             if number in marked and number - 1 not in marked:
@@ -303,10 +303,11 @@ def _evidence_tags(given: _Given) -> Reading | str:
     setup, model = given.setup, given.setup.model
     chosen = [
         replace(
-            example, evidence=tuple(Evidence(image) for image in sorted({e.image for e in example.evidence}))
+            example,
+            evidence=tuple(Evidence(image) for image in sorted({e.of_image for e in example.evidence})),
         )
         for example in given.examples
-        if len({region.image for region in example.evidence}) < len(example.images)
+        if len({region.of_image for region in example.evidence}) < len(example.images)
     ]
     if not chosen:
         return "no example has images without evidence beside those with it"

@@ -287,6 +287,8 @@ def _regions(where: Any, prompt: Prompt, example: int, image: int) -> list[Pixel
             prompt, example
         )
     if hasattr(where, "box") and hasattr(where, "image"):
+        if where.image is None:
+            raise CorruptionError(f"example {example}: {where} is of a video; edited are regions of images")
         return [_pixel_region(prompt, example, where.image, where.box)]
     if not isinstance(where, Sequence) or isinstance(where, str):
         raise CorruptionError(

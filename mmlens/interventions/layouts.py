@@ -43,8 +43,9 @@ def layout_difference(one: Prompt, other: Prompt, *, boxes: bool = False) -> str
             return f"example {example} has {counts[0]} and {counts[1]}"
     if first.image.shape != second.image.shape:
         return f"the batches are padded to {first.image.shape[1]} and {second.image.shape[1]} positions"
-    names = ("image", "tile", "row", "col", "is_image", "is_padding", "is_question", "is_answer")
+    names = ("image", "video", "tile", "row", "col", "is_image", "is_padding", "is_question", "is_answer")
     differ = torch.stack([getattr(first, name) != getattr(second, name) for name in names]).any(0)
+    differ = differ | (first.frames != second.frames).any(-1)
     if bool(differ.any()):
         example, position = differ.nonzero()[0].tolist()
         places = [_place(token_map, example, position) for token_map in (first, second)]
@@ -74,6 +75,8 @@ def _place(token_map: TokenMap, example: int, position: int) -> str:
         f"{name} {value}"
         for name, value in (
             ("image", place.image),
+            ("video", place.video),
+            ("frames", place.frames),
             ("tile", place.tile),
             ("row", place.row),
             ("column", place.col),

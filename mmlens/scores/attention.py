@@ -7,6 +7,7 @@ Where a source's code was read, "stated" is what paper or code says and "our rea
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -14,7 +15,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.arguments import BATCH_SIZE, number, one_of, text
-from mmlens.data.examples import Evidence
 from mmlens.head_scores import HeadScores
 from mmlens.model.batches import Prompts
 from mmlens.model.hooked_vlm import HookedVLM
@@ -23,7 +23,7 @@ from mmlens.model.prompt_making import UnknownWordWarning
 from mmlens.scores.retrieval import attention_mass, evidence_tokens
 from mmlens.scores.rows import Rows, mean_of_rows, of_layers, read_rows
 from mmlens.scores.score import HeadScore, known_examples
-from mmlens.token_map import BoxMapping, mapping_of
+from mmlens.token_map import NO_PATCH, BoxMapping, mapping_of
 
 NULL_QUESTION = "N/A"
 """The null query of arXiv 2605.27243 and 2506.09944."""
@@ -108,7 +108,8 @@ def query_focused_score(
 
     def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
         keys = _region_tokens(prompt, region, mapping).cpu()
-        images = prompt.token_map.image.cpu()
+        image, video = prompt.token_map.image.cpu(), prompt.token_map.video.cpu()
+        images = torch.where(video == NO_PATCH, image, NO_PATCH - 1 - video)
         null = None if null_question is None else _null_prompt(model, prompt, null_question)
         asked = _attention_to_images(model, prompt)
         unasked = None if null is None else _attention_to_images(model, null)
@@ -232,5 +233,8 @@ def _sum_of_documents(
 def _region_tokens(prompt: Prompt, region: Region, mapping: BoxMapping) -> Bool[Tensor, "batch pos"]:
     if region == "evidence":
         return evidence_tokens(prompt, mapping)
-    images = [[Evidence(part.image) for part in example.evidence] for example in known_examples(prompt)]
+    images = [
+        [replace(part, frames=None, box=None) for part in example.evidence]
+        for example in known_examples(prompt)
+    ]
     return prompt.token_map.evidence(images)

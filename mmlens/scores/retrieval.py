@@ -257,8 +257,5 @@ def region_tokens(
     token_map = prompt.token_map
     found = torch.zeros_like(token_map.is_image[row])
     for region in regions:
-        if region.box is None:
-            found |= token_map.image_tokens(region.image, example=row)[row]
-        else:
-            found |= token_map.box(region.image, region.box, example=row, mapping=mapping)[row]
+        found |= token_map.region(region, example=row, mapping=mapping)[row]
     return found

@@ -199,7 +199,7 @@ def other_places(prompt: Prompt, row: int, example: Example) -> list[tuple[Evide
     29
     """
     sizes = [image.size for image in example.images]
-    numbers = [region.image for region in example.evidence]
+    numbers = [region.of_image for region in example.evidence]
     boxes = [region.box for region in example.evidence if region.box is not None]
     across, down = [0.0], [0.0]
     if boxes:
@@ -225,9 +225,9 @@ def _steps(before: float, after: float, step: float) -> list[float]:
 
 def _moved(region: Evidence, images: int, x: float, y: float) -> Evidence:
     if region.box is None:
-        return Evidence(region.image + images)
+        return Evidence(region.of_image + images)
     left, top, right, bottom = region.box
-    return Evidence(region.image + images, (left + x, top + y, right + x, bottom + y))
+    return Evidence(region.of_image + images, (left + x, top + y, right + x, bottom + y))
 
 
 def _token_size(prompt: Prompt, row: int, example: Example) -> tuple[float, float]:

@@ -235,7 +235,7 @@ def test_a_layout_that_does_not_fit_the_inputs_is_refused() -> None:
             for grid in tiles.internvl(processor, inputs, sizes)
         ]
 
-    with pytest.raises(TokenMapError, match=r"example 0: input_ids holds 27 image token\(s\).* predicts 18"):
+    with pytest.raises(TokenMapError, match=r"example 0: input_ids holds 27 visual token\(s\).* predicts 18"):
         make_prompt(processor, one_tile_less, "What colour is K?", tiny_images(1, sizes=[(200, 100)]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from mmlens.interventions.edits import Edit, EditContext, if_any
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import NoChangeWarning
 from mmlens.model.prompt import Prompt
-from mmlens.token_map import TokenMap
+from mmlens.token_map import text_only_map
 
 # Sliding windows with image tokens that see each other, prefixes seen both ways, convolution layers, layers that
 # differ in their number of heads, latent attention and chunks, beside one family of each common kind.
@@ -69,23 +70,10 @@ def edge_prompt(model: HookedVLM, family: str) -> Prompt:
     if model.processor is not None:
         return padded_prompt(model)
     inputs = tiny.tiny_inputs(family, [2, 1])
-    is_image, is_padding = model.image_mask(inputs), inputs["attention_mask"] == 0
+    is_image = model.image_mask(inputs)
     is_question = torch.zeros_like(is_image)
     is_question[:, -4:-1] = True
-    nowhere = torch.full(is_image.shape, -1)
-    boxes = torch.full((*is_image.shape, 4), torch.nan)
-    token_map = TokenMap(
-        nowhere,
-        nowhere,
-        nowhere,
-        nowhere,
-        boxes,
-        is_image,
-        is_padding,
-        is_question,
-        torch.zeros_like(is_image),
-        ((), ()),
-    )
+    token_map = replace(text_only_map(inputs["attention_mask"], is_question), is_image=is_image)
     return Prompt(inputs, token_map, ["", ""], [[], []], ["", ""])
 
 

@@ -13,7 +13,7 @@ import json
 import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from mmlens.model.cross_attention import CrossAttentionError
 from mmlens.model.prompt import Prompt
 from mmlens.runs.run import write_findings
 from mmlens.scores.retrieval import attention_mass, evidence_attention, ram, vision_mass
-from mmlens.token_map import TokenMap
+from mmlens.token_map import text_only_map
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,8 @@ def prompt_of(family: str) -> Prompt:
     is_image = hooked(family).image_mask(inputs)
     assert is_image is not None and bool(is_image.any())
     text = (mask == 1) & ~is_image
-    none = torch.full(mask.shape, -1)
-    where = TokenMap(
-        none, none, none, none, torch.full((*mask.shape, 4), torch.nan), is_image, mask == 0,
-        text & (text.cumsum(1) > text.sum(1, keepdim=True) - 4),
-        torch.zeros_like(is_image), ((), ()),
-    )  # fmt: skip
+    is_question = text & (text.cumsum(1) > text.sum(1, keepdim=True) - 4)
+    where = replace(text_only_map(mask, is_question), is_image=is_image)
     return Prompt(inputs, where, ["?", "?"], [[], []], ["", ""])
 
 
