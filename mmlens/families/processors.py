@@ -1,4 +1,4 @@
-"""Loading a Hugging Face processor with its PIL image half, with or without torchvision.
+"""Loading a Hugging Face processor with its PIL image half, with or without torchvision, and changing its options.
 
 A processor with a video half refuses to be built where torchvision is missing, although images and text need
 none of it. The video half is left out there, and a video is refused with the command that mends it.
@@ -6,14 +6,17 @@ none of it. The video half is left out there, and a video is refused with the co
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,7 +28,8 @@ from transformers import (
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from mmlens import internals
-from mmlens.errors import InvalidValueError
+from mmlens.arguments import shown, unknown_name_message
+from mmlens.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 
 
 class _NoVideo:
@@ -188,12 +192,20 @@ def _has_video(name_or_path: str | Path, hub_options: dict[str, Any]) -> bool:
     return True
 
 
-def load_processor(name_or_path: str | Path, **hub_options: Any) -> ProcessorMixin:
+def load_processor(name_or_path: str | Path, *, use_fast: bool = False, **hub_options: Any) -> ProcessorMixin:
     """The processor that belongs to a model folder or hub id: images by PIL, videos where torchvision is.
 
     With torchvision installed transformers would resize images by it, to slightly other pixels; PIL gives the
-    same numbers on every machine. `hub_options` go to `from_pretrained` (revision, token, cache_dir, ...).
+    same numbers on every machine. `use_fast` takes torchvision's image processor all the same. `hub_options` go to
+    `from_pretrained` (revision, token, cache_dir, ...).
+
+    Raises UnsupportedError for use_fast where torchvision is not installed.
     """
+    if use_fast and not internals.is_torchvision_available():
+        raise UnsupportedError(
+            "use_fast=True takes torchvision's image processor, and torchvision is not installed: pip install "
+            "torchvision. Without it images are processed by PIL (use_fast=False)"
+        )
     processor_class = _processor_class(name_or_path, **hub_options)
     if "video_processor" in processor_class.get_attributes() and not _has_video(name_or_path, hub_options):
         processor_class = without_video(processor_class)  # type: ignore[arg-type]
@@ -207,6 +219,106 @@ def load_processor(name_or_path: str | Path, **hub_options: Any) -> ProcessorMix
             processor.image_token_id = config.image_token_id
     if internals.is_torchvision_available():
         processor.image_processor = AutoImageProcessor.from_pretrained(
-            name_or_path, backend="pil", **hub_options
+            name_or_path, backend="torchvision" if use_fast else "pil", **hub_options
         )
     return processor
+
+
+# ---------------------------------------------------------------------- options
+
+_HALVES = {"images_kwargs": "image_processor", "videos_kwargs": "video_processor"}
+"""transformers' name for the options of a half of a processor -> the half."""
+
+_NO_OPTIONS = frozenset(
+    {
+        "data_format",
+        "device",
+        "disable_grouping",
+        "input_data_format",
+        "return_metadata",
+        "return_tensors",
+        "video_metadata",
+    }
+)
+"""In what form pixels go in and come out, which the prompt settles."""
+
+
+def option_names(processor: ProcessorMixin) -> frozenset[str]:
+    """The options of a processor's images and clips, as its classes state them: "do_resize", "size", ...
+
+    >>> from mmlens.model.loading import load
+    >>> _, processor = load("micro")
+    >>> {"do_resize", "size"} <= option_names(processor), "max_length" in option_names(processor)
+    (True, False)
+    """
+    return frozenset().union(*(_names(processor, key) for key in _HALVES), _HALVES)
+
+
+def with_options(processor: ProcessorMixin, options: Mapping[str, Any]) -> ProcessorMixin:
+    """A processor that treats images and clips as processor(..., **options) of this one does.
+
+    They are set on copies of its halves, so that layouts read them there; an option that images and clips share is
+    set for both, as transformers does, and `images_kwargs` and `videos_kwargs` hold those of one half. What is None
+    counts as not given. The tokenizer is shared, and the processor that was given stays as it is.
+
+    Raises InvalidTypeError for a name that is none of its options, InvalidValueError for a value that such an option
+    does not take.
+    """
+    per_half = _per_half(processor, {name: value for name, value in options.items() if value is not None})
+    if not any(per_half.values()):
+        return processor
+    changed = copy.copy(processor)
+    for key, own in per_half.items():
+        half = getattr(processor, _HALVES[key], None)
+        if not own:
+            continue
+        known = half.valid_kwargs.__annotations__
+        of_half = {name: value for name, value in own.items() if name in known}
+        try:
+            validate_typed_dict(half.valid_kwargs, of_half)
+            setattr(changed, _HALVES[key], type(half).from_dict(half.to_dict(), **of_half))
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise InvalidValueError(f"{type(half).__name__} takes no such options, {own}: {error}") from error
+        # The processor's own defaults would go before the half's.
+        defaults = {**getattr(processor, key, {}), **own}
+        setattr(changed, key, {name: value for name, value in defaults.items() if name not in of_half})
+    return changed
+
+
+def _names(processor: ProcessorMixin, key: str) -> frozenset[str]:
+    """The options of a half of the processor; none where it lacks the half."""
+    half = getattr(processor, _HALVES[key], None)
+    known = getattr(getattr(half, "valid_kwargs", None), "__annotations__", None)
+    if known is None:
+        return frozenset()
+    stated = processor.valid_processor_kwargs.__annotations__[key]
+    return frozenset({*known, *stated.__annotations__} - _NO_OPTIONS)
+
+
+def _per_half(processor: ProcessorMixin, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each half, by transformers' name for them."""
+    names = {key: _names(processor, key) for key in _HALVES}
+    per_half: dict[str, dict[str, Any]] = {
+        key: {name: value for name, value in options.items() if name in names[key]} for key in _HALVES
+    }
+    unknown = [
+        name for name in options if name not in _HALVES and not any(name in own for own in names.values())
+    ]
+    for key in _HALVES:
+        nested = options.get(key, {})
+        if not isinstance(nested, Mapping):
+            raise InvalidTypeError(f"{key} is {shown(nested)}; expected a dict of options")
+        twice = [name for name in nested if name in per_half[key]]
+        if twice:
+            raise InvalidTypeError(f"the option {twice[0]!r} is given twice, alone and in {key}")
+        unknown += [name for name in nested if name not in names[key]]
+        per_half[key].update({name: value for name, value in nested.items() if name in names[key]})
+    if unknown:
+        raise InvalidTypeError(
+            f"{type(processor).__name__}: {unknown_name_message('option', unknown[0], sorted(option_names(processor)))}"
+        )
+    clips = per_half["videos_kwargs"]
+    if {"fps", "num_frames"} & clips.keys():
+        # As apply_chat_template does: a rate of frames is a wish to sample them.
+        clips.setdefault("do_sample_frames", True)
+    return per_half

@@ -100,14 +100,15 @@ class HookedVLM(WeightProperties, TokenMethods, InputMethods, HookMethods):
         self._checkpointing = internals.may_recompute(hf_model)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Any, **hf_options: Any) -> HookedVLM:
+    def from_pretrained(cls, name_or_path: str | Any, *, use_fast: bool = False, **options: Any) -> HookedVLM:
         """A shipped model ("micro"), a folder, or a hub id, loaded from safetensors and set to eval mode.
 
-        `hf_options` go to transformers (dtype, device_map, attn_implementation, revision, token, ...);
-        code from the hub runs only with trust_remote_code=True. Raises `loading.ModelNotFoundError` where
-        there is no such folder or shipped name, the hub is out of reach, or the model is gated.
+        `options` go to transformers: to the processor those that its classes state (max_pixels, size, do_resize, ...),
+        to the model all others (dtype, device_map, attn_implementation, revision, token, ...). Images are processed by
+        PIL, and by torchvision with use_fast. Code from the hub runs only with trust_remote_code=True. Raises as
+        `loading.load`: ModelNotFoundError, InvalidTypeError for an option that nothing knows, and others.
         """
-        hf_model, processor = loading.load(name_or_path, **hf_options)
+        hf_model, processor = loading.load(name_or_path, use_fast=use_fast, **options)
         return cls(hf_model, processor)
 
     @property

@@ -112,6 +112,7 @@ _LOADING = (
     "subfolder",
     "token",
     "trust_remote_code",
+    "use_fast",
 )
 """What people pass to transformers' from_pretrained, to name the nearest of."""
 
@@ -185,15 +186,18 @@ def check_loading(given: Mapping[str, Any]) -> dict[str, Any]:
     return served
 
 
-def load_error(given: Iterable[str], error: TypeError) -> Exception:
-    """transformers' error, or, where that is about an unknown option, one that names it and the nearest."""
+def load_error(given: Iterable[str], error: TypeError, of_processor: Iterable[str] = ()) -> Exception:
+    """transformers' error, or, where that is about an unknown option, one that names it and the nearest.
+
+    `of_processor` are the options of the processor.
+    """
     unknown = [name for name in given if f"unexpected keyword argument '{name}'" in str(error)]
     if not unknown:
         return error
-    message = unknown_name_message("option", unknown[0], _LOADING)
+    message = unknown_name_message("option", unknown[0], sorted({*_LOADING, *of_processor}))
     return InvalidTypeError(
-        f"from_pretrained: {message}. Neither transformers' loading nor the model's configuration knows it; options "
-        "of a processor are for AutoProcessor.from_pretrained: HookedVLM(hf_model, processor)"
+        f"from_pretrained: {message}. Neither transformers' loading, nor the model's configuration, nor its processor "
+        "knows it"
     )
 
 

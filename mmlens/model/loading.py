@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from mmlens import internals
-from mmlens.arguments import instance_of, shown, unknown_name_message
+from mmlens.arguments import flag, instance_of, shown, unknown_name_message
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError, UnsupportedError
 from mmlens.families.catalog import FAMILIES, UnknownFamilyError, family_of
-from mmlens.families.processors import load_processor
+from mmlens.families.processors import load_processor, option_names, with_options
 from mmlens.model import adapters
 from mmlens.model.keywords import check_loading, load_error
 
@@ -87,15 +87,21 @@ def scene_kinds(name_or_path: str | Path) -> dict[str, list[str]] | None:
     return {key: [str(kind) for kind in kinds[key]] for key in ("visual", "text")}
 
 
-def load(name_or_path: str | Path | Any, **hf_options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    name_or_path: str | Path | Any, *, use_fast: bool = False, **hf_options: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A Hugging Face model in eval mode and its processor. Weights come from safetensors only.
+
+    Options that the processor's classes state (`option_names`) are the processor's, and the model's besides where its
+    configuration has them; all others go to the model. `use_fast` takes torchvision's image processor for PIL's.
 
     A folder that holds an adapter alone gives its base model with it (PEFT). A folder's own code runs only with
     trust_remote_code=True in this call; without it, transformers' own class is taken where there is one.
 
     Raises ModelNotFoundError, or UnknownFamilyError before any weight is loaded; IncompleteModelError where a tensor
     is missing, has another shape, or comes from outside the folder; RemoteCodeError for a model that needs its own
-    code; AdapterError for an adapter that does not fit.
+    code; AdapterError for an adapter that does not fit; InvalidTypeError for an option that neither model nor
+    processor knows; UnsupportedError for use_fast without torchvision.
     """
     instance_of(
         "name_or_path", name_or_path, (str, Path), "a shipped model's name, a folder, or 'owner/name'"
@@ -103,7 +109,7 @@ def load(name_or_path: str | Path | Any, **hf_options: Any) -> tuple[PreTrainedM
     source = model_source(str(name_or_path))
     base = adapters.adapter_base(source)
     if base is not None:
-        return _load_adapted(source, base, hf_options)
+        return _load_adapted(source, base, use_fast, hf_options)
     hf_options = check_loading(hf_options)
     hf_options.setdefault("trust_remote_code", False)
     hub_options = {key: hf_options[key] for key in _HUB_OPTIONS if key in hf_options}
@@ -112,14 +118,20 @@ def load(name_or_path: str | Path | Any, **hf_options: Any) -> tuple[PreTrainedM
             "output_loading_info is not given back: a tensor that is missing is an error here"
         )
     _check_inside(source, hf_options.get("subfolder") or "")
+    names: frozenset[str] = frozenset()
     try:
         config = AutoConfig.from_pretrained(source, **hub_options)
         _check_takes_images(config)
         family_of(config.model_type)
+        processor = load_processor(source, use_fast=flag("use_fast", use_fast), **hub_options)
+        names = option_names(processor)
+        processor = with_options(processor, {name: hf_options[name] for name in names & hf_options.keys()})
+        of_model = {
+            name: value for name, value in hf_options.items() if name not in names or hasattr(config, name)
+        }
         model, loaded = AutoModelForImageTextToText.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **hf_options
+            source, use_safetensors=True, output_loading_info=True, **of_model
         )
-        processor = load_processor(source, **hub_options)
     except (OSError, HfHubHTTPError) as error:
         raise ModelNotFoundError(_explain(source, error)) from error
     except MmlensError:
@@ -132,7 +144,7 @@ def load(name_or_path: str | Path | Any, **hf_options: Any) -> tuple[PreTrainedM
             ) from error
         raise InvalidValueError(f"{str(name_or_path)!r} cannot be loaded so: {error}") from error
     except TypeError as error:
-        raise load_error(hf_options, error) from error
+        raise load_error(hf_options, error, names) from error
     except (ImportError, AssertionError) as error:
         # A package, or a kind of device, that this machine lacks.
         raise UnsupportedError(
@@ -169,15 +181,19 @@ def _check_inside(source: str, subfolder: str) -> None:
 
 
 def _load_adapted(
-    folder: str, base: str, hf_options: dict[str, Any]
+    folder: str, base: str, use_fast: bool, hf_options: dict[str, Any]
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The base model with the folder's adapter; the folder's processor where it has one, else the base's."""
     try:
-        model, processor = load(base, **hf_options)
+        model, processor = load(base, use_fast=use_fast, **hf_options)
     except ModelNotFoundError as error:
         raise ModelNotFoundError(f"{folder!r} holds an adapter of {base!r}, and {error}") from error
     if any((Path(folder) / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        processor = load_processor(folder, trust_remote_code=hf_options.get("trust_remote_code", False))
+        processor = load_processor(
+            folder, use_fast=use_fast, trust_remote_code=hf_options.get("trust_remote_code", False)
+        )
+        names = option_names(processor) & hf_options.keys()
+        processor = with_options(processor, {name: hf_options[name] for name in names})
     return adapters.with_adapter(model, folder), processor
 
 

@@ -307,7 +307,7 @@ def test_a_tokenizer_is_no_processor() -> None:
         ({"processor": None, "tokenizer": "x"}, InvalidTypeError, r"takes no tokenizer: HookedVLM\(hf_model"),
         ({"dtyp": torch.float16}, InvalidTypeError, "no option 'dtyp'; the nearest: 'dtype'"),
         ({"trust_remote_cod": True}, InvalidTypeError, "the nearest: 'trust_remote_code'"),
-        ({"max_pixels": 1000}, InvalidTypeError, "options of a processor are for AutoProcessor"),
+        ({"max_pixel": 1000}, InvalidTypeError, "no option 'max_pixel'; the nearest: 'max_pixels'"),
         ({"dtype": "bfloat"}, InvalidValueError, "there is no dtype 'bfloat'; the nearest: 'bfloat16'"),
         ({"dtype": "tensor"}, InvalidValueError, "there is no dtype 'tensor'"),
         ({"dtype": {"text_config": float}}, InvalidTypeError, "dtype is .*expected a torch.dtype"),
