@@ -29,6 +29,7 @@ from mmlens.families.record import Family
 from mmlens.heads import HeadGrid
 from mmlens.interrupts import undone
 from mmlens.model import keywords, loading
+from mmlens.model.answering import AnswerMethods
 from mmlens.model.attention import AttentionTap, QueryRows
 from mmlens.model.cache import VLMActivationCache, is_packed
 from mmlens.model.config import config_of
@@ -52,7 +53,7 @@ Output = Float[Tensor, "batch pos vocab"] | Float[Tensor, "..."] | tuple[Tensor,
 RETURN_TYPES = ("logits", "loss", "both")
 
 
-class HookedVLM(WeightProperties, TokenMethods, InputMethods, HookMethods):
+class HookedVLM(WeightProperties, TokenMethods, InputMethods, AnswerMethods, HookMethods):
     """Any supported vision-language model with hook points on its language side, vision tower and projector.
 
     The Hugging Face model stays as it is (`hf_model`, same weights, same state_dict); with no hook set, logits
@@ -254,17 +255,6 @@ class HookedVLM(WeightProperties, TokenMethods, InputMethods, HookMethods):
                 raise keywords.explained(self.hf_model, keyword_inputs, error) from error
 
         return self.run_state.at_work_on(inputs).around(run)
-
-    def answer(self, inputs: Inputs, max_new_tokens: int = 16, **options: Any) -> list[str]:
-        """The generated text after each prompt of the batch; `options` are `generate`'s."""
-        if options.get("return_dict_in_generate"):
-            raise InvalidTypeError(
-                "answer gives texts, not return_dict_in_generate's record: call generate for it"
-            )
-        max_new_tokens = whole_number("max_new_tokens", max_new_tokens, least=1)
-        keyword_inputs = self._keyword_inputs(inputs, {})
-        ids = self.generate(inputs, max_new_tokens=max_new_tokens, **options)
-        return self.to_text(ids[:, keyword_inputs["input_ids"].shape[1] :])
 
     @torch.no_grad()
     def attention_rows(

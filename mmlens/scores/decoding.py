@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mmlens.arguments import BATCH_SIZE, listed, shown, texts, whole_number
 from mmlens.data.examples import Evidence, Example, regions_of
 from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
 from mmlens.head_scores import HeadScores
+from mmlens.model.answering import before_the_end
 from mmlens.model.batches import Batches, Prompts
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM
@@ -155,7 +156,7 @@ def _decoded_credit(
     """The credit of each step's argmax key, summed over the steps of the answer."""
     ids, attended = _decode(model, prompt, max_new_tokens)
     total = model.grid.full(len(prompt), fill=0)
-    answering = _before_the_end(model, ids)
+    answering = before_the_end(model.hf_model, ids)
     for row in range(len(ids)):
         for step in range(int(answering[row].sum())):
             for position, earned in credit(row, int(ids[row, step])).items():
@@ -186,14 +187,6 @@ def _decode(
     if counts != {ids.shape[1]}:
         raise StateError(f"{ids.shape[1]} tokens were generated, but the patterns were read {counts} times")
     return ids, read
-
-
-def _before_the_end(model: HookedVLM, ids: Int[Tensor, "batch step"]) -> Bool[Tensor, "batch step"]:
-    stop = model.hf_model.generation_config.eos_token_id
-    if stop is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    ends = torch.isin(ids, torch.as_tensor(stop).flatten())
-    return ends.long().cumsum(-1) == 0
 
 
 _WORDS = "a list of (word, Evidence) pairs for each example"

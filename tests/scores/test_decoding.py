@@ -12,9 +12,9 @@ from tiny import REPRESENTATIVES, tiny_images, tiny_model, tiny_processor
 
 import mmlens
 from mmlens.data.examples import Evidence, Example
+from mmlens.model.answering import before_the_end
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.scores.decoding import (
-    _before_the_end,
     _decode,
     _question_positions,
     copy_score,
@@ -177,7 +177,7 @@ def test_steps_after_the_end_do_not_count(micro: HookedVLM) -> None:
     stop = micro.hf_model.generation_config.eos_token_id
     ids = torch.tensor([[9, stop, 9], [9, 9, 9], [stop, 9, stop]])
     expected = [[True, False, False], [True, True, True], [False, False, False]]
-    assert _before_the_end(micro, ids).tolist() == expected
+    assert before_the_end(micro.hf_model, ids).tolist() == expected
 
 
 def test_bad_input_is_refused(micro: HookedVLM) -> None:
