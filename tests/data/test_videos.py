@@ -1,0 +1,101 @@
+"""Videos of files, arrays and lists of frames."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clips import made_clip, written_clip
+from PIL import Image
+
+from mmlens.data.videos import Video, video_of
+from mmlens.errors import MissingFileError, PromptError
+
+
+def test_an_array_a_tensor_and_a_list_of_images_are_the_same_video() -> None:
+    frames = made_clip(5, (24, 16))
+    given = [frames, torch.as_tensor(frames), list(frames), [Image.fromarray(frame) for frame in frames]]
+    videos = [Video(each, fps=5) for each in given]
+    for video in videos:
+        assert (len(video), video.size, video.fps, video.duration) == (5, (24, 16), 5, 1)
+        assert np.array_equal(video.read([4, 0]), frames[[4, 0]])
+        assert video.fingerprint == videos[0].fingerprint
+    assert Video(frames).duration is None
+    assert Video(frames, fps=4).fingerprint != videos[0].fingerprint
+    assert video_of(videos[0]) is videos[0]
+
+
+def test_a_file_is_read_frame_by_frame(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    frames = made_clip(13, (64, 48))
+    path = written_clip(tmp_path / "clip.mp4", frames, fps=6)
+    for given in (path, str(path)):
+        video = Video(given)
+        assert (len(video), video.size, video.fps) == (13, (64, 48), 6)
+        # Its codec loses a little.
+        assert np.abs(video.read(range(13)).astype(int) - frames).mean() < 6
+        assert np.array_equal(video.read([12, 3, 3]), video.read(range(13))[[12, 3, 3]])
+        assert np.abs(np.asarray(video.frame(7)).astype(int) - frames[7]).mean() < 6
+    with pytest.raises(IndexError, match="has 13 frames, 0 to 12; no 13"):
+        video.read([13])
+    with pytest.raises(PromptError, match="a file knows its own"):
+        Video(path, fps=2)
+
+
+def test_what_is_no_video_file_is_refused(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with pytest.raises(MissingFileError, match="does not exist"):
+        Video(tmp_path / "none.mp4")
+    with pytest.raises(MissingFileError, match="is a folder"):
+        Video(tmp_path)
+    with pytest.raises(PromptError, match="is a URL .*nothing is downloaded"):
+        Video("https://example.org/clip.mp4")
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video at all")
+    with pytest.raises(PromptError, match="is broken and cannot be decoded"):
+        Video(broken)
+    whole = written_clip(tmp_path / "whole.mp4", made_clip(13, (64, 48)), fps=6).read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PromptError, match="is broken and cannot be decoded"):
+        Video(broken)
+    sound = tmp_path / "sound.wav"
+    with av.open(str(sound), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        samples.sample_rate = 8000
+        container.mux(stream.encode(samples))
+    with pytest.raises(PromptError, match="has no video stream"):
+        Video(sound)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (np.zeros((5, 3, 8, 8), np.uint8), "the channels come last"),
+        (np.zeros((8, 8, 3), np.uint8), "of the shape (8, 8, 3)"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "is empty"),
+        (np.full((2, 8, 8, 3), 0.5), "whole numbers from 0 to 255"),
+        (np.ones((2, 8, 8, 3)), "from 0 to 1"),
+        (np.full((2, 8, 8, 3), 300), "values from 300 to 300"),
+        ([], "has no frame"),
+        ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))], "frames of 8 x 8 and of 8 x 9 pixels"),
+        (Image.new("RGB", (8, 8)), "a single image"),
+        (np.zeros((4, 3, 8, 3), np.uint8), "takes a height of 3 for colours"),
+        (5, "a list of its frames"),
+    ],
+)
+def test_what_is_no_list_of_frames_is_refused(given: Any, message: str) -> None:
+    with pytest.raises((PromptError, TypeError), match=re.escape(message)):
+        Video(given, fps=2)
+
+
+def test_a_rate_is_a_positive_number() -> None:
+    for fps in (0, -1, float("nan")):
+        with pytest.raises((ValueError, TypeError), match="fps of the video"):
+            Video(made_clip(2, (8, 8)), fps=fps)
+    with pytest.raises(PromptError, match="a Video that has its own rate"):
+        video_of(Video(made_clip(2, (8, 8)), fps=2), fps=3)
