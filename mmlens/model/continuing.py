@@ -64,7 +64,36 @@ def continued(prompt: Prompt, ids: Sequence[Sequence[int]]) -> Prompt:
             inputs[name] = moved.put(value, 0)
             if name in prompt.values_after:
                 inputs[name][is_new] = prompt.values_after[name]
-    return dataclasses.replace(prompt, inputs=inputs, token_map=_map_of(prompt.token_map, moved))
+    before = prompt.continuation
+    whole = [*map(list.__add__, before.ids, rows)] if before is not None else rows
+    return dataclasses.replace(
+        prompt,
+        inputs=inputs,
+        token_map=_map_of(prompt.token_map, moved),
+        continuation=Continuation(prompt if before is None else before.prompt, whole),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Continuation:
+    """What a continued prompt is made of: the prompt before the answer, and the tokens that follow each of its rows."""
+
+    prompt: Prompt
+    ids: list[list[int]]
+
+
+def as_continued(other: Prompt, prompt: Prompt) -> Prompt:
+    """`other` with the tokens after it that `prompt` has; as it is where either is none or both are continued."""
+    if prompt.continuation is None or other.continuation is not None or len(other) != len(prompt):
+        return other
+    return continued(other, prompt.continuation.ids)
+
+
+def mask_after(prompt: Prompt, mask: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch longer"]:
+    """Positions of the prompt before its answer, where they stand in the continued one."""
+    assert prompt.continuation is not None
+    moved = _Moved.of(prompt.continuation.prompt, prompt.continuation.ids)
+    return moved.put(mask, 0) & moved.is_old.to(mask.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +107,13 @@ class _Moved:
 
     @classmethod
     def of(cls, prompt: Prompt, rows: Sequence[Sequence[int]]) -> _Moved:
-        device, length = prompt.token_map.device, prompt.shape[1]
+        device, (_, length) = prompt.token_map.device, prompt.shape
         n_new = torch.tensor([len(own) for own in rows], device=device)
-        longer = length + int(n_new.max())
-        source = torch.arange(longer, device=device) - (int(n_new.max()) - n_new)[:, None]
+        # BLIP-2's processor pads between image and text.
+        n_before = prompt.token_map.is_padding.int().cumprod(1).sum(1)
+        # All rows keep the padding that they had in common, so that going on twice is going on once by both.
+        longer = length + int((n_new - n_before).max() + n_before.min())
+        source = torch.arange(longer, device=device) - (longer - length - n_new)[:, None]
         is_new = source >= length
         return cls(source.clamp(0, length - 1), (source >= 0) & ~is_new, is_new)
 

@@ -33,8 +33,11 @@ TEXT_INPUTS = ("input_ids", "attention_mask")
 
 
 def example_seed(prompt: Prompt, example: int) -> list[int]:
-    """Numbers that are an example's own in whatever batch it stands: of its tokens (no padding) and its images."""
-    ids = real_tokens(prompt, example)
+    """Numbers that are an example's own in whatever batch it stands: of its tokens (no padding) and its images.
+
+    What follows the prompt does not count: what is drawn for an example is the same for each of its answers.
+    """
+    ids = real_tokens(prompt if prompt.continuation is None else prompt.continuation.prompt, example)
     return [
         zlib.crc32(ids),
         *(zlib.crc32(pixel_fingerprint(each).encode()) for each in prompt.images[example]),

@@ -20,7 +20,7 @@ from mmlens.errors import (
     MmlensWarning,
     PromptError,
 )
-from mmlens.model.continuing import continued
+from mmlens.model.continuing import Continuation, continued
 from mmlens.model.fingerprints import example_fingerprint, vision_fingerprints
 from mmlens.token_map import TokenMap
 
@@ -75,8 +75,11 @@ class Prompt:
     text: list[str]
     answers: list[str] | None = None
     candidates: list[tuple[str, ...]] | None = None
+    answer_tokens: list[list[int]] | None = None
+    """All tokens of each answer, as it follows the prompt (`with_answers`)."""
+    candidate_tokens: list[list[list[int]]] | None = None
     answer_ids: Int[Tensor, " batch"] | None = None
-    """First token of each answer, as it follows the prompt (`with_answers`)."""
+    """First token of each answer."""
     candidate_ids: list[Int[Tensor, " _"]] | None = None
     """First token of every candidate, per example."""
     answer_starts: list[str] | None = None
@@ -94,6 +97,8 @@ class Prompt:
     """Fingerprint of the processor that made it; "" where that is not known."""
     pad_id: int | None = None
     """The token that stands at padding; None where that is not known."""
+    continuation: Continuation | None = None
+    """Of a continued prompt, the one before its answer and what follows that."""
     values_after: Mapping[str, int] = field(default_factory=dict)
     """What inputs hold at positions after the prompt, where that is not what they hold at its last one."""
 

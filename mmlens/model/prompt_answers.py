@@ -1,4 +1,4 @@
-"""The answers of a prompt's examples, and their first tokens as they follow the prompt."""
+"""The answers of a prompt's examples, and their tokens as they follow the prompt."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def answered(
     candidates: list[tuple[str, ...]],
     answer_start: str | Sequence[str] | None = None,
 ) -> Prompt:
-    """The prompt with an answer and candidates for each example, and their first token ids as they follow the prompt.
+    """The prompt with an answer and candidates for each example, and their token ids as they follow the prompt.
 
     Many tokenizers tell " yes" from "yes". `answer_start` is what stands between the prompt and an answer: None
     for what the chat template writes there in an assistant's turn (`answer_start_of`), "" or " " to choose, for all
@@ -67,28 +67,34 @@ def answered(
             )
 
     @functools.cache
-    def first_id(text: str, answer: str, unknown: bool = False) -> int:
-        return _first_token_after(processor, text, answer, unknown=unknown)
+    def tokens(text: str, answer: str, unknown: bool = False) -> list[int]:
+        return tokens_after(processor, text, answer, unknown=unknown)
 
     device = prompt.token_map.device
-    answer_ids: list[int] = []
-    candidate_ids: list[list[int]] = []
+    answer_tokens: list[list[int]] = []
+    candidate_tokens: list[list[list[int]]] = []
     spelling = Spelling([], [], [])
     for text, start, answer, options in zip(prompt.text, starts, answers, candidates, strict=True):
         spelt = [_spelt(start, each) for each in (answer, *options)]
-        ids = [first_id(text, each) for each in spelt]
-        answer_ids.append(ids[0])
-        candidate_ids.append(ids[1:])
+        whole = [tokens(text, each) for each in spelt]
+        answer_tokens.append(whole[0])
+        candidate_tokens.append(whole[1:])
+        ids = [own[0] for own in whole]
         spelling.tokens.append(str(processor.tokenizer.convert_ids_to_tokens(ids[0])))
         spelling.blank.append(any(not processor.tokenizer.decode([each]).strip() for each in ids))
-        others = {first_id(text, each, unknown=True): each for each in map(respelt, spelt)}
+        others = {tokens(text, each, unknown=True)[0]: each for each in map(respelt, spelt)}
         spelling.others.append({token: each for token, each in others.items() if token not in ids})
     return replace(
         prompt,
         answers=answers,
         candidates=candidates,
-        answer_ids=torch.tensor(answer_ids, device=device),
-        candidate_ids=[torch.tensor(ids, dtype=torch.long, device=device) for ids in candidate_ids],
+        answer_tokens=answer_tokens,
+        candidate_tokens=candidate_tokens,
+        answer_ids=torch.tensor([own[0] for own in answer_tokens], device=device),
+        candidate_ids=[
+            torch.tensor([own[0] for own in each], dtype=torch.long, device=device)
+            for each in candidate_tokens
+        ],
         answer_starts=starts,
         spelling=spelling,
     )
@@ -125,17 +131,21 @@ def _spelt(start: str, answer: str) -> str:
     return answer if answer[0].isspace() else start + answer
 
 
-def _first_token_after(processor: ProcessorMixin, text: str, answer: str, *, unknown: bool = False) -> int:
+def tokens_after(processor: ProcessorMixin, text: str, answer: str, *, unknown: bool = False) -> list[int]:
+    """All tokens of an answer as it follows the prompt's text, which stands as it is.
+
+    Where the tokenizer would merge the answer's start into the prompt's last token, the answer's own tokens are taken.
+    Raises PromptError for a word that the tokenizer does not know, unless `unknown` allows it.
+    """
     tokenizer = processor.tokenizer
     encoded = tokenizer(text + answer, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     own = [token for token, (_, last) in zip(ids, offsets, strict=True) if last > len(text)]
     if not own or offsets[len(ids) - len(own)][0] < len(text):
-        # The tokenizer would merge the answer's start into the prompt's last token, but the prompt stands as it is.
         own = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if not unknown:
         check_known(tokenizer, answer, own)
-    return own[0]
+    return own
 
 
 def check_known(tokenizer: Any, text: str, ids: Sequence[int]) -> None:
