@@ -9,8 +9,6 @@ original video, whichever of them the processor chose.
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -21,10 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmlens.arguments import device_of, listed, number, shown, whole_number
-from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
+from mmlens.arguments import device_of, listed, shown, whole_number
+from mmlens.boxes import SLIVER, Box, BoxScales, Shown, TokenMapError, checked_box
+from mmlens.errors import InvalidTypeError, OutOfRangeError
 
-Box = tuple[float, float, float, float]
 BoxMapping = Literal["merged", "paper_floor"]
 MAPPINGS: tuple[BoxMapping, ...] = ("merged", "paper_floor")
 
@@ -34,13 +32,6 @@ thumbnail or global image. Crops are numbered from 1, row by row."""
 
 NO_PATCH = -1
 """Image, video, frames, tile, row and column of what has none: text, padding; row and column of separators."""
-
-SLIVER = 0.01
-"""Pixels of overlap that do not count, so that rounded box edges match no neighbour."""
-
-
-class TokenMapError(InvalidValueError):
-    """A region or layout that cannot be mapped to positions."""
 
 
 @runtime_checkable
@@ -76,7 +67,8 @@ class ImageGrid:
     `size` is the original image's (width, height). A separator (a learnt newline) has tile, row, column -1 and
     a NaN box; a learnt query, which reads a whole tile, has its tile, but row, column -1 and a NaN box; a token
     that shows only padding has a box of no area. `patches` is the (rows, columns) grid of
-    single patches where every token is a 2 x 2 block of ONE such grid (Qwen), else None.
+    single patches where every token is a 2 x 2 block of ONE such grid (Qwen), else None. `resized` is the one picture
+    of the image that the model was shown, None where it was shown several (tiles) or the layout does not say.
     """
 
     size: tuple[int, int]
@@ -85,6 +77,7 @@ class ImageGrid:
     column: Int[np.ndarray, " token"]
     boxes: Float[np.ndarray, "token 4"]
     patches: tuple[int, int] | None = None
+    resized: Shown | None = None
 
     def __len__(self) -> int:
         return len(self.tile)
@@ -128,7 +121,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class TokenMap:
+class TokenMap(BoxScales):
     """For every position of a batch: text, or image or video, tile, row, column and box in original pixels.
 
     `is_image` says that a position is visual: of an image or of a video. `image`, `video`, `frames`, `tile`, `row` and
@@ -642,26 +635,6 @@ def _evidence_rows(
     return rows
 
 
-def box_of(name: str, value: object) -> Box:
-    """Four plain numbers (left, top, right, bottom); of which image, and whether they fit it, is not looked at.
-
-    >>> box_of("box", [0, 0, np.float64(16.5), 8])
-    (0, 0, 16.5, 8)
-    """
-    expected = "a box (left, top, right, bottom) in pixels"
-    sides = listed(name, value, expected)
-    if len(sides) != 4:
-        raise TokenMapError(f"{name}: a box is (left, top, right, bottom), not {tuple(sides)}")
-    for side, given in zip(("left", "top", "right", "bottom"), sides, strict=True):
-        if isinstance(given, numbers.Real) and not math.isfinite(given):
-            raise TokenMapError(
-                f"{name}: the box {tuple(sides)} is not a box (left, top, right, bottom) of finite numbers"
-            )
-        number(f"{side} of {name} {tuple(sides)}", given)
-    left, top, right, bottom = (side.item() if hasattr(side, "item") else side for side in sides)
-    return left, top, right, bottom
-
-
 def frames_of(name: str, value: object) -> tuple[int, int]:
     """A span of frames (first, stop), stop exclusive, in whole numbers; TokenMapError for one that holds no frame.
 
@@ -691,38 +664,3 @@ def checked_frames(frames: Sequence[int], n_frames: int, where: str) -> tuple[in
             f"{where}: the frames {(first, stop)} end after the last of its {n_frames} frames, {n_frames - 1}"
         )
     return first, stop
-
-
-def checked_box(box: Sequence[float], size: tuple[int, int], where: str) -> Box:
-    """`box`, if it is a box of positive area inside an image of `size` = (width, height) and in pixels.
-
-    Raises TokenMapError for any other, and for one that lies within (0, 0, 1, 1) of an image of more than 2 pixels:
-    that is a box scaled to 0 to 1, which would choose one pixel.
-    """
-    width, height = size
-    left, top, right, bottom = box = box_of(where, box)
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        nearest = (
-            max(0, min(left, right)),
-            max(0, min(top, bottom)),
-            min(width, max(left, right)),
-            min(height, max(top, bottom)),
-        )
-        hint = (
-            f"; the nearest box inside is {nearest}"
-            if nearest[0] < nearest[2] and nearest[1] < nearest[3]
-            else ""
-        )
-        raise TokenMapError(
-            f"{where}: the box {tuple(box)} is not a box (left, top, right, bottom) inside the image of "
-            f"{width} x {height} pixels{hint}"
-        )
-    if right <= 1 and bottom <= 1 and max(size) > 2:
-        scaled = tuple(
-            round(edge * side, 2) for edge, side in zip((left, top, right, bottom), 2 * size, strict=True)
-        )
-        raise TokenMapError(
-            f"{where}: the box {tuple(box)} is scaled to 0 to 1, and boxes are in pixels of the original image, "
-            f"{width} x {height}: multiplied by its size it is {scaled}"
-        )
-    return left, top, right, bottom

@@ -29,6 +29,7 @@ ROOMS = [
     "hook_names",
     "heads",
     "head_scores",
+    "boxes",
     "token_map",
     "statistics",
     "families",

@@ -33,10 +33,11 @@ from mmlens.arguments import (
     whole_number,
 )
 from mmlens.arguments import number as real_number
+from mmlens.boxes import Box, box_of, checked_box
 from mmlens.data.images import as_rgb, load_image, open_image, pixel_fingerprint
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError, UnsupportedError
 from mmlens.files import make_folder, parsed_json, path_within, write_text_at_once
-from mmlens.token_map import Box, Region, box_of, checked_box, frames_of
+from mmlens.token_map import Region, frames_of
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mmlens.arguments import (
     unknown_name_message,
     whole_number,
 )
+from mmlens.boxes import SLIVER, checked_box
 from mmlens.data.examples import Evidence, Example, examples_of
 from mmlens.data.images import load_image, pixel_fingerprint
 from mmlens.errors import InvalidValueError, OutOfRangeError
@@ -31,7 +32,7 @@ from mmlens.interventions.layouts import in_pixels
 from mmlens.model.fingerprints import example_seed
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
-from mmlens.token_map import SLIVER, Region, checked_box
+from mmlens.token_map import Region
 
 Where = Region | Sequence[Any] | Callable[[Prompt, int], Any]
 """Pixels of the original images: a box (left, top, right, bottom), a region such as `Evidence` (its box None: the

@@ -24,8 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmlens.arguments import array_of, listed, number, texts, whole_number
+from mmlens.boxes import box_of
 from mmlens.errors import InvalidTypeError, InvalidValueError
-from mmlens.token_map import box_of
 from mmlens.viz.style import (
     INK,
     MUTED,

@@ -16,19 +16,22 @@ def qwen(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageG
 
     VideoLLaMA 3 does not merge the patches of images (merge_size 1).
     """
-    return _blocks(sizes, still_patches(inputs), processor.image_processor.merge_size)
+    image_processor = processor.image_processor
+    return _blocks(sizes, still_patches(inputs), image_processor.merge_size, image_processor.patch_size)
 
 
 def nemotron(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Nemotron Omni: the image stretched over whole blocks, one token per 1 / downsample_ratio patches squared."""
     patches = np.asarray(inputs["image_grid_hw"]).tolist()
-    return _blocks(sizes, patches, round(1 / processor.image_processor.downsample_ratio))
+    image_processor = processor.image_processor
+    return _blocks(sizes, patches, round(1 / image_processor.downsample_ratio), image_processor.patch_size)
 
 
-def _blocks(sizes: Sizes, patches: Sequence[Sequence[int]], merge: int) -> list[ImageGrid]:
-    """One token per `merge` x `merge` of the (rows, columns) of patches of each image."""
+def _blocks(sizes: Sizes, patches: Sequence[Sequence[int]], merge: int, edge: int) -> list[ImageGrid]:
+    """One token per `merge` x `merge` of the (rows, columns) of patches, of `edge` pixels, of each image."""
     grids = []
     for size, (rows, columns) in zip(sizes, patches, strict=True):
         known = (rows, columns) if merge == 2 else None
-        grids.append(whole_grid(size, (columns // merge, rows // merge), merge, (columns, rows), known))
+        counts = (columns // merge, rows // merge)
+        grids.append(whole_grid(size, counts, merge, (columns, rows), known, unit=edge))
     return grids

@@ -15,6 +15,7 @@ from mmlens.families.layouts.grids import (
     pixels,
     square_edge,
     whole_grid,
+    whole_image,
 )
 from mmlens.families.layouts.tiles import image_options
 from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
@@ -30,12 +31,14 @@ def fuyu(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageG
     grids = []
     for size in sizes:
         shrunk = min(1.0, room[0] / size[0], room[1] / size[1]) if image_processor.do_resize else 1.0
-        axes = []
+        axes, shown_size = [], []
         for length, patch, most in zip(size, patches, room, strict=True):
             shown = length if shrunk == 1 else int(length * shrunk)
+            shown_size.append(shown)
             seen = min(most, math.ceil(shown / patch) * patch)
             axes.append(pixels(cells(seen // patch, patch), length / shown, limit=length))
-        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, axes[0], axes[1])]))
+        picture = whole_image(size, (shown_size[0], shown_size[1]))
+        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, axes[0], axes[1])], resized=picture))
     return grids
 
 

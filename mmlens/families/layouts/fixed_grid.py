@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from mmlens.boxes import Shown
 from mmlens.families.layouts import resized_grid
 from mmlens.families.layouts.grids import (
     Inputs,
@@ -18,6 +19,7 @@ from mmlens.families.layouts.grids import (
     joined,
     part_of,
     pixels,
+    placed,
     separator,
     square_edge,
 )
@@ -44,7 +46,8 @@ def llava(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[Image
         intervals = []
         for original, resized, seen in zip(size, shown, (seen_width, seen_height), strict=True):
             intervals.append(centre_cropped(original, resized, seen, cells(seen // patch, patch)))
-        grid = image_grid(size, [(WHOLE_IMAGE_TILE, intervals[0], intervals[1])])
+        picture = centre_picture(size, shown, (seen_width, seen_height))
+        grid = image_grid(size, [(WHOLE_IMAGE_TILE, intervals[0], intervals[1])], resized=picture)
         if n_extra > 0:
             # Class tokens that the model keeps: they stand before the patches and show none.
             grid = joined(size, [*[separator(size)] * n_extra, grid])
@@ -72,15 +75,19 @@ def deepseek(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[Im
     side = grid_side(processor.num_image_tokens, "num_image_tokens")
     grids = []
     for size in sizes:
-        intervals = []
+        intervals, edges = [], []
         for length in size:
             resized = max(round(length * (square / max(size))), image_processor.min_size)
+            edges.append(resized)
             scale = length / resized
             cell = view // side * square / view
             intervals.append(
                 pixels(cells(side, cell), scale, start=(square - resized) // 2 * scale, limit=length)
             )
-        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, intervals[0], intervals[1])]))
+        # Of two views in sizes of their own, neither is the one picture.
+        before = ((square - edges[0]) // 2, (square - edges[1]) // 2)
+        picture = placed(size, (edges[0], edges[1]), (view, view), before) if view == square else None
+        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, intervals[0], intervals[1])], resized=picture))
     return grids
 
 
@@ -88,6 +95,12 @@ def centre_cropped(original: int, resized: int, seen: int, shown: Intervals) -> 
     """Original pixels of intervals of the `seen` pixels that were cut (or padded) at the centre of `resized`."""
     scale = original / resized
     return pixels(shown, scale, start=-((resized - seen) // 2) * scale, limit=original)
+
+
+def centre_picture(size: Size, resized: Size, seen: Size) -> Shown:
+    """The `seen` pixels that were cut (or padded) at the centre of an image resized to `resized`."""
+    before = (-((resized[0] - seen[0]) // 2), -((resized[1] - seen[1]) // 2))
+    return placed(size, resized, seen, before)
 
 
 def resized_size(image_processor: Any, size: Size) -> Size:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from transformers import ProcessorMixin
 
+from mmlens.boxes import Shown
 from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
 Size = tuple[int, int]
@@ -79,20 +80,48 @@ def whole_view(size: Size, counts: Size, cell: float, canvas: Size) -> View:
 
 
 def whole_grid(
-    size: Size, counts: Size, cell: float, canvas: Size, patches: tuple[int, int] | None = None
+    size: Size,
+    counts: Size,
+    cell: float,
+    canvas: Size,
+    patches: tuple[int, int] | None = None,
+    *,
+    unit: int | None = 1,
 ) -> ImageGrid:
-    """One token per cell of a `whole_view`."""
-    return image_grid(size, [whole_view(size, counts, cell, canvas)], patches)
+    """One token per cell of a `whole_view`. `unit` is how many pixels `canvas` counts as one; None: not known."""
+    shown = None if unit is None else whole_image(size, (canvas[0] * unit, canvas[1] * unit))
+    return image_grid(size, [whole_view(size, counts, cell, canvas)], patches, shown)
 
 
-def image_grid(size: Size, views: Sequence[View], patches: tuple[int, int] | None = None) -> ImageGrid:
-    """One token per cell, view after view, each row by row."""
+def whole_image(size: Size, resized: Size) -> Shown:
+    """An image of `size` shown whole, stretched to `resized`."""
+    return Shown(resized, (0, 0, *size))
+
+
+def placed(size: Size, resized: Size, seen: Size, before: Size) -> Shown:
+    """A picture of `seen` pixels that holds an image resized to `resized`, `before` pixels from its top left corner."""
+    left, top = (-start * length / edge for start, length, edge in zip(before, size, resized, strict=True))
+    right, bottom = (
+        (edge - start) * length / edge_resized
+        for edge, start, length, edge_resized in zip(seen, before, size, resized, strict=True)
+    )
+    return Shown(seen, (left, top, right, bottom))
+
+
+def image_grid(
+    size: Size,
+    views: Sequence[View],
+    patches: tuple[int, int] | None = None,
+    resized: Shown | None = None,
+) -> ImageGrid:
+    """One token per cell, view after view, each row by row; `resized` is what the model is shown, of one view alone."""
     parts = []
     for tile, columns, rows in views:
         n_rows, n_columns = len(rows), len(columns)
         row, column = np.divmod(np.arange(n_rows * n_columns), n_columns)
         boxes = np.stack([columns[column, 0], rows[row, 0], columns[column, 1], rows[row, 1]], axis=-1)
-        parts.append(ImageGrid(size, np.full(len(row), tile), row, column, boxes, patches))
+        shown = resized if len(views) == 1 else None
+        parts.append(ImageGrid(size, np.full(len(row), tile), row, column, boxes, patches, shown))
     return joined(size, parts, patches)
 
 
@@ -121,16 +150,30 @@ def still_patches(inputs: Inputs) -> list[tuple[int, int]]:
     return [(rows, columns) for _, rows, columns in counts]
 
 
+def stretched_grid(size: Size, across: int, down: int, tile: Size, side: int) -> ImageGrid:
+    """One token per cell of the views that `tiled` gives."""
+    return image_grid(size, tiled(size, across, down, tile, side), resized=whole_image(size, tile))
+
+
 def separator(size: Size) -> ImageGrid:
     none: Int[np.ndarray, " token"] = np.array([NO_PATCH])
     return ImageGrid(size, none, none, none, np.full((1, 4), np.nan))
 
 
 def part_of(grid: ImageGrid, where: slice | Bool[np.ndarray, " token"]) -> ImageGrid:
-    return ImageGrid(grid.size, grid.tile[where], grid.row[where], grid.column[where], grid.boxes[where])
+    return ImageGrid(
+        grid.size,
+        grid.tile[where],
+        grid.row[where],
+        grid.column[where],
+        grid.boxes[where],
+        resized=grid.resized,
+    )
 
 
 def joined(size: Size, parts: Sequence[ImageGrid], patches: tuple[int, int] | None = None) -> ImageGrid:
+    # Separators show nothing; what else there is has to be of one picture.
+    shown = {part.resized for part in parts if bool((part.tile != NO_PATCH).any())}
     return ImageGrid(
         size,
         np.concatenate([part.tile for part in parts]),
@@ -138,6 +181,7 @@ def joined(size: Size, parts: Sequence[ImageGrid], patches: tuple[int, int] | No
         np.concatenate([part.column for part in parts]),
         np.concatenate([part.boxes for part in parts]),
         patches,
+        shown.pop() if len(shown) == 1 else None,
     )
 
 

@@ -11,19 +11,22 @@ from mmlens.token_map import ImageGrid
 
 def gemma4(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Gemma 4: image_position_ids hold the (column, row) of every patch; the model pools them."""
-    return _blocks(inputs, sizes, processor.image_processor.pooling_kernel_size)
+    image_processor = processor.image_processor
+    pooled = image_processor.pooling_kernel_size
+    return _blocks(inputs, sizes, pooled, pooled * image_processor.patch_size)
 
 
 def gemma4_unified(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Gemma 4 unified: image_position_ids hold the (column, row) of every block, merged by the processor."""
-    return _blocks(inputs, sizes, 1)
+    image_processor = processor.image_processor
+    return _blocks(inputs, sizes, 1, image_processor.pooling_kernel_size * image_processor.patch_size)
 
 
-def _blocks(inputs: Inputs, sizes: Sizes, pooled: int) -> list[ImageGrid]:
-    """One token per `pooled` x `pooled` positions, row by row."""
+def _blocks(inputs: Inputs, sizes: Sizes, pooled: int, edge: int) -> list[ImageGrid]:
+    """One token, of `edge` pixels, per `pooled` x `pooled` positions, row by row."""
     # Padding has position -1.
     counts = (np.asarray(inputs["image_position_ids"]).max(axis=1) + 1) // pooled
     return [
-        whole_grid(size, (columns, rows), 1, (columns, rows))
+        whole_grid(size, (columns, rows), 1, (columns, rows), unit=edge)
         for size, (columns, rows) in zip(sizes, counts.tolist(), strict=True)
     ]

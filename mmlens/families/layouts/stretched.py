@@ -19,16 +19,15 @@ from mmlens.families.layouts.grids import (
     pixels,
     square_edge,
     visual_token,
+    whole_image,
 )
-from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
+from mmlens.token_map import ImageGrid, TokenMapError
 
 
 def paligemma(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """PaliGemma: one token per patch of the stretched image."""
     side = _side(processor)
-    return [
-        image_grid(size, [_view(WHOLE_IMAGE_TILE, (0, 0, *size), size, processor, side)]) for size in sizes
-    ]
+    return [_views(size, [(0, 0, *size)], processor, side) for size in sizes]
 
 
 @visual_token(lambda processor: processor.tokenizer.image_token)
@@ -46,10 +45,17 @@ def gemma3(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[Imag
         boxes = [(0, 0, *size)]
         if options.get("do_pan_and_scan", image_processor.do_pan_and_scan):
             boxes += _pan_and_scan(image_processor, options, size)
-        grids.append(
-            image_grid(size, [_view(tile, box, size, processor, side) for tile, box in enumerate(boxes)])
-        )
+        grids.append(_views(size, boxes, processor, side))
     return grids
+
+
+def _views(
+    size: Size, boxes: list[tuple[int, int, int, int]], processor: ProcessorMixin, side: int
+) -> ImageGrid:
+    """The whole image, and crops of it, each stretched to one square."""
+    edge = square_edge(processor.image_processor.size)
+    views = [_view(tile, box, size, processor, side) for tile, box in enumerate(boxes)]
+    return image_grid(size, views, resized=whole_image(size, (edge, edge)))
 
 
 def _side(processor: ProcessorMixin) -> int:

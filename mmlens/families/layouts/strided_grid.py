@@ -20,6 +20,7 @@ from mmlens.families.layouts.grids import (
     pixels,
     separator,
     square_edge,
+    stretched_grid,
     tiled,
 )
 from mmlens.families.layouts.tiles import image_options, stretched_tiles
@@ -43,7 +44,7 @@ def pp_chart2table(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> l
     side = grid_side(
         n_tokens // len(sizes), "number of tokens for each image, which the chat template writes,"
     )
-    return [image_grid(size, tiled(size, 1, 1, (edge, edge), side)) for size in sizes]
+    return [stretched_grid(size, 1, 1, (edge, edge), side) for size in sizes]
 
 
 def step3p7(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:

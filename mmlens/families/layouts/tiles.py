@@ -24,6 +24,7 @@ from mmlens.families.layouts.grids import (
     image_grid,
     pixels,
     square_edge,
+    stretched_grid,
     tiled,
     visual_token,
 )
@@ -72,7 +73,8 @@ def stretched_tiles(
             across, down = canvas(
                 (size[1], size[0]), (tile_height, tile_width), option("min_patches"), option("max_patches")
             )
-        grids.append(image_grid(size, tiled(size, across, down, (tile_width, tile_height), side)))
+        edges = (tile_width, tile_height)
+        grids.append(stretched_grid(size, across, down, edges, side))
     return grids
 
 
@@ -94,7 +96,7 @@ def granite_docling(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> 
     grids = []
     for width, height in sizes:
         down, across = image_processor.get_tile_grid(height, width, defaults)
-        grids.append(image_grid((width, height), tiled((width, height), across, down, (tile, tile), side)))
+        grids.append(stretched_grid((width, height), across, down, (tile, tile), side))
     return grids
 
 
@@ -229,7 +231,7 @@ def idefics3(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[Im
         if image_processor.do_image_splitting:
             resized = _idefics3_resized(image_processor, size) if image_processor.do_resize else size
             across, down = _idefics3_tiles(resized, tile)
-        grids.append(image_grid(size, tiled(size, across, down, (tile, tile), side)))
+        grids.append(stretched_grid(size, across, down, (tile, tile), side))
     return grids
 
 

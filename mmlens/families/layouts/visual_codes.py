@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.fixed_grid import centre_cropped, resized_size
+from mmlens.families.layouts.fixed_grid import centre_cropped, centre_picture, resized_size
 from mmlens.families.layouts.grids import (
     Inputs,
     Sizes,
@@ -27,11 +27,13 @@ def chameleon(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[I
     seen = square_edge(image_processor.crop_size)
     grids = []
     for size in sizes:
+        shown = resized_size(image_processor, size)
         axes = [
             centre_cropped(length, resized, seen, cells(side, seen / side))
-            for length, resized in zip(size, resized_size(image_processor, size), strict=True)
+            for length, resized in zip(size, shown, strict=True)
         ]
-        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, axes[0], axes[1])]))
+        picture = centre_picture(size, shown, (seen, seen))
+        grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, axes[0], axes[1])], resized=picture))
     return grids
 
 
