@@ -28,6 +28,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import ModelOutput, TransformersKwargs, is_torchvision_available
+from transformers.utils.chat_template_utils import _get_template_variables
 
 from mmlens.interrupts import Temporary
 
@@ -81,6 +82,11 @@ def processor_class_named(name: str) -> type[ProcessorMixin]:
 
 
 # ---------------------------------------------------------------------- transformers: renamed keywords
+
+
+def template_variables(template: str) -> set[str]:
+    """The variables that a chat template reads, messages and the special tokens' names among them."""
+    return set(_get_template_variables(template)) if template else set()
 
 
 def renamed_keywords(function: Callable[..., Any]) -> set[str]:

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmlens.arguments import device_of, listed, shown, whole_number
+from mmlens.arguments import device_of, listed, shown, unknown_name_message, whole_number
 from mmlens.boxes import SLIVER, Box, BoxScales, Shown, TokenMapError, checked_box
-from mmlens.errors import InvalidTypeError, OutOfRangeError
+from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 
 BoxMapping = Literal["merged", "paper_floor"]
 MAPPINGS: tuple[BoxMapping, ...] = ("merged", "paper_floor")
@@ -109,7 +109,7 @@ class VideoGrid(ImageGrid):
 class Place:
     """What stands at one position. `image` and `video` are None for text and padding, `box` where there is no patch."""
 
-    kind: Literal["text", "question", "answer", "padding", "patch", "query", "separator"]
+    kind: Literal["text", "question", "template", "answer", "padding", "patch", "query", "separator"]
     image: int | None = None
     tile: int | None = None
     row: int | None = None
@@ -118,6 +118,9 @@ class Place:
     video: int | None = None
     frames: tuple[int, int] | None = None
     """The first and the last frame of the original video that a patch of it shows."""
+    turn: int | None = None
+    role: str | None = None
+    part: int | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,12 @@ class TokenMap(BoxScales):
     """The images of each example, in prompt order."""
     videos: tuple[tuple[VideoGrid, ...], ...]
     """The videos of each example, in prompt order."""
+    turn: Int[Tensor, "batch pos"]
+    """The message of the chat whose part stands here; -1 for what the chat template writes, and padding."""
+    part: Int[Tensor, "batch pos"]
+    """The part of that message."""
+    roles: tuple[tuple[str, ...], ...] = ()
+    """The role of each message of each example's chat; none where no chat is known."""
 
     @classmethod
     def from_grids(
@@ -217,6 +226,47 @@ class TokenMap(BoxScales):
             is_answer=torch.zeros_like(mask),
             grids=tuple(tuple(grid for grid in own if not isinstance(grid, VideoGrid)) for own in grids),
             videos=tuple(tuple(grid for grid in own if isinstance(grid, VideoGrid)) for own in grids),
+            turn=torch.full((batch, length), NO_PATCH),
+            part=torch.full((batch, length), NO_PATCH),
+        )
+
+    def with_parts(
+        self,
+        turn: Int[Tensor, "batch pos"],
+        part: Int[Tensor, "batch pos"],
+        roles: Sequence[Sequence[str]],
+        image_places: Sequence[Sequence[tuple[int, int]]],
+    ) -> TokenMap:
+        """The same map that also knows the chat: the turn and part of texts, and of each image (turn, part)."""
+        turn, part = turn.clone(), part.clone()
+        for row, places in enumerate(image_places):
+            for image, place in enumerate(places):
+                at = self.image[row] == image
+                turn[row, at], part[row, at] = place
+        return dataclasses.replace(self, turn=turn, part=part, roles=tuple(map(tuple, roles)))
+
+    @property
+    def is_template(self) -> Bool[Tensor, "batch pos"]:
+        """What the chat template and the processor write around the parts of the chat."""
+        return (self.turn == NO_PATCH) & ~self.is_image & ~self.is_padding & ~self.is_answer
+
+    def role(self, role: str) -> Bool[Tensor, "batch pos"]:
+        """Positions of the turns of a role, images included, template not.
+
+        Raises InvalidValueError where the map knows no chat, or no chat has the role.
+        """
+        known = list(dict.fromkeys(each for own in self.roles for each in own))
+        if role not in known:
+            raise InvalidValueError(
+                unknown_name_message("role", role, known)
+                if known
+                else f"role {role!r}: the prompt knows no chat"
+            )
+        numbers = [
+            torch.tensor([at for at, each in enumerate(own) if each == role] or [-2]) for own in self.roles
+        ]
+        return torch.stack(
+            [torch.isin(own, at.to(own.device)) for own, at in zip(self.turn, numbers, strict=True)]
         )
 
     def __len__(self) -> int:
@@ -233,9 +283,9 @@ class TokenMap(BoxScales):
         moved = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)
-            if field.name not in ("grids", "videos")
+            if field.name not in ("grids", "videos", "roles")
         }
-        return TokenMap(**moved, grids=self.grids, videos=self.videos)
+        return TokenMap(**moved, grids=self.grids, videos=self.videos, roles=self.roles)
 
     # ------------------------------------------------------------------ regions -> positions
 
@@ -378,19 +428,30 @@ class TokenMap(BoxScales):
                 f"position {position} is outside the prompt of {length} positions (0 to {length - 1})"
             )
         at = (example, position)
+        turn = int(self.turn[at])
+        said: dict[str, Any] = {}
+        if turn != NO_PATCH:
+            said = {"turn": turn, "role": self.roles[example][turn], "part": int(self.part[at])}
         if not bool(self.is_image[at]):
-            kind: Literal["text", "question", "answer", "padding"] = "text"
+            kind: Literal["text", "question", "template", "answer", "padding"] = "text"
             if bool(self.is_padding[at]):
                 kind = "padding"
             elif bool(self.is_question[at]):
                 kind = "question"
             elif bool(self.is_answer[at]):
                 kind = "answer"
-            return Place(kind)
+            elif self.roles and turn == NO_PATCH:
+                kind = "template"
+            return Place(kind, **said)
         image, video, tile = (_number(column[at]) for column in (self.image, self.video, self.tile))
         first, last = self.frames[at].tolist()
         seen = Place(
-            "separator", image, tile, video=video, frames=None if first == NO_PATCH else (first, last)
+            "separator",
+            image,
+            tile,
+            video=video,
+            frames=None if first == NO_PATCH else (first, last),
+            **said,
         )
         if int(self.row[at]) == NO_PATCH:
             return seen if tile is None else dataclasses.replace(seen, kind="query")
@@ -423,7 +484,7 @@ class TokenMap(BoxScales):
             "example": np.repeat(np.arange(batch), length),
             "position": np.tile(np.arange(length), batch),
         }
-        for name in ("image", "video", "tile", "row", "col"):
+        for name in ("turn", "part", "image", "video", "tile", "row", "col"):
             table[name] = getattr(self, name).cpu().numpy().reshape(-1)
         spans = self.frames.cpu().numpy().reshape(-1, 2)
         table |= {name: spans[:, i] for i, name in enumerate(("first_frame", "last_frame"))}

@@ -157,7 +157,7 @@ def test_where_and_table_agree() -> None:
             assert place.box == pytest.approx((entry.left, entry.top, entry.right, entry.bottom))
         else:
             assert place.box is None and np.isnan(entry.left)
-    assert kinds == {"patch", "separator", "padding", "question", "text"}
+    assert kinds == {"patch", "separator", "padding", "question", "template"}
     assert token_map.where(-1, 0) == token_map.where(token_map.image.shape[1] - 1, 0)
 
 

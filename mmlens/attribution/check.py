@@ -22,10 +22,11 @@ from mmlens.attribution.runs import attention_of, difference, source_values
 from mmlens.effects.sweeps import sweep
 from mmlens.errors import InvalidValueError
 from mmlens.hook_names import runs_over_positions
-from mmlens.interventions.edits import Edit, if_any
+from mmlens.interventions.edits import Edit
 from mmlens.interventions.patching import PatchSource, patch, shared_source
 from mmlens.interventions.paths import path_patch
 from mmlens.metrics.outcomes import Metric, metric_of
+from mmlens.model.choosing import if_any
 from mmlens.model.fingerprints import same_weights, weights_fingerprints
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.hooks import Hook, Intervention, NoChangeWarning

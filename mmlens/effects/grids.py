@@ -17,8 +17,8 @@ import pandas as pd
 from mmlens.arguments import instance_of, names_of, one_of, table_of, unknown_name_message
 from mmlens.errors import InvalidValueError
 from mmlens.hook_names import PARTS, axes_of, block
-from mmlens.interventions.edits import Positions, if_any, positions_mask
 from mmlens.interventions.patching import PatchSource, patch
+from mmlens.model.choosing import Positions, if_any, positions_mask
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.hooks import Intervention, UnknownHookError
 from mmlens.model.prompt import Prompt, prompt_of

@@ -28,9 +28,10 @@ from mmlens.errors import InvalidValueError, StateError
 from mmlens.hook_names import block
 from mmlens.internals import Side, attach, detach
 from mmlens.interrupts import Temporary, undone
-from mmlens.interventions.edits import Edit, if_any
+from mmlens.interventions.edits import Edit
 from mmlens.model.attention import Around, Attend, AttentionCall, AttentionTap
 from mmlens.model.checked_hooks import CheckedHook
+from mmlens.model.choosing import if_any
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Hook

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from mmlens.data.examples import Evidence, Example
 from mmlens.effects.measure import effect
-from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import first_of_kinds, with_evidence
 from mmlens.experiments.common import (
     FIVE_PERCENT,
@@ -38,7 +37,6 @@ from mmlens.model.batches import Batches
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 from mmlens.model.prompt_answers import with_answers
-from mmlens.model.prompt_making import assembled_prompt
 from mmlens.scores.retrieval import attention_mass, ram
 from mmlens.token_map import TokenMapError
 from mmlens.viz.intervals import plot_intervals
@@ -268,34 +266,20 @@ def usable_tags(model: HookedVLM, *candidates: Tags) -> Tags | None:
 
 def tagged_prompt(model: HookedVLM, examples: Sequence[Example], tags: Tags) -> Prompt:
     """The examples' prompts with literal `tags` as text around every run of consecutive images that hold evidence."""
-    if model.processor is None or model.family.layout is None:
-        raise InvalidValueError(
-            "prompts with tags need a processor and a token map: model.prompt(...) must work"
-        )
-    rendered = []
+    chats = []
     for example in examples:
         marked = {region.of_image for region in example.evidence}
-        content: list[dict[str, str]] = []
-        for number in range(len(example.images)):
+        content: list[dict[str, Any]] = []
+        for number, image in enumerate(example.images):
             if number in marked and number - 1 not in marked:
                 content.append({"type": "text", "text": tags[0]})
-            content.append({"type": "image"})
+            content.append({"type": "image", "image": image})
             if number in marked and number + 1 not in marked:
                 content.append({"type": "text", "text": tags[1]})
-        content.append({"type": "text", "text": example.question})
-        text = model.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        before, question, after = text.rpartition(example.question)
-        rendered.append((before, question, after))
-    prompt = assembled_prompt(
-        model.processor,
-        model.family.layout,
-        rendered,
-        [example.question for example in examples],
-        [list(example.images) for example in examples],
-    )
-    return with_answers(prompt.to(model.device), model.processor, examples)
+        content.append({"type": "text", "text": example.question, "question": True})
+        chats.append([{"role": "user", "content": content}])
+    prompt = model.prompt(chats)
+    return with_answers(prompt, model.processor, examples)
 
 
 def _evidence_tags(given: _Given) -> Reading | str:

@@ -36,6 +36,13 @@ def placeholder_of(processor: ProcessorMixin) -> str | None:
     return None if token is None else str(token)
 
 
+def placeholders_of(processor: ProcessorMixin) -> dict[str, str]:
+    """The texts that stand for an image and for a video in a rendered prompt, of those that the processor has."""
+    found = {"image": placeholder_of(processor), "video": getattr(processor, "video_token", None)}
+    known = {kind: str(token) for kind, token in found.items() if token}
+    return known if len(set(known.values())) == len(known) else {"image": known["image"]}
+
+
 def image_positions(
     processor: ProcessorMixin, layout: Layout, inputs: Mapping[str, Any]
 ) -> Bool[Tensor, "batch pos"]:

@@ -14,7 +14,6 @@ from mmlens.interventions.composition import relay as relay
 from mmlens.interventions.corruptions import CorruptionError as CorruptionError
 from mmlens.interventions.corruptions import corrupted_prompt as corrupted_prompt
 from mmlens.interventions.edits import Edit as Edit
-from mmlens.interventions.edits import if_any as if_any
 from mmlens.interventions.image_edits import blank_region as blank_region
 from mmlens.interventions.image_edits import evidence_of as evidence_of
 from mmlens.interventions.image_edits import other_image as other_image
@@ -28,3 +27,4 @@ from mmlens.interventions.patching import Source as Source
 from mmlens.interventions.patching import patch as patch
 from mmlens.interventions.paths import path_patch as path_patch
 from mmlens.interventions.question_edits import other_question as other_question
+from mmlens.model.choosing import if_any as if_any

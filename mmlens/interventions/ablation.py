@@ -36,20 +36,15 @@ from mmlens.hook_names import axes_of, layer_of
 from mmlens.interventions.components import Component, Specs
 from mmlens.interventions.components import components as components_of
 from mmlens.interventions.edits import (
-    NAMED_POSITIONS,
     Change,
     Edit,
     EditContext,
-    IfAny,
-    Mask,
-    Positions,
     check_call,
-    check_each_example,
-    positions_mask,
 )
 from mmlens.interventions.origin import OfAnotherModel, check_origin
 from mmlens.model.batches import Batches, Prompts
 from mmlens.model.cache import is_batched, is_masked, is_packed
+from mmlens.model.choosing import NAMED_POSITIONS, IfAny, Mask, Positions, check_each_example, positions_mask
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.fingerprints import example_seed, weights_fingerprints
 from mmlens.model.hooked_vlm import HookedVLM, model_of

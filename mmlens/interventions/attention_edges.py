@@ -28,14 +28,10 @@ from mmlens.interventions.edits import (
     Change,
     Edit,
     EditContext,
-    IfAny,
-    Mask,
-    Positions,
     check_call,
-    if_any,
-    positions_mask,
 )
 from mmlens.model.cache import is_masked
+from mmlens.model.choosing import IfAny, Mask, Positions, if_any, positions_mask
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Hook, Intervention
 from mmlens.model.prompt import Prompt

@@ -17,8 +17,14 @@ from torch import Tensor
 from mmlens.arguments import called, instance_of, one_of, whole_number
 from mmlens.errors import InvalidValueError, OutOfRangeError, StateError
 from mmlens.hook_names import BLOCK_HOOKS, layer_of, position_axis, runs_over_positions
-from mmlens.interventions.edits import Edit, EditContext, Positions, check_call, intervention_of
+from mmlens.interventions.edits import (
+    Edit,
+    EditContext,
+    check_call,
+    intervention_of,
+)
 from mmlens.model.cache import is_batched, is_packed
+from mmlens.model.choosing import Positions
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Hook, Intervention, hooks_in
 from mmlens.model.prompt import Prompt

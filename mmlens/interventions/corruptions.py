@@ -29,6 +29,7 @@ from mmlens.arguments import (
 from mmlens.data.images import pixel_fingerprint
 from mmlens.errors import InvalidValueError
 from mmlens.interventions.layouts import layout_difference
+from mmlens.model.chat import exchanged
 from mmlens.model.fingerprints import real_tokens
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.prompt import Prompt, prompt_of
@@ -65,7 +66,7 @@ def corrupted_prompt(
         questions = texts("questions", questions, "one question for each example")
     if images is not None:
         images = listed("images", images, "one list of images for each example")
-    if not all(question.strip() for question in prompt_of(prompt).questions):
+    if prompt_of(prompt).messages is None:
         raise CorruptionError(
             "the prompt does not hold its questions and images, so it cannot be made again: make it with "
             "model.prompt(...) or model.prompt_examples(...)"
@@ -73,10 +74,7 @@ def corrupted_prompt(
     for name, given in (("question(s)", questions), ("image list(s)", images)):
         if given is not None and len(given) != len(prompt):
             raise CorruptionError(f"{len(given)} {name} for a batch of {len(prompt)} example(s)")
-    made = model.prompt(
-        prompt.questions if questions is None else list(questions),
-        prompt.images if images is None else [list(own) for own in images],
-    ).to(prompt.token_map.device)
+    made = _remade(model, prompt, questions, images).to(prompt.token_map.device)
     difference = layout_difference(prompt, made) if equal_layout else None
     if difference:
         raise CorruptionError(
@@ -91,6 +89,29 @@ def corrupted_prompt(
     return made if prompt.image_features is None else model.encode_images(made)
 
 
+def _messages(prompt: Prompt) -> list[Any]:
+    assert prompt.messages is not None
+    return prompt.messages
+
+
+def _remade(
+    model: HookedVLM,
+    prompt: Prompt,
+    questions: Sequence[str] | None,
+    images: Sequence[Sequence[Any]] | None,
+) -> Prompt:
+    """The prompt's chats with other questions and images."""
+    chats = [
+        exchanged(
+            messages,
+            question=None if questions is None else questions[row],
+            images=None if images is None else images[row],
+        )
+        for row, messages in enumerate(_messages(prompt))
+    ]
+    return model.prompt(chats, **prompt.options)
+
+
 def _unchanged(model: HookedVLM, before: Prompt, after: Prompt, example: int) -> str:
     """Why one example's inputs are what they were; "" where they are not."""
     if real_tokens(before, example) != real_tokens(after, example):
@@ -101,7 +122,7 @@ def _unchanged(model: HookedVLM, before: Prompt, after: Prompt, example: int) ->
     pair = [before, after]
     if len(before) > 1 or before.image_features is not None:
         # Families pack the images of a batch in ways of their own; alone, an example's inputs are all there is.
-        pair = [model.prompt(prompt.questions[example], prompt.images[example]) for prompt in pair]
+        pair = [model.prompt(_messages(prompt)[example], **prompt.options) for prompt in pair]
     if _equal_inputs(*(prompt.inputs for prompt in pair)):
         return (
             "pixels were changed, but the processor crops or shrinks the change away before the model sees it"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mmlens.arguments import called, shown, unknown_name_message
+from mmlens.arguments import called, shown
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.hook_names import axes_of, head_axis, position_axis, runs_over_positions
 from mmlens.model.checked_hooks import CountedHook
@@ -22,103 +22,6 @@ from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.hooks import Hook, Intervention, hooks_in
 from mmlens.model.prompt import Prompt, prompt_of
 from mmlens.model.run_state import Span
-
-Mask = Bool[Tensor, "batch pos"]
-Positions = Mask | str | Callable[[Prompt], Mask] | None
-"""Where an intervention acts: a mask of the prompt's positions, one of NAMED_POSITIONS, a function from a prompt
-to a mask, or everywhere (generated tokens too). In every example of a batch it chooses a position; `if_any` lifts
-that."""
-
-NAMED_POSITIONS: dict[str, Callable[[Prompt], Mask]] = {
-    "last": lambda prompt: prompt.last,
-    "question": lambda prompt: prompt.token_map.is_question,
-    "image": lambda prompt: prompt.token_map.is_image,
-    "text": lambda prompt: ~prompt.token_map.is_image & ~prompt.token_map.is_padding,
-    "prompt": lambda prompt: ~prompt.token_map.is_padding,
-}
-"""Position masks by name."""
-
-
-@dataclass(frozen=True)
-class IfAny:
-    """Positions that an example of a batch need not have: see `if_any`."""
-
-    positions: Mask | str | Callable[[Prompt], Mask]
-
-    def __call__(self, prompt: Prompt) -> Mask:
-        return _mask_of(prompt, self.positions)
-
-
-def if_any(positions: Positions) -> IfAny:
-    """The same positions, and examples that have none of them are left as they are.
-
-    Without it such an example is an error, in a batch or alone: an edit that does nothing there would weaken the mean
-    effect unseen. With it the example counts as one on which the intervention has no effect.
-
-    >>> import mmlens
-    >>> model = mmlens.HookedVLM.from_pretrained("micro")
-    >>> prompt = model.prompt("What colour is K ?")
-    >>> mmlens.ablate([(0, 1)], positions="image")(model, prompt)
-    Traceback (most recent call last):
-        ...
-    mmlens.errors.InvalidValueError: positions ('image') chooses no position in example(s) 0 of 1: ...
-    >>> edit = mmlens.ablate([(0, 1)], positions=if_any("image"))(model, prompt)[0][1]
-    >>> int(edit.mask.sum())
-    0
-    """
-    if positions is None:
-        raise InvalidValueError(
-            "if_any takes positions, and None is every position: no example is without any"
-        )
-    return positions if isinstance(positions, IfAny) else IfAny(positions)
-
-
-def positions_mask(prompt: Prompt, positions: Positions, what: str = "positions") -> Mask | None:
-    """The mask that `positions` means for this prompt; None for everywhere.
-
-    Raises ValueError (with the name of the argument, `what`) for an unknown name, a mask of another shape or type, and
-    one that chooses no position in an example of the batch, or padding alone, unless it is wrapped in `if_any`.
-    """
-    if positions is None:
-        return None
-    mask = _mask_of(prompt, positions)
-    if not isinstance(positions, IfAny):
-        named = f" ({positions!r})" if isinstance(positions, str) else ""
-        padding = prompt.token_map.is_padding.to(mask.device)
-        is_padding = bool(mask.any()) and not bool((mask & ~padding).any())
-        check_each_example(
-            prompt, mask, f"{what}{named} {'are padding alone' if is_padding else 'chooses no position'}"
-        )
-    return mask
-
-
-def check_each_example(prompt: Prompt, mask: Mask, fault: str) -> None:
-    """Raise ValueError where the mask chooses nothing but padding in an example, with the `fault` and the examples."""
-    none = ~(mask & ~prompt.token_map.is_padding.to(mask.device)).any(-1)
-    if not bool(none.any()):
-        return
-    rows = none.nonzero().flatten().tolist()
-    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-    raise InvalidValueError(
-        f"{fault} in example(s) {shown} of {len(prompt)}: the edit would do nothing there, unseen. Leave these "
-        "examples out, choose other positions, or say that they are to stay as they are: if_any(positions)"
-    )
-
-
-def _mask_of(prompt: Prompt, positions: Mask | str | Callable[[Prompt], Mask]) -> Mask:
-    if isinstance(positions, str):
-        if positions not in NAMED_POSITIONS:
-            raise InvalidValueError(unknown_name_message("named positions", positions, NAMED_POSITIONS))
-        mask = NAMED_POSITIONS[positions](prompt)
-    else:
-        if callable(positions):
-            called("positions", positions, "a function of the prompt that gives a mask", n_arguments=1)
-        mask = positions(prompt) if callable(positions) else positions
-    shape = tuple(prompt.shape)
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape or mask.dtype != torch.bool:
-        given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise InvalidValueError(f"positions is a boolean mask [batch, pos] = {shape}, got {given}")
-    return mask
 
 
 def intervention_of(value: object, name: str = "intervention") -> Intervention:

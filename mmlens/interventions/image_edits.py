@@ -25,9 +25,7 @@ from mmlens.data.examples import Evidence, Example, examples_of
 from mmlens.data.images import load_image, pixel_fingerprint
 from mmlens.errors import InvalidValueError, OutOfRangeError
 from mmlens.interventions.corruptions import Corruption, CorruptionError, corrupted_prompt
-from mmlens.interventions.edits import (
-    check_call,
-)
+from mmlens.interventions.edits import check_call
 from mmlens.interventions.layouts import in_pixels
 from mmlens.model.fingerprints import example_seed
 from mmlens.model.hooked_vlm import HookedVLM

@@ -19,12 +19,9 @@ from mmlens.interventions.edits import (
     Change,
     Edit,
     EditContext,
-    IfAny,
-    Positions,
     check_call,
-    if_any,
-    positions_mask,
 )
+from mmlens.model.choosing import IfAny, Positions, if_any, positions_mask
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.fingerprints import example_seed
 from mmlens.model.hooked_vlm import HookedVLM

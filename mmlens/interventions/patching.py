@@ -28,16 +28,13 @@ from mmlens.interventions.edits import (
     Change,
     Edit,
     EditContext,
-    IfAny,
-    Positions,
     check_call,
-    if_any,
     intervention_of,
-    positions_mask,
 )
 from mmlens.interventions.layouts import layout_difference
 from mmlens.interventions.origin import OfAnotherModel, check_origin
 from mmlens.model.cache import is_packed, over_positions
+from mmlens.model.choosing import IfAny, Positions, if_any, positions_mask
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.fingerprints import weights_version
 from mmlens.model.hooked_vlm import HookedVLM

@@ -40,19 +40,10 @@ from mmlens.families.anatomy import scale_of
 from mmlens.heads import HeadSet, as_head_set
 from mmlens.hook_names import PART_INPUTS, PARTS, block, layer_of
 from mmlens.interventions.components import Component, Spec, components, why_missing
-from mmlens.interventions.edits import (
-    Change,
-    Edit,
-    IfAny,
-    Mask,
-    Positions,
-    check_call,
-    check_each_example,
-    if_any,
-    positions_mask,
-)
+from mmlens.interventions.edits import Change, Edit, check_call
 from mmlens.interventions.patching import PatchSource, SharedSource, Source, laid_over, shared_source
 from mmlens.model.cache import is_packed
+from mmlens.model.choosing import IfAny, Mask, Positions, check_each_example, if_any, positions_mask
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Hook, Intervention, UnknownHookError

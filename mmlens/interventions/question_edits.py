@@ -16,10 +16,7 @@ from mmlens.arguments import (
 )
 from mmlens.data.examples import Example
 from mmlens.interventions.corruptions import Corruption, CorruptionError, corrupted_prompt
-from mmlens.interventions.edits import (
-    check_call,
-)
-from mmlens.model.chat_template import render
+from mmlens.interventions.edits import check_call
 from mmlens.model.fingerprints import example_seed
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
@@ -64,12 +61,12 @@ def other_question(
             return questions(prompt, example)
         if isinstance(questions, str):
             return questions
-        own, n_images = prompt.questions[example], len(prompt.images[example])
+        own = prompt.questions[example]
         others = sorted({question for question in pool if question != own})
         rng = np.random.default_rng([seed, *example_seed(prompt, example)])
-        n_tokens = _n_tokens(model, own, n_images) if equal_layout else 0
+        n_tokens = _n_tokens(model, prompt, example, own) if equal_layout else 0
         for index in rng.permutation(len(others)):
-            if not equal_layout or _n_tokens(model, others[index], n_images) == n_tokens:
+            if not equal_layout or _n_tokens(model, prompt, example, others[index]) == n_tokens:
                 return others[index]
         alike = f"; none is laid out in the {n_tokens} tokens of its own" if equal_layout and others else ""
         raise CorruptionError(
@@ -85,8 +82,9 @@ def other_question(
     return corruption
 
 
-def _n_tokens(model: HookedVLM, question: str, n_images: int) -> int:
-    """How long the rendered prompt is, placeholders of images not expanded."""
-    processor: Any = model.processor
-    text = "".join(render(processor, question, n_images))
-    return len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+def _n_tokens(model: HookedVLM, prompt: Prompt, example: int, question: str) -> int:
+    """How long the rendered prompt is with another question, placeholders of images not expanded."""
+    own, text = prompt.questions[example].strip(), prompt.text[example]
+    before, _, after = text.rpartition(own)
+    tokenizer: Any = model.tokenizer
+    return len(tokenizer(f"{before}{question.strip()}{after}", add_special_tokens=False)["input_ids"])

@@ -2,6 +2,7 @@
 
 from mmlens.model.bridge import from_bridge as from_bridge
 from mmlens.model.cache import VLMActivationCache as VLMActivationCache
+from mmlens.model.choosing import positions as positions
 from mmlens.model.hooked_vlm import HookedVLM as HookedVLM
 from mmlens.model.hooks import HookNeverFiredError as HookNeverFiredError
 from mmlens.model.hooks import NoChangeWarning as NoChangeWarning

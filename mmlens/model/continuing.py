@@ -66,10 +66,14 @@ def continued(prompt: Prompt, ids: Sequence[Sequence[int]]) -> Prompt:
                 inputs[name][is_new] = prompt.values_after[name]
     before = prompt.continuation
     whole = [*map(list.__add__, before.ids, rows)] if before is not None else rows
+    offsets = None if prompt.offsets is None else moved.put(prompt.offsets, NO_PATCH)
+    if offsets is not None:
+        offsets[moved.is_new.to(offsets.device)] = NO_PATCH
     return dataclasses.replace(
         prompt,
         inputs=inputs,
         token_map=_map_of(prompt.token_map, moved),
+        offsets=offsets,
         continuation=Continuation(prompt if before is None else before.prompt, whole),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from mmlens.model.fingerprints import processor_fingerprint
 from mmlens.model.linear import n_embeddings
 from mmlens.model.prompt import Prompt, prompt_of
 from mmlens.model.prompt_answers import with_answers
-from mmlens.model.prompt_making import make_prompt
+from mmlens.model.prompt_making import make_prompt, prompt_from_inputs
 from mmlens.model.run_state import RunState
 from mmlens.model.visual import VisualPositions
 from mmlens.token_map import TokenMapError
@@ -46,23 +46,68 @@ class InputMethods:
         """Where the model's inputs go."""
         return loading.input_device(self.hf_model)
 
-    def prompt(self, questions: str | Iterable[str], images: Iterable[Any] | None = ()) -> Prompt:
-        """Model inputs and token map for one question and its images, or for a batch of both.
+    def prompt(
+        self,
+        messages: Any,
+        images: Iterable[Any] | None = (),
+        *,
+        question: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> Prompt:
+        """Model inputs and token map for a question and its images, for a chat, or for a batch: a list of either.
 
-        Images (PIL images or paths) stand before the question, through the processor's own chat template. They are
-        shown upright, as their EXIF data say, and laid over white where they are transparent; what cannot be shown
+        A chat is a list of messages in transformers' format, {"role": ..., "content": ...} with content a text or a
+        list of parts: {"type": "text", "text": ...}, {"type": "image", "image": PIL image, path or array}, or
+        {"type": "image"} with its image given in `images`. Where the last message is the assistant's it is the
+        beginning of the answer, which the model continues. Of a plain question, images stand before it. The processor's
+        own chat template writes all of it, and what it drops, doubles or moves is an error or a warning.
+
+        The question of a chat is the text of its last user turn, or `question`, a text in it. `options` are variables
+        of the chat template (`tools`, `enable_thinking` ...) and options of the processor (`max_pixels` ...). Images
+        are shown upright, as their EXIF data say, and laid over white where they are transparent; what cannot be shown
         without a choice of yours, such as one of several frames, raises PromptError.
+
+        >>> import mmlens
+        >>> model = mmlens.HookedVLM.from_pretrained("micro")
+        >>> prompt = model.prompt([{"role": "user", "content": "What colour is the letter K ?"}])
+        >>> prompt.positions(text="letter K").sum().item()
+        2
         """
+        return make_prompt(
+            *self._prompt_makers("prompts"),
+            messages,
+            images,
+            question=question,
+            device=self.device,
+            **options,
+        )
+
+    def prompt_from_inputs(
+        self,
+        inputs: Mapping[str, Any],
+        images: Sequence[Any] | None = (),
+        *,
+        text: str | Sequence[str] | None = None,
+        question: str | Sequence[str] | None = None,
+    ) -> Prompt:
+        """A prompt of inputs that your own call of the processor has given (`mmlens.model.prompt_from_inputs`)."""
+        made = prompt_from_inputs(
+            *self._prompt_makers("inputs"), inputs, images, text=text, question=question
+        )
+        return made.to(self.device)
+
+    def _prompt_makers(self, what: str) -> tuple[Any, Any]:
+        """The processor and the layout of images, which prompts are made by."""
         if self.processor is None:
             raise InvalidValueError(
                 "this HookedVLM has no processor; pass one: HookedVLM(hf_model, processor)"
             )
         if self.family.layout is None:
             raise TokenMapError(
-                f"prompts of {self.family.model_type!r} have no token map: {self.family.no_layout}. Run the model on "
+                f"{what} of {self.family.model_type!r} have no token map: {self.family.no_layout}. Run the model on "
                 "what its processor gives: model(**inputs)"
             )
-        return make_prompt(self.processor, self.family.layout, questions, images, device=self.device)
+        return self.processor, self.family.layout
 
     def prompt_examples(self, examples: Iterable[Example], answer_start: str | None = None) -> Prompt:
         """A batch of examples as a prompt that also carries their answers and candidates for the metrics.

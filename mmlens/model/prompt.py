@@ -20,6 +20,7 @@ from mmlens.errors import (
     MmlensWarning,
     PromptError,
 )
+from mmlens.model.choosing import Positions, chosen_positions
 from mmlens.model.continuing import Continuation, continued
 from mmlens.model.fingerprints import example_fingerprint, vision_fingerprints
 from mmlens.token_map import TokenMap
@@ -89,6 +90,14 @@ class Prompt:
     examples: tuple[Example, ...] | None = None
     """What it was made of, evidence included; None for a prompt of questions and images, and for a corrupted one."""
 
+    messages: list[list[dict[str, Any]]] | None = None
+    """The chat of each example, with its images: what the prompt can be made of again. None where it was made of
+    inputs (`prompt_from_inputs`)."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options that it was made with: of the chat template and of the processor."""
+    offsets: Int[Tensor, "batch pos 2"] | None = None
+    """The characters (start, stop) of `text` that each position stands for; -1 where it stands for none."""
+
     image_features: Any = None
     """What the vision tower gave, where `HookedVLM.encode_images` has already run it."""
     encoded: Mapping[str, str] | None = None
@@ -147,6 +156,47 @@ class Prompt:
         """The prompt with these tokens after each row, as positions that the token map calls answer: `continuing`."""
         return continued(self, ids)
 
+    def positions(
+        self,
+        among: Positions = None,
+        *,
+        text: str | Sequence[str] | None = None,
+        occurrence: int | None = None,
+        role: str | None = None,
+        turn: int | None = None,
+        part: int | None = None,
+        image: int | None = None,
+        box: Sequence[float] | None = None,
+    ) -> Bool[Tensor, "batch pos"]:
+        """A mask of positions: of all that is said, what holds together.
+
+        `among`: one of the names "prompt", "text", "template", "image", "question", "evidence", "last", a role, or a
+        mask. `text`: the positions that a text covers, of the prompt as the chat template writes it; where it stands
+        there several times, `occurrence` counts them from 0 (from the end: negative) among the positions that the rest
+        chooses. `turn` (negative: from the end) and `part` number the chat's messages and their parts, `image` and
+        `box` an image and pixels of it.
+
+        Raises InvalidValueError for a text that is not there, or stands there several times without `occurrence`, and
+        shows where; OutOfRangeError for a turn, image or occurrence that there is not.
+
+        >>> import mmlens
+        >>> model = mmlens.HookedVLM.from_pretrained("micro")
+        >>> prompt = model.prompt("What colour is the letter K ?")
+        >>> prompt.positions("question", text="letter").nonzero().tolist()
+        [[0, 7]]
+        """
+        return chosen_positions(
+            self,
+            among,
+            text=text,
+            occurrence=occurrence,
+            role=role,
+            turn=turn,
+            part=part,
+            image=image,
+            box=box,
+        )
+
     def to(self, device: torch.device | str) -> Prompt:
         """The same prompt with inputs, token map and answer ids on `device`."""
         device = device_of(device)
@@ -158,6 +208,7 @@ class Prompt:
             },
             token_map=self.token_map.to(device),
             answer_ids=None if self.answer_ids is None else self.answer_ids.to(device),
+            offsets=None if self.offsets is None else self.offsets.to(device),
             candidate_ids=None
             if self.candidate_ids is None
             else [ids.to(device) for ids in self.candidate_ids],

@@ -18,9 +18,10 @@ from mmlens.errors import (
     InvalidValueError,
     PromptError,
 )
-from mmlens.model.chat_template import answer_start_of
+from mmlens.model.answer_start import answer_start_of
 from mmlens.model.fingerprints import processor_fingerprint
 from mmlens.model.prompt import Prompt, Spelling
+from mmlens.model.prompt_options import configured
 
 
 def with_answers(
@@ -57,8 +58,12 @@ def answered(
             "the prompt was made by another processor than this one, whose tokenizer would give the answers other ids"
         )
     if answer_start is None:
-        rows = zip(prompt.text, prompt.images, strict=True)
-        starts = [answer_start_of(processor, text, len(own)) for text, own in rows]
+        template = configured(processor, prompt.options)[1]
+        chats = prompt.messages or [None] * len(prompt)
+        starts = [
+            answer_start_of(processor, text, chat, template)
+            for text, chat in zip(prompt.text, chats, strict=True)
+        ]
     else:
         starts = [answer_start] * len(prompt) if isinstance(answer_start, str) else list(answer_start)
         if len(starts) != len(prompt) or not set(starts) <= {"", " "}:

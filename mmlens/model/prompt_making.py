@@ -1,18 +1,15 @@
-"""Making a prompt of questions and images, by the processor, with the token map that says what is where.
+"""Making a prompt of chats by the processor, with the token map that says what is where.
 
-How the question's own tokens are found: the chat template is rendered with the question and once more with a
-marker in its place, which gives the text before and after it. Images stand before the question, so what their
-placeholders expand to changes nothing after it, and the question's tokens, known from the
-tokenizer's offsets in the text with placeholders, are counted back from the end. Token ids are never searched.
+A chat is checked and loaded (`chat`), rendered (`rendering`), made into inputs by the processor, which is watched
+meanwhile (`families.watched`), and mapped: every token has its characters in the rendered text, so its turn and part.
 """
 
 from __future__ import annotations
 
-import io
-import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,124 +18,100 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from mmlens.arguments import instance_of, listed, shown
-from mmlens.data.images import is_transparent, load_image
-from mmlens.errors import (
-    MmlensError,
-    MmlensWarning,
-    PromptError,
-    UnsupportedError,
-)
+from mmlens.arguments import shown
+from mmlens.errors import MmlensError, MmlensWarning, PromptError, UnsupportedError
 from mmlens.families.layouts.grids import Layout
 from mmlens.families.media import media_of, unmapped_message
 from mmlens.families.placeholders import (
     drops_alpha,
     image_positions,
+    placeholders_of,
     sees_missing_images,
     values_after,
 )
-from mmlens.model.chat_template import Rendered, n_placeholders, placeholder_error, render
+from mmlens.families.watched import Characters, watched
+from mmlens.model.chat import WAS_TRANSPARENT, Chat, asked_texts, chats_of, images_beside, question_of
+from mmlens.model.choosing import occurrences
 from mmlens.model.fingerprints import processor_fingerprint
 from mmlens.model.prompt import Prompt, check_left_padding
-from mmlens.token_map import ImageGrid, TokenMap
+from mmlens.model.prompt_options import configured, template_source
+from mmlens.model.rendering import Rendered, TextSpan, placeholder_error, render
+from mmlens.token_map import NO_PATCH, ImageGrid, TokenMap
 
 
 class UnknownWordWarning(MmlensWarning):
-    """A question holds a word that the tokenizer does not know."""
+    """A text of a chat holds a word that the tokenizer does not know."""
 
 
 def make_prompt(
     processor: ProcessorMixin,
     layout: Layout,
-    questions: str | Iterable[str],
+    messages: Any,
     images: Iterable[Any] | None = (),
     *,
+    question: str | Sequence[str] | None = None,
     device: torch.device | str | None = None,
     padding_side: Literal["left", "right"] = "left",
+    **options: Any,
 ) -> Prompt:
-    """One question with its images, or a batch: a list of questions with a list of image lists.
+    """The prompt of a text with its images, of a chat, or of a batch: a list of either with a list of image lists.
 
-    Images (PIL images or paths) stand in order before the question, through the processor's chat template and
-    the processor itself, which gets them upright and as RGB: laid over white where they are transparent, as
+    Of a text, the images (PIL images or paths) stand in order before it. Images given beside a chat go to its image
+    parts, in order. The processor gets them upright and as RGB: laid over white where they are transparent, as
     transformers does for a PIL image (`open_image` says what is turned and what is refused). `layout` is the
-    family's (mmlens.families.layouts).
+    family's (mmlens.families.layouts). `options` are variables of the chat template and options of the processor.
 
-    Raises PromptError for an empty question, a question the template drops, repeats or alters, image
+    Raises PromptError for an empty question or chat, a text that the template drops or alters, image
     placeholders in another number than images, a broken or gigantic image, a processor without chat template
     or fast tokenizer; FileNotFoundError for a path that does not exist; TokenMapError where input_ids hold
-    another number of image tokens than the layout predicts.
+    another number of image tokens than the layout predicts; InvalidTypeError for an option that neither the template
+    nor the processor knows.
     """
-    question_list, image_lists = _batch(questions, images)
-    _warn_of_dropped_alpha(processor, image_lists)
-    loaded = [
-        [load_image(image, f"image {i} of example {example}") for i, image in enumerate(own)]
-        for example, own in enumerate(image_lists)
-    ]
-    rendered = [
-        render(processor, question, len(own), f"example {example}")
-        for example, (question, own) in enumerate(zip(question_list, loaded, strict=True))
-    ]
-    prompt = assembled_prompt(processor, layout, rendered, question_list, loaded, padding_side)
+    chats = chats_of(messages, images, question, template_source(processor))
+    own, template = configured(processor, options)
+    _warn_of_dropped_alpha(own, chats)
+    rendered = [render(own, chat, template, f"example {number}") for number, chat in enumerate(chats)]
+    prompt = replace(_assembled(own, layout, chats, rendered, padding_side), options=dict(options))
     return prompt if device is None else prompt.to(device)
 
 
-def assembled_prompt(
+def _assembled(
     processor: ProcessorMixin,
     layout: Layout,
-    rendered: Sequence[tuple[str, str, str]],
-    questions: list[str],
-    images: list[list[Image.Image]],
-    padding_side: str = "left",
+    chats: list[Chat],
+    rendered: list[Rendered],
+    padding_side: str,
 ) -> Prompt:
-    """The prompt of rendered texts (before the question, question, after it) with their images.
-
-    For texts that no chat template gives, such as marks between images; else `make_prompt`. Raises as it does.
-    """
-    text = _joined(rendered)
+    text = [each.text for each in rendered]
+    images = [chat.images for chat in chats]
     # No placeholder is right where the processor writes the images' tokens itself, and only there.
+    placeholder = placeholders_of(processor).get("image")
     unplaced = [
-        example for example, own in enumerate(images) if own and n_placeholders(processor, text[example]) == 0
+        example
+        for example, own in enumerate(images)
+        if own and (placeholder is None or placeholder not in text[example])
     ]
-
-    def unplaced_error(example: int) -> PromptError:
-        return placeholder_error(processor, text[example], len(images[example]), f"example {example}")
-
-    rendered = _laid_out(processor, rendered, images)
     try:
-        encoded, plain = _process(processor, text, _joined(rendered), images, padding_side)
+        encoded, characters = _process(processor, text, images, padding_side)
     except MmlensError:
         raise
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
         if unplaced:
-            raise unplaced_error(unplaced[0]) from error
+            at = unplaced[0]
+            raise placeholder_error(processor, text[at], len(images[at]), f"example {at}") from error
         shapes = ", ".join(f"{image.width} x {image.height}" for own in images for image in own) or "none"
         raise PromptError(
             f"{type(processor).__name__} takes no such prompt, with {list(map(len, images))} image(s) of {shapes} "
             f"pixels: {error}"
         ) from error
     is_image = image_positions(processor, layout, encoded)
-    for example in unplaced:
-        if not bool(is_image[example].any()):
-            raise unplaced_error(example)
-    is_question = torch.zeros(encoded["input_ids"].shape, dtype=torch.bool)
-    for example, (_, question, suffix) in enumerate(rendered):
-        real = encoded["attention_mask"][example] == 1
-        found = _question_tokens(
-            encoded["input_ids"][example][real],
-            plain[example],
-            n_text=sum(map(len, rendered[example])),
-            n_question=len(question),
-            n_suffix=len(suffix),
-        )
-        if found is None:
-            raise PromptError(
-                f"example {example}: the question {question!r} was not found among the prompt's tokens; the "
-                "processor changed the text after the chat template in a way other than expanding images"
-            )
-        is_question[example, real] = found
-        _warn_of_unknown_words(
-            processor, plain[example], question, sum(map(len, rendered[example][:2])), example
-        )
+    for at in unplaced:
+        if not bool(is_image[at].any()):
+            raise placeholder_error(processor, text[at], len(images[at]), f"example {at}")
+    marks = [
+        _mapped(processor, encoded["input_ids"][row], own, chats[row], rendered[row], is_image[row], row)
+        for row, own in enumerate(characters)
+    ]
     sizes = [[image.size for image in own] for own in images]
     # Some models take numbers of tiles as lists; what else is no tensor is the processor's own bookkeeping.
     listed = getattr(getattr(processor, "image_processor", None), "model_input_names", ())
@@ -151,35 +124,115 @@ def assembled_prompt(
             MmlensWarning,
             stacklevel=4,
         )
-    if padding_side == "left" and len(questions) > 1:
+    if padding_side == "left" and len(text) > 1:
         check_left_padding(inputs["attention_mask"])
+    token_map = _token_map(
+        processor, layout, inputs, sizes, torch.stack([each.is_question for each in marks])
+    )
+    token_map = token_map.with_parts(
+        torch.stack([each.turn for each in marks]),
+        torch.stack([each.part for each in marks]),
+        [chat.roles for chat in chats],
+        [chat.image_places for chat in chats],
+    )
     return Prompt(
         inputs=inputs,
-        token_map=_token_map(processor, layout, inputs, sizes, is_question),
-        questions=questions,
+        token_map=token_map,
+        questions=[question_of(chat) for chat in chats],
         images=images,
-        text=_joined(rendered),
+        text=text,
+        messages=[chat.messages for chat in chats],
+        offsets=torch.from_numpy(np.stack(characters)),
         processor=processor_fingerprint(processor),
         pad_id=processor.tokenizer.pad_token_id,
         values_after=values_after(processor),
     )
 
 
+class _Marks(NamedTuple):
+    """Of each position of a row: whose text stands there."""
+
+    turn: Int[Tensor, " pos"]
+    part: Int[Tensor, " pos"]
+    is_question: Bool[Tensor, " pos"]
+
+
+def _mapped(
+    processor: ProcessorMixin,
+    ids: Int[Tensor, " pos"],
+    characters: Characters,
+    chat: Chat,
+    rendered: Rendered,
+    is_image: Bool[Tensor, " pos"],
+    row: int,
+) -> _Marks:
+    """Which text each position belongs to: a token that covers characters of two, to the first."""
+    is_text = ~is_image.numpy()
+    turn, part = (np.full(len(ids), NO_PATCH) for _ in range(2))
+    missing = _missing(characters, rendered.text)
+    for span in reversed(rendered.spans):
+        covered = _covered(characters, span.start, span.stop) & is_text
+        if not covered.any() or missing[span.start : span.stop].any():
+            raise PromptError(
+                f"example {row}: the text of {chat.named(span.place)} was not found among the prompt's tokens; the "
+                "processor changed the text after the chat template in a way other than expanding images"
+            )
+        turn[covered], part[covered] = span.place.turn, span.place.part
+        _warn_of_unknown_words(processor, ids, characters, rendered.text, span, row)
+    asked = np.zeros(len(ids), dtype=bool)
+    for start, stop in _question_spans(chat, rendered):
+        asked |= _covered(characters, start, stop) & is_text
+    return _Marks(torch.from_numpy(turn), torch.from_numpy(part), torch.from_numpy(asked))
+
+
+def _missing(characters: Characters, text: str) -> Bool[np.ndarray, " character"]:
+    """Characters that no token stands for, but white space and what tokenizers may leave out."""
+    steps = np.zeros(len(text) + 1, dtype=np.int64)
+    known = characters[characters[:, 0] >= 0]
+    np.add.at(steps, known[:, 0], 1)
+    np.add.at(steps, known[:, 1], -1)
+    optional = np.array([each.isspace() or not each.isprintable() for each in text], dtype=bool)
+    return (np.cumsum(steps)[:-1] == 0) & ~optional
+
+
+def _covered(characters: Characters, start: int, stop: int) -> Bool[np.ndarray, " pos"]:
+    return (characters[:, 0] >= 0) & (characters[:, 0] < stop) & (characters[:, 1] > start)
+
+
+def _question_spans(chat: Chat, rendered: Rendered) -> list[tuple[int, int]]:
+    """The characters of the question."""
+    found = []
+    for place, said in asked_texts(chat):
+        for span in rendered.span_of(place):
+            if said is None:
+                found.append((span.start, span.stop))
+                continue
+            start = rendered.text.find(said, span.start, span.stop)
+            if start < 0:
+                raise PromptError(f"the question {said!r} is not in the prompt: {rendered.text!r}")
+            found.append((start, start + len(said)))
+    return found
+
+
 def prompt_from_inputs(
     processor: ProcessorMixin,
     layout: Layout,
-    inputs: Mapping[str, Tensor],
-    image_sizes: Sequence[Sequence[tuple[int, int]]],
-    question_spans: Sequence[tuple[int, int]] | None = None,
+    inputs: Mapping[str, Any],
+    images: Sequence[Any] | None = (),
+    *,
+    text: str | Sequence[str] | None = None,
+    question: str | Sequence[str] | None = None,
 ) -> Prompt:
-    """A prompt from inputs that the processor has already made.
+    """A prompt of inputs that a call of the processor has given, as it is, images and texts included.
 
-    `image_sizes` are the original (width, height) of each example's images, `question_spans` each example's
-    question as positions (start, stop).
+    `images` are those of the call, for one prompt a list and for a batch a list of lists: boxes are pixels of theirs.
+    `text` is what the call was given, for which the processor is called once more, to see that it gives these inputs:
+    then the prompt can be made again by corruptions. Without it positions are found in the tokens' own text. `question`
+    is a text that stands there once; without it no position is the question's.
 
-    Raises PromptError where a batch is not padded on the left or a span lies outside the prompt, and
-    TokenMapError where input_ids hold another number of image tokens than the layout predicts, and UnsupportedError
-    where they hold video or audio.
+    Raises PromptError where a batch is not padded on the left, the question is not there once, or the call gives other
+    inputs for this text and these images; TokenMapError where input_ids hold another number of image tokens than the
+    layout predicts; UnsupportedError where they hold video or audio and are given without their text.
     """
     if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), Tensor):
         raise PromptError(
@@ -191,30 +244,95 @@ def prompt_from_inputs(
         raise UnsupportedError(unmapped_message(held, "a token map"))
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     check_left_padding(mask)
-    is_question = torch.zeros(ids.shape, dtype=torch.bool)
-    for example, (start, stop) in enumerate(question_spans or ()):
-        if not 0 <= start < stop <= ids.shape[1]:
+    loaded = images_beside(images, len(ids))
+    texts = None if text is None else [text] if isinstance(text, str) else list(text)
+    questions = [question] * len(ids) if question is None or isinstance(question, str) else list(question)
+    for name, given in (("text", texts), ("question", questions)):
+        if given is not None and len(given) != len(ids):
             raise PromptError(
-                f"example {example}: the question span ({start}, {stop}) does not lie in 0 to {ids.shape[1]}"
+                f"{len(given)} {name}(s) for inputs of {len(ids)} prompt(s); expected one for each"
             )
-        is_question[example, start:stop] = True
+    if texts is None:
+        texts, characters = _written_out(processor, ids, mask)
+    else:
+        characters = _checked_again(processor, texts, loaded, inputs)
+    is_question = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, asked in enumerate(questions):
+        if asked is not None:
+            found = occurrences(texts[row], asked)
+            if len(found) != 1:
+                raise PromptError(
+                    f"the question {asked!r} stands {len(found)} times in the prompt of example {row}, {texts[row]!r}; "
+                    "expected once"
+                )
+            is_question[row] = torch.from_numpy(_covered(characters[row], *found[0]))
     tensors = {**inputs, "attention_mask": mask}
-    n = len(ids)
+    sizes = [[image.size for image in own] for own in loaded]
     return Prompt(
         inputs=tensors,
-        token_map=_token_map(processor, layout, tensors, image_sizes, is_question).to(ids.device),
-        questions=[""] * n,
-        images=[[] for _ in range(n)],
-        text=[""] * n,
+        token_map=_token_map(processor, layout, tensors, sizes, is_question).to(ids.device),
+        questions=[each or "" for each in questions],
+        images=loaded,
+        text=texts,
+        offsets=torch.from_numpy(np.stack(characters)).to(ids.device),
         processor=processor_fingerprint(processor),
         pad_id=processor.tokenizer.pad_token_id,
         values_after=values_after(processor),
     )
 
 
-def _warn_of_dropped_alpha(processor: ProcessorMixin, images: list[list[Any]]) -> None:
+def _checked_again(
+    processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]], inputs: Mapping[str, Any]
+) -> list[Characters]:
+    """The characters of each position, of a second call that has to give the same inputs."""
+    side: Any = "left"
+    try:
+        encoded, characters = _process(processor, texts, images, side)
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise PromptError(
+            f"{type(processor).__name__} takes no such text with {list(map(len, images))} image(s): {error}"
+        ) from error
+    for name, value in encoded.items():
+        if not isinstance(value, Tensor) or name not in inputs:
+            continue
+        given = inputs[name]
+        is_same = isinstance(given, Tensor) and given.shape == value.shape
+        if not is_same or not torch.equal(given.to(value), value):
+            raise PromptError(
+                f"the processor gives other inputs for this text and these images: {name} differs. Give the text "
+                "and the images of the call, and pass options of that call to the processor itself"
+            )
+    return characters
+
+
+def _written_out(
+    processor: ProcessorMixin, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+) -> tuple[list[str], list[Characters]]:
+    """The text that the tokens write, one after the other, and the characters of each in it."""
+    texts, characters = [], []
+    for row, real in zip(ids.tolist(), mask.tolist(), strict=True):
+        said, found = "", np.full((len(row), 2), NO_PATCH)
+        pending: list[int] = []
+        first = 0
+        for at, token in enumerate(row):
+            if not real[at]:
+                continue
+            # A character may be written by several tokens.
+            pending.append(token)
+            decoded = processor.tokenizer.decode(pending, clean_up_tokenization_spaces=False)
+            if len(pending) == 1:
+                first = at
+            found[first : at + 1] = len(said), len(said) + len(decoded)
+            if not decoded.endswith("\ufffd"):
+                said, pending = said + decoded, []
+        texts.append(said)
+        characters.append(found)
+    return texts, characters
+
+
+def _warn_of_dropped_alpha(processor: ProcessorMixin, chats: list[Chat]) -> None:
     if drops_alpha(processor) and any(
-        isinstance(image, Image.Image) and is_transparent(image) for own in images for image in own
+        WAS_TRANSPARENT in image.info for chat in chats for image in chat.images
     ):
         warnings.warn(
             f"transparent images were laid over white, as transformers does for other models; plain "
@@ -224,75 +342,15 @@ def _warn_of_dropped_alpha(processor: ProcessorMixin, images: list[list[Any]]) -
         )
 
 
-_NO_LISTS = (str, bytes, os.PathLike, io.IOBase, Mapping, np.ndarray, Tensor)
-"""What can be iterated over and is still no list of images."""
-
-
-def _batch(questions: Any, images: Any) -> tuple[list[str], list[list[Any]]]:
-    if isinstance(images, (str, os.PathLike, Image.Image)):
-        raise PromptError(
-            f"images is a single {type(images).__name__}; expected a list of images: images=[image]"
-        )
-    image_list = [] if images is None else listed("images", images, "a list of images")
-    nested = [isinstance(entry, Iterable) and not isinstance(entry, _NO_LISTS) for entry in image_list]
-    if isinstance(questions, str):
-        if any(nested):
-            raise PromptError("one question takes a flat list of images; a batch takes a list of questions")
-        return [questions], [image_list]
-    question_list = listed("questions", questions, "a question, or a list of questions")
-    for number, question in enumerate(question_list):
-        instance_of(f"question {number}", question, str, "a text")
-    if not question_list:
-        raise PromptError("there is no question: the list of questions is empty")
-    if not image_list:
-        return question_list, [[] for _ in question_list]
-    if not all(nested) or len(image_list) != len(question_list):
-        raise PromptError(
-            f"{len(question_list)} question(s) take a list of {len(question_list)} image lists, one per question; "
-            f"got {len(image_list)} entries, {sum(nested)} of them lists"
-        )
-    return question_list, [
-        listed(f"the images of question {number}", own, "a list of images")
-        for number, own in enumerate(image_list)
-    ]
-
-
-Tokens = tuple[Int[Tensor, " _"], Int[Tensor, "_ 2"]]
-"""Token ids and the characters (start, stop) that each covers."""
-
-
-def _joined(rendered: Sequence[Rendered]) -> list[str]:
-    return [prefix + question + suffix for prefix, question, suffix in rendered]
-
-
-def _laid_out(
-    processor: ProcessorMixin, rendered: Sequence[Rendered], images: list[list[Image.Image]]
-) -> list[Rendered]:
-    """The rendered texts with what the processor adds to them before it expands images (PaliGemma: a start token
-    after the images and a newline at the end)."""
-    _, laid_out, *_ = processor.prepare_inputs_layout(
-        images=[list(own) for own in images] if any(images) else None, text=_joined(rendered)
-    )
-    result = []
-    for (prefix, question, suffix), text in zip(rendered, laid_out, strict=True):
-        before, found, after = text.rpartition(question + suffix)
-        result.append((before, question, suffix + after) if found else (prefix, question, suffix))
-    return result
-
-
 def _process(
-    processor: ProcessorMixin,
-    text: list[str],
-    laid_out: list[str],
-    images: list[list[Image.Image]],
-    padding_side: str,
-) -> tuple[dict[str, Any], list[Tokens]]:
-    """The processor's output, and the tokens of each text laid out, but with images not yet expanded."""
+    processor: ProcessorMixin, text: list[str], images: list[list[Image.Image]], padding_side: str
+) -> tuple[dict[str, Any], list[Characters]]:
+    """The processor's output, and the characters of the texts of each position."""
     tokenizer = processor.tokenizer
     if not tokenizer.is_fast:
         raise PromptError(
-            f"the tokenizer {type(tokenizer).__name__} gives no offsets, which the question's positions are read "
-            "from; load the processor with a fast tokenizer (use_fast=True)"
+            f"the tokenizer {type(tokenizer).__name__} gives no offsets, which positions of texts are read from; load "
+            "the processor with a fast tokenizer (use_fast=True)"
         )
     if len(text) > 1 and tokenizer.pad_token_id is None:
         raise PromptError(
@@ -302,38 +360,17 @@ def _process(
     if tokenizer.bos_token and text[0].startswith(tokenizer.bos_token):
         # The template has written the start token; the tokenizer must not add a second one.
         options["add_special_tokens"] = False
-    encoded = processor(
-        text=list(text),
+    encoded, characters = watched(
+        processor,
+        text,
         images=images if any(images) else None,
         padding=len(text) > 1,
         padding_side=padding_side,
         return_tensors="pt",
         **options,
     )
-    plain = tokenizer(laid_out, return_offsets_mapping=True, **options)
-    tokens = [
-        (torch.tensor(ids), torch.tensor(offsets))
-        for ids, offsets in zip(plain["input_ids"], plain["offset_mapping"], strict=True)
-    ]
     # Labels are for training alone.
-    return {name: value for name, value in encoded.items() if name != "labels"}, tokens
-
-
-def _question_tokens(
-    ids: Int[Tensor, " position"], plain: Tokens, *, n_text: int, n_question: int, n_suffix: int
-) -> Bool[Tensor, " position"] | None:
-    """Which tokens of the expanded text cover the question; None where the two texts do not end alike."""
-    plain_ids, offsets = plain
-    stop = n_text - n_suffix
-    asked = (offsets[:, 0] < stop) & (offsets[:, 1] > stop - n_question) & (offsets[:, 1] > offsets[:, 0])
-    if not bool(asked.any()):
-        return None
-    n_tail = len(plain_ids) - int(asked.int().argmax())
-    if not torch.equal(ids[-n_tail:], plain_ids[-n_tail:]):
-        return None
-    found = torch.zeros(len(ids), dtype=torch.bool)
-    found[-n_tail:] = asked[-n_tail:]
-    return found
+    return {name: value for name, value in encoded.items() if name != "labels"}, characters
 
 
 def _token_map(
@@ -352,20 +389,26 @@ def _token_map(
 
 
 def _warn_of_unknown_words(
-    processor: ProcessorMixin, plain: Tokens, question: str, stop: int, example: int
+    processor: ProcessorMixin,
+    ids: Int[Tensor, " pos"],
+    characters: Characters,
+    text: str,
+    span: TextSpan,
+    example: int,
 ) -> None:
-    """Warn of words of the question that the tokenizer does not know; it ends at character `stop` of the text."""
+    """Warn of words of a text part that the tokenizer does not know."""
     tokenizer = processor.tokenizer
-    ids, offsets = plain
-    start = stop - len(question)
-    inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= stop) & (offsets[:, 1] > offsets[:, 0])
-    unknown = inside & (ids == (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id))
-    words = [question[first - start : last - start] for first, last in offsets[unknown].tolist()]
+    if tokenizer.unk_token_id is None:
+        return
+    inside = (characters[:, 0] >= span.start) & (characters[:, 1] <= span.stop)
+    unknown = inside & (ids.numpy() == tokenizer.unk_token_id)
+    words = [text[start:stop] for start, stop in characters[unknown].tolist()]
     words = [word for word in dict.fromkeys(words) if word != tokenizer.unk_token]
     if words:
         warnings.warn(
-            f"example {example}: the tokenizer does not know {', '.join(map(repr, words))} in the question "
-            f"{question!r}; the model reads {tokenizer.unk_token!r} there, as for every word that it does not know",
+            f"example {example}: the tokenizer does not know {', '.join(map(repr, words))} in the text "
+            f"{text[span.start : span.stop]!r}; the model reads {tokenizer.unk_token!r} there, as for every word that "
+            "it does not know",
             UnknownWordWarning,
-            stacklevel=4,
+            stacklevel=6,
         )

@@ -77,7 +77,7 @@ def copy_score(
     def of_batch(
         model: HookedVLM, prompt: Prompt, spans: Sequence[tuple[int, int]]
     ) -> Float[Tensor, "batch layer head"]:
-        positions = [_question_positions(model, prompt, row, span) for row, span in enumerate(spans)]
+        positions = [_question_positions(prompt, row, span) for row, span in enumerate(spans)]
 
         def credit(row: int, token: int) -> dict[int, float]:
             ids = prompt.inputs["input_ids"][row]
@@ -214,25 +214,13 @@ def _needle_span(example: Example, needle: str) -> tuple[int, int]:
     return found[0]
 
 
-def _question_positions(model: HookedVLM, prompt: Prompt, row: int, span: tuple[int, int]) -> list[int]:
-    """Positions of the tokens that cover a span of the question, counted back from the prompt's end."""
+def _question_positions(prompt: Prompt, row: int, span: tuple[int, int]) -> list[int]:
+    """Positions of the tokens that cover a span of the question."""
     text, question = prompt.text[row], prompt.questions[row]
-    tokenizer = model.tokenizer
-    # As the prompt itself was tokenized (`prompt_making`).
-    writes_start = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    options = {"add_special_tokens": False} if writes_start else {}
-    plain = tokenizer(text, return_offsets_mapping=True, **options)
-    start, stop = (text.rindex(question.strip()) + at for at in span)
+    if prompt.offsets is None or text.count(question.strip()) < 1:
+        raise InvalidValueError(f"the question {question!r} was not found in the prompt: {text!r}")
     shift = len(question) - len(question.lstrip())
-    start, stop = start - shift, stop - shift
-    covered = [
-        index
-        for index, (first, last) in enumerate(plain["offset_mapping"])
-        if first < stop and last > start and last > first
-    ]
-    ids = prompt.inputs["input_ids"][row]
-    n_tail = len(plain["input_ids"]) - covered[0]
-    end = int(prompt.last[row].nonzero()) + 1
-    if ids[end - n_tail : end].tolist() != plain["input_ids"][covered[0] :]:
-        raise InvalidValueError(f"the question {question!r} was not found among the prompt's tokens")
-    return [end - len(plain["input_ids"]) + index for index in covered]
+    start, stop = (text.rindex(question.strip()) + at - shift for at in span)
+    characters = prompt.offsets[row]
+    covered = (characters[:, 0] >= 0) & (characters[:, 0] < stop) & (characters[:, 1] > start)
+    return (covered & prompt.token_map.is_question[row]).nonzero().flatten().tolist()

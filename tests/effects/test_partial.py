@@ -18,7 +18,8 @@ import mmlens
 from mmlens import internals
 from mmlens.effects import partial
 from mmlens.effects.partial import CleanKeys, CleanRun, NotExactError, _cut, _cuts
-from mmlens.interventions.edits import Edit, Positions
+from mmlens.interventions.edits import Edit
+from mmlens.model.choosing import Positions
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Hook, HookNeverFiredError
 from mmlens.model.prompt import Prompt

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mmlens.effects.partial import CleanRun, NotExactError
 from mmlens.effects.plan import Start, groups_of, reuse_of, start_of
-from mmlens.interventions.edits import Edit, Positions
+from mmlens.interventions.edits import Edit
+from mmlens.model.choosing import Positions
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Hook
 from mmlens.model.prompt import Prompt

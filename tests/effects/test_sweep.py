@@ -13,7 +13,8 @@ from tiny.wrapped import family_prompt, hooked_family, largest_logit
 from torch import Tensor
 
 from mmlens.effects.sweeps import reuse_table, sweep
-from mmlens.interventions.edits import Edit, Positions
+from mmlens.interventions.edits import Edit
+from mmlens.model.choosing import Positions
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Intervention, NoChangeWarning
 from mmlens.model.prompt import Prompt

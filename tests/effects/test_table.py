@@ -19,8 +19,9 @@ import mmlens
 from mmlens.effects.partial import CleanRun
 from mmlens.effects.sweeps import reuse_table, sweep
 from mmlens.interventions.composition import relay
-from mmlens.interventions.edits import Edit, Positions
+from mmlens.interventions.edits import Edit
 from mmlens.metrics.outcomes import reads
+from mmlens.model.choosing import Positions
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Hook, HookNeverFiredError, Intervention, NoChangeWarning
 from mmlens.model.prompt import Prompt

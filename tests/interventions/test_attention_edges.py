@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 import mmlens
 from mmlens.interventions.attention_edges import bias_attention, knockout, scale_heads
 from mmlens.interventions.composition import during
-from mmlens.interventions.edits import Edit, EditContext, if_any
+from mmlens.interventions.edits import Edit, EditContext
+from mmlens.model.choosing import if_any
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import NoChangeWarning
 from mmlens.model.prompt import Prompt

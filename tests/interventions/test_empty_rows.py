@@ -12,7 +12,8 @@ from torch import Tensor
 import mmlens
 from mmlens.data.examples import Example
 from mmlens.interventions.ablation import mean_activations
-from mmlens.interventions.edits import Edit, if_any, positions_mask
+from mmlens.interventions.edits import Edit
+from mmlens.model.choosing import if_any, positions_mask
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Intervention
 from mmlens.model.prompt import Prompt

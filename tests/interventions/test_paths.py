@@ -17,8 +17,9 @@ from torch import Tensor
 
 import mmlens
 from mmlens.data.scenes import scene_examples
-from mmlens.interventions.edits import Edit, positions_mask
+from mmlens.interventions.edits import Edit
 from mmlens.interventions.paths import path_patch
+from mmlens.model.choosing import positions_mask
 from mmlens.model.hooks import NoChangeWarning, UnknownHookError
 from mmlens.model.prompt import Prompt
 

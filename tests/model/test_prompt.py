@@ -14,7 +14,7 @@ from tiny import REPRESENTATIVES, tiny_images, tiny_model, tiny_processor
 from mmlens.data import images
 from mmlens.data.examples import Example
 from mmlens.data.images import load_image
-from mmlens.errors import PromptError
+from mmlens.errors import MmlensWarning, PromptError
 from mmlens.families.catalog import family_of
 from mmlens.model.prompt import Prompt, check_left_padding
 from mmlens.model.prompt_answers import with_answers
@@ -96,7 +96,7 @@ def test_batch_is_padded_left_whatever_the_tokenizer_says() -> None:
     with pytest.raises(PromptError, match="example 0 is padded on the right"):
         check_left_padding(right.inputs["attention_mask"])
     with pytest.raises(PromptError, match="example 0 is padded on the right"):
-        prompt_from_inputs(processor, family_of("qwen3_vl").layout, right.inputs, [[], []])
+        prompt_from_inputs(processor, family_of("qwen3_vl").layout, right.inputs)
 
 
 @pytest.mark.parametrize("family", REPRESENTATIVES)
@@ -104,17 +104,26 @@ def test_prompt_from_inputs_gives_the_same_map(family: str) -> None:
     processor = tiny_processor(family)
     images = tiny_images(3)
     prompt = _prompt(family, ["a?", "What colour is K?"], [images[:1], images[1:]], processor)
-    spans = []
-    for row in prompt.token_map.is_question:
-        at = torch.nonzero(row).flatten()
-        spans.append((int(at[0]), int(at[-1]) + 1))
-    sizes = [[image.size for image in own] for own in prompt.images]
-    again = prompt_from_inputs(processor, family_of(family).layout, prompt.inputs, sizes, spans)
-    for name in ("image", "tile", "row", "col", "is_question", "is_padding"):
-        assert torch.equal(getattr(again.token_map, name), getattr(prompt.token_map, name))
-    torch.testing.assert_close(again.token_map.boxes, prompt.token_map.boxes, equal_nan=True)
-    with pytest.raises(PromptError, match=re.escape("the question span (0, 999) does not lie in")):
-        prompt_from_inputs(processor, family_of(family).layout, prompt.inputs, sizes, [(0, 999), (0, 1)])
+    for text in (None, prompt.text):
+        again = prompt_from_inputs(
+            processor,
+            family_of(family).layout,
+            prompt.inputs,
+            [images[:1], images[1:]],
+            text=text,
+            question=["a?", "What colour is K?"],
+        )
+        for name in ("image", "tile", "row", "col", "is_question", "is_padding"):
+            assert torch.equal(getattr(again.token_map, name), getattr(prompt.token_map, name))
+        torch.testing.assert_close(again.token_map.boxes, prompt.token_map.boxes, equal_nan=True)
+        assert torch.equal(again.last, prompt.last)
+    layout, own = family_of(family).layout, [images[:1], images[1:]]
+    with pytest.raises(PromptError, match=re.escape("the question 'Why?' stands 0 times in the prompt")):
+        prompt_from_inputs(processor, layout, prompt.inputs, own, question="Why?")
+    with pytest.raises(PromptError, match="other inputs for this text and these images: input_ids differs"):
+        prompt_from_inputs(processor, layout, prompt.inputs, own, text=[prompt.text[0], prompt.text[1] + "."])
+    with pytest.raises(PromptError, match=r"1 text\(s\) for inputs of 2 prompt\(s\)"):
+        prompt_from_inputs(processor, layout, prompt.inputs, own, text=prompt.text[:1])
 
 
 def test_to_moves_everything_and_device_is_taken() -> None:
@@ -143,24 +152,41 @@ def test_empty_question(question: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("''", "shows the question 0 times"),
-        ("part['text'] + part['text']", "shows the question 2 times"),
-        ("part['text'] | upper | replace('K', 'k')", "shows the question 1 times|altered it"),
-        ("part['text'] | replace('colour', 'color')", "altered it"),
+        ("''", "drops or alters the text of part 1 of turn 0"),
+        ("part['text'] | upper | replace('K', 'k')", "drops or alters"),
+        ("part['text'] | replace('colour', 'color')", "drops or alters"),
     ],
 )
-def test_a_template_that_drops_repeats_or_alters_the_question(text: str, message: str) -> None:
+def test_a_template_that_drops_or_alters_the_question(text: str, message: str) -> None:
     processor = tiny_processor("qwen2_5_vl")
     processor.chat_template = processor.chat_template.replace("{{ part['text'] }}", "{{ " + text + " }}")
     with pytest.raises(PromptError, match=message):
         _prompt("qwen2_5_vl", "What colour is K?", tiny_images(1), processor)
 
 
-def test_a_template_for_plain_strings_is_refused() -> None:
+def test_a_template_that_repeats_the_question() -> None:
+    """Both places are the question's."""
+    processor = tiny_processor("qwen2_5_vl")
+    twice = "{{ part['text'] + ' ' + part['text'] }}"
+    processor.chat_template = processor.chat_template.replace("{{ part['text'] }}", twice)
+    with pytest.warns(MmlensWarning, match=r"writes the text of part 1 of turn 0 \(user\) 2 times"):
+        prompt = _prompt("qwen2_5_vl", "What colour is K?", tiny_images(1), processor)
+    ids = prompt.inputs["input_ids"][0][prompt.token_map.is_question[0]]
+    assert processor.tokenizer.decode(ids).count("colour") == 2
+
+
+def test_a_template_for_plain_strings_takes_no_images_as_parts() -> None:
     processor = tiny_processor("llava")
     processor.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    with pytest.raises(PromptError, match="does not take message content as a list of parts"):
-        _prompt("llava", "What colour is K?", processor=processor)
+    with pytest.warns(MmlensWarning, match=r"turn\(s\) 0 was given to the chat template in its other form"):
+        prompt = _prompt("llava", "What colour is K?", processor=processor)
+    assert prompt.text == ["What colour is K?"]
+    with pytest.raises(PromptError, match="drops or alters the text of part 1 of turn 0"):
+        _prompt("llava", "What colour is K?", tiny_images(1), processor)
+    # A placeholder in the text places an image that is given beside it.
+    chat = [{"role": "user", "content": "<image>\nWhat colour is K?"}]
+    placed = _prompt("llava", chat, tiny_images(1), processor)
+    assert int(placed.token_map.is_image.sum()) > 0 and placed.questions == ["<image>\nWhat colour is K?"]
 
 
 def test_a_processor_without_template_or_fast_tokenizer_or_padding() -> None:
@@ -194,7 +220,7 @@ def test_batches_of_other_lengths_and_nesting() -> None:
         (["a", "b"], images, "take a list of 2 image lists"),
         ("a", [images], "one question takes a flat list of images"),
         ("a", "page.png", "expected a list of images"),
-        ([], [], "the list of questions is empty"),
+        ([], [], "there is no question: the list of questions, or the chat, is empty"),
     ):
         with pytest.raises(PromptError, match=message):
             _prompt("llava", questions, own)

@@ -26,7 +26,7 @@ from mmlens.metrics.outcomes import (
     logit_difference,
     logit_difference_of,
 )
-from mmlens.model.chat_template import answer_start_of
+from mmlens.model.answer_start import answer_start_of
 from mmlens.model.prompt import Prompt
 from mmlens.model.prompt_answers import with_answers
 from mmlens.model.prompt_making import make_prompt
@@ -210,7 +210,7 @@ def test_unknown_words_are_named(micro: mmlens.HookedVLM) -> None:
             call()
     unknown = micro.tokenizer.unk_token
     assert micro.to_single_token(unknown) == micro.tokenizer.unk_token_id  # asked for by name
-    with pytest.warns(MmlensWarning, match="example 1: the tokenizer does not know 'shade' in the question"):
+    with pytest.warns(MmlensWarning, match="example 1: the tokenizer does not know 'shade' in the text"):
         micro.prompt(["What colour is K", "What shade is K"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
