@@ -255,19 +255,7 @@ class TokenMap(BoxScales):
 
         Raises InvalidValueError where the map knows no chat, or no chat has the role.
         """
-        known = list(dict.fromkeys(each for own in self.roles for each in own))
-        if role not in known:
-            raise InvalidValueError(
-                unknown_name_message("role", role, known)
-                if known
-                else f"role {role!r}: the prompt knows no chat"
-            )
-        numbers = [
-            torch.tensor([at for at, each in enumerate(own) if each == role] or [-2]) for own in self.roles
-        ]
-        return torch.stack(
-            [torch.isin(own, at.to(own.device)) for own, at in zip(self.turn, numbers, strict=True)]
-        )
+        return _of_role(self, role)
 
     def __len__(self) -> int:
         return self.image.shape[0]
@@ -280,7 +268,7 @@ class TokenMap(BoxScales):
     def to(self, device: torch.device | str) -> TokenMap:
         """The same map with its arrays on `device`."""
         device = device_of(device)
-        moved = {
+        moved: dict[str, Any] = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)
             if field.name not in ("grids", "videos", "roles")
@@ -427,42 +415,7 @@ class TokenMap(BoxScales):
             raise OutOfRangeError(
                 f"position {position} is outside the prompt of {length} positions (0 to {length - 1})"
             )
-        at = (example, position)
-        turn = int(self.turn[at])
-        said: dict[str, Any] = {}
-        if turn != NO_PATCH:
-            said = {"turn": turn, "role": self.roles[example][turn], "part": int(self.part[at])}
-        if not bool(self.is_image[at]):
-            kind: Literal["text", "question", "template", "answer", "padding"] = "text"
-            if bool(self.is_padding[at]):
-                kind = "padding"
-            elif bool(self.is_question[at]):
-                kind = "question"
-            elif bool(self.is_answer[at]):
-                kind = "answer"
-            elif self.roles and turn == NO_PATCH:
-                kind = "template"
-            return Place(kind, **said)
-        image, video, tile = (_number(column[at]) for column in (self.image, self.video, self.tile))
-        first, last = self.frames[at].tolist()
-        seen = Place(
-            "separator",
-            image,
-            tile,
-            video=video,
-            frames=None if first == NO_PATCH else (first, last),
-            **said,
-        )
-        if int(self.row[at]) == NO_PATCH:
-            return seen if tile is None else dataclasses.replace(seen, kind="query")
-        left, top, right, bottom = self.boxes[at].tolist()
-        return dataclasses.replace(
-            seen,
-            kind="patch",
-            row=int(self.row[at]),
-            col=int(self.col[at]),
-            box=(left, top, right, bottom),
-        )
+        return _place(self, example, position)
 
     def labels(self, example: int = 0) -> list[str | None]:
         """A name for every visual position of an example, None at text and padding.
@@ -479,20 +432,7 @@ class TokenMap(BoxScales):
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per example and position: the arrays of the map as columns."""
-        batch, length = self.image.shape
-        table = {
-            "example": np.repeat(np.arange(batch), length),
-            "position": np.tile(np.arange(length), batch),
-        }
-        for name in ("turn", "part", "image", "video", "tile", "row", "col"):
-            table[name] = getattr(self, name).cpu().numpy().reshape(-1)
-        spans = self.frames.cpu().numpy().reshape(-1, 2)
-        table |= {name: spans[:, i] for i, name in enumerate(("first_frame", "last_frame"))}
-        edges = self.boxes.cpu().numpy().reshape(-1, 4)
-        table |= {name: edges[:, i] for i, name in enumerate(("left", "top", "right", "bottom"))}
-        for name in ("is_image", "is_padding", "is_question", "is_answer"):
-            table[name] = getattr(self, name).cpu().numpy().reshape(-1)
-        return pd.DataFrame(table)
+        return _table(self)
 
     # ------------------------------------------------------------------ plumbing
 
@@ -585,6 +525,79 @@ def _paper_floor(token_map: TokenMap, image: int, example: int, box: Box) -> Boo
     positions = torch.nonzero(token_map.image[example] == image).flatten()
     hit[positions[(patches // 4).unique().to(positions.device)]] = True
     return hit
+
+
+def _place(token_map: TokenMap, example: int, position: int) -> Place:
+    """What stands at a position that there is."""
+    at = (example, position)
+    turn = int(token_map.turn[at])
+    said: dict[str, Any] = {}
+    if turn != NO_PATCH:
+        said = {"turn": turn, "role": token_map.roles[example][turn], "part": int(token_map.part[at])}
+    if not bool(token_map.is_image[at]):
+        kind: Literal["text", "question", "template", "answer", "padding"] = "text"
+        if bool(token_map.is_padding[at]):
+            kind = "padding"
+        elif bool(token_map.is_question[at]):
+            kind = "question"
+        elif bool(token_map.is_answer[at]):
+            kind = "answer"
+        elif token_map.roles and turn == NO_PATCH:
+            kind = "template"
+        return Place(kind, **said)
+    image, video, tile = (
+        _number(column[at]) for column in (token_map.image, token_map.video, token_map.tile)
+    )
+    first, last = token_map.frames[at].tolist()
+    seen = Place(
+        "separator",
+        image,
+        tile,
+        video=video,
+        frames=None if first == NO_PATCH else (first, last),
+        **said,
+    )
+    if int(token_map.row[at]) == NO_PATCH:
+        return seen if tile is None else dataclasses.replace(seen, kind="query")
+    left, top, right, bottom = token_map.boxes[at].tolist()
+    return dataclasses.replace(
+        seen,
+        kind="patch",
+        row=int(token_map.row[at]),
+        col=int(token_map.col[at]),
+        box=(left, top, right, bottom),
+    )
+
+
+def _of_role(token_map: TokenMap, role: str) -> Bool[Tensor, "batch pos"]:
+    known = list(dict.fromkeys(each for own in token_map.roles for each in own))
+    if role not in known:
+        raise InvalidValueError(
+            unknown_name_message("role", role, known) if known else f"role {role!r}: the prompt knows no chat"
+        )
+    numbers = [
+        torch.tensor([at for at, each in enumerate(own) if each == role] or [-2]) for own in token_map.roles
+    ]
+    return torch.stack(
+        [torch.isin(own, at.to(own.device)) for own, at in zip(token_map.turn, numbers, strict=True)]
+    )
+
+
+def _table(token_map: TokenMap) -> pd.DataFrame:
+    batch, length = token_map.image.shape
+    table = {
+        "example": np.repeat(np.arange(batch), length),
+        "position": np.tile(np.arange(length), batch),
+    }
+    for name in ("turn", "part", "image", "video", "tile", "row", "col"):
+        table[name] = getattr(token_map, name).cpu().numpy().reshape(-1)
+    spans = token_map.frames.cpu().numpy().reshape(-1, 2)
+    table |= {name: spans[:, i] for i, name in enumerate(("first_frame", "last_frame"))}
+    edges = token_map.boxes.cpu().numpy().reshape(-1, 4)
+    table |= {name: edges[:, i] for i, name in enumerate(("left", "top", "right", "bottom"))}
+    for name in ("is_image", "is_padding", "is_question", "is_answer"):
+        table[name] = getattr(token_map, name).cpu().numpy().reshape(-1)
+    return pd.DataFrame(table)
 
 
 def _labels(token_map: TokenMap, example: int) -> list[str | None]:

@@ -76,9 +76,11 @@ def watched(
     """
     record = _Record()
     tokenizer = copy.copy(processor.tokenizer)
-    tokenizer.__class__ = _watched_tokenizer(type(processor.tokenizer))
-    twin = copy.copy(processor)
-    twin.__class__ = _watched_processor(type(processor))
+    tokenizer_class: Any = type(processor.tokenizer)
+    tokenizer.__class__ = _watched_tokenizer(tokenizer_class)
+    twin: Any = copy.copy(processor)
+    processor_class: Any = type(processor)
+    twin.__class__ = _watched_processor(processor_class)
     twin.tokenizer = tokenizer
     twin.watch_record = tokenizer.watch_record = record
     encoded = twin(text=list(text), **options)

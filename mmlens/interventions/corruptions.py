@@ -69,7 +69,7 @@ def corrupted_prompt(
     if prompt_of(prompt).messages is None:
         raise CorruptionError(
             "the prompt does not hold its questions and images, so it cannot be made again: make it with "
-            "model.prompt(...) or model.prompt_examples(...)"
+            "model.prompt(...) or model.prompt_examples(...), or give model.prompt_from_inputs the text too: text=..."
         )
     for name, given in (("question(s)", questions), ("image list(s)", images)):
         if given is not None and len(given) != len(prompt):

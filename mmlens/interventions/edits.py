@@ -18,6 +18,7 @@ from mmlens.arguments import called, shown
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.hook_names import axes_of, head_axis, position_axis, runs_over_positions
 from mmlens.model.checked_hooks import CountedHook
+from mmlens.model.choosing import IfAny, Positions, check_each_example, positions_mask
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.hooks import Hook, Intervention, hooks_in
 from mmlens.model.prompt import Prompt, prompt_of

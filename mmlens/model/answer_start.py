@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
-from mmlens.model.chat import parts_of
+from mmlens.model.chat import RENDERED, parts_of
 
 _LEFT, _RIGHT = "\ue000", "\ue001"
 _ANSWERED = f"{_LEFT}ANSWERGOESHERE{_RIGHT}"
@@ -36,7 +36,7 @@ def answer_start_of(
     """
     if not getattr(processor, "chat_template", None) or not text.strip():
         return ""
-    chat = list(messages or _ASKED)
+    chat = list(_ASKED if not messages or messages[0]["role"] == RENDERED else messages)
     if chat[-1]["role"] == "assistant":
         return " " if text[-1].isalnum() or text[-1] in ".,:;?!" else ""
     written = _written(processor, chat, options or {})

@@ -29,6 +29,8 @@ from mmlens.data.images import is_transparent, load_image
 from mmlens.errors import PromptError
 
 Message = dict[str, Any]
+RENDERED = "rendered"
+"""The role of the one message of a chat that is not known: its content is what a chat template made of it."""
 ROLES = ("system", "user", "assistant", "tool", "developer")
 """Roles that any chat template may know; others count where the template itself names them."""
 
@@ -85,7 +87,12 @@ class Chat:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return tuple(message["role"] for message in self.messages)
+        return () if self.is_rendered else tuple(message["role"] for message in self.messages)
+
+    @property
+    def is_rendered(self) -> bool:
+        """Whether only the rendered text is known, and not the chat."""
+        return self.messages[0]["role"] == RENDERED
 
     @property
     def is_continued(self) -> bool:
@@ -235,6 +242,19 @@ def images_beside(images: Any, n: int) -> list[list[Image.Image]]:
     ]
 
 
+def rendered_chat(text: str, images: list[Image.Image], question: str | None, where: str) -> Chat:
+    """What stands for a chat of which only the rendered text is known.
+
+    Raises PromptError where the question does not stand in the text once.
+    """
+    times = 1 if question is None else text.count(question)
+    if times != 1 or (question is not None and not question.strip()):
+        raise PromptError(
+            f"the question {question!r} stands {times} times in the prompt of {where}, {text!r}; expected once"
+        )
+    return Chat([{"role": RENDERED, "content": text, QUESTION: question, UNPLACED: images}])
+
+
 def _with_unplaced(messages: list[Message], images: list[Image.Image]) -> list[Message]:
     return [{**messages[0], UNPLACED: images}, *messages[1:]]
 
@@ -242,6 +262,9 @@ def _with_unplaced(messages: list[Message], images: list[Image.Image]) -> list[M
 def _message(message: Any, turn: int, beside: Any, where: str, extra_roles: str) -> Message:
     name = f"{where}, turn {turn}"
     role = message["role"]
+    if role == RENDERED and UNPLACED in message:
+        # Of a prompt that was made of inputs, and is made again.
+        return dict(message)
     if not isinstance(role, str) or (
         role not in ROLES and not re.search(rf"['\"]{re.escape(role)}['\"]", extra_roles)
     ):
@@ -386,6 +409,8 @@ def asked_texts(chat: Chat) -> list[tuple[Place, str | None]]:
 
 def question_of(chat: Chat) -> str:
     """The question as a text; "" where the chat asks none."""
+    if chat.is_rendered:
+        return chat.messages[0][QUESTION] or ""
     texts = {place: part["text"] for place, part in chat.parts("text")}
     return " ".join(texts[place] if said is None else said for place, said in asked_texts(chat))
 
@@ -399,6 +424,8 @@ def exchanged(
     """
     chat = Chat(list(messages))
     made = list(chat.messages)
+    if question is not None and not question.strip():
+        raise PromptError(f"the question is empty ({question!r})")
     if question is not None:
         places = asked_texts(chat)
         if len(places) != 1:

@@ -59,7 +59,7 @@ def answered(
         )
     if answer_start is None:
         template = configured(processor, prompt.options)[1]
-        chats = prompt.messages or [None] * len(prompt)
+        chats: Any = prompt.messages or [None] * len(prompt)
         starts = [
             answer_start_of(processor, text, chat, template)
             for text, chat in zip(prompt.text, chats, strict=True)

@@ -30,7 +30,15 @@ from mmlens.families.placeholders import (
     values_after,
 )
 from mmlens.families.watched import Characters, watched
-from mmlens.model.chat import WAS_TRANSPARENT, Chat, asked_texts, chats_of, images_beside, question_of
+from mmlens.model.chat import (
+    WAS_TRANSPARENT,
+    Chat,
+    asked_texts,
+    chats_of,
+    images_beside,
+    question_of,
+    rendered_chat,
+)
 from mmlens.model.choosing import occurrences
 from mmlens.model.fingerprints import processor_fingerprint
 from mmlens.model.prompt import Prompt, check_left_padding
@@ -202,6 +210,10 @@ def _covered(characters: Characters, start: int, stop: int) -> Bool[np.ndarray, 
 def _question_spans(chat: Chat, rendered: Rendered) -> list[tuple[int, int]]:
     """The characters of the question."""
     found = []
+    if chat.is_rendered:
+        said = question_of(chat)
+        start = rendered.text.index(said)
+        return [(start, start + len(said))] if said else []
     for place, said in asked_texts(chat):
         for span in rendered.span_of(place):
             if said is None:
@@ -252,57 +264,59 @@ def prompt_from_inputs(
             raise PromptError(
                 f"{len(given)} {name}(s) for inputs of {len(ids)} prompt(s); expected one for each"
             )
+    own = {**inputs, "attention_mask": mask}
     if texts is None:
-        texts, characters = _written_out(processor, ids, mask)
-    else:
-        characters = _checked_again(processor, texts, loaded, inputs)
+        return _unread(processor, layout, own, loaded, questions)
+    chats = [
+        rendered_chat(each, images, asked, f"example {row}")
+        for row, (each, images, asked) in enumerate(zip(texts, loaded, questions, strict=True))
+    ]
+    rendered = [render(processor, chat, {}) for chat in chats]
+    again = _assembled(processor, layout, chats, rendered, "left")
+    for name, value in again.inputs.items():
+        given = inputs.get(name)
+        if isinstance(value, Tensor) and isinstance(given, Tensor):
+            is_same = given.shape == value.shape and torch.equal(given.to(value), value)
+            if not is_same:
+                raise PromptError(
+                    f"the processor gives other inputs for this text and these images: {name} differs. Give the text "
+                    "and the images of the call, and set the options of that call on the processor itself"
+                )
+    return replace(again, inputs=own).to(ids.device)
+
+
+def _unread(
+    processor: ProcessorMixin,
+    layout: Layout,
+    inputs: dict[str, Any],
+    images: list[list[Image.Image]],
+    questions: Sequence[str | None],
+) -> Prompt:
+    """The prompt of inputs whose text is known by their tokens alone."""
+    ids = inputs["input_ids"]
+    texts, characters = _written_out(processor, ids, inputs["attention_mask"])
     is_question = torch.zeros(ids.shape, dtype=torch.bool)
     for row, asked in enumerate(questions):
         if asked is not None:
             found = occurrences(texts[row], asked)
             if len(found) != 1:
                 raise PromptError(
-                    f"the question {asked!r} stands {len(found)} times in the prompt of example {row}, {texts[row]!r}; "
-                    "expected once"
+                    f"the question {asked!r} stands {len(found)} times in the prompt of example {row}, "
+                    f"{texts[row]!r}; expected once"
                 )
             is_question[row] = torch.from_numpy(_covered(characters[row], *found[0]))
-    tensors = {**inputs, "attention_mask": mask}
-    sizes = [[image.size for image in own] for own in loaded]
+    sizes = [[image.size for image in own] for own in images]
     return Prompt(
-        inputs=tensors,
-        token_map=_token_map(processor, layout, tensors, sizes, is_question).to(ids.device),
+        inputs=inputs,
+        token_map=_token_map(processor, layout, inputs, sizes, is_question).to(ids.device),
         questions=[each or "" for each in questions],
-        images=loaded,
+        images=images,
         text=texts,
         offsets=torch.from_numpy(np.stack(characters)).to(ids.device),
         processor=processor_fingerprint(processor),
         pad_id=processor.tokenizer.pad_token_id,
         values_after=values_after(processor),
     )
-
-
-def _checked_again(
-    processor: ProcessorMixin, texts: list[str], images: list[list[Image.Image]], inputs: Mapping[str, Any]
-) -> list[Characters]:
-    """The characters of each position, of a second call that has to give the same inputs."""
-    side: Any = "left"
-    try:
-        encoded, characters = _process(processor, texts, images, side)
-    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise PromptError(
-            f"{type(processor).__name__} takes no such text with {list(map(len, images))} image(s): {error}"
-        ) from error
-    for name, value in encoded.items():
-        if not isinstance(value, Tensor) or name not in inputs:
-            continue
-        given = inputs[name]
-        is_same = isinstance(given, Tensor) and given.shape == value.shape
-        if not is_same or not torch.equal(given.to(value), value):
-            raise PromptError(
-                f"the processor gives other inputs for this text and these images: {name} differs. Give the text "
-                "and the images of the call, and pass options of that call to the processor itself"
-            )
-    return characters
 
 
 def _written_out(

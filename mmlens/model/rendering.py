@@ -60,6 +60,8 @@ def render(
     Raises PromptError for a processor without a chat template, a chat that the template refuses, and a text that it
     drops or alters. Warns (MmlensWarning) where it writes a text twice, or parts in another order than the chat's.
     """
+    if chat.is_rendered:
+        return Rendered(chat.messages[0]["content"], [])
     if not getattr(processor, "chat_template", None):
         raise PromptError(
             f"the processor {type(processor).__name__} has no chat template; set processor.chat_template to the "

@@ -125,7 +125,7 @@ def test_what_reads_which_positions_are_images_refuses_a_clip(family: str) -> No
         with refused:
             model.run_with_cache(inputs, names_filter=name)
     with refused:
-        prompt_from_inputs(model.processor, model.family.layout, inputs, [[]], [(0, 1)])
+        prompt_from_inputs(model.processor, model.family.layout, inputs)
     _, cache = model.run_with_cache(inputs)
     with refused:
         _ = cache.image_mask

@@ -469,8 +469,7 @@ def test_answers_set_by_hand_are_kept() -> None:
 def test_prompts_that_cannot_be_made_again_are_refused() -> None:
     model = hooked("llava")
     prompt = padded_prompt(model)
-    sizes = [[image.size for image in own] for own in prompt.images]
-    bare = prompt_from_inputs(model.processor, model.family.layout, prompt.inputs, sizes)
+    bare = prompt_from_inputs(model.processor, model.family.layout, prompt.inputs, prompt.images)
     with pytest.raises(CorruptionError, match="does not hold its questions and images"):
         other_question("Where?")(model, bare)
     with pytest.raises(IndexError, match="image 0 of example 0: the example has no image"):
@@ -535,13 +534,13 @@ def test_padding_on_the_other_side_is_a_difference() -> None:
     rolled = {
         field.name: getattr(prompt.token_map, field.name).clone()
         for field in dataclasses.fields(prompt.token_map)
-        if field.name != "grids"
+        if isinstance(getattr(prompt.token_map, field.name), torch.Tensor)
     }
     n_padding = int(prompt.token_map.is_padding[1].sum())
     for values in rolled.values():
         values[1] = values[1].roll(-n_padding, 0)
     other = dataclasses.replace(prompt, token_map=dataclasses.replace(prompt.token_map, **rolled))
-    assert layout_difference(prompt, other) == "position 0 of example 1 is padding and text"
+    assert layout_difference(prompt, other) == "position 0 of example 1 is padding and template"
 
 
 # ---------------------------------------------------------------------- noise

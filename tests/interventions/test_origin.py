@@ -100,14 +100,14 @@ def test_beams_and_encoded_sources_are_no_other_prompt(micro: HookedVLM, example
 
 
 def test_inputs_that_the_processor_made_are_told_apart_too(micro: HookedVLM, examples: list[Example]) -> None:
-    """`prompt_from_inputs` holds no images, only what the model is given of them."""
+    """Prompts of `prompt_from_inputs` too."""
     made = [micro.prompt_examples(examples), same_text_other_images(micro, examples)]
     one, other = (
         prompt_from_inputs(
             micro.processor,
             micro.family.layout,
             each.inputs,
-            [[image.size for image in own] for own in each.images],
+            each.images,
         )
         for each in made
     )
