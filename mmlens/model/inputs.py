@@ -84,7 +84,7 @@ class InputMethods:
 
     def prompt_from_inputs(
         self,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, Tensor],
         images: Sequence[Any] | None = (),
         *,
         text: str | Sequence[str] | None = None,

@@ -229,7 +229,7 @@ def _question_spans(chat: Chat, rendered: Rendered) -> list[tuple[int, int]]:
 def prompt_from_inputs(
     processor: ProcessorMixin,
     layout: Layout,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Tensor],
     images: Sequence[Any] | None = (),
     *,
     text: str | Sequence[str] | None = None,

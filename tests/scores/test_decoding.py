@@ -163,14 +163,14 @@ def test_needles_are_found_behind_images(family: str) -> None:
     example = Example("Is it yellow, or red? Then say what it is.", "red", (a, b), (Evidence(0),))
     prompt = model.prompt([example.question, "Where?"], [[a, b], [c]])
     start = example.question.index("red")
-    found = _question_positions(model, prompt, 0, (start, start + 3))
+    found = _question_positions(prompt, 0, (start, start + 3))
     text = model.tokenizer.decode(prompt.inputs["input_ids"][0][found])
     assert "red" in text
     assert len(text.strip()) <= len("red?")
     assert bool(prompt.token_map.is_question[0][found].all())
     shorter = model.prompt([example.question], [[a, b]])
     shift = prompt.shape[1] - shorter.shape[1]
-    assert found == [at + shift for at in _question_positions(model, shorter, 0, (start, start + 3))]
+    assert found == [at + shift for at in _question_positions(shorter, 0, (start, start + 3))]
 
 
 def test_steps_after_the_end_do_not_count(micro: HookedVLM) -> None:
