@@ -105,7 +105,8 @@ def _characters(
         own = tokens.encodings[row] if tokens.encodings and len(texts) == len(encoded["input_ids"]) else None
         if own is not None and own.ids == ids:
             offsets = np.array(own.offsets, dtype=np.int64).reshape(-1, 2)
-            before, replacements = (text, None)
+            # Where nothing was recorded, the processor wrote the images' tokens in a way of its own.
+            before, replacements = texts[row], None
             if record.replaced and len(record.replaced[0].replacements) == len(texts):
                 before, replacements = record.replaced[0].texts[row], record.replaced[0].replacements[row]
             found = _through(offsets, texts[row], before, replacements, text)
@@ -140,10 +141,14 @@ def _through(
     if len(expanded) - new_last != len(before) - last:
         return None
     where[new_last : len(expanded)] = plain[last:]
+    found = np.stack([where[offsets[:, 0], 0], where[np.maximum(offsets[:, 1] - 1, 0), 1]], axis=1)
     has_any = offsets[:, 1] > offsets[:, 0]
-    first, final = where[offsets[:, 0]], where[np.maximum(offsets[:, 1] - 1, 0)]
-    known = has_any & (first[:, 0] >= 0) & (final[:, 1] >= 0)
-    return np.where(known[:, None], np.stack([first[:, 0], final[:, 1]], axis=1), NOWHERE)
+    # Of some tokens the processor wrote a part, such as the space before a word.
+    for token in np.flatnonzero(has_any & (found < 0).any(1)):
+        inside = where[offsets[token, 0] : offsets[token, 1]]
+        inside = inside[inside[:, 0] >= 0]
+        found[token] = (inside[0, 0], inside[-1, 1]) if len(inside) else NOWHERE
+    return np.where(has_any[:, None], found, NOWHERE)
 
 
 def _in_text(before: str, text: str) -> Int[np.ndarray, " character"] | None:
