@@ -36,6 +36,7 @@ from mmlens.metrics import logit_difference as logit_difference
 from mmlens.model import HookedVLM as HookedVLM
 from mmlens.model import Prompt as Prompt
 from mmlens.model import from_bridge as from_bridge
+from mmlens.model import positions as positions
 from mmlens.scores import attention_mass as attention_mass
 from mmlens.scores import ram as ram
 

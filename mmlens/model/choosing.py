@@ -138,7 +138,7 @@ def _mask_of(prompt: Prompt, positions: Mask | str | Callable[[Prompt], Mask]) -
 
 # ---------------------------------------------------------------------- by text, turn, image
 
-_NARROWING = ("text", "occurrence", "role", "turn", "part", "image", "box")
+_NARROWING = ("text", "occurrence", "role", "turn", "part", "image", "video", "frames", "box")
 
 
 def positions(among: Positions = None, **narrowed: Any) -> Callable[[Prompt], Mask]:
@@ -167,23 +167,33 @@ def chosen_positions(
     turn: int | None = None,
     part: int | None = None,
     image: int | None = None,
+    video: int | None = None,
+    frames: tuple[int, int] | None = None,
     box: Sequence[float] | None = None,
 ) -> Mask:
     """The positions of all that is said, together: a boolean mask [batch, pos]; see `Prompt.positions`."""
     token_map = prompt.token_map
-    mask = ~token_map.is_padding if among is None else _mask_of(prompt, among).to(token_map.device)
+    given = ~token_map.is_padding if among is None else _mask_of(prompt, among).to(token_map.device)
+    mask = given.clone()
     if role is not None:
         mask = mask & token_map.role(role)
     if turn is not None:
         mask = mask & _of_turn(prompt, whole_number("turn", turn))
     if part is not None:
         mask = mask & (token_map.part == whole_number("part", part, least=0))
-    if box is not None or image is not None:
-        number = whole_number("image", 0 if image is None else image, least=0)
+    if video is not None or frames is not None:
+        if image is not None:
+            raise InvalidValueError("positions are of an image or of a video, not of both at once")
+        number = 0 if video is None else video
         for row in range(len(prompt)):
-            one = token_map.image_tokens(number, example=row)
-            own = one if box is None else token_map.box(number, box, example=row)
-            mask = torch.cat([mask[:row], mask[row : row + 1] & own[row], mask[row + 1 :]])
+            own = token_map.video_tokens(number, frames=frames, box=box, example=row)
+            mask[row] &= own[row]
+    elif box is not None or image is not None:
+        number = 0 if image is None else image
+        for row in range(len(prompt)):
+            whole = token_map.image_tokens(number, example=row)
+            own = whole if box is None else token_map.box(number, box, example=row)
+            mask[row] &= own[row]
     if text is not None:
         wanted = [text] * len(prompt) if isinstance(text, str) else list(text)
         if len(wanted) != len(prompt):

@@ -166,15 +166,17 @@ class Prompt:
         turn: int | None = None,
         part: int | None = None,
         image: int | None = None,
+        video: int | None = None,
+        frames: tuple[int, int] | None = None,
         box: Sequence[float] | None = None,
     ) -> Bool[Tensor, "batch pos"]:
         """A mask of positions: of all that is said, what holds together.
 
-        `among`: one of the names "prompt", "text", "template", "image", "question", "evidence", "last", a role, or a
-        mask. `text`: the positions that a text covers, of the prompt as the chat template writes it; where it stands
-        there several times, `occurrence` counts them from 0 (from the end: negative) among the positions that the rest
-        chooses. `turn` (negative: from the end) and `part` number the chat's messages and their parts, `image` and
-        `box` an image and pixels of it.
+        `among`: one of the names "prompt", "text", "template", "image", "video", "question", "evidence", "answer",
+        "last", a role, or a mask. `text`: the positions that a text covers, of the prompt as the chat template writes
+        it; where it stands there several times, `occurrence` counts them from 0 (from the end: negative) among the
+        positions that the rest chooses. `turn` (negative: from the end) and `part` number the chat's messages and their
+        parts, `image` and `box` an image and pixels of it, `video` and `frames` (first, stop) a video and its frames.
 
         Raises InvalidValueError for a text that is not there, or stands there several times without `occurrence`, and
         shows where; OutOfRangeError for a turn, image or occurrence that there is not.
@@ -194,6 +196,8 @@ class Prompt:
             turn=turn,
             part=part,
             image=image,
+            video=video,
+            frames=frames,
             box=box,
         )
 
