@@ -194,7 +194,7 @@ def dissect(model: PreTrainedModel, family: Family) -> Anatomy:
         mergers=list(_submodule(model, deep.mergers)) if deep else [],
         deep_after=[layer for layer in deep.after(model.config) if layer < len(language)] if deep else [],
         image_token=image_token,
-        other_media=other_media(model, image_token),
+        other_media=other_media(model, image_token, () if family.video_layout is None else ("video",)),
     )
 
 

@@ -51,6 +51,7 @@ def _q_former(layers: str) -> Stack:
     )
 
 
+_BLOCKS: dict[str, Any] = {"layout": block_grid.qwen, "video_layout": block_grid.qwen_video}
 _WINDOW_MERGER = {"merger.": Stack("model.vision_tower.vit_merger")}
 _NORMED_TOWER = Stack(norm="model.vision_tower.post_layernorm")
 _NORMED_MODEL = Stack(norm="model.vision_model.post_layernorm")
@@ -140,21 +141,26 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llava", layout=fixed_grid.llava),
-        Family("llava_onevision", layout=anyres.llava_onevision),
-        Family("qwen2_5_vl", layout=block_grid.qwen),
+        Family("llava_onevision", layout=anyres.llava_onevision, video_layout=anyres.llava_onevision_video),
+        Family("qwen2_5_vl", **_BLOCKS),
         Family(
             "qwen3_vl",
-            layout=block_grid.qwen,
+            **_BLOCKS,
             deep_injection=_deepstack(),
         ),
-        Family("internvl", layout=tiles.internvl, vision=Stack(norm="model.vision_tower.layernorm")),
+        Family(
+            "internvl",
+            layout=tiles.internvl,
+            video_layout=tiles.internvl_video,
+            vision=Stack(norm="model.vision_tower.layernorm"),
+        ),
         Family("idefics3", layout=tiles.idefics3, vision=_NORMED_MODEL),
-        Family("smolvlm", layout=tiles.idefics3, vision=_NORMED_MODEL),
+        Family("smolvlm", layout=tiles.idefics3, video_layout=tiles.smolvlm_video, vision=_NORMED_MODEL),
         # llava_like
         Family("vipllava", layout=fixed_grid.llava, feature_layer="vision_feature_layers"),
-        Family("video_llava", layout=fixed_grid.llava),
+        Family("video_llava", layout=fixed_grid.llava, video_layout=fixed_grid.video_llava),
         Family("llava_next", layout=anyres.llava_next),
-        Family("llava_next_video", layout=anyres.llava_next),
+        Family("llava_next_video", layout=anyres.llava_next, video_layout=anyres.llava_next_video),
         Family(
             "granite4_vision",
             layout=anyres.llava_next,
@@ -192,11 +198,15 @@ FAMILIES: dict[str, Family] = {
         Family("lighton_ocr", layout=resized_grid.pixtral),
         Family("mistral_large4", layout=resized_grid.pixtral),
         # qwen_like
-        Family("qwen2_vl", layout=block_grid.qwen),
+        Family("qwen2_vl", **_BLOCKS),
         Family("exaone4_5", layout=block_grid.qwen, missing=_NO_NORM_BEFORE),
         Family("hyperclovax_vision_v2", layout=block_grid.qwen),
         Family("qwen2_5_omni_thinker", layout=block_grid.qwen),
-        Family("qwen3_vl_moe", layout=block_grid.qwen, deep_injection=_deepstack()),
+        Family(
+            "qwen3_vl_moe",
+            **_BLOCKS,
+            deep_injection=_deepstack(),
+        ),
         Family("cosmos3_omni", layout=block_grid.qwen, deep_injection=_deepstack()),
         Family("cohere_compass", layout=block_grid.qwen, deep_injection=_deepstack(), missing=_PARALLEL),
         Family(
@@ -204,8 +214,16 @@ FAMILIES: dict[str, Family] = {
             layout=block_grid.qwen,
             deep_injection=_deepstack("model.visual.merger_list"),
         ),
-        Family("qwen3_5", layout=block_grid.qwen, missing=_hybrid("gated delta net")),
-        Family("qwen3_5_moe", layout=block_grid.qwen, missing=_hybrid("gated delta net")),
+        Family(
+            "qwen3_5",
+            **_BLOCKS,
+            missing=_hybrid("gated delta net"),
+        ),
+        Family(
+            "qwen3_5_moe",
+            **_BLOCKS,
+            missing=_hybrid("gated delta net"),
+        ),
         Family(
             "qwen4_exp",
             layout=block_grid.qwen,
@@ -218,11 +236,11 @@ FAMILIES: dict[str, Family] = {
         Family("cosmos3_edge", layout=block_grid.qwen, vision=Stack(norm="model.visual.post_layernorm")),
         Family("minimax_m3_vl", layout=block_grid.qwen),
         # glm_like
-        Family("glm4v", layout=block_grid.qwen, vision=_GLM_TOWER),
-        Family("glm46v", layout=block_grid.qwen, vision=_GLM_TOWER),
+        Family("glm4v", **_BLOCKS, vision=_GLM_TOWER),
+        Family("glm46v", **_BLOCKS, vision=_GLM_TOWER),
         Family("glmga", layout=block_grid.qwen, vision=_GLM_TOWER),
         Family("glm_ocr", layout=block_grid.qwen, vision=_GLM_TOWER),
-        Family("glm4v_moe", layout=block_grid.qwen, vision=_GLM_TOWER),
+        Family("glm4v_moe", **_BLOCKS, vision=_GLM_TOWER),
         Family(
             "glm5_next",
             layout=padded_grid.glm,

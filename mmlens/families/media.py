@@ -1,4 +1,4 @@
-"""What a prompt can hold beside text and images: video and audio, which no token map knows.
+"""What a prompt can hold beside text and what token maps know: audio, and video where its layout is not known.
 
 transformers names them by two conventions: the configuration has `video_token_id` (or `video_token_index`), the id
 that stands at their positions, and the model has `get_video_features`, which takes their inputs; audio likewise.
@@ -7,7 +7,7 @@ that stands at their positions, and the model has `get_video_features`, which ta
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 _MEDIA = ("video", "audio")
-_IMAGE_TYPE = 1
-"""The type of an image's positions in transformers' mm_token_type_ids: text is 0, video 2, audio 3."""
+_TYPES = {"image": 1, "video": 2, "audio": 3}
+"""What stands at their positions in transformers' mm_token_type_ids; at text 0."""
 
 
 @dataclass(frozen=True)
 class OtherMedia:
-    """How to see that inputs hold video or audio."""
+    """How to see that inputs hold media that no token map knows."""
 
     ids: Mapping[str, int] = field(default_factory=dict)
     """What names a token id -> the id that stands at the positions of a clip."""
     inputs: frozenset[str] = frozenset()
     """The model's inputs that bring clips."""
+    types: frozenset[int] = frozenset({_TYPES["video"], _TYPES["audio"]})
+    """Their types in mm_token_type_ids."""
 
     def held(self, inputs: Mapping[str, Any]) -> str | None:
         """What of video or audio the inputs hold, in words; None where they hold neither."""
@@ -37,18 +39,20 @@ class OtherMedia:
                 return f"{count} position(s) of {name} = {token_id}"
         # GLM's videos stand at the id of its images, and are told apart by transformers' token types alone.
         types = inputs.get("mm_token_type_ids")
-        count = 0 if types is None else int((types > _IMAGE_TYPE).sum())
+        count = 0 if types is None else sum(int((types == each).sum()) for each in self.types)
         if count:
             return f"{count} position(s) whose mm_token_type_ids say video or audio"
         brought = [name for name in sorted(self.inputs) if _brings(inputs.get(name))]
         return f"clips ({', '.join(brought)})" if brought else None
 
 
-def other_media(model: PreTrainedModel, image_token: str) -> OtherMedia:
-    """The video and audio of a model; `image_token` is the configuration's attribute with the id of its images."""
+def other_media(model: PreTrainedModel, image_token: str, mapped: Collection[str] = ()) -> OtherMedia:
+    """The video and audio of a model but what is `mapped`; `image_token` is the configuration's attribute with the id
+    of its images."""
     ids: dict[str, int] = {}
     inputs: set[str] = set()
-    for medium in _MEDIA:
+    unmapped = [medium for medium in _MEDIA if medium not in mapped]
+    for medium in unmapped:
         # InstructBLIP-Video has frames for images.
         taken = _taken_by(model, f"get_{medium}_features")
         if taken is None or image_token.startswith(medium):
@@ -58,7 +62,13 @@ def other_media(model: PreTrainedModel, image_token: str) -> OtherMedia:
             token_id = getattr(model.config, name, None)
             if isinstance(token_id, int) and token_id != getattr(model.config, image_token or "", None):
                 ids.setdefault(name, token_id)
-    return OtherMedia(ids, frozenset(inputs))
+    return OtherMedia(ids, frozenset(inputs), frozenset(_TYPES[medium] for medium in unmapped))
+
+
+def video_token(config: Any) -> int | None:
+    """The id at the positions of a model's videos, by its configuration; None where it names none."""
+    found = [getattr(config, name, None) for name in ("video_token_id", "video_token_index")]
+    return next((token_id for token_id in found if isinstance(token_id, int)), None)
 
 
 def media_of(processor: ProcessorMixin, image_ids: Tensor) -> OtherMedia:

@@ -269,7 +269,7 @@ def with_options(processor: ProcessorMixin, options: Mapping[str, Any]) -> Proce
         return processor
     changed = copy.copy(processor)
     for key, own in per_half.items():
-        half = getattr(processor, _HALVES[key], None)
+        half: Any = getattr(processor, _HALVES[key], None)
         if not own:
             continue
         known = half.valid_kwargs.__annotations__

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmlens.families.layouts.grids import Layout
+from mmlens.families.layouts.grids import Layout, VideoLayout
 from mmlens.hook_names import STREAM
 
 
@@ -48,6 +48,8 @@ class Family:
     """How its processor lays out image tokens; see families/layouts. None: prompts have no map, see `no_layout`."""
     no_layout: str = ""
     """Why there is no layout."""
+    video_layout: VideoLayout | None = None
+    """How its processor lays out the tokens of videos; None: a prompt with a video is refused."""
     language: Stack = Stack()
     vision: Stack | None = Stack()
     """None where images pass through no transformer stack."""

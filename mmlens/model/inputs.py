@@ -179,9 +179,8 @@ class InputMethods:
         if ids.is_floating_point():
             raise InvalidTypeError(f"token ids are integers, not {ids.dtype}")
         self.visual.check({"input_ids": ids}, "a run on token ids alone")
-        image_id = self.visual.token_id
         n_known = n_embeddings(self.hf_model.get_input_embeddings())
-        if int(ids.max()) >= n_known or (image_id is not None and bool((ids == image_id).any())):
+        if int(ids.max()) >= n_known or any(bool((ids == each).any()) for each in self.visual.token_ids):
             raise InvalidValueError(
                 "token ids alone bring no image, and these have visual positions: pass the prompt itself "
                 "(model.prompt(question, images)), or to an analysis tool its cache"

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from transformers import ProcessorMixin
 from transformers.image_processing_utils import select_best_resolution
 
+from mmlens.families.layouts.fixed_grid import cropped_view
 from mmlens.families.layouts.grids import (
     Inputs,
     Intervals,
+    SeenVideo,
     Size,
     Sizes,
     cells,
@@ -21,12 +23,14 @@ from mmlens.families.layouts.grids import (
     image_grid,
     joined,
     newlined,
+    over_time,
     pixels,
     separator,
     square_edge,
     whole_grid,
+    whole_view,
 )
-from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
+from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError, VideoGrid
 
 
 def llava_onevision(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
@@ -94,6 +98,48 @@ def llava_next(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[
         mosaic = _mosaic(image_processor.image_grid_pinpoints, size, view, side, cell)
         grids.append(joined(size, [base, newlined(size, *mosaic)]))
     return grids
+
+
+def llava_onevision_video(
+    processor: ProcessorMixin, inputs: Inputs, videos: Sequence[SeenVideo]
+) -> list[VideoGrid]:
+    """LLaVA-OneVision: every frame stretched to one view, its patches halved bilinearly; one newline after the last.
+
+    An odd number of patches is not halved evenly: a token's box is then the union of the patches that it mixes.
+    """
+    half = processor.video_processor
+    if half.do_center_crop:
+        raise TokenMapError("do_center_crop is not laid out for videos of llava_onevision")
+    height, width = np.shape(inputs["pixel_values_videos"][0])[-2:]
+    side = grid_side(processor.num_image_tokens, "num_image_tokens")
+    grids = []
+    for video in videos:
+        tile, columns, rows = whole_view(video.size, (side, side), width // side, (width, height))
+        halved = [_shrunk(intervals, math.ceil(side / 2)) for intervals in (columns, rows)]
+        frame = image_grid(video.size, [(tile, halved[0], halved[1])])
+        grids.append(over_time(video, frame, closing=separator(video.size)))
+    return grids
+
+
+def llava_next_video(
+    processor: ProcessorMixin, inputs: Inputs, videos: Sequence[SeenVideo]
+) -> list[VideoGrid]:
+    """LLaVA-NeXT-Video: every frame resized and cropped at the centre to one view, a token per 2 x 2 patches of it."""
+    height, width = np.shape(inputs["pixel_values_videos"][0])[-2:]
+    cell = 2 * processor.patch_size
+    if height % cell or width % cell:
+        raise TokenMapError(
+            f"frames of {width} x {height} pixels are no whole tokens of {cell} x {cell} pixels"
+        )
+    return [
+        over_time(
+            video,
+            image_grid(
+                video.size, [cropped_view(processor.video_processor, video.size, (width, height), cell)]
+            ),
+        )
+        for video in videos
+    ]
 
 
 def _mosaic(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import ProcessorMixin
 
-from mmlens.families.layouts.grids import Inputs, Sizes, still_patches, whole_grid
-from mmlens.token_map import ImageGrid
+from mmlens.families.layouts.grids import Inputs, SeenVideo, Sizes, over_time, still_patches, whole_grid
+from mmlens.token_map import ImageGrid, TokenMapError, VideoGrid
 
 
 def qwen(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
@@ -18,6 +18,28 @@ def qwen(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageG
     """
     image_processor = processor.image_processor
     return _blocks(sizes, still_patches(inputs), image_processor.merge_size, image_processor.patch_size)
+
+
+def qwen_video(processor: ProcessorMixin, inputs: Inputs, videos: Sequence[SeenVideo]) -> list[VideoGrid]:
+    """Qwen-VL, GLM-V and relatives: the frames resized to whole blocks, a token per merge_size x merge_size patches.
+
+    A patch is of temporal_patch_size frames: two that follow each other among those that were taken.
+    """
+    halves = processor.video_processor
+    merge, merged = halves.merge_size, getattr(halves, "temporal_patch_size", 1)
+    grids = []
+    for video, (steps, rows, columns) in zip(
+        videos, np.asarray(inputs["video_grid_thw"]).tolist(), strict=True
+    ):
+        whole = whole_grid(video.size, (columns // merge, rows // merge), merge, (columns, rows))
+        grid = over_time(video, whole, merged=merged)
+        if len(grid.shown) != steps:
+            raise TokenMapError(
+                f"{len(video.taken)} frames, {merged} in a temporal patch, are not the {steps} temporal patches that "
+                "video_grid_thw holds"
+            )
+        grids.append(grid)
+    return grids
 
 
 def nemotron(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:

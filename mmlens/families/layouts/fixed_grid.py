@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from transformers import ProcessorMixin
 
 from mmlens.boxes import Shown
@@ -11,19 +13,22 @@ from mmlens.families.layouts import resized_grid
 from mmlens.families.layouts.grids import (
     Inputs,
     Intervals,
+    SeenVideo,
     Size,
     Sizes,
+    View,
     cells,
     grid_side,
     image_grid,
     joined,
+    over_time,
     part_of,
     pixels,
     placed,
     separator,
     square_edge,
 )
-from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
+from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError, VideoGrid
 
 
 def llava(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
@@ -43,11 +48,9 @@ def llava(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[Image
     grids = []
     for size in sizes:
         shown = resized_size(image_processor, size) if image_processor.do_resize else size
-        intervals = []
-        for original, resized, seen in zip(size, shown, (seen_width, seen_height), strict=True):
-            intervals.append(centre_cropped(original, resized, seen, cells(seen // patch, patch)))
-        picture = centre_picture(size, shown, (seen_width, seen_height))
-        grid = image_grid(size, [(WHOLE_IMAGE_TILE, intervals[0], intervals[1])], resized=picture)
+        seen_size = (seen_width, seen_height)
+        view = cropped_view(image_processor, size, seen_size, patch)
+        grid = image_grid(size, [view], resized=centre_picture(size, shown, seen_size))
         if n_extra > 0:
             # Class tokens that the model keeps: they stand before the patches and show none.
             grid = joined(size, [*[separator(size)] * n_extra, grid])
@@ -55,6 +58,17 @@ def llava(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[Image
             # The model drops the tower's first output although the tower has no class token.
             grid = part_of(grid, slice(1, None))
         grids.append(grid)
+    return grids
+
+
+def video_llava(processor: ProcessorMixin, inputs: Inputs, videos: Sequence[SeenVideo]) -> list[VideoGrid]:
+    """Video-LLaVA: every frame as LLaVA 1.5 sees an image, after its class tokens, which the model keeps."""
+    height, width = np.shape(inputs["pixel_values_videos"][0])[-2:]
+    grids = []
+    for video in videos:
+        view = cropped_view(processor.video_processor, video.size, (width, height), processor.patch_size)
+        class_tokens = [separator(video.size)] * processor.num_additional_image_tokens
+        grids.append(over_time(video, joined(video.size, [*class_tokens, image_grid(video.size, [view])])))
     return grids
 
 
@@ -89,6 +103,16 @@ def deepseek(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[Im
         picture = placed(size, (edges[0], edges[1]), (view, view), before) if view == square else None
         grids.append(image_grid(size, [(WHOLE_IMAGE_TILE, intervals[0], intervals[1])], resized=picture))
     return grids
+
+
+def cropped_view(image_processor: Any, size: Size, seen: Size, cell: int) -> View:
+    """The whole image, resized, and cropped (or padded) at the centre to `seen` pixels, in square cells."""
+    shown = resized_size(image_processor, size) if image_processor.do_resize else size
+    columns, rows = (
+        centre_cropped(original, resized, length, cells(length // cell, cell))
+        for original, resized, length in zip(size, shown, seen, strict=True)
+    )
+    return WHOLE_IMAGE_TILE, columns, rows
 
 
 def centre_cropped(original: int, resized: int, seen: int, shown: Intervals) -> Intervals:

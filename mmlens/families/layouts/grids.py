@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from transformers import ProcessorMixin
 
 from mmlens.boxes import Shown
-from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
+from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError, VideoGrid
 
 Size = tuple[int, int]
 Sizes = Sequence[Size]
@@ -20,6 +21,19 @@ Inputs = Mapping[str, Any]
 """What a processor gives, by name."""
 Layout = Callable[[ProcessorMixin, Inputs, Sizes], list[ImageGrid]]
 """(processor, its inputs, sizes of at least one image) -> where each image's tokens come from."""
+
+
+@dataclass(frozen=True)
+class SeenVideo:
+    """A video as a processor was given it: its size, how many frames it has, and which of them were taken, in order."""
+
+    size: Size
+    n_frames: int
+    taken: tuple[int, ...]
+
+
+VideoLayout = Callable[[ProcessorMixin, Inputs, Sequence[SeenVideo]], list[VideoGrid]]
+"""(processor, its inputs, at least one video) -> where each video's tokens come from."""
 Intervals = Float[np.ndarray, "_ 2"]
 View = tuple[int, Intervals, Intervals]
 """A tile's number, and the original pixels that its columns and its rows show."""
@@ -153,6 +167,30 @@ def still_patches(inputs: Inputs) -> list[tuple[int, int]]:
 def stretched_grid(size: Size, across: int, down: int, tile: Size, side: int) -> ImageGrid:
     """One token per cell of the views that `tiled` gives."""
     return image_grid(size, tiled(size, across, down, tile, side), resized=whole_image(size, tile))
+
+
+def over_time(
+    video: SeenVideo, of_step: ImageGrid, *, merged: int = 1, closing: ImageGrid | None = None
+) -> VideoGrid:
+    """The tokens `of_step` for every temporal patch of `merged` frames, and after the last one `closing`.
+
+    Where the last temporal patch lacks frames, processors repeat the last one.
+    """
+    taken = video.taken + video.taken[-1:] * (-len(video.taken) % merged)
+    shown = tuple(taken[at : at + merged] for at in range(0, len(taken), merged))
+    whole = joined(video.size, [of_step] * len(shown) + ([] if closing is None else [closing]))
+    step = np.repeat(np.arange(len(shown)), len(of_step))
+    return VideoGrid(
+        size=video.size,
+        tile=whole.tile,
+        row=whole.row,
+        column=whole.column,
+        boxes=whole.boxes,
+        step=np.concatenate([step, np.full(len(whole) - len(step), NO_PATCH)]),
+        shown=shown,
+        resized=whole.resized,
+        n_frames=video.n_frames,
+    )
 
 
 def separator(size: Size) -> ImageGrid:

@@ -16,19 +16,22 @@ from transformers.models.ovis2 import image_processing_pil_ovis2 as ovis2_images
 
 from mmlens.families.layouts.grids import (
     Inputs,
+    SeenVideo,
     Size,
     Sizes,
     View,
     cells,
     grid_side,
     image_grid,
+    over_time,
     pixels,
     square_edge,
     stretched_grid,
     tiled,
     visual_token,
+    whole_grid,
 )
-from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
+from mmlens.token_map import WHOLE_IMAGE_TILE, ImageGrid, TokenMapError, VideoGrid
 
 Canvas = Callable[[Size, Size, int, int], Size]
 """(height, width) of image and tile, fewest and most tiles -> tiles across and down."""
@@ -82,6 +85,24 @@ def image_options(processor: ProcessorMixin) -> Callable[[str], Any]:
     """An image option by name: the processor's own default for it, else the image processor's attribute."""
     defaults = processor._merge_kwargs()["images_kwargs"]
     return lambda name: defaults.get(name, getattr(processor.image_processor, name, None))
+
+
+def internvl_video(processor: ProcessorMixin, inputs: Inputs, videos: Sequence[SeenVideo]) -> list[VideoGrid]:
+    """InternVL: every frame stretched to one tile."""
+    if processor.video_processor.do_center_crop:
+        raise TokenMapError("do_center_crop is not laid out for videos of internvl")
+    return _stretched_frames(videos, grid_side(processor.image_seq_length, "image_seq_length"))
+
+
+def smolvlm_video(processor: ProcessorMixin, inputs: Inputs, videos: Sequence[SeenVideo]) -> list[VideoGrid]:
+    """SmolVLM: every frame stretched to one square, without tiles."""
+    if not processor.video_processor.do_resize:
+        raise TokenMapError("do_resize = False is not laid out for videos of smolvlm")
+    return _stretched_frames(videos, grid_side(processor.image_seq_len, "image_seq_len"))
+
+
+def _stretched_frames(videos: Sequence[SeenVideo], side: int) -> list[VideoGrid]:
+    return [over_time(video, whole_grid(video.size, (side, side), 1, (side, side))) for video in videos]
 
 
 def granite_docling(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:

@@ -65,7 +65,9 @@ def tiny_processor(family: str) -> ProcessorMixin:
     tiny = TINY[family]
     if tiny.processor is None:
         raise ValueError(f"the processor of {family!r} cannot be built offline")
-    return tiny.processor({"tokenizer": tokenizer_of(tiny), "chat_template": chat_template(tiny.image_text)})
+    return tiny.processor(
+        {"tokenizer": tokenizer_of(tiny), "chat_template": chat_template(tiny.image_text, tiny.video_text)}
+    )
 
 
 def tiny_config(family: str) -> Any:

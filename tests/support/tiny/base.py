@@ -39,6 +39,8 @@ class TinyFamily:
     """Further special tokens without a name of their own."""
     image_text: str = ""
     """What the chat template writes for one image."""
+    video_text: str = ""
+    """What it writes for one video."""
     processor: Callable[[dict[str, Any]], ProcessorMixin] | None = None
     """Builds the family's own processor from {"tokenizer": ..., "chat_template": ...}; None where it cannot
     be built offline (say why beside it)."""
@@ -73,7 +75,7 @@ def with_video(
 ) -> ProcessorMixin:
     """The processor of these parts, with the video half of this name where torchvision is installed."""
     if not is_torchvision_available():
-        return without_video(processor_class)(**parts)
+        return without_video(processor_class)(video_processor=None, **parts)
     return processor_class(video_processor=getattr(transformers, video)(**options), **parts)
 
 
@@ -86,14 +88,19 @@ _SENTENCES = (
 )
 
 
-def chat_template(image_text: str) -> str:
-    """A ChatML template that writes `image_text` for every image."""
+def chat_template(image_text: str, video_text: str = "") -> str:
+    """A ChatML template that writes `image_text` for every image and `video_text` for every video."""
+    videos = video_text.replace("\n", "\\n")
+    of_videos = "{% elif part['type'] == 'video' %}{{ '" + videos + "' }}" if video_text else ""
     return (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
         "{% if message['content'] is string %}{{ message['content'] }}"
         "{% else %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}{{ '" + image_text.replace("\n", "\\n") + "' }}"
-        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+        "{% if part['type'] == 'image' %}{{ '"
+        + image_text.replace("\n", "\\n")
+        + "' }}"
+        + of_videos
+        + "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )

@@ -24,7 +24,6 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from mmlens.families.processors import without_video
 from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tower, with_video
 
 LLAVA_SIZE = 40
@@ -65,7 +64,10 @@ def _llava_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
 
 
 def _onevision_processor(shared: dict[str, Any]) -> ProcessorMixin:
-    return without_video(LlavaOnevisionProcessor)(
+    return with_video(
+        LlavaOnevisionProcessor,
+        "LlavaOnevisionVideoProcessor",
+        {"size": {"height": ONEVISION_SIZE, "width": ONEVISION_SIZE}},
         image_processor=LlavaOnevisionImageProcessorPil(
             size={"height": ONEVISION_SIZE, "width": ONEVISION_SIZE},
             image_grid_pinpoints=copy.deepcopy(ONEVISION_PINPOINTS),
@@ -99,9 +101,23 @@ QWEN_SPECIAL = {
     "vision_end_token": "<|vision_end|>",
 }
 QWEN_IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_VIDEO_TEXT = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
-QWEN_VIDEO: dict[str, Any] = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+_QWEN_VIDEO = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+# The sizes of Qwen2-VL's halves are of a frame, Qwen3-VL's of a clip.
+QWEN_VIDEOS: dict[str, dict[str, Any]] = {
+    "Qwen2VLVideoProcessor": {
+        **_QWEN_VIDEO,
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
+        "cap_pixels_per_frame": False,
+    },
+    "Qwen3VLVideoProcessor": {
+        **_QWEN_VIDEO,
+        "size": {"shortest_edge": 2 * 32 * 32, "longest_edge": 8 * 128 * 128},
+        "cap_pixels_per_frame": False,
+    },
+}
 
 
 def qwen_image_processor() -> Qwen2VLImageProcessorPil:
@@ -164,7 +180,10 @@ def _qwen3_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
 
 
 def _internvl_processor(shared: dict[str, Any]) -> ProcessorMixin:
-    return without_video(InternVLProcessor)(
+    return with_video(
+        InternVLProcessor,
+        "InternVLVideoProcessor",
+        {"size": {"height": INTERNVL_SIZE, "width": INTERNVL_SIZE}},
         image_processor=GotOcr2ImageProcessorPil(
             size={"height": INTERNVL_SIZE, "width": INTERNVL_SIZE}, crop_to_patches=True, max_patches=6
         ),
@@ -211,9 +230,11 @@ def _idefics3_processor(shared: dict[str, Any]) -> ProcessorMixin:
 
 
 def _smolvlm_processor(shared: dict[str, Any]) -> ProcessorMixin:
-    return without_video(SmolVLMProcessor)(
+    return with_video(
+        SmolVLMProcessor,
+        "SmolVLMVideoProcessor",
+        {**copy.deepcopy(_IDEFICS_IMAGES), "num_frames": 8, "fps": 1},
         image_processor=SmolVLMImageProcessorPil(**copy.deepcopy(_IDEFICS_IMAGES)),
-        video_processor=None,
         image_seq_len=IDEFICS_SEQ_LEN,
         **shared,
     )
@@ -242,6 +263,7 @@ FAMILIES = (
         _onevision_options,
         special={"image_token": "<image>", "video_token": "<video>"},
         image_text="<image>\n",
+        video_text="<video>\n",
         processor=_onevision_processor,
         cell=PATCH,
     ),
@@ -250,10 +272,11 @@ FAMILIES = (
         _qwen2_5_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
+        video_text=QWEN_VIDEO_TEXT,
         processor=lambda shared: with_video(
             Qwen2_5_VLProcessor,
             "Qwen2VLVideoProcessor",
-            {**QWEN_VIDEO, "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}},
+            QWEN_VIDEOS["Qwen2VLVideoProcessor"],
             image_processor=qwen_image_processor(),
             **shared,
         ),
@@ -264,10 +287,11 @@ FAMILIES = (
         _qwen3_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
+        video_text=QWEN_VIDEO_TEXT,
         processor=lambda shared: with_video(
             Qwen3VLProcessor,
             "Qwen3VLVideoProcessor",
-            {**QWEN_VIDEO, "size": {"shortest_edge": 2 * 32 * 32, "longest_edge": 8 * 128 * 128}},
+            QWEN_VIDEOS["Qwen3VLVideoProcessor"],
             image_processor=qwen_image_processor(),
             **shared,
         ),
@@ -283,6 +307,7 @@ FAMILIES = (
             "video_token": "<video>",
         },
         image_text="<IMG_CONTEXT>\n",
+        video_text="<video>\n",
         processor=_internvl_processor,
         cell=2 * PATCH,
     ),
@@ -302,6 +327,7 @@ FAMILIES = (
         special={**_IDEFICS_SPECIAL, "video_token": "<video>"},
         more_tokens=_IDEFICS_ROWS,
         image_text="<image>",
+        video_text="<video>",
         processor=_smolvlm_processor,
         cell=2 * PATCH,
         reach=3,

@@ -38,7 +38,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import is_torchvision_available
 
 from mmlens.families.processors import without_video
-from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tokenizer_of, tower
+from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tokenizer_of, tower, with_video
 
 # ---------------------------------------------------------------------- glm4v and its relatives
 
@@ -115,16 +115,25 @@ def _glm_ocr_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _glm(model_type: str, options: Any, processor_class: Any, image_processor_class: Any) -> TinyFamily:
+def _glm(
+    model_type: str, options: Any, processor_class: Any, image_processor_class: Any, video: str
+) -> TinyFamily:
     def processor(shared: dict[str, Any]) -> ProcessorMixin:
-        image_processor = image_processor_class(patch_size=PATCH, merge_size=2, size=dict(GLM_PIXELS))
-        return without_video(processor_class)(image_processor=image_processor, **shared)
+        sizes = {"patch_size": PATCH, "merge_size": 2}
+        return with_video(
+            processor_class,
+            video,
+            {**sizes, "size": {"shortest_edge": 2 * 32 * 32, "longest_edge": 8 * 128 * 128}},
+            image_processor=image_processor_class(**sizes, size=dict(GLM_PIXELS)),
+            **shared,
+        )
 
     return TinyFamily(
         model_type,
         options,
         special=GLM_SPECIAL,
         image_text=GLM_IMAGE_TEXT,
+        video_text="<|begin_of_video|><|video|><|end_of_video|>",
         processor=processor,
         cell=2 * PATCH,
     )
@@ -597,12 +606,12 @@ def _muse_spark_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
 
 
 FAMILIES: tuple[TinyFamily, ...] = (
-    _glm("glm4v", _glm4v_options, Glm4vProcessor, Glm4vImageProcessorPil),
-    _glm("glm4v_moe", _glm4v_moe_options, Glm4vProcessor, Glm4vImageProcessorPil),
-    _glm("glm46v", _glm4v_options, Glm46VProcessor, Glm46VImageProcessorPil),
+    _glm("glm4v", _glm4v_options, Glm4vProcessor, Glm4vImageProcessorPil, "Glm4vVideoProcessor"),
+    _glm("glm4v_moe", _glm4v_moe_options, Glm4vProcessor, Glm4vImageProcessorPil, "Glm4vVideoProcessor"),
+    _glm("glm46v", _glm4v_options, Glm46VProcessor, Glm46VImageProcessorPil, "Glm46VVideoProcessor"),
     # transformers maps no processor to these two; their checkpoints name GLM-4.6V's.
-    _glm("glm_ocr", _glm_ocr_options, Glm46VProcessor, Glm46VImageProcessorPil),
-    _glm("glmga", _glm4v_options, Glm46VProcessor, GlmgaImageProcessorPil),
+    _glm("glm_ocr", _glm_ocr_options, Glm46VProcessor, Glm46VImageProcessorPil, "Glm46VVideoProcessor"),
+    _glm("glmga", _glm4v_options, Glm46VProcessor, GlmgaImageProcessorPil, "GlmgaVideoProcessor"),
     TinyFamily(
         "paddleocr_vl",
         _paddle_options,

@@ -28,11 +28,12 @@ from transformers.utils import is_timm_available, is_torchvision_available
 
 from mmlens.families.processors import without_video
 from mmlens.internals import pixtral_processor
-from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tower
+from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tower, with_video
 
 VIEW = 24
 PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
 FIXED = 40
+VIDEO_VIEW = 48
 LONGEST_EDGE = 48
 
 _IMAGE = {"image_token": "<image>"}
@@ -456,8 +457,14 @@ FAMILIES: tuple[TinyFamily, ...] = (
         _next_video_options,
         special=_IMAGE_AND_VIDEO,
         image_text="<image>\n",
-        processor=lambda shared: without_video(LlavaNextVideoProcessor)(
-            image_processor=_next_images(), **_NEXT_PROCESSOR, **shared
+        video_text="<video>\n",
+        processor=lambda shared: with_video(
+            LlavaNextVideoProcessor,
+            "LlavaNextVideoVideoProcessor",
+            _clip_images(VIDEO_VIEW),
+            image_processor=_next_images(),
+            **_NEXT_PROCESSOR,
+            **shared,
         ),
         cell=PATCH,
     ),
@@ -466,8 +473,14 @@ FAMILIES: tuple[TinyFamily, ...] = (
         _video_llava_options,
         special=_IMAGE_AND_VIDEO,
         image_text="<image>\n",
-        processor=lambda shared: without_video(VideoLlavaProcessor)(
-            image_processor=VideoLlavaImageProcessor(**_clip_images(FIXED)), patch_size=PATCH, **shared
+        video_text="<video>\n",
+        processor=lambda shared: with_video(
+            VideoLlavaProcessor,
+            "VideoLlavaVideoProcessor",
+            _clip_images(FIXED),
+            image_processor=VideoLlavaImageProcessor(**_clip_images(FIXED)),
+            patch_size=PATCH,
+            **shared,
         ),
         cell=PATCH,
     ),

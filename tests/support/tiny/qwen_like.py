@@ -27,8 +27,16 @@ from transformers.models.cosmos3_edge.image_processing_pil_cosmos3_edge import C
 from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import VideoLlama3ImageProcessorPil
 
 from mmlens.families.processors import without_video
-from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tower
-from tiny.first import QWEN_IMAGE_TEXT, QWEN_SPECIAL, qwen_ids, qwen_image_processor, qwen_tower
+from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tower, with_video
+from tiny.first import (
+    QWEN_IMAGE_TEXT,
+    QWEN_SPECIAL,
+    QWEN_VIDEO_TEXT,
+    QWEN_VIDEOS,
+    qwen_ids,
+    qwen_image_processor,
+    qwen_tower,
+)
 
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _INTERLEAVED = {**_MROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
@@ -81,11 +89,17 @@ _MINIMAX_SPECIAL = {
 def _processor(
     processor_class: type[ProcessorMixin],
     image_processor: Callable[[], BaseImageProcessor] = qwen_image_processor,
+    video: str = "",
     **parts: Any,
 ) -> Callable[[dict[str, Any]], ProcessorMixin]:
-    return lambda shared: without_video(processor_class)(
-        image_processor=image_processor(), **{name: build() for name, build in parts.items()}, **shared
-    )
+    def build(shared: dict[str, Any]) -> ProcessorMixin:
+        made = {name: make() for name, make in parts.items()}
+        own = {"image_processor": image_processor(), **made, **shared}
+        if not video:
+            return without_video(processor_class)(**own)
+        return with_video(processor_class, video, QWEN_VIDEOS[video], **own)
+
+    return build
 
 
 def _image_processor(
@@ -325,7 +339,8 @@ FAMILIES = (
         _qwen2_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
-        processor=_processor(Qwen2VLProcessor),
+        video_text=QWEN_VIDEO_TEXT,
+        processor=_processor(Qwen2VLProcessor, video="Qwen2VLVideoProcessor"),
         cell=2 * PATCH,
     ),
     TinyFamily(
@@ -333,7 +348,8 @@ FAMILIES = (
         _qwen3_moe_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
-        processor=_processor(Qwen3VLProcessor),
+        video_text=QWEN_VIDEO_TEXT,
+        processor=_processor(Qwen3VLProcessor, video="Qwen3VLVideoProcessor"),
         cell=2 * PATCH,
     ),
     TinyFamily(
@@ -341,7 +357,8 @@ FAMILIES = (
         _qwen3_5_options("qwen3_5_text"),
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
-        processor=_processor(Qwen3VLProcessor),
+        video_text=QWEN_VIDEO_TEXT,
+        processor=_processor(Qwen3VLProcessor, video="Qwen3VLVideoProcessor"),
         cell=2 * PATCH,
     ),
     TinyFamily(
@@ -349,7 +366,8 @@ FAMILIES = (
         _qwen3_5_options("qwen3_5_moe_text", **_EXPERTS, shared_expert_intermediate_size=32),
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
-        processor=_processor(Qwen3VLProcessor),
+        video_text=QWEN_VIDEO_TEXT,
+        processor=_processor(Qwen3VLProcessor, video="Qwen3VLVideoProcessor"),
         cell=2 * PATCH,
     ),
     TinyFamily(
@@ -357,7 +375,8 @@ FAMILIES = (
         _qwen4_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
-        processor=_processor(Qwen3VLProcessor),
+        video_text=QWEN_VIDEO_TEXT,
+        processor=_processor(Qwen3VLProcessor, video="Qwen3VLVideoProcessor"),
         cell=2 * PATCH,
     ),
     TinyFamily(
@@ -390,7 +409,8 @@ FAMILIES = (
         _cosmos_omni_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
-        processor=_processor(Qwen3VLProcessor),
+        video_text=QWEN_VIDEO_TEXT,
+        processor=_processor(Qwen3VLProcessor, video="Qwen3VLVideoProcessor"),
         cell=2 * PATCH,
     ),
     TinyFamily(
@@ -398,6 +418,7 @@ FAMILIES = (
         _cosmos_edge_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
+        video_text=QWEN_VIDEO_TEXT,
         processor=_cosmos_edge_processor,
         cell=2 * PATCH,
     ),
@@ -417,6 +438,7 @@ FAMILIES = (
         _exaone_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
+        video_text=QWEN_VIDEO_TEXT,
         processor=_processor(Exaone4_5_Processor),
         cell=2 * PATCH,
     ),
@@ -425,6 +447,7 @@ FAMILIES = (
         _hyperclovax_options,
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
+        video_text=QWEN_VIDEO_TEXT,
         processor=_processor(HyperCLOVAXVisionV2Processor),
         cell=2 * PATCH,
     ),
