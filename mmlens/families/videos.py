@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from transformers import ProcessorMixin
 from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from mmlens import internals
-from mmlens.data.videos import Video
 from mmlens.errors import PromptError, UnsupportedError
 from mmlens.families.layouts.grids import SeenVideo
 
@@ -25,6 +25,20 @@ SAMPLES_IN_ITS_CHATS = ("SmolVLMProcessor",)
 
 IMAGES_OR_VIDEOS = ("SmolVLMProcessor",)
 """Processors that lose the images of a call that brings videos too."""
+
+
+class Video(Protocol):
+    """What a video is, as far as processors read it (`mmlens.data.Video`)."""
+
+    fps: float | None
+    where: str
+    n_frames: int
+    size: tuple[int, int]
+
+    @property
+    def duration(self) -> float | None: ...
+
+    def read(self, numbers: Sequence[int]) -> np.ndarray: ...
 
 
 class Reader(NamedTuple):
