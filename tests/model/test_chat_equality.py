@@ -24,9 +24,8 @@ from plain_chats import (
     says,
     text_part,
 )
-from tiny import FAMILIES, FURTHER_KINDS, REPRESENTATIVES, TINY, others_slow, tiny_images, tiny_processor
+from tiny import FAMILIES, REPRESENTATIVES, TINY, record_of, tiny_images, tiny_processor
 
-from mmlens.families.catalog import family_of
 from mmlens.model.prompt import Prompt
 from mmlens.model.prompt_making import make_prompt
 
@@ -82,7 +81,7 @@ def _shapes(family: str) -> dict[str, list[Chat]]:
 
 def _prompt(family: str, chats: Sequence[Chat], images: Any = (), **options: Any) -> Prompt:
     given = copy.copy(list(chats)) if len(chats) > 1 else chats[0]
-    return make_prompt(tiny_processor(family), family_of(family).layout, given, images, **options)
+    return make_prompt(tiny_processor(family), record_of(family).layout, given, images, **options)
 
 
 def check_roles(prompt: Prompt, chats: Sequence[Chat]) -> None:
@@ -102,7 +101,7 @@ def check_roles(prompt: Prompt, chats: Sequence[Chat]) -> None:
         assert torch.equal(found.is_question[example], asked)
 
 
-@pytest.mark.parametrize("family", others_slow((*REPRESENTATIVES, *FURTHER_KINDS), of=CHATS))
+@pytest.mark.parametrize("family", CHATS)
 def test_inputs_are_the_processors_own(family: str) -> None:
     if family in UNMARKED:
         pytest.skip("its processor knows no chats")
@@ -150,7 +149,7 @@ def test_images_beside_the_messages_are_those_in_them(family: str) -> None:
 def test_the_short_form_is_a_chat(family: str) -> None:
     images = tiny_images(3, seed=1)
     prompt = make_prompt(
-        tiny_processor(family), family_of(family).layout, ["Who?", "Where?"], [images[:1], images[1:]]
+        tiny_processor(family), record_of(family).layout, ["Who?", "Where?"], [images[:1], images[1:]]
     )
     chats = [
         [{"role": "user", "content": [*({"type": "image", "image": each} for each in own), text_part(asked)]}]

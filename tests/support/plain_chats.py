@@ -68,6 +68,10 @@ def check_positions(processor: Any, prompt: Prompt, chats: Sequence[Chat]) -> No
         after, images = 0, 0
         for turn, number, part in parts_of(chat):
             own = (found.turn[example] == turn) & (found.part[example] == number)
+            if part["type"] == "image" and not bool(found.is_image.any()):
+                # Images of Mllama and its like stand beside the text, at no position of it.
+                assert not bool(own.any())
+                continue
             assert bool(own.any()), (turn, number)
             at = torch.nonzero(own).flatten()
             assert int(at[0]) >= after
@@ -76,11 +80,13 @@ def check_positions(processor: Any, prompt: Prompt, chats: Sequence[Chat]) -> No
                 assert not bool((own & found.is_image[example]).any())
                 assert (at.diff() == 1).all()
                 decoded = processor.tokenizer.decode(ids[example][own])
-                # A token that covers an edge of the text belongs to it.
-                assert part["text"] in decoded and len(decoded) <= len(part["text"]) + 2
-                assert torch.equal(prompt.positions(turn=turn, part=number)[example], own)
+                # A token that covers an edge of the text belongs to it; templates may trim texts.
+                said = part["text"].strip()
+                assert said in decoded and len(decoded) <= len(part["text"]) + 2, (turn, number, decoded)
                 if len(chats) == 1:
-                    assert torch.equal(prompt.positions(text=part["text"])[example], own)
+                    assert torch.equal(prompt.positions(turn=turn, part=number)[example], own)
+                    inside = prompt.positions(text=said)[example]
+                    assert torch.equal(inside, own) or (said != part["text"] and not bool((inside & ~own).any()))
             else:
                 assert torch.equal(found.image[example] == images, own & found.is_image[example])
                 assert bool((found.image[example] == images).any())
