@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mmlens.data.chats import Chat
 from mmlens.data.examples import Example
 from mmlens.model.fingerprints import tensor_bytes
 from mmlens.model.hooked_vlm import HookedVLM
@@ -104,6 +105,7 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
             for region in example.evidence
         ]
         texts = [getattr(example, name) for name in ("id", "kind", "group", "question", "answer")]
+        texts += [list(each) for each in Chat(list(example.messages)).said]
         digest.update(json.dumps([texts, example.candidates, evidence, pixels]).encode() + b"\n")
     return digest.hexdigest()[:_DIGITS]
 

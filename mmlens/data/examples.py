@@ -1,4 +1,4 @@
-"""A question about images whose evidence is known, and its plain on-disk format.
+"""A question about images, or a chat, whose evidence is known, and its plain on-disk format.
 
 A folder of examples holds `examples.jsonl` and the image files that it names; docs/data.md
 describes every field. One line:
@@ -6,6 +6,8 @@ describes every field. One line:
     {"id": "scene-0", "kind": "objects", "question": "What colour is K", "answer": "red",
      "images": ["images/scene-0.png"], "evidence": [{"image": 0, "box": [16, 0, 48, 32]}],
      "candidates": ["red", "blue"], "group": "scene-0"}
+
+or, in the place of a question, "messages": [{"role": "user", "content": [{"type": "image"}, ...]}].
 """
 
 from __future__ import annotations
@@ -34,6 +36,14 @@ from mmlens.arguments import (
 )
 from mmlens.arguments import number as real_number
 from mmlens.boxes import Box, box_of, checked_box
+from mmlens.data.chats import (
+    UNPLACED,
+    Chat,
+    Message,
+    chat_of_example,
+    parts_of,
+    question_of,
+)
 from mmlens.data.images import as_rgb, load_image, open_image, pixel_fingerprint
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError, UnsupportedError
 from mmlens.files import make_folder, parsed_json, path_within, write_text_at_once
@@ -90,7 +100,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Example:
-    """A question, its images, its answer, and where in the images the answer stands.
+    """A question with its images or a chat, its answer, and where in the images the answer stands.
+
+    `messages` is a chat in transformers' format, as `model.prompt` takes it, images in its parts or beside it in
+    `images`. Then `images` are those of the whole chat, in order, which evidence counts, and `question` is the text of
+    its last user turn, or what is given for it: a text that stands there once. An example without messages is the
+    chat of one turn: its images, then its question.
 
     `kind` names the task; `candidates` are the answers that count as well-formed (empty: any);
     `group` names what must not be split between selection and evaluation, such as a document
@@ -98,17 +113,20 @@ class Example:
 
     Images are PIL images; paths are opened. Each is turned upright as its EXIF data say, and boxes are
     pixels of it so. Raises PromptError for what is no image or cannot be shown to a model as it is
-    (`open_image`), InvalidTypeError for another type, and InvalidValueError for evidence outside its
-    image, a candidate that stands twice, and an answer that is no candidate.
+    (`open_image`), and for messages that are no chat; InvalidTypeError for another type, and InvalidValueError for
+    evidence outside its image, a candidate that stands twice, and an answer that is no candidate.
 
     >>> Example(question="What colour is K", answer="red", evidence=(Evidence(0),)).evidence[0].box
     Traceback (most recent call last):
         ...
     mmlens.errors.InvalidValueError: example '': evidence names image 0, but the example has 0 image(s)
+    >>> chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What colour is K?"}]
+    >>> Example(messages=chat, answer="red").question
+    'What colour is K?'
     """
 
-    question: str
-    answer: str
+    question: str = ""
+    answer: str = ""
     images: tuple[Any, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     kind: str = ""
@@ -116,13 +134,22 @@ class Example:
     id: str = ""
     group: str = ""
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+    messages: Sequence[Message] = ()
 
     def __post_init__(self) -> None:
         for name in _TEXT_FIELDS:
             instance_of(f"the {name} of an Example", getattr(self, name), str, "a text")
         name = f"example {self.id!r}"
         images = listed(f"the images of {name}", self.images, "a list of images: images=(image,)")
-        images = [open_image(image, f"image {number} of {name}") for number, image in enumerate(images)]
+        messages = listed(f"the messages of {name}", self.messages, "a chat: a list of messages")
+        if messages:
+            chat = chat_of_example(messages, images, self.question, name)
+            images = chat.images
+            object.__setattr__(self, "messages", tuple(chat.messages))
+            object.__setattr__(self, "question", question_of(chat))
+        else:
+            images = [open_image(image, f"image {number} of {name}") for number, image in enumerate(images)]
+            object.__setattr__(self, "messages", ())
         object.__setattr__(self, "images", tuple(images))
         object.__setattr__(self, "candidates", self._checked_candidates(name))
         object.__setattr__(self, "evidence", tuple(regions_of("evidence", self.evidence)))
@@ -140,6 +167,13 @@ class Example:
             if region.box is not None:
                 where = f"example {self.id!r}, image {region.image}"
                 checked_box(region.box, self.images[region.of_image].size, where)
+
+    @property
+    def said(self) -> tuple[tuple[str, str, str], ...]:
+        """(role, kind, text) of every part of its chat: equal for examples that differ in pixels and answers alone."""
+        if self.messages:
+            return Chat(list(self.messages)).said
+        return (*[("user", "image", "")] * len(self.images), ("user", "text", self.question))
 
     def _checked_candidates(self, name: str) -> tuple[str, ...]:
         candidates = listed(
@@ -208,12 +242,20 @@ def examples_of(value: object, name: str = "examples", *, least: int = 1) -> lis
     return examples
 
 
+def chats_of_examples(examples: Sequence[Example]) -> tuple[list[Any], list[list[Image.Image]]]:
+    """What `model.prompt` takes of examples: chats or questions, and the images that stand beside them."""
+    return (
+        [list(each.messages) or each.question for each in examples],
+        [[] if each.messages else list(each.images) for each in examples],
+    )
+
+
 class DataError(InvalidValueError):
     """A folder of examples that is missing, empty or not in the documented format."""
 
 
 _TEXT_FIELDS = ("id", "kind", "question", "answer", "group")
-_FIELDS = (*_TEXT_FIELDS, "images", "evidence", "candidates", "metadata")
+_FIELDS = (*_TEXT_FIELDS, "messages", "images", "evidence", "candidates", "metadata")
 
 
 def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
@@ -249,6 +291,8 @@ def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
             "candidates": list(example.candidates),
             "metadata": example.metadata,
         }
+        if example.messages:
+            record["messages"] = _written_messages(example.messages, name)
         try:
             lines.append(json.dumps(record, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -257,6 +301,23 @@ def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
             ) from error
     write_text_at_once(folder / "examples.jsonl", "\n".join(lines) + "\n")
     return folder
+
+
+def _written_messages(messages: Sequence[Message], name: str) -> list[dict[str, Any]]:
+    """A chat as it is written: its images are those of the field "images", in order."""
+    written = []
+    for turn, message in enumerate(messages):
+        made = {key: value for key, value in message.items() if key != UNPLACED}
+        if isinstance(message.get("content"), list):
+            made["content"] = [
+                {"type": "image"} if part["type"] == "image" else part for part in parts_of(message)
+            ]
+            if any(part["type"] == "video" for part in made["content"]):
+                raise DataError(
+                    f"example {name!r}: turn {turn} has a video, which a folder of examples does not hold"
+                )
+        written.append(made)
+    return written
 
 
 def load_examples(folder: str | Path, *, images_outside: bool = False) -> list[Example]:
@@ -310,9 +371,13 @@ def _example(record: Any, folder: Path, images_outside: bool) -> Example:
             f"expected an object with the fields {', '.join(_FIELDS)}, got {type(record).__name__}"
         )
     _check_names("field", record, _FIELDS)
-    for name in ("question", "answer"):
+    for name in ("answer",) if record.get("messages") else ("question", "answer"):
         if not _text(name, record.get(name)).strip():
             raise InvalidValueError(f"the field {name!r} must be a non-empty text, got {record[name]!r}")
+    messages = [
+        _message(f"messages[{i}]", message, folder, images_outside)
+        for i, message in enumerate(_list(record, "messages", "messages"))
+    ]
     files = [_text(f"images[{i}]", name) for i, name in enumerate(_list(record, "images", "paths"))]
     images = tuple(_open_image(_place(folder, name, images_outside)) for name in files)
     evidence = [
@@ -327,7 +392,44 @@ def _example(record: Any, folder: Path, images_outside: bool) -> Example:
         evidence=tuple(evidence),
         candidates=tuple(candidates),
         metadata=instance_of("the field 'metadata'", record.get("metadata", {}), dict, "an object"),
+        messages=tuple(messages),
     )
+
+
+def _message(where: str, message: Any, folder: Path, images_outside: bool) -> dict[str, Any]:
+    """A message with the images that its parts name by paths; what else it may hold, `Example` says."""
+    if not isinstance(message, dict):
+        raise InvalidTypeError(
+            f'{where} must be a message, {{"role": "user", "content": ...}}, got {_json(message)}'
+        )
+    content = message.get("content")
+    if isinstance(content, str):
+        _text(f"{where}.content", content)
+    if not isinstance(content, list):
+        return message
+    parts = []
+    for number, part in enumerate(content):
+        name = f"{where}.content[{number}]"
+        if isinstance(part, dict):
+            part = dict(part)
+            if isinstance(part.get("text"), str):
+                _text(f"{name}.text", part["text"])
+            for key in _PATH_KEYS:
+                given = part.get(key)
+                given = given.get("url") if isinstance(given, dict) else given
+                if isinstance(given, str) and not _is_no_path(given):
+                    part[key] = _open_image(_place(folder, given.removeprefix("file://"), images_outside))
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+_PATH_KEYS = ("image", "url", "path", "image_url")
+"""What parts of messages may call the path of their image."""
+
+
+def _is_no_path(text: str) -> bool:
+    """Whether an image is named by a URL, which is refused, or is written out itself."""
+    return text.startswith("data:") or ("://" in text and not text.startswith("file://"))
 
 
 def _check_names(kind: str, given: Iterable[str], known: Sequence[str]) -> None:
@@ -487,7 +589,7 @@ def _identity(example: Example) -> tuple[object, ...]:
     if example.id:
         return ("id", example.kind, example.id)
     pixels = tuple(map(pixel_fingerprint, example.images))
-    return ("content", example.kind, example.question, example.answer, pixels)
+    return ("content", example.kind, example.question, example.answer, pixels, example.said)
 
 
 def overlap_message(shared: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmlens.data.examples import Example
+from mmlens.data.examples import Example, chats_of_examples
 from mmlens.experiments.experiment import Figures
 from mmlens.heads import Head
 from mmlens.model.hooked_vlm import HookedVLM, model_of
@@ -26,7 +26,7 @@ def question_attention(
     NaN where the model has no head.
     """
     model_of(model)
-    prompt = model.prompt(example.question, images=example.images)
+    prompt = model.prompt(*chats_of_examples([example]))
     means = torch.full((*model.grid.shape, prompt.shape[1]), torch.nan)
 
     def consume(layer: int, rows: Tensor, real: Tensor) -> None:

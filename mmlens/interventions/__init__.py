@@ -27,4 +27,5 @@ from mmlens.interventions.patching import Source as Source
 from mmlens.interventions.patching import patch as patch
 from mmlens.interventions.paths import path_patch as path_patch
 from mmlens.interventions.question_edits import other_question as other_question
+from mmlens.interventions.question_edits import other_text as other_text
 from mmlens.model.choosing import if_any as if_any

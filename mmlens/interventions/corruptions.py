@@ -26,10 +26,10 @@ from mmlens.arguments import (
     listed,
     texts,
 )
+from mmlens.data.chats import Message, exchanged
 from mmlens.data.images import pixel_fingerprint
-from mmlens.errors import InvalidValueError
+from mmlens.errors import InvalidValueError, PromptError
 from mmlens.interventions.layouts import layout_difference
-from mmlens.model.chat import exchanged
 from mmlens.model.fingerprints import real_tokens
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.prompt import Prompt, prompt_of
@@ -49,16 +49,19 @@ def corrupted_prompt(
     *,
     questions: Sequence[str] | None = None,
     images: Sequence[Sequence[Any]] | None = None,
+    messages: Sequence[Sequence[Message]] | None = None,
     equal_layout: bool = True,
 ) -> Prompt:
-    """`prompt` made again with other questions or images, one entry per example; for corruptions of your own.
+    """`prompt` made again with other questions, images or chats, one entry per example; for corruptions of your own.
 
-    It goes through the model's processor. Answers and candidates are the prompt's own, their first tokens found
+    `messages` are whole chats, as `prompt.messages` holds them, in which `questions` and `images` then take the place
+    of the question and of all the images, in order. It goes through the model's processor, with the prompt's own
+    options. Answers and candidates are the prompt's own, their first tokens found
     again where the text has changed. Images are encoded where the prompt's were (`HookedVLM.encode_images`).
 
     Raises CorruptionError where an example's inputs stay what they were, `equal_layout` is set and the layout
-    has changed, the number of questions or image lists is not the batch's, or the prompt does not hold its
-    questions and images (`prompt_from_inputs`).
+    has changed, the number of questions, image lists or chats is not the batch's, a question stands in several
+    parts, or the prompt does not hold its chats (`prompt_from_inputs`).
     """
     model_of(model)
     flag("equal_layout", equal_layout)
@@ -66,15 +69,13 @@ def corrupted_prompt(
         questions = texts("questions", questions, "one question for each example")
     if images is not None:
         images = listed("images", images, "one list of images for each example")
-    if prompt_of(prompt).messages is None:
-        raise CorruptionError(
-            "the prompt does not hold its questions and images, so it cannot be made again: make it with "
-            "model.prompt(...) or model.prompt_examples(...), or give model.prompt_from_inputs the text too: text=..."
-        )
-    for name, given in (("question(s)", questions), ("image list(s)", images)):
+    if messages is not None:
+        messages = listed("messages", messages, "one chat for each example")
+    own = messages_of(prompt)
+    for name, given in (("question(s)", questions), ("image list(s)", images), ("chat(s)", messages)):
         if given is not None and len(given) != len(prompt):
             raise CorruptionError(f"{len(given)} {name} for a batch of {len(prompt)} example(s)")
-    made = _remade(model, prompt, questions, images).to(prompt.token_map.device)
+    made = _remade(model, prompt, own if messages is None else messages, questions, images)
     difference = layout_difference(prompt, made) if equal_layout else None
     if difference:
         raise CorruptionError(
@@ -89,27 +90,32 @@ def corrupted_prompt(
     return made if prompt.image_features is None else model.encode_images(made)
 
 
-def _messages(prompt: Prompt) -> list[Any]:
-    assert prompt.messages is not None
+def messages_of(prompt: Prompt) -> list[list[Message]]:
+    """The chats of a prompt; CorruptionError where it does not hold them."""
+    if prompt_of(prompt).messages is None:
+        raise CorruptionError(
+            "the prompt does not hold its questions and images, so it cannot be made again: make it with "
+            "model.prompt(...) or model.prompt_examples(...), or give model.prompt_from_inputs the text too: text=..."
+        )
     return prompt.messages
 
 
 def _remade(
     model: HookedVLM,
     prompt: Prompt,
+    messages: Sequence[Sequence[Message]],
     questions: Sequence[str] | None,
     images: Sequence[Sequence[Any]] | None,
 ) -> Prompt:
-    """The prompt's chats with other questions and images."""
-    chats = [
-        exchanged(
-            messages,
-            question=None if questions is None else questions[row],
-            images=None if images is None else images[row],
-        )
-        for row, messages in enumerate(_messages(prompt))
-    ]
-    return model.prompt(chats, **prompt.options)
+    """These chats, with other questions and images, made as the prompt was."""
+    chats = []
+    for row, own in enumerate(messages):
+        asked, shown = (None if given is None else given[row] for given in (questions, images))
+        try:
+            chats.append(exchanged(own, question=asked, images=shown))
+        except PromptError as error:
+            raise CorruptionError(f"example {row}: {error}") from error
+    return model.prompt(chats, **prompt.options).to(prompt.token_map.device)
 
 
 def _unchanged(model: HookedVLM, before: Prompt, after: Prompt, example: int) -> str:
@@ -122,7 +128,7 @@ def _unchanged(model: HookedVLM, before: Prompt, after: Prompt, example: int) ->
     pair = [before, after]
     if len(before) > 1 or before.image_features is not None:
         # Families pack the images of a batch in ways of their own; alone, an example's inputs are all there is.
-        pair = [model.prompt(_messages(prompt)[example], **prompt.options) for prompt in pair]
+        pair = [model.prompt(messages_of(prompt)[example], **prompt.options) for prompt in pair]
     if _equal_inputs(*(prompt.inputs for prompt in pair)):
         return (
             "pixels were changed, but the processor crops or shrinks the change away before the model sees it"

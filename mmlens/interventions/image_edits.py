@@ -21,6 +21,7 @@ from mmlens.arguments import (
     whole_number,
 )
 from mmlens.boxes import SLIVER, checked_box
+from mmlens.data.chats import Chat
 from mmlens.data.examples import Evidence, Example, examples_of
 from mmlens.data.images import load_image, pixel_fingerprint
 from mmlens.errors import InvalidValueError, OutOfRangeError
@@ -204,26 +205,27 @@ def other_image(
 def evidence_of(examples: Sequence[Example]) -> Callable[[Prompt, int], list[Evidence]]:
     """Where each example of a prompt has its evidence, for corruptions of regions.
 
-    A prompt holds no evidence. An example of the prompt is known by its question and the pixels of its images, in
-    any batch and order. Raises CorruptionError for two examples alike in those but not in their evidence; when
+    An example of the prompt is known by the texts of its chat and the pixels of its images, in any batch and order.
+    Raises CorruptionError for two examples alike in those but not in their evidence; when
     asked, for an example that is not among `examples` (as one whose images were corrupted before), or has no
     evidence.
     """
-    known: dict[tuple[str, ...], tuple[Evidence, ...]] = {}
+    known: dict[tuple[Any, ...], tuple[Evidence, ...]] = {}
     examples = examples_of(examples)
     for entry in examples:
-        key = (entry.question, *map(pixel_fingerprint, entry.images))
+        key = (entry.said, *map(pixel_fingerprint, entry.images))
         if known.setdefault(key, entry.evidence) != entry.evidence:
             raise CorruptionError(
                 f"two examples have the question {entry.question!r} and the same images, but not the same evidence"
             )
 
     def regions(prompt: Prompt, example: int) -> list[Evidence]:
-        key = (prompt.questions[example], *map(pixel_fingerprint, prompt.images[example]))
+        said = () if prompt.messages is None else Chat(prompt.messages[example]).said
+        key = (said, *map(pixel_fingerprint, prompt.images[example]))
         if key not in known:
             raise CorruptionError(
                 f"example {example} of the prompt ({prompt.questions[example]!r} with {len(key) - 1} image(s)) is not "
-                f"among the {len(examples)} example(s) given to evidence_of: they are matched by question and pixels"
+                f"among the {len(examples)} example(s) given to evidence_of: they are matched by texts and pixels"
             )
         if not known[key]:
             raise CorruptionError(f"example {example} ({prompt.questions[example]!r}) has no evidence")

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
-from mmlens.model.chat import RENDERED, parts_of
+from mmlens.data.chats import RENDERED, parts_of
 
 _LEFT, _RIGHT = "\ue000", "\ue001"
 _ANSWERED = f"{_LEFT}ANSWERGOESHERE{_RIGHT}"

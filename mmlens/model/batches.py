@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mmlens.arguments import BATCH_SIZE, flag, listed, shown, whole_number
-from mmlens.data.examples import Example
+from mmlens.data.examples import Example, chats_of_examples
 from mmlens.errors import InvalidTypeError
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.prompt import Prompt
@@ -93,7 +93,7 @@ class Batches:
             if self.answers:
                 yield index, self.model.prompt_examples(batch)
             else:
-                prompt = self.model.prompt([e.question for e in batch], [list(e.images) for e in batch])
+                prompt = self.model.prompt(*chats_of_examples(batch))
                 yield index, replace(prompt, examples=tuple(batch))
 
 

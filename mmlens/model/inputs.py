@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mmlens import internals
-from mmlens.data.examples import Example, examples_of
+from mmlens.data.examples import Example, chats_of_examples, examples_of
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.families.record import Family
 from mmlens.model import loading
@@ -118,7 +118,7 @@ class InputMethods:
         or candidate that the tokenizer does not know.
         """
         batch = examples_of(examples)
-        prompt = self.prompt([e.question for e in batch], [list(e.images) for e in batch])
+        prompt = self.prompt(*chats_of_examples(batch))
         return with_answers(prompt, self.processor, batch, answer_start)
 
     @torch.no_grad()

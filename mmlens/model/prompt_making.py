@@ -19,6 +19,15 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from mmlens.arguments import shown
+from mmlens.data.chats import (
+    WAS_TRANSPARENT,
+    Chat,
+    asked_texts,
+    chats_of,
+    images_beside,
+    question_of,
+    rendered_chat,
+)
 from mmlens.errors import MmlensError, MmlensWarning, PromptError, UnsupportedError
 from mmlens.families.layouts.grids import Layout
 from mmlens.families.media import media_of, unmapped_message
@@ -30,15 +39,6 @@ from mmlens.families.placeholders import (
     values_after,
 )
 from mmlens.families.watched import Characters, watched
-from mmlens.model.chat import (
-    WAS_TRANSPARENT,
-    Chat,
-    asked_texts,
-    chats_of,
-    images_beside,
-    question_of,
-    rendered_chat,
-)
 from mmlens.model.choosing import occurrences
 from mmlens.model.fingerprints import processor_fingerprint
 from mmlens.model.prompt import Prompt, check_left_padding

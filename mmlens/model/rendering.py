@@ -19,9 +19,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
+from mmlens.data.chats import QUESTION, UNPLACED, Chat, Place
 from mmlens.errors import MmlensWarning, PromptError
 from mmlens.families.placeholders import placeholders_of
-from mmlens.model.chat import QUESTION, UNPLACED, Chat, Place
 
 _RENDER_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
 _PRIVATE = (range(0xE000, 0xF8FF), range(0xF0000, 0xFFFFD), range(0x100000, 0x10FFFD))

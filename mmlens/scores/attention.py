@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmlens.arguments import BATCH_SIZE, number, one_of, text
+from mmlens.data.chats import exchanged
+from mmlens.errors import InvalidValueError
 from mmlens.head_scores import HeadScores
 from mmlens.model.batches import Prompts
 from mmlens.model.hooked_vlm import HookedVLM
@@ -190,12 +192,17 @@ def ram_per_token(
 
 
 def _null_prompt(model: HookedVLM, prompt: Prompt, null_question: str) -> Prompt:
-    """The null question about the same images."""
-    images = [list(example.images) for example in known_examples(prompt)]
+    """The null question in the question's place, and the same chat besides."""
+    if prompt.messages is None:
+        raise InvalidValueError(
+            "the prompt does not hold its chats, in which a null question takes the question's place: make it with "
+            "model.prompt_examples(examples)"
+        )
+    chats = [exchanged(messages, question=null_question) for messages in prompt.messages]
     with warnings.catch_warnings():
         # A null question asks for nothing, so its words need not be known.
         warnings.simplefilter("ignore", UnknownWordWarning)
-        return model.prompt([null_question] * len(images), images)
+        return model.prompt(chats, **prompt.options)
 
 
 def _attention_to_images(

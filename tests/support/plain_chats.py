@@ -86,7 +86,9 @@ def check_positions(processor: Any, prompt: Prompt, chats: Sequence[Chat]) -> No
                 if len(chats) == 1:
                     assert torch.equal(prompt.positions(turn=turn, part=number)[example], own)
                     inside = prompt.positions(text=said)[example]
-                    assert torch.equal(inside, own) or (said != part["text"] and not bool((inside & ~own).any()))
+                    assert torch.equal(inside, own) or (
+                        said != part["text"] and not bool((inside & ~own).any())
+                    )
             else:
                 assert torch.equal(found.image[example] == images, own & found.is_image[example])
                 assert bool((found.image[example] == images).any())

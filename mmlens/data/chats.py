@@ -95,6 +95,14 @@ class Chat:
         return self.messages[0]["role"] == RENDERED
 
     @property
+    def said(self) -> tuple[tuple[str, str, str], ...]:
+        """(role, kind, text) of every part in order: the same for chats that differ in their pixels alone."""
+        return tuple(
+            (self.messages[place.turn]["role"], part["type"], part.get("text", ""))
+            for place, part in self.parts()
+        )
+
+    @property
     def is_continued(self) -> bool:
         """Whether the last turn is the beginning of the answer."""
         return self.messages[-1]["role"] == "assistant"
@@ -124,9 +132,11 @@ def chats_of(
     messages: object,
     images: Iterable[Any] | None,
     question: str | Sequence[str] | None,
-    extra_roles: str = "",
+    extra_roles: str | None = "",
 ) -> list[Chat]:
     """The chats that `messages` means: of a text, a chat, or a list of either, with the images given beside them.
+
+    Roles are ROLES, and what stands in quotation marks in `extra_roles`, a chat template; None: any.
 
     Raises PromptError for what is no chat, and for images in another number than the parts that hold none;
     FileNotFoundError for a path that does not exist.
@@ -139,6 +149,25 @@ def chats_of(
         _chat(each, own, asked, f"example {number}", extra_roles)
         for number, (each, own, asked) in enumerate(zip(given, image_lists, questions, strict=True))
     ]
+
+
+def chat_of_example(messages: Sequence[Any], images: Sequence[Any], question: str, where: str) -> Chat:
+    """The chat of an example: with the images beside it, if they are not those in it, and its question marked.
+
+    The chat of an example and its images and question give it again. Raises as `chats_of`.
+    """
+    if not is_chat(messages):
+        raise PromptError(
+            f"the messages of {where} are {shown(messages)}; expected a chat: [{{'role': ..., 'content': ...}}]"
+        )
+    own = [
+        part.get("image") for message in messages for part in parts_of(message) if isinstance(part, Mapping)
+    ]
+    own += [image for message in messages for image in message.get(UNPLACED, ())]
+    held = {id(image) for image in own if image is not None}
+    beside = [] if all(id(image) in held for image in images) else list(images)
+    chat = _chat(messages, beside, None, where, None)
+    return chat if question in ("", question_of(chat)) else _asked(chat, question, where)
 
 
 # ---------------------------------------------------------------------- one chat or many
@@ -187,7 +216,7 @@ def _batch(messages: Any, images: Any) -> tuple[list[Any], list[list[Any]]]:
 # ---------------------------------------------------------------------- one chat
 
 
-def _chat(given: Any, images: list[Any], question: str | None, where: str, extra_roles: str) -> Chat:
+def _chat(given: Any, images: list[Any], question: str | None, where: str, extra_roles: str | None) -> Chat:
     beside = iter([(image, f"image {number} of {where}") for number, image in enumerate(images)])
     if isinstance(given, str):
         if not given.strip():
@@ -259,15 +288,14 @@ def _with_unplaced(messages: list[Message], images: list[Image.Image]) -> list[M
     return [{**messages[0], UNPLACED: images}, *messages[1:]]
 
 
-def _message(message: Any, turn: int, beside: Any, where: str, extra_roles: str) -> Message:
+def _message(message: Any, turn: int, beside: Any, where: str, extra_roles: str | None) -> Message:
     name = f"{where}, turn {turn}"
     role = message["role"]
     if role == RENDERED and UNPLACED in message:
         # Of a prompt that was made of inputs, and is made again.
         return dict(message)
-    if not isinstance(role, str) or (
-        role not in ROLES and not re.search(rf"['\"]{re.escape(role)}['\"]", extra_roles)
-    ):
+    is_known = role in ROLES or extra_roles is None or _is_named(role, extra_roles)
+    if not isinstance(role, str) or not is_known:
         raise PromptError(f"{name}: {unknown_name_message('role', role, ROLES)}")
     made = {key: value for key, value in message.items() if key != UNPLACED}
     content = message.get("content")
@@ -283,6 +311,10 @@ def _message(message: Any, turn: int, beside: Any, where: str, extra_roles: str)
     if UNPLACED in message:
         made[UNPLACED] = message[UNPLACED]
     return made
+
+
+def _is_named(role: object, template: str) -> bool:
+    return isinstance(role, str) and re.search(rf"['\"]{re.escape(role)}['\"]", template) is not None
 
 
 def _part(part: Any, name: str, beside: Any) -> dict[str, Any]:
@@ -413,6 +445,19 @@ def question_of(chat: Chat) -> str:
         return chat.messages[0][QUESTION] or ""
     texts = {place: part["text"] for place, part in chat.parts("text")}
     return " ".join(texts[place] if said is None else said for place, said in asked_texts(chat))
+
+
+def with_text(messages: Sequence[Message], turn: int, part: int, text: str) -> list[Message]:
+    """A loaded chat with another text in one part's place; a part that holds the question is the question then."""
+    message = messages[turn]
+    if isinstance(message.get("content"), str):
+        changed = {key: value for key, value in message.items() if key != QUESTION} | {"content": text}
+    else:
+        parts = parts_of(message)
+        mark = {QUESTION: True} if parts[part].get(QUESTION) else {}
+        parts[part] = {"type": "text", "text": text, **mark}
+        changed = {**message, "content": parts}
+    return [*messages[:turn], changed, *messages[turn + 1 :]]
 
 
 def exchanged(
