@@ -160,9 +160,9 @@ def chat_of_example(messages: Sequence[Any], images: Sequence[Any], question: st
         raise PromptError(
             f"the messages of {where} are {shown(messages)}; expected a chat: [{{'role': ..., 'content': ...}}]"
         )
-    own = [
-        part.get("image") for message in messages for part in parts_of(message) if isinstance(part, Mapping)
-    ]
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
+    own = [part.get("image") for part in parts if isinstance(part, Mapping)]
     own += [image for message in messages for image in message.get(UNPLACED, ())]
     held = {id(image) for image in own if image is not None}
     beside = [] if all(id(image) in held for image in images) else list(images)

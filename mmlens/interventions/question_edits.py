@@ -14,9 +14,9 @@ from mmlens.arguments import (
     flag,
     listed,
     seed_of,
+    texts,
     whole_number,
 )
-from mmlens.arguments import texts as texts_of
 from mmlens.data.chats import Message, parts_of, with_text
 from mmlens.data.examples import Example
 from mmlens.errors import PromptError
@@ -60,7 +60,7 @@ def other_question(
 
 
 def other_text(
-    texts: str | Sequence[str] | Callable[[Prompt, int], str],
+    others: str | Sequence[str] | Callable[[Prompt, int], str],
     *,
     turn: int,
     part: int = 0,
@@ -70,7 +70,7 @@ def other_text(
     """Exchange one text of a chat: part number `part` of turn number `turn`, which count from 0, -1 the last turn.
 
     A system prompt is turn 0, an answer of a few-shot chat the turn after its question; content that is a plain text is
-    part 0. `texts` and `seed` are as the questions of `other_question`, and all else of the chat stays as it is, answer
+    part 0. `others` and `seed` are as the questions of `other_question`, and all else of the chat stays as it is, answer
     and candidates too.
 
     Raises, when applied, CorruptionError for a chat without that turn or part, for a part that is no text, where there
@@ -84,7 +84,7 @@ def other_text(
     >>> [message["content"] for message in other.messages[0]]
     ['What is K ?', 'blue', 'What colour is Q ?']
     """
-    drawn = _drawn("other_text", "texts", texts, seed, equal_layout)
+    drawn = _drawn("other_text", "others", others, seed, equal_layout)
     turn, part = whole_number("turn", turn), whole_number("part", part, least=0)
 
     def corruption(model: HookedVLM, prompt: Prompt) -> Prompt:
@@ -122,20 +122,21 @@ def _drawn(caller: str, name: str, given: Any, seed: int, equal_layout: bool) ->
     seed = seed_of(seed)
     flag("equal_layout", equal_layout)
     pool: list[str] = []
+    noun = "question" if name == "questions" else "text"
     if callable(given):
         called(name, given, "a function (prompt, example's index) -> text", n_arguments=2)
     elif not isinstance(given, str):
         entries = listed(name, given, "a text, or a list of texts or of Example")
         pool = [entry.question if isinstance(entry, Example) else entry for entry in entries]
-        texts_of(name, pool)
+        texts(name, pool)
         if not pool:
-            raise CorruptionError(f"{caller}: there is no {name[:-1]} to draw from")
+            raise CorruptionError(f"{caller}: there is no {noun} to draw from")
 
     def draw(model: HookedVLM, prompt: Prompt, example: int, own: str, at: Bool[Tensor, " pos"]) -> str:
         if callable(given) or isinstance(given, str):
             text = given(prompt, example) if callable(given) else given
             if not isinstance(text, str) or not text.strip():
-                raise PromptError(f"{caller}: the {name[:-1]} is empty, or no text: {text!r}")
+                raise PromptError(f"{caller}: the {noun} is empty, or no text: {text!r}")
             return text
         others = sorted({text for text in pool if text != own})
         rng = np.random.default_rng([seed, *example_seed(prompt, example)])
@@ -145,7 +146,7 @@ def _drawn(caller: str, name: str, given: Any, seed: int, equal_layout: bool) ->
                 return others[index]
         alike = f"; none is laid out in the {n_tokens} tokens of its own" if equal_layout and others else ""
         raise CorruptionError(
-            f"{caller}: among {len(pool)} {name} to draw from, {len(others)} differ from that of "
+            f"{caller}: among {len(pool)} {noun}(s) to draw from, {len(others)} differ from that of "
             f"example {example} ({own!r}){alike}"
         )
 
