@@ -70,8 +70,8 @@ def other_text(
     """Exchange one text of a chat: part number `part` of turn number `turn`, which count from 0, -1 the last turn.
 
     A system prompt is turn 0, an answer of a few-shot chat the turn after its question; content that is a plain text is
-    part 0. `others` and `seed` are as the questions of `other_question`. The rest of the chat stays as it is, answer and
-    candidates too.
+    part 0. `others` and `seed` are as the questions of `other_question`. The rest of the chat stays as it is, the
+    answer and candidates too.
 
     Raises, when applied, CorruptionError for a chat without that turn or part, for a part that is no text, where there
     is no other text to draw, and as `corrupted_prompt`.
