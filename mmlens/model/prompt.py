@@ -38,7 +38,7 @@ class Spelling:
 
     tokens: list[str]
     blank: list[bool]
-    """Whether the answer's or a candidate's first token is white space alone, per example."""
+    """Whether the answer's or a candidate's first token is white space alone or a tag before answers, per example."""
     others: list[dict[int, str]]
     is_checked: bool = False
 
@@ -84,7 +84,7 @@ class Prompt:
     candidate_ids: list[Int[Tensor, " _"]] | None = None
     """First token of every candidate, per example."""
     answer_starts: list[str] | None = None
-    """What stands between each prompt and its answer: "", or the space that the chat template writes there."""
+    """What stands between each prompt and its answer: "", or what the chat template writes there, such as a space."""
     spelling: Spelling | None = None
     """How the tokens of the answers are written, and the tokens that the other spelling would have."""
     examples: tuple[Example, ...] | None = None

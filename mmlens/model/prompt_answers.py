@@ -65,8 +65,9 @@ def answered(
             for text, chat in zip(prompt.text, chats, strict=True)
         ]
     else:
-        starts = [answer_start] * len(prompt) if isinstance(answer_start, str) else list(answer_start)
-        if len(starts) != len(prompt) or not set(starts) <= {"", " "}:
+        is_chosen = isinstance(answer_start, str)
+        starts = [answer_start] * len(prompt) if is_chosen else list(answer_start)
+        if len(starts) != len(prompt) or (is_chosen and answer_start not in ("", " ")):
             raise InvalidValueError(
                 f"answer_start is {shown(answer_start)}; expected '' or ' ', or None for what the chat template writes"
             )
@@ -86,8 +87,14 @@ def answered(
         candidate_tokens.append(whole[1:])
         ids = [own[0] for own in whole]
         spelling.tokens.append(str(processor.tokenizer.convert_ids_to_tokens(ids[0])))
-        spelling.blank.append(any(not processor.tokenizer.decode([each]).strip() for each in ids))
-        others = {tokens(text, each, unknown=True)[0]: each for each in map(respelt, spelt)}
+        # A tag that every answer begins with tells none apart, as white space does.
+        of_start = tokens(text, start, unknown=True)[:1] if start.strip() else []
+        spelling.blank.append(
+            any(each in of_start or not processor.tokenizer.decode([each]).strip() for each in ids)
+        )
+        others = (
+            {} if of_start else {tokens(text, each, unknown=True)[0]: each for each in map(respelt, spelt)}
+        )
         spelling.others.append({token: each for token, each in others.items() if token not in ids})
     return replace(
         prompt,
@@ -109,7 +116,7 @@ def answer_ids_of(prompt: Prompt) -> Int[Tensor, " batch"]:
     """The first token of each answer, for what measures the next token.
 
     Raises InvalidValueError where the prompt carries no answers, or where an answer or candidate begins with a token
-    of white space alone, which tells no answer from another.
+    of white space alone, or of a tag that the chat template writes before every answer: it tells none from another.
     """
     if prompt.answer_ids is None:
         raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
@@ -118,11 +125,16 @@ def answer_ids_of(prompt: Prompt) -> Int[Tensor, " batch"]:
         assert prompt.answers is not None and prompt.candidates is not None
         raise InvalidValueError(
             f"example {row} of the batch: after the prompt, the answer {prompt.answers[row]!r} or one of its "
-            f"candidates {prompt.candidates[row]} begins with a token of white space alone, so the next token does not "
-            "tell answers apart. Measure generated answers (mmlens.generated_accuracy), or leave the space out: "
-            "model.prompt_examples(examples, answer_start='')"
+            f"candidates {prompt.candidates[row]} begins with a token of white space alone or of a tag, which tells no "
+            f"answer from another: the chat template writes {_start_of(prompt, row)!r} before answers. Measure "
+            "whole answers or generated ones (mmlens.generated_accuracy), turn thinking off where the template has an option "
+            "for it (enable_thinking=False), or leave it out: model.prompt_examples(examples, answer_start='')"
         )
     return prompt.answer_ids
+
+
+def _start_of(prompt: Prompt, row: int) -> str:
+    return "" if prompt.answer_starts is None else prompt.answer_starts[row]
 
 
 def respelt(answer: str) -> str:
@@ -133,7 +145,7 @@ def respelt(answer: str) -> str:
 def _spelt(start: str, answer: str) -> str:
     if not answer.strip():
         raise PromptError(f"an answer or candidate is empty ({answer!r}), so it has no first token")
-    return answer if answer[0].isspace() else start + answer
+    return answer if answer[0].isspace() and not start.strip() else start + answer
 
 
 def tokens_after(processor: ProcessorMixin, text: str, answer: str, *, unknown: bool = False) -> list[int]:

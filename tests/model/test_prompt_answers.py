@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import mmlens
 from mmlens.data.examples import Example
-from mmlens.errors import MmlensWarning, PromptError
+from mmlens.errors import InvalidValueError, MmlensWarning, PromptError
 from mmlens.families.catalog import family_of
 from mmlens.metrics.outcomes import (
     accuracy,
@@ -28,7 +28,7 @@ from mmlens.metrics.outcomes import (
 )
 from mmlens.model.answer_start import answer_start_of
 from mmlens.model.prompt import Prompt
-from mmlens.model.prompt_answers import with_answers
+from mmlens.model.prompt_answers import answer_ids_of, with_answers
 from mmlens.model.prompt_making import make_prompt
 
 # Chat templates by what stands before an answer. "{answer}" marks where the assistant's turn has it.
@@ -297,6 +297,35 @@ def test_a_prompt_shows_what_it_is_and_not_its_tensors(micro: mmlens.HookedVLM) 
     long = repr(micro.prompt([e.question for e in examples] + ["What colour is K " * 9]))
     assert long.count("\n") == 5 and "and 3 more" in long and len(long) < 500
     assert len(repr(micro.prompt("What colour is K " * 99))) < 150
+
+
+def test_the_end_of_a_thought_stands_before_an_answer() -> None:
+    """As in thinking models' templates: the prompt opens a thought, which the turn of an answer without one closes."""
+    closed = LINES.replace("THOUGHT", "<think>\n").replace(
+        "{% for c in", "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{% for c in"
+    )
+    prompt = answered(closed, YES)
+    assert prompt.answer_starts == ["\n</think>\n\n"]
+    tokenizer = spaced_tokenizer()
+    whole = tokenizer(prompt.text[0] + "\n</think>\n\nyes", add_special_tokens=False)["input_ids"]
+    before = tokenizer(prompt.text[0], add_special_tokens=False)["input_ids"]
+    assert prompt.answer_tokens == [whole[len(before) :]]
+    with pytest.raises(
+        InvalidValueError, match=r"writes '\\n</think>\\n\\n' before answers.*enable_thinking"
+    ):
+        answer_ids_of(prompt)
+
+
+def test_a_beginning_of_the_answer_is_followed_by_a_space() -> None:
+    processor = processor_of(LLAVA)
+    for said, space in (("It is", " "), ("It is:", " "), ("It is (", ""), ("Option-", "")):
+        chat = [
+            {"role": "user", "content": [{"type": "text", "text": "Is it red?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": said}]},
+        ]
+        prompt = make_prompt(processor, family_of("llava").layout, chat)
+        assert prompt.text[0].endswith(f"ASSISTANT: {said}")
+        assert with_answers(prompt, processor, [YES]).answer_starts == [space]
 
 
 def test_no_template_no_space() -> None:
