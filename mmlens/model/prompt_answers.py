@@ -127,8 +127,8 @@ def answer_ids_of(prompt: Prompt) -> Int[Tensor, " batch"]:
             f"example {row} of the batch: after the prompt, the answer {prompt.answers[row]!r} or one of its "
             f"candidates {prompt.candidates[row]} begins with a token of white space alone or of a tag, which tells no "
             f"answer from another: the chat template writes {_start_of(prompt, row)!r} before answers. Measure "
-            "whole answers or generated ones (mmlens.generated_accuracy), turn thinking off where the template has an option "
-            "for it (enable_thinking=False), or leave it out: model.prompt_examples(examples, answer_start='')"
+            "whole answers or generated ones (mmlens.generated_accuracy), turn thinking off where the template has an "
+            "option for it (enable_thinking=False), or leave it out: model.prompt_examples(examples, answer_start='')"
         )
     return prompt.answer_ids
 
