@@ -18,8 +18,8 @@ from mmlens.data.examples import (
     DataError,
     Evidence,
     Example,
-    check_no_repeats,
     chats_of_examples,
+    check_no_repeats,
     load_examples,
     save_examples,
     split_examples,
@@ -133,7 +133,9 @@ def test_chats_on_disk_come_back(tmp_path: Path) -> None:
     assert all(same(one, other) for one, other in zip(examples, found, strict=True))
     assert data_fingerprint(found) == data_fingerprint(examples)
     lines = (tmp_path / "chats" / "examples.jsonl").read_text().splitlines()
-    assert "messages" not in json.loads(lines[2]) and json.loads(lines[0])["messages"][1]["content"][1] == IMAGE
+    assert (
+        "messages" not in json.loads(lines[2]) and json.loads(lines[0])["messages"][1]["content"][1] == IMAGE
+    )
 
 
 def written(folder: Path, record: dict[str, Any]) -> Path:
