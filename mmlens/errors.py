@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MmlensError(Exception):
     """Base of every error that mmlens raises on purpose. Its message says what was given and what was expected.
@@ -50,6 +55,31 @@ class StateError(MmlensError, RuntimeError):
 
 class MmlensWarning(UserWarning):
     """Base of every warning that mmlens gives."""
+
+
+_OF_THREAD = threading.local()
+
+
+def warn(message: str, category: type[Warning] = MmlensWarning, stacklevel: int = 1) -> None:
+    """`warnings.warn`, or, within `held_warnings` of the same thread, kept for later."""
+    held = getattr(_OF_THREAD, "held", None)
+    if held is None:
+        warnings.warn(message, category, stacklevel=stacklevel + 1)
+    else:
+        held.append((message, category))
+
+
+@contextmanager
+def held_warnings() -> Iterator[list[tuple[str, type[Warning]]]]:
+    """Keeps what is warned of in this thread, for another one to `warn` of.
+
+    Python's own filters and lists of warnings are the whole process's, so one thread cannot catch its own by them.
+    """
+    _OF_THREAD.held = held = []
+    try:
+        yield held
+    finally:
+        del _OF_THREAD.held
 
 
 class PromptError(InvalidValueError):

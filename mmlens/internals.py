@@ -6,6 +6,7 @@ give, and its failures name what moved.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -455,6 +456,27 @@ def empty_model(
 
 
 # ---------------------------------------------------------------------- transformers: processors
+
+
+def separate_tokenizer(tokenizer: Any) -> Any:
+    """The same fast tokenizer for another thread: every call sets padding and truncation on the tokenizer itself.
+
+    The vocabulary is shared, and not copied.
+    """
+    shared = tokenizer.backend_tokenizer
+    backend = type(shared)(shared.model)
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        part = getattr(shared, name)
+        if part is not None:
+            setattr(backend, name, part)
+    backend.encode_special_tokens = shared.encode_special_tokens
+    added = shared.get_added_tokens_decoder()
+    backend.add_tokens([token for _, token in sorted(added.items())])
+    if backend.get_added_tokens_decoder() != added:
+        return copy.deepcopy(tokenizer)
+    twin = copy.copy(tokenizer)
+    twin._tokenizer = backend
+    return twin
 
 
 def pixtral_processor() -> type[ProcessorMixin]:

@@ -391,3 +391,17 @@ def test_a_hook_points_functions_are_where_torch_keeps_them() -> None:
 
 def test_pixtrals_processor_is_found_without_torchvision() -> None:
     assert internals.pixtral_processor().__name__ == "PixtralProcessor"
+
+
+def test_a_tokenizer_is_taken_apart_whole() -> None:
+    """What it is saved as is all that it is; its padding is its own."""
+    tokenizer = tiny.tiny_processor("qwen3_vl").tokenizer
+    tokenizer.add_tokens(["<later>"])
+    twin = internals.separate_tokenizer(tokenizer)
+    moved = "a fast tokenizer is made of other parts now: internals.separate_tokenizer"
+    assert twin.backend_tokenizer is not tokenizer.backend_tokenizer, moved
+    tokenizer(["What?"], padding=False, truncation=False), twin(["What?"], padding=False, truncation=False)
+    assert twin.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str(), moved
+    assert twin("a <later> one")["input_ids"] == tokenizer("a <later> one")["input_ids"], moved
+    twin(["What?", "Why is it so?"], padding=True)
+    assert twin.backend_tokenizer.padding is not None and tokenizer.backend_tokenizer.padding is None, moved

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mmlens.errors import MissingFileError, MmlensWarning, PromptError
+from mmlens.errors import MissingFileError, MmlensWarning, PromptError, warn
 
 MAX_IMAGE_PIXELS = 89_478_485
 """The largest image taken: PIL's own bound against decompression bombs (256 MB at three bytes a pixel)."""
@@ -65,10 +64,8 @@ def open_image(image: Any, where: str = "the image") -> Image.Image:
             f"{name} does not exist" if not Path(image).is_dir() else f"{name} is a folder"
         )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(image)
-    except Image.DecompressionBombError as error:
+        opened = Image.open(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PromptError(f"{name} is gigantic, more than {MAX_IMAGE_PIXELS} pixels ({error})") from error
     except OSError as error:
         raise PromptError(f"{name} is no image that PIL can read ({error})") from error
@@ -118,7 +115,7 @@ def _checked_image(image: Any, name: str, *, from_file: bool = False) -> Image.I
     except (OSError, EOFError, SyntaxError, ValueError, AttributeError) as error:
         raise PromptError(f"{name} is broken and cannot be decoded ({error})") from error
     if not from_file:
-        warnings.warn(
+        warn(
             f"{name} was turned upright, as the orientation in its EXIF data says ({orientation}): it is now "
             f"{turned.width} x {turned.height} pixels, and boxes are pixels of it so. Plain transformers shows a PIL "
             "image as its pixels lie, and turns files alone. Where the pixels are upright already, take the tag away: "

@@ -224,6 +224,16 @@ def load_processor(name_or_path: str | Path, *, use_fast: bool = False, **hub_op
     return processor
 
 
+def separate(processor: ProcessorMixin) -> ProcessorMixin:
+    """The same processor for another thread, which nothing that one of the two does to itself reaches."""
+    twin = copy.copy(processor)
+    for name in ("image_processor", "video_processor"):
+        if name in vars(processor):
+            setattr(twin, name, copy.copy(getattr(processor, name)))
+    twin.tokenizer = internals.separate_tokenizer(processor.tokenizer)
+    return twin
+
+
 # ---------------------------------------------------------------------- options
 
 _HALVES = {"images_kwargs": "image_processor", "videos_kwargs": "video_processor"}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
 from mmlens.arguments import BATCH_SIZE, flag, listed, shown, whole_number
 from mmlens.data.examples import Example, chats_of_examples
-from mmlens.errors import InvalidTypeError
+from mmlens.errors import InvalidTypeError, held_warnings, warn
+from mmlens.families.processors import separate
 from mmlens.model.hooked_vlm import HookedVLM, model_of
+from mmlens.model.inputs import InputMethods
 from mmlens.model.prompt import Prompt
 
+T = TypeVar("T")
 Prompts = Prompt | Sequence[Prompt] | Sequence[Example]
 """A Prompt, a list of them, each one batch, or examples, which are made into prompts some at a time."""
 
@@ -24,7 +29,8 @@ class Batches:
     Prompts are batches as they are. Examples are made into prompts `batch_size` at a time, in the order given, or
     those with images of like size together, which keeps the padding short (`by_size`). `answers` says whether
     a prompt of examples carries their answers for metrics, for which the tokenizer has to know them; the examples
-    themselves it carries in any case (`Prompt.examples`). `progress` shows a bar of examples, named `label`.
+    themselves it carries in any case (`Prompt.examples`). `progress` shows a bar of examples, named `label`. While a
+    batch is in use, the next one's prompt is made in a thread of its own (`ahead`).
 
     Arguments are checked when it is made. Raises TypeError for prompts that are neither Prompt nor Example, or both
     together, and ValueError for none at all.
@@ -87,14 +93,78 @@ class Batches:
         order = list(range(len(self._examples)))
         if self.by_size:
             order.sort(key=lambda at: sum(image.width * image.height for image in self._examples[at].images))
-        for start in range(0, len(order), self.batch_size):
-            index = order[start : start + self.batch_size]
-            batch = [self._examples[at] for at in index]
-            if self.answers:
-                yield index, self.model.prompt_examples(batch)
-            else:
-                prompt = self.model.prompt(*chats_of_examples(batch))
-                yield index, replace(prompt, examples=tuple(batch))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        maker = _PromptMaker(self.model) if len(batches) > 1 else self.model
+        yield from zip(batches, ahead(partial(self._prompt, maker, index) for index in batches), strict=True)
+
+    def _prompt(self, maker: InputMethods, index: list[int]) -> Prompt:
+        batch = [self._examples[at] for at in index]
+        if self.answers:
+            return maker.prompt_examples(batch)
+        prompt = maker.prompt(*chats_of_examples(batch))
+        return replace(prompt, examples=tuple(batch))
+
+
+class _PromptMaker(InputMethods):
+    """Makes a model's prompts by a processor of its own: the model's may be used in another thread meanwhile."""
+
+    def __init__(self, model: HookedVLM) -> None:
+        self.hf_model, self.family, self.visual = model.hf_model, model.family, model.visual
+        self.processor = None if model.processor is None else separate(model.processor)
+        self.tokenizer = model.tokenizer if self.processor is None else self.processor.tokenizer
+
+
+def ahead(functions: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """What each function gives, in order; the next one runs in a thread while the last one's result is in use.
+
+    One runs at a time, and no further ahead. What it raises is raised, and what mmlens warns of in it warned of, where
+    its result is due. When the iteration ends, early or by an error, no thread is left.
+
+    >>> list(ahead([lambda: 1, lambda: 2]))
+    [1, 2]
+    """
+    functions = iter(functions)
+    first = next(functions, None)
+    if first is None:
+        return
+    result, running = first(), None
+    try:
+        for function in functions:
+            running = _Running(function)
+            yield result
+            result, running = running.result(), None
+        yield result
+    finally:
+        if running is not None:
+            running.thread.join()
+
+
+class _Running(Generic[T]):
+    """A function in a thread."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.function = function
+        self.given: list[T] = []
+        self.error: BaseException | None = None
+        self.warned: list[tuple[str, type[Warning]]] = []
+        self.thread = threading.Thread(target=self._run, name="mmlens: the next prompt")
+        self.thread.start()
+
+    def _run(self) -> None:
+        with held_warnings() as self.warned:
+            try:
+                self.given.append(self.function())
+            except BaseException as error:
+                self.error = error
+
+    def result(self) -> T:
+        """What the function gives or raises, once it has ended."""
+        self.thread.join()
+        for message, category in self.warned:
+            warn(message, category, stacklevel=4)
+        if self.error is not None:
+            raise self.error
+        return self.given[0]
 
 
 def _prompts_or_examples(prompts: object) -> list[Prompt | Example]:

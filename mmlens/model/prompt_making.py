@@ -6,7 +6,6 @@ meanwhile (`families.watched`), and mapped: every token has its characters in th
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -28,7 +27,7 @@ from mmlens.data.chats import (
     question_of,
     rendered_chat,
 )
-from mmlens.errors import MmlensError, MmlensWarning, PromptError, UnsupportedError
+from mmlens.errors import MmlensError, MmlensWarning, PromptError, UnsupportedError, warn
 from mmlens.families.layouts.grids import Layout
 from mmlens.families.media import media_of, unmapped_message
 from mmlens.families.placeholders import (
@@ -125,7 +124,7 @@ def _assembled(
     listed = getattr(getattr(processor, "image_processor", None), "model_input_names", ())
     inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor) or name in listed}
     if sees_missing_images(inputs, list(map(len, images))):
-        warnings.warn(
+        warn(
             f"the examples of this batch have {list(map(len, images))} images: plain transformers lets what stands "
             "before an example's image look at the padding of those it lacks, so its logits are others than alone; "
             "give batches of equal numbers of images",
@@ -348,7 +347,7 @@ def _warn_of_dropped_alpha(processor: ProcessorMixin, chats: list[Chat]) -> None
     if drops_alpha(processor) and any(
         WAS_TRANSPARENT in image.info for chat in chats for image in chat.images
     ):
-        warnings.warn(
+        warn(
             f"transparent images were laid over white, as transformers does for other models; plain "
             f"{type(processor).__name__} drops the alpha channel and shows the colours that lie under it",
             MmlensWarning,
@@ -419,7 +418,7 @@ def _warn_of_unknown_words(
     words = [text[start:stop] for start, stop in characters[unknown].tolist()]
     words = [word for word in dict.fromkeys(words) if word != tokenizer.unk_token]
     if words:
-        warnings.warn(
+        warn(
             f"example {example}: the tokenizer does not know {', '.join(map(repr, words))} in the text "
             f"{text[span.start : span.stop]!r}; the model reads {tokenizer.unk_token!r} there, as for every word that "
             "it does not know",

@@ -11,7 +11,6 @@ import copy
 import itertools
 import json
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
 from mmlens.data.chats import QUESTION, UNPLACED, Chat, Place
-from mmlens.errors import MmlensWarning, PromptError
+from mmlens.errors import MmlensWarning, PromptError, warn
 from mmlens.families.placeholders import placeholders_of
 
 _RENDER_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
@@ -437,7 +436,7 @@ def placeholder_error(
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, MmlensWarning, stacklevel=8)
+    warn(message, MmlensWarning, stacklevel=8)
 
 
 def _short(text: str) -> str:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+
 import jaxtyping
 import pytest
 import torch
 
+import mmlens
 from mmlens.data.examples import Example
 from mmlens.data.scenes import scene_examples
-from mmlens.model.batches import Batches
+from mmlens.errors import PromptError
+from mmlens.model import batches as batches_module
+from mmlens.model.batches import Batches, ahead
 from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.prompt_making import UnknownWordWarning
 
 
 def examples_of_two_sizes() -> list[Example]:
@@ -48,6 +57,124 @@ def test_prompts_are_batches_as_they_are(micro: HookedVLM) -> None:
     assert batches.examples == examples and batches.n_examples == 3
     assert Batches(micro, [made[0], micro.prompt("What colour is K")]).examples is None
     assert [prompt for _, prompt in Batches(micro, made[0])] == [made[0]]
+
+
+# ---------------------------------------------------------------------- prepared ahead
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("mmlens")]
+
+
+def test_scores_are_the_same_to_the_bit_with_and_without_a_thread(
+    micro: HookedVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = scene_examples("documents", 50, seed=0)
+    made_ahead = mmlens.ram(micro, examples, batch_size=4)
+    monkeypatch.setattr(batches_module, "ahead", lambda functions: (function() for function in functions))
+    in_place = mmlens.ram(micro, examples, batch_size=4)
+    assert torch.equal(made_ahead.per_example, in_place.per_example)
+
+
+def test_prompts_are_those_of_the_model_while_it_tokenizes(micro: HookedVLM) -> None:
+    """The main thread pads its own batches meanwhile, which on one tokenizer would change how the others are padded."""
+    own = batches_module._PromptMaker(micro).processor
+    assert own.tokenizer.backend_tokenizer is not micro.tokenizer.backend_tokenizer
+    assert own.image_processor is not micro.processor.image_processor
+    examples = scene_examples("objects", 64, seed=0)
+    texts = [example.question for example in examples[:4]] + ["What colour is K"]
+    once = micro.tokenizer(texts, padding=True)["input_ids"]
+    alone = [micro.tokenizer(text)["input_ids"] for text in texts]
+    for index, prompt in Batches(micro, examples, batch_size=4):
+        for _ in range(20):
+            assert micro.tokenizer(texts, padding=True)["input_ids"] == once
+            assert [micro.tokenizer(text)["input_ids"] for text in texts] == alone
+        expected = micro.prompt_examples([examples[at] for at in index])
+        assert all(torch.equal(value, expected.inputs[name]) for name, value in prompt.inputs.items())
+        assert prompt.fingerprints == expected.fingerprints and prompt.processor == expected.processor
+
+
+def test_the_next_prompt_is_made_while_one_is_in_use(micro: HookedVLM) -> None:
+    made: list[tuple[int, str]] = []
+    started = threading.Event()
+
+    def making(number: int) -> Callable[[], int]:
+        def make() -> int:
+            made.append((number, threading.current_thread().name))
+            started.set()
+            return number
+
+        return make
+
+    results = ahead(making(number) for number in range(4))
+    assert made == []
+    for number, result in enumerate(results):
+        assert result == number
+        if number < 3:
+            assert started.wait(timeout=10)
+        # One ahead, and no further.
+        assert [at for at, _ in made][-1] <= number + 1
+        started.clear()
+    assert [at for at, _ in made] == [0, 1, 2, 3]
+    assert [name.startswith("mmlens") for _, name in made] == [False, True, True, True]
+    assert threads() == []
+    assert list(ahead([])) == []
+
+
+def test_an_error_is_raised_where_its_example_stands(micro: HookedVLM) -> None:
+    examples = scene_examples("objects", 40, seed=0)
+    examples[37] = replace(examples[37], question=" ")
+    seen: list[int] = []
+    with pytest.raises(PromptError, match="question is empty"):
+        for index, _ in Batches(micro, examples, batch_size=8):
+            seen += index
+    assert seen == list(range(32))
+    assert threads() == []
+
+
+def test_leaving_early_leaves_no_thread(micro: HookedVLM) -> None:
+    examples = scene_examples("objects", 40, seed=0)
+    for _ in Batches(micro, examples, batch_size=8):
+        break
+    assert threads() == []
+
+    def interrupted() -> None:
+        for _ in Batches(micro, examples, batch_size=8):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert threads() == []
+
+
+def test_warnings_are_given_where_the_examples_stand() -> None:
+    model = mmlens.HookedVLM.from_pretrained("micro")
+    examples = [
+        replace(example, question=f"What colour is the letter K {word}")
+        for word, example in zip(
+            ("uno", "due", "tre", "sei"), scene_examples("objects", 4, seed=0), strict=True
+        )
+    ]
+
+    def words(caught: list[warnings.WarningMessage]) -> list[str]:
+        return [
+            word
+            for each in caught
+            for word in ("uno", "due", "tre", "sei")
+            if f"does not know '{word}'" in str(each.message) and each.category is UnknownWordWarning
+        ]
+
+    batches = iter(Batches(model, examples, batch_size=1))
+    for word in ("uno", "due", "tre", "sei"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            next(batches)
+        assert words(caught) == [word]
+        # What the main thread does about its own warnings does not swallow those of the next prompt.
+        with warnings.catch_warnings(record=True) as meanwhile:
+            warnings.simplefilter("always")
+            threading.Event().wait(0.1)
+        assert words(meanwhile) == []
 
 
 @pytest.fixture
