@@ -8,7 +8,7 @@ it fired, and how much it changed (`Effect.report`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import numpy as np
@@ -306,10 +306,10 @@ def effect(
         if earlier is None:
             clean_values.append(own.clean_values)
         for outcome in own.under([] if intervention is None else [intervention]):
-            if outcome.logits is not None and own.clean_logits is not None:
-                moved.append(not torch.equal(outcome.logits, own.clean_logits))
-            under.append(replace(outcome, logits=None))
-    report = hook_report(outcome.hooks for outcome in under)
+            if outcome.has_moved is not None:
+                moved.append(outcome.has_moved)
+            under.append(outcome)
+    report = hook_report(hooks for outcome in under for hooks in outcome.hooks)
     nothing = "" if intervention is None else _nothing_done(report, moved)
     if nothing:
         warn_of_nothing(f"the intervention {nothing}: its effect is that of the clean run")

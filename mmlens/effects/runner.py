@@ -1,7 +1,8 @@
 """The runner: metrics on one prompt, in the clean run and under interventions, each in a whole run or a partial one.
 
-`effect` and `sweep` hand it prompts and interventions. `plan` says from where each intervention is run and beside
-which others, `partial` runs the ends of forward passes, and `mmlens.metrics` give the values.
+`effect` and `sweep` hand it prompts and interventions. `passes` run the prompt, and its continuations where metrics
+read whole answers; `plan` says from where each intervention is run and beside which others, `partial` runs the ends of
+forward passes, and `mmlens.metrics` give the values.
 """
 
 from __future__ import annotations
@@ -9,19 +10,16 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from mmlens.arguments import instance_of, listed, whole_number
-from mmlens.effects.partial import CleanRun, is_out_of_memory
-from mmlens.effects.plan import Group, Start, planned
-from mmlens.effects.watching import HookDone, watched
+from mmlens.effects.passes import AnswerPasses, PassOutcome, PromptPass, unwarned
+from mmlens.effects.watching import HookDone
 from mmlens.errors import InvalidValueError
-from mmlens.interventions.edits import hooks_of
 from mmlens.metrics.outcomes import (
     DEFAULT_MAX_NEW_TOKENS,
     Metric,
@@ -32,7 +30,7 @@ from mmlens.metrics.outcomes import (
 )
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM, model_of
-from mmlens.model.hooks import Hook, Intervention, NoChangeWarning, check_fired
+from mmlens.model.hooks import Hook, Intervention, NoChangeWarning
 from mmlens.model.prompt import Prompt
 
 Metrics = Mapping[str, Metric] | Sequence[Metric]
@@ -50,6 +48,13 @@ class MetricRuns:
         self.reads = {name: what_reads(function) for name, function in self.metrics.items()}
         self.compares = "clean logits" in self.reads.values()
         self.reads_logits = self.compares or "logits" in self.reads.values()
+        self.of_answers = {
+            name: self.metrics[name]
+            for name, what in self.reads.items()
+            if what == "answer log probabilities"
+        }
+        """The metrics that read continuations of the prompt; the others read the prompt itself."""
+        self.of_prompt = {name: own for name, own in self.metrics.items() if name not in self.of_answers}
         self._n_tokens = {
             name: getattr(self.metrics[name], "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
             for name, what in self.reads.items()
@@ -57,24 +62,13 @@ class MetricRuns:
         }
         check_same_twice(model.hf_model)
 
-    def logits(self, prompt: Prompt, hooks: Sequence[Hook]) -> Float[Tensor, "batch kept vocab"] | None:
-        """In a whole run under the hooks; None where no metric reads logits."""
-        if not self.reads_logits:
-            return None
-        with _unwarned():
-            logits = self.model.run_with_hooks(
-                prompt, fwd_hooks=list(hooks), logits_to_keep=self.logits_to_keep
-            )
-        # Some families give the logits of all positions, whatever is asked for.
-        return logits[:, -self.logits_to_keep :]
-
     def values(
         self, prompt: Prompt, hooks: Sequence[Hook], logits: Tensor | None, clean_logits: Tensor | None
     ) -> Values:
-        """Every metric's values, from these logits and from answers generated under the hooks."""
+        """The values of the metrics of the prompt, from these logits and from answers generated under the hooks."""
         answers = {n_tokens: self._answers(prompt, hooks, n_tokens) for n_tokens in self._lengths}
         found = {}
-        for name, function in self.metrics.items():
+        for name, function in self.of_prompt.items():
             what = self.reads[name]
             # A metric may work in place, and other metrics and later runs read the same logits: each gets a copy.
             own = None if logits is None or what == "answers" else logits.clone()
@@ -84,24 +78,34 @@ class MetricRuns:
             found[name] = value.detach()
         return found
 
+    def values_of_answers(
+        self, prompt: Prompt, passes: AnswerPasses, by_pass: Sequence[Sequence[Tensor]]
+    ) -> Values:
+        """The values of the metrics of whole answers, from the log probabilities that each pass gave."""
+        return {
+            name: evaluate(function, name, prompt, log_probs=passes.of_metric(name, by_pass)).detach()
+            for name, function in self.of_answers.items()
+        }
+
     @property
     def _lengths(self) -> list[int]:
         return sorted(set(self._n_tokens.values()))
 
     def _answers(self, prompt: Prompt, hooks: Sequence[Hook], n_tokens: int) -> list[str]:
-        with _unwarned(), self.model.hooks(fwd_hooks=list(hooks)):
+        with unwarned(), self.model.hooks(fwd_hooks=list(hooks)):
             return self.model.answer(prompt, max_new_tokens=n_tokens, do_sample=False)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """An intervention on one prompt: the metrics' values, what each hook did, and how it was run."""
+    """An intervention on one prompt: the metrics' values, what each hook did in each pass, and how it was run."""
 
     index: int
     """Which of the interventions."""
     values: Values
-    logits: Float[Tensor, "batch kept vocab"] | None
-    hooks: list[HookDone]
+    has_moved: bool | None
+    """Whether any logit did; None where there are no clean ones to compare with."""
+    hooks: list[list[HookDone]]
     how: dict[str, Any]
 
 
@@ -115,101 +119,108 @@ class PromptRuns:
     def __init__(
         self, runs: MetricRuns, prompt: Prompt, *, memory: float | None = None, clean: bool = True
     ) -> None:
-        self.runs, self.model, self.prompt, self.memory = runs, runs.model, prompt, memory
-        self.encoded = prompt
-        """The prompt with its images encoded, where runs may share that."""
-        self.clean: CleanRun | None = None
-        self.why_whole = "every run is a whole one"
-        if memory is not None:
-            self.encoded = self.model.encode_images(prompt)
-            self.clean, self.why_whole = self._clean_run()
-        self.clean_logits: Tensor | None = None
-        if self.clean is not None:
-            self.clean_logits = self.clean.logits
-        elif clean:
-            self.clean_logits = runs.logits(self.encoded, [])
-
-    def _clean_run(self) -> tuple[CleanRun | None, str]:
-        """What partial runs start from; or why there are none."""
-        live = [name for name, point in self.model.hook_dict.items() if point.is_live]
-        if live:
-            # They would see cut and stacked activations, and act on the recorded ones a second time.
-            return None, f"hooks are set on the model already, at {live[0]}"
-        if not self.runs.reads_logits:
-            return None, "the metrics read generated answers, for which every run is whole"
-        try:
-            return CleanRun.of(self.model, self.encoded, self.runs.logits_to_keep), ""
-        except ValueError as error:
-            return None, str(error)
+        self.runs, self.model, self.prompt, self.memory, self._clean = runs, runs.model, prompt, memory, clean
+        self.encoded = prompt if memory is None else self.model.encode_images(prompt)
+        self.answers = AnswerPasses(self.model, prompt, runs.of_answers) if runs.of_answers else None
+        self._clean_log_probs: dict[int, Sequence[Tensor]] = {}
+        self._pass: PromptPass | None = None
+        if runs.of_prompt:
+            self._pass = PromptPass(
+                self.model,
+                prompt,
+                self.encoded,
+                runs.logits_to_keep,
+                memory=memory,
+                reads_logits=runs.reads_logits,
+                clean=clean,
+            )
 
     @functools.cached_property
     def clean_values(self) -> Values:
-        return self.runs.values(self.prompt, [], self.clean_logits, self.clean_logits)
+        """Read after `under`, it costs no run of its own."""
+        found: Values = {}
+        if self._pass is not None:
+            logits = self._pass.clean_logits
+            found |= self.runs.values(self.prompt, [], logits, logits)
+        if self.answers is not None:
+            for number in range(len(self.answers)):
+                if number not in self._clean_log_probs:
+                    self._keep_clean(number, self._answer_pass(number, memory=None, clean=True))
+            by_pass = [self._clean_log_probs[number] for number in range(len(self.answers))]
+            found |= self.runs.values_of_answers(self.prompt, self.answers, by_pass)
+        return {name: found[name] for name in self.runs.metrics}
 
     def under(self, interventions: Sequence[Intervention]) -> Iterator[Outcome]:
         """Each intervention alone, as they are done: the order is the plan's."""
-        watching = [watched(hooks_of(each, self.model, self.prompt)) for each in interventions]
-        hooks = [[each.hook for each in own] for own in watching]
-        starts, waiting = planned(self.model, self.clean, hooks, self.memory or 0, self.why_whole)
-        while waiting:
-            group = waiting.pop(0)
-            try:
-                logits = self._logits(group, [hooks[member] for member in group.members])
-            except (MemoryError, RuntimeError) as error:
-                if len(group.members) == 1 or not is_out_of_memory(error):
-                    raise
-                half = (len(group.members) + 1) // 2
-                parts = group.members[:half], group.members[half:]
-                waiting[:0] = [replace(group, members=part) for part in parts]
-                continue
-            for member, own in zip(group.members, logits, strict=True):
-                values = self.runs.values(self.prompt, hooks[member], own, self.clean_logits)
-                check_fired(sorted({each.name for each in watching[member] if not each.fired}))
-                done = [each.done for each in watching[member]]
-                yield Outcome(member, values, own, done, self._how(group, starts[member], done))
+        of_answers = self._under_answers(interventions)
+        if self._pass is None:
+            for index, parts in enumerate(of_answers):
+                yield self._outcome(index, {}, parts)
+            return
+        clean_logits = self._pass.clean_logits
+        for outcome in self._pass.under(
+            interventions,
+            lambda hooks, logits: self.runs.values(self.prompt, hooks, logits, clean_logits),
+        ):
+            parts = of_answers[outcome.index] if of_answers else []
+            yield self._outcome(outcome.index, outcome.measured, parts, outcome)
 
-    def _logits(self, group: Group, hooks: Sequence[Sequence[Hook]]) -> Sequence[Tensor | None] | Tensor:
-        """The logits under each of a group's interventions; None where no metric reads them."""
-        start = group.start
-        if start.whole:
-            return [self.runs.logits(self.prompt if start.needs_images else self.encoded, hooks[0])]
-        assert self.clean is not None
-        return self.clean.partial(
-            start.layer,
-            start.first,
-            hooks,
-            attention_is_clean=start.attention_is_clean,
-            may_trim=start.may_trim,
-        )
+    def _under_answers(self, interventions: Sequence[Intervention]) -> list[list[PassOutcome[list[Tensor]]]]:
+        """Of each intervention what it did in every pass over an answer; the passes come one after the other."""
+        found: list[list[PassOutcome[list[Tensor]]]] = [[] for _ in interventions]
+        for number in range(0 if self.answers is None else len(self.answers)):
+            own = self._answer_pass(number, memory=self.memory, clean=self._clean)
+            self._keep_clean(number, own)
 
-    def _how(self, group: Group, own: Start, done: Sequence[HookDone]) -> dict[str, Any]:
-        start = group.start
-        once = self.encoded.image_features is not None and not start.needs_images
-        images = "once" if once else "with every run"
-        beside = f"it ran beside one that starts at position {start.first}" if start.first < own.first else ""
-        return {
-            "layer": start.layer,
-            "position": start.first,
-            "batch": len(group.members),
-            "images": images if bool(self.prompt.token_map.is_image.any()) else "none",
-            "why_not_more": start.whole or "; ".join(filter(None, [own.reason, beside])),
-            "fired": sum(fired for _, fired, _ in done),
-            "size": max((size for _, _, size in done), default=0.0),
+            def read(hooks: Sequence[Hook], logits: Tensor | None, number: int = number) -> list[Tensor]:
+                assert self.answers is not None and logits is not None
+                return self.answers.read(number, logits)
+
+            for outcome in own.under(interventions, read):
+                found[outcome.index].append(outcome)
+        return found
+
+    def _answer_pass(self, number: int, *, memory: float | None, clean: bool) -> PromptPass:
+        assert self.answers is not None
+        ids = self.answers.rows(number)
+        longer = self.prompt.continued(ids)
+        encoded = longer if self.encoded is self.prompt else self.encoded.continued(ids)
+        keep = self.answers.logits_to_keep(number)
+        return PromptPass(self.model, longer, encoded, keep, memory=memory, clean=clean)
+
+    def _keep_clean(self, number: int, own: PromptPass) -> None:
+        if own.clean_logits is not None and self.answers is not None:
+            self._clean_log_probs[number] = self.answers.read(number, own.clean_logits)
+
+    def _outcome(
+        self,
+        index: int,
+        values: Values,
+        of_answers: Sequence[PassOutcome[list[Tensor]]],
+        of_prompt: PassOutcome[Values] | None = None,
+    ) -> Outcome:
+        if self.answers is not None:
+            by_pass = [outcome.measured for outcome in of_answers]
+            values = values | self.runs.values_of_answers(self.prompt, self.answers, by_pass)
+        passes: list[PassOutcome[Any]] = [*([] if of_prompt is None else [of_prompt]), *of_answers]
+        moved = [outcome.has_moved for outcome in passes if outcome.has_moved is not None]
+        how = passes[0].how | {
+            "fired": sum(outcome.how["fired"] for outcome in passes),
+            "size": max(outcome.how["size"] for outcome in passes),
         }
+        return Outcome(
+            index,
+            {name: values[name] for name in self.runs.metrics},
+            any(moved) if moved else None,
+            [outcome.hooks for outcome in passes],
+            how,
+        )
 
 
 def warn_of_nothing(message: str) -> None:
     """NoChangeWarning, as from the line that calls `effect` or `sweep`."""
     # Above this function: theirs, torch.no_grad's around it, and that line.
     warnings.warn(message, NoChangeWarning, stacklevel=4)
-
-
-@contextmanager
-def _unwarned() -> Iterator[None]:
-    """What changes nothing on one prompt may change something on another: that is judged at the end."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NoChangeWarning)
-        yield
 
 
 def named_metrics(metric: Metric | Metrics) -> dict[str, Metric]:

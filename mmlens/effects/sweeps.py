@@ -81,10 +81,9 @@ def sweep(
     with tqdm(total=len(labels) * len(batches), disable=not progress, unit="run") as bar:
         for (first, *_), prompt in batches:
             own = PromptRuns(runs, prompt, memory=memory)
-            clean = own.clean_values
             for outcome in own.under(list(interventions.values())):
                 for name, values in outcome.values.items():
-                    found[outcome.index, name].append((first, values, clean[name]))
+                    found[outcome.index, name].append((first, values, own.clean_values[name]))
                 notes.append({"intervention": labels[outcome.index], "example": first, **outcome.how})
                 bar.update()
     changed = {note["intervention"] for note in notes if note["size"] > 0}

@@ -44,7 +44,7 @@ from mmlens.interventions.edits import (
 from mmlens.interventions.origin import OfAnotherModel, check_origin
 from mmlens.model.batches import Batches, Prompts
 from mmlens.model.cache import is_batched, is_masked, is_packed
-from mmlens.model.choosing import NAMED_POSITIONS, IfAny, Mask, Positions, check_each_example, positions_mask
+from mmlens.model.choosing import IfAny, Mask, Positions, check_each_example, positions_mask
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.fingerprints import example_seed, weights_fingerprints
 from mmlens.model.hooked_vlm import HookedVLM, model_of
@@ -356,6 +356,7 @@ def _to_prompt_values(model: HookedVLM, prompt: Prompt, other: Prompt, source: T
     index = _matched_positions(_position_kinds(prompt), _position_kinds(other)).to(source.device)
     # A generated token has no counterpart in the other prompt: it takes what stands at the last position.
     last = other.last.int().argmax(-1, keepdim=True).to(source.device)
+    index = torch.where(prompt.token_map.is_answer.to(source.device), last, index)
     values, after = source[rows, index], source[rows, last]
     return lambda x, here: here.of_prompt(values, after).to(x)
 
@@ -434,8 +435,10 @@ def _mean_hooks(model: HookedVLM, hooks: HookName | Sequence[str] | None) -> lis
 
 
 def _position_kinds(prompt: Prompt) -> tuple[Mask, Mask]:
-    """Masks [batch, pos] of text and of image positions; padding is neither."""
-    return NAMED_POSITIONS["text"](prompt), NAMED_POSITIONS["image"](prompt)
+    """Masks [batch, pos] of text and of image positions; padding and what follows the prompt is neither."""
+    token_map = prompt.token_map
+    is_text = ~token_map.is_image & ~token_map.is_padding & ~token_map.is_answer
+    return is_text, token_map.is_image
 
 
 def _check_reference(mode: str, reference: Any) -> None:

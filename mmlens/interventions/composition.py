@@ -117,8 +117,13 @@ def _restricted(
     else:
         edit = Edit(model, prompt, name, _of_part(prompt, name, function, model.hook_dict[name], when))
     edit.generated = when != "prompt"
+    is_answer = prompt.token_map.is_answer
     if when == "decode":
-        edit.mask = torch.zeros_like(prompt.token_map.is_padding)
+        edit.mask = is_answer.clone()
+    elif bool(is_answer.any()):
+        # In a continued prompt what was generated is positions.
+        mask = torch.ones_like(is_answer) if edit.mask is None else edit.mask
+        edit.mask = mask & ~is_answer if when == "prompt" else mask | is_answer
     return edit
 
 
@@ -128,9 +133,16 @@ def _of_part(
     """A hook function as an Edit's change, which hands it the prompt's positions or the generated ones alone."""
     axis = position_axis(name)
 
+    n_answer = prompt.token_map.is_answer.sum(1)
+    if len(set(n_answer.tolist())) > 1:
+        raise InvalidValueError(
+            f"during(..., {when!r}): the hook function on {name} is no Edit, and the answers of this batch have "
+            f"{n_answer.tolist()} tokens, so it can be handed no part of the prompt: run these prompts one by one"
+        )
+
     def change(x: Tensor, here: EditContext) -> Tensor:
         length = x.shape[axis]
-        n_prompt = min(max(prompt.shape[1] - here.span.first, 0), length)
+        n_prompt = min(max(prompt.shape[1] - int(n_answer[0]) - here.span.first, 0), length)
         start, stop = (0, n_prompt) if when == "prompt" else (n_prompt, length)
         if start == stop:
             return x

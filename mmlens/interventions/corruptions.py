@@ -65,6 +65,15 @@ def corrupted_prompt(
     """
     model_of(model)
     flag("equal_layout", equal_layout)
+    before = prompt_of(prompt).continuation
+    if before is not None:
+        # The same answer after the corrupted prompt.
+        plain = corrupted_prompt(
+            model, before.prompt, questions=questions, images=images, equal_layout=equal_layout
+        )
+        longer = plain.continued(before.ids)
+        encode = prompt.image_features is not None and plain.image_features is None
+        return model.encode_images(longer) if encode else longer
     if questions is not None:
         questions = texts("questions", questions, "one question for each example")
     if images is not None:
@@ -145,7 +154,10 @@ def _equal_inputs(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _answered(model: HookedVLM, before: Prompt, after: Prompt) -> Prompt:
     """`after` with the answers of `before`."""
-    names = ("answers", "candidates", "answer_ids", "candidate_ids", "answer_starts", "spelling")
+    names = (
+        *("answers", "candidates", "answer_tokens", "candidate_tokens"),
+        *("answer_ids", "candidate_ids", "answer_starts", "spelling"),
+    )
     kept = replace(after, **{name: getattr(before, name) for name in names})
     if before.answers is None or before.text == after.text:
         return kept

@@ -132,6 +132,9 @@ class Edit(CountedHook):
         self.is_language = runs_over_positions(name)
         self.mask = positions_mask(prompt, positions)
         self.generated = self.mask is None if generated is None else generated
+        if self.mask is not None and self.generated:
+            # In a continued prompt they are positions.
+            self.mask = self.mask | prompt.token_map.is_answer.to(self.mask.device)
         if not self.is_language and not (self.mask is None and self.generated):
             raise InvalidValueError(
                 f"{name} does not run over the prompt's positions, so positions cannot be chosen there; edit "

@@ -35,6 +35,7 @@ from mmlens.interventions.layouts import layout_difference
 from mmlens.interventions.origin import OfAnotherModel, check_origin
 from mmlens.model.cache import is_packed, over_positions
 from mmlens.model.choosing import IfAny, Positions, if_any, positions_mask
+from mmlens.model.continuing import as_continued
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.fingerprints import weights_version
 from mmlens.model.hooked_vlm import HookedVLM
@@ -238,9 +239,12 @@ class SharedSource:
         given: Any = self.source.prompt
         weights = weights_version(model.hf_model)
         if isinstance(given, Prompt):
-            return _Latest(weakref.ref(model), None, given, weights)
+            longer = as_continued(given, prompt)
+            depends = None if prompt.continuation is None else weakref.ref(prompt)
+            return _Latest(weakref.ref(model), depends, longer, weights)
         if callable(given):
             given = given(model, prompt)
+            given = as_continued(given, prompt) if isinstance(given, Prompt) else given
             if not isinstance(given, (Prompt, Mapping, ActivationCache, OfAnotherModel)):
                 raise InvalidTypeError(
                     "a source function (model, prompt) gives a Prompt or activations, this one gave "

@@ -1,4 +1,4 @@
-"""One number per example: of logits (outcomes), or of generated answers."""
+"""One number per example: of logits (outcomes), of generated answers, or of whole answers that are given."""
 
 from mmlens.metrics.answers import anls as anls
 from mmlens.metrics.answers import exact_match as exact_match
@@ -14,3 +14,12 @@ from mmlens.metrics.outcomes import kl_to_clean as kl_to_clean
 from mmlens.metrics.outcomes import logit_difference as logit_difference
 from mmlens.metrics.outcomes import logit_difference_of as logit_difference_of
 from mmlens.metrics.outcomes import reads as reads
+from mmlens.metrics.whole_answers import (
+    candidate_log_probability_difference as candidate_log_probability_difference,
+)
+from mmlens.metrics.whole_answers import choosing as choosing
+from mmlens.metrics.whole_answers import mean_token_log_probability as mean_token_log_probability
+from mmlens.metrics.whole_answers import multiple_choice as multiple_choice
+from mmlens.metrics.whole_answers import says_yes as says_yes
+from mmlens.metrics.whole_answers import whole_answer_log_probability as whole_answer_log_probability
+from mmlens.metrics.whole_answers import yes_no_bias as yes_no_bias

@@ -5,7 +5,9 @@ What a metric reads stands on the function itself, as `metric.reads`:
 - "logits", the default: called as metric(logits, prompt), logits [batch, pos, vocab];
 - "clean logits": metric(logits, prompt, clean_logits), with those of the run without the intervention;
 - "answers": metric(texts, prompt), with the text generated after each prompt, of at most `metric.max_new_tokens`
-  tokens (mmlens.metrics.answers has these).
+  tokens (mmlens.metrics.answers has these);
+- "answer log probabilities": metric(log_probs, prompt), with the log probabilities of the tokens of each example's
+  answer, or of each of its candidates, as `metric.of` says (mmlens.metrics.whole_answers has these).
 
 Any function of yours is a metric; `reads` marks one that needs more than logits. `evaluate` calls them all.
 
@@ -32,6 +34,7 @@ from mmlens.arguments import (
     instance_of,
     listed,
     nearest_names,
+    one_of,
     shown,
     unknown_name_message,
     whole_number,
@@ -45,7 +48,9 @@ from mmlens.model.prompt_answers import answer_ids_of, respelt
 Metric = Callable[..., Tensor]
 """A function that gives one number per example: a tensor [batch]."""
 
-Reads = Literal["logits", "clean logits", "answers"]
+Reads = Literal["logits", "clean logits", "answers", "answer log probabilities"]
+Continuations = Callable[[HookedVLM, Prompt], list[list[list[int]]]]
+"""(model, prompt) -> of each example the continuations that are measured, each the ids of its tokens."""
 DEFAULT_MAX_NEW_TOKENS = 16
 _AnyMetric = TypeVar("_AnyMetric", bound=Metric)
 
@@ -57,8 +62,15 @@ def _check_reads(what: str, where: str) -> None:
         )
 
 
-def reads(what: Reads, *, max_new_tokens: int | None = None) -> Callable[[_AnyMetric], _AnyMetric]:
-    """Decorator: says what a metric reads, and for "answers" how many tokens are generated (16 by default).
+def reads(
+    what: Reads,
+    *,
+    max_new_tokens: int | None = None,
+    of: Literal["answer", "candidates"] | Continuations | None = None,
+) -> Callable[[_AnyMetric], _AnyMetric]:
+    """Decorator: says what a metric reads, for "answers" how many tokens are generated (16 by default), and for
+    "answer log probabilities" of what: the answer (the default), all candidates, or what a function (model, prompt)
+    gives, of each example lists of token ids.
 
     Raises ValueError for another word, fewer than one token, or a number of tokens for what generates none.
 
@@ -75,12 +87,18 @@ def reads(what: Reads, *, max_new_tokens: int | None = None) -> Callable[[_AnyMe
         raise InvalidValueError(
             f"max_new_tokens is of a metric that reads 'answers'; got {max_new_tokens} for {what!r}"
         )
+    if of is not None and what != "answer log probabilities":
+        raise InvalidValueError(f"of is of a metric that reads 'answer log probabilities', not {what!r}")
+    if isinstance(of, str):
+        one_of("of", of, tuple(_CONTINUATIONS))
 
     def mark(metric: _AnyMetric) -> _AnyMetric:
         marked: Any = metric
         marked.reads = what
         if what == "answers":
             marked.max_new_tokens = max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+        if what == "answer log probabilities":
+            marked.of = of or "answer"
         return metric
 
     return mark
@@ -123,6 +141,39 @@ def what_reads(metric: Metric) -> Reads:
     return what
 
 
+def continuations_of(metric: Metric, model: HookedVLM, prompt: Prompt) -> list[list[list[int]]]:
+    """The tokens of what a metric of answer log probabilities reads: of each example, each of its continuations.
+
+    Raises ValueError where the prompt carries no answers, or an example has none of what is read.
+    """
+    of: Any = getattr(metric, "of", "answer")
+    found = (_CONTINUATIONS[of] if isinstance(of, str) else of)(model, prompt)
+    for row, own in enumerate(found):
+        if not own or not all(own):
+            raise InvalidValueError(
+                f"metric {metric_name(metric)}: example {row} of the batch has no {of if isinstance(of, str) else ''} "
+                "to measure".replace("  ", " ")
+            )
+    return found
+
+
+def _answer_tokens(model: HookedVLM, prompt: Prompt) -> list[list[list[int]]]:
+    if prompt.answer_tokens is None:
+        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+    return [[own] for own in prompt.answer_tokens]
+
+
+def _candidate_tokens(model: HookedVLM, prompt: Prompt) -> list[list[list[int]]]:
+    if prompt.candidate_tokens is None:
+        raise InvalidValueError(
+            "the prompt carries no candidates: make it with model.prompt_examples(examples)"
+        )
+    return prompt.candidate_tokens
+
+
+_CONTINUATIONS: dict[str, Continuations] = {"answer": _answer_tokens, "candidates": _candidate_tokens}
+
+
 def evaluate(
     metric: Metric,
     name: str,
@@ -131,6 +182,7 @@ def evaluate(
     logits: Float[Tensor, "batch pos vocab"] | None = None,
     clean_logits: Float[Tensor, "batch clean_pos vocab"] | None = None,
     answers: Sequence[str] | None = None,
+    log_probs: Sequence[Sequence[Tensor]] | None = None,
 ) -> Float[Tensor, " example"]:
     """The metric's values for the prompt's examples, float32 on the CPU, from what it reads.
 
@@ -153,6 +205,13 @@ def evaluate(
         if len(texts) != len(prompt):
             raise InvalidValueError(f"metric {name}: {len(texts)} answer(s) for a prompt of {len(prompt)}")
         return _checked(name, metric(texts, prompt), prompt)
+    if what == "answer log probabilities":
+        if log_probs is None or len(log_probs) != len(prompt):
+            given = "none were" if log_probs is None else f"those of {len(log_probs)} example(s) were"
+            raise InvalidValueError(
+                f"metric {name} reads log probabilities of the answers of {len(prompt)} example(s): {given} given"
+            )
+        return _checked(name, metric(log_probs, prompt), prompt)
     if logits is None:
         raise InvalidValueError(f"metric {name} reads logits: none were given")
     if what == "logits":

@@ -18,6 +18,7 @@ from torch import Tensor
 from mmlens.arguments import called, instance_of, known_keywords, unknown_name_message, whole_number
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError, OutOfRangeError
+from mmlens.model.continuing import mask_after
 
 if TYPE_CHECKING:
     from mmlens.model.prompt import Prompt
@@ -32,14 +33,18 @@ NAMED_POSITIONS: dict[str, Callable[[Prompt], Mask]] = {
     "last": lambda prompt: prompt.last,
     "question": lambda prompt: prompt.token_map.is_question,
     "image": lambda prompt: prompt.token_map.is_image,
-    "text": lambda prompt: ~prompt.token_map.is_image & ~prompt.token_map.is_padding,
+    "text": lambda prompt: _of_prompt(prompt) & ~prompt.token_map.is_image,
     "template": lambda prompt: prompt.token_map.is_template,
     "evidence": lambda prompt: prompt.token_map.evidence(_examples_of(prompt)),
     "video": lambda prompt: prompt.token_map.video >= 0,
     "answer": lambda prompt: prompt.token_map.is_answer,
-    "prompt": lambda prompt: ~prompt.token_map.is_padding,
+    "prompt": lambda prompt: _of_prompt(prompt),
 }
-"""Position masks by name; the roles of a chat ("user") are names too."""
+"""Position masks by name; the roles of a chat ("user") are names too. All but "answer" are of what stands before it."""
+
+
+def _of_prompt(prompt: Prompt) -> Mask:
+    return ~prompt.token_map.is_padding & ~prompt.token_map.is_answer
 
 
 def _examples_of(prompt: Prompt) -> Sequence[Example]:
@@ -130,6 +135,10 @@ def _mask_of(prompt: Prompt, positions: Mask | str | Callable[[Prompt], Mask]) -
             called("positions", positions, "a function of the prompt that gives a mask", n_arguments=1)
         mask = positions(prompt) if callable(positions) else positions
     shape = tuple(prompt.shape)
+    before = prompt.continuation
+    if before is not None and isinstance(mask, Tensor) and mask.shape == before.prompt.shape != shape:
+        # A mask that was made for the prompt before its answer.
+        mask = mask_after(prompt, mask)
     if not isinstance(mask, Tensor) or tuple(mask.shape) != shape or mask.dtype != torch.bool:
         given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise InvalidValueError(f"positions is a boolean mask [batch, pos] = {shape}, got {given}")

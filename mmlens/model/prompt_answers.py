@@ -137,6 +137,13 @@ def _start_of(prompt: Prompt, row: int) -> str:
     return "" if prompt.answer_starts is None else prompt.answer_starts[row]
 
 
+def spelt_tokens(processor: ProcessorMixin, prompt: Prompt, row: int, text: str) -> list[int]:
+    """The tokens of another text in the place of a prompt's answer, after what stands before its answers."""
+    if prompt.answer_starts is None:
+        raise InvalidValueError("the prompt carries no answers: make it with model.prompt_examples(examples)")
+    return tokens_after(processor, prompt.text[row], _spelt(prompt.answer_starts[row], text))
+
+
 def respelt(answer: str) -> str:
     """The answer without the space before it, or with one where it has none."""
     return answer.lstrip() if answer[:1].isspace() else f" {answer}"
