@@ -64,10 +64,6 @@ def continued(prompt: Prompt, ids: Sequence[Sequence[int]]) -> Prompt:
             inputs[name] = moved.put(value, 0)
             if name in prompt.values_after:
                 inputs[name][is_new] = prompt.values_after[name]
-    offsets = prompt.offsets
-    if offsets is not None:
-        offsets = moved.put(offsets, NO_PATCH)
-        offsets[moved.is_new.to(offsets.device)] = NO_PATCH
     before = prompt.continuation
     whole = [*map(list.__add__, before.ids, rows)] if before is not None else rows
     offsets = None if prompt.offsets is None else moved.put(prompt.offsets, NO_PATCH)
@@ -77,7 +73,6 @@ def continued(prompt: Prompt, ids: Sequence[Sequence[int]]) -> Prompt:
         prompt,
         inputs=inputs,
         token_map=_map_of(prompt.token_map, moved),
-        offsets=offsets,
         offsets=offsets,
         continuation=Continuation(prompt if before is None else before.prompt, whole),
     )
