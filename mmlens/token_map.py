@@ -236,13 +236,15 @@ class TokenMap(BoxScales):
         part: Int[Tensor, "batch pos"],
         roles: Sequence[Sequence[str]],
         image_places: Sequence[Sequence[tuple[int, int]]],
+        video_places: Sequence[Sequence[tuple[int, int]]],
     ) -> TokenMap:
-        """The same map that also knows the chat: the turn and part of texts, and of each image (turn, part)."""
+        """The same map that also knows the chat: the turn and part of texts, and of each image and video."""
         turn, part = turn.clone(), part.clone()
-        for row, places in enumerate(image_places):
-            for image, place in enumerate(places):
-                at = self.image[row] == image
-                turn[row, at], part[row, at] = place
+        for numbers, of_rows in ((self.image, image_places), (self.video, video_places)):
+            for row, places in enumerate(of_rows):
+                for number, place in enumerate(places):
+                    at = numbers[row] == number
+                    turn[row, at], part[row, at] = place
         return dataclasses.replace(self, turn=turn, part=part, roles=tuple(map(tuple, roles)))
 
     @property

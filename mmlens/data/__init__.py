@@ -11,3 +11,4 @@ from mmlens.data.scenes import draw_scene as draw_scene
 from mmlens.data.scenes import iterate_scenes as iterate_scenes
 from mmlens.data.scenes import scene_examples as scene_examples
 from mmlens.data.scenes import scene_of as scene_of
+from mmlens.data.videos import Video as Video

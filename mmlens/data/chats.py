@@ -4,7 +4,7 @@ A chat is a list of messages in transformers' format. Here every part of a messa
 
     {"type": "text", "text": ...}            with "question": True, or a text of it, where it is the question
     {"type": "image", "image": PIL image}
-    {"type": "video", "video": ...}
+    {"type": "video", "video": Video}
 
 and content that was written as a plain text stays one, since chat templates tell the two apart.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mmlens.arguments import instance_of, listed, shown, unknown_name_message
 from mmlens.data.images import is_transparent, load_image
+from mmlens.data.videos import Video, video_of
 from mmlens.errors import PromptError
 
 Message = dict[str, Any]
@@ -82,8 +83,13 @@ class Chat:
         return placed + [(-1, -1)] * (len(self.images) - len(placed))
 
     @property
-    def videos(self) -> list[Any]:
+    def videos(self) -> list[Video]:
         return [part["video"] for _, part in self.parts("video")]
+
+    @property
+    def video_places(self) -> list[tuple[int, int]]:
+        """(turn, part) of each video."""
+        return [(place.turn, place.part) for place, _ in self.parts("video")]
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -345,8 +351,7 @@ def _part(part: Any, name: str, beside: Any) -> dict[str, Any]:
     if kind == "video":
         if not given:
             raise PromptError(f"{name} is a video part without a video: {{'type': 'video', 'video': ...}}")
-        more = {key: value for key, value in part.items() if key not in ("type", *_MEDIA_KEYS[kind])}
-        return {"type": "video", "video": _no_url(given[0], name), **more}
+        return {"type": "video", "video": video_of(given[0], part.get("fps"), name)}
     if given:
         return {"type": "image", "image": image_of(given[0], name, is_base64="base64" in part)}
     image, image_name = next(beside, (beside, ""))

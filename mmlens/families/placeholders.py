@@ -43,6 +43,17 @@ def placeholders_of(processor: ProcessorMixin) -> dict[str, str]:
     return known if len(set(known.values())) == len(known) else {"image": known["image"]}
 
 
+def visual_positions(
+    processor: ProcessorMixin, layout: Layout, inputs: Mapping[str, Any], *, videos: bool
+) -> Bool[Tensor, "batch pos"]:
+    """Where embeddings of images stand, and with `videos` those of videos. Raises as `image_positions`."""
+    found = image_positions(processor, layout, inputs)
+    token = getattr(processor, "video_token", None) if videos else None
+    if token is None:
+        return found
+    return found | (inputs["input_ids"].cpu() == processor.tokenizer.convert_tokens_to_ids(str(token)))
+
+
 def image_positions(
     processor: ProcessorMixin, layout: Layout, inputs: Mapping[str, Any]
 ) -> Bool[Tensor, "batch pos"]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from transformers import ProcessorMixin
@@ -18,22 +18,34 @@ from transformers.video_utils import VideoMetadata
 
 from mmlens import internals
 from mmlens.errors import PromptError, UnsupportedError
-from mmlens.families.layouts.grids import SeenVideo
+from mmlens.families.layouts.grids import SeenVideo, VideoLayout
 
 SAMPLES_IN_ITS_CHATS = ("SmolVLMProcessor",)
 """Processors whose apply_chat_template asks for a number of frames and a rate; called by themselves they take all."""
 
-IMAGES_OR_VIDEOS = ("SmolVLMProcessor",)
-"""Processors that lose the images of a call that brings videos too."""
+IMAGES_OR_VIDEOS = {
+    "SmolVLMProcessor": "the pixels of the videos would replace those of the images",
+    "Glm4vProcessor": "the model takes the positions of both for those of either",
+    "Glm46VProcessor": "the model takes the positions of both for those of either",
+}
+"""Processors of prompts that cannot hold both, and why."""
 
 
+@runtime_checkable
 class Video(Protocol):
     """What a video is, as far as processors read it (`mmlens.data.Video`)."""
 
-    fps: float | None
-    where: str
-    n_frames: int
-    size: tuple[int, int]
+    @property
+    def fps(self) -> float | None: ...
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def n_frames(self) -> int: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
 
     @property
     def duration(self) -> float | None: ...
@@ -57,8 +69,17 @@ class Reader(NamedTuple):
         ]
 
 
-def reader_of(processor: ProcessorMixin, videos: Sequence[Sequence[Video]], n_images: int) -> Reader:
-    """The processor for the videos of each example. Raises UnsupportedError where it takes none."""
+def reader_of(
+    processor: ProcessorMixin,
+    layout: VideoLayout | None,
+    videos: Sequence[Sequence[Video]],
+    n_images: int,
+    options: Collection[str],
+) -> Reader:
+    """The processor for the videos of each example; `options` are the names of those that the prompt is made with.
+
+    Raises UnsupportedError where it takes no videos, none beside images, or their layout is not known.
+    """
     named = {f"video-{number}": video for number, video in enumerate(v for own in videos for v in own)}
     taken: dict[str, tuple[int, ...]] = {}
     if not named:
@@ -72,9 +93,14 @@ def reader_of(processor: ProcessorMixin, videos: Sequence[Sequence[Video]], n_im
             + (f"; it needs torchvision{mend}" if mend else ", and the files of its model hold none")
         )
     name = type(processor).__name__
+    if layout is None:
+        raise UnsupportedError(
+            f"{next(iter(named.values())).where}: how {name} lays out the tokens of a video is not known here, so that "
+            "no token map can be made; give the frames as images"
+        )
     if n_images and name in IMAGES_OR_VIDEOS:
         raise UnsupportedError(
-            f"{name} takes images or videos in a prompt, not both: the images would be lost"
+            f"{name} takes images or videos in a prompt, not both: {IMAGES_OR_VIDEOS[name]}"
         )
     twin: Any = copy.copy(processor)
     reading: Any = copy.copy(half)
@@ -82,10 +108,18 @@ def reader_of(processor: ProcessorMixin, videos: Sequence[Sequence[Video]], n_im
     reading.known, reading.taken = named, taken
     twin.video_processor = reading
     names = iter(named)
-    options: dict[str, Any] = {"videos": [[next(names) for _ in own] for own in videos]}
+    chosen: dict[str, Any] = {"videos": [[next(names) for _ in own] for own in videos]}
     if name in SAMPLES_IN_ITS_CHATS:
-        options |= {"num_frames": half.num_frames, "fps": half.fps, "do_sample_frames": True}
-    return Reader(twin, options, taken, named)
+        chosen |= {"num_frames": half.num_frames, "fps": half.fps}
+    sampled = name in SAMPLES_IN_ITS_CHATS or {"num_frames", "fps"} & set(options)
+    if sampled and "do_sample_frames" not in options:
+        # As apply_chat_template does: who asks for a number of frames wants them chosen.
+        chosen["do_sample_frames"] = True
+    for one, other in (("num_frames", "fps"), ("fps", "num_frames")):
+        if one in options and other not in options:
+            # Halves refuse both, their own default included.
+            chosen.setdefault(other, None)
+    return Reader(twin, chosen, taken, named)
 
 
 @functools.cache

@@ -58,9 +58,11 @@ class InputMethods:
 
         A chat is a list of messages in transformers' format, {"role": ..., "content": ...} with content a text or a
         list of parts: {"type": "text", "text": ...}, {"type": "image", "image": PIL image, path or array}, or
-        {"type": "image"} with its image given in `images`. Where the last message is the assistant's it is the
-        beginning of the answer, which the model continues. Of a plain question, images stand before it. The processor's
-        own chat template writes all of it, and what it drops, doubles or moves is an error or a warning.
+        {"type": "image"} with its image given in `images`, or {"type": "video", "video": path, array or list of
+        frames}, with "fps" the rate of the frames that are given (`mmlens.data.Video`). Where the last message is the
+        assistant's it is the beginning of the answer, which the model continues. Of a plain question, images stand
+        before it. The processor's own chat template writes all of it, and what it drops, doubles or moves is an error
+        or a warning.
 
         The question of a chat is the text of its last user turn, or `question`, a text in it. `options` are variables
         of the chat template (`tools`, `enable_thinking` ...) and options of the processor (`max_pixels` ...). Images
@@ -79,6 +81,7 @@ class InputMethods:
             images,
             question=question,
             device=self.device,
+            video_layout=self.family.video_layout,
             **options,
         )
 

@@ -120,7 +120,9 @@ class Prompt:
         n_visual = self.token_map.is_image.sum(1).tolist()
         lines = []
         for row, question in enumerate(self.questions[:_MOST_SHOWN]):
-            said = f"{_short(question)}, {len(self.images[row])} image(s), {n_positions[row]} positions"
+            said = f"{_short(question)}, {len(self.images[row])} image(s), "
+            n_videos = len(self.token_map.videos[row])
+            said += (f"{n_videos} video(s), " if n_videos else "") + f"{n_positions[row]} positions"
             said += f" ({n_visual[row]} visual)" if n_visual[row] else ""
             if self.answers is not None and self.spelling is not None:
                 said += f", answer {_short(self.answers[row])} as token {self.spelling.tokens[row]!r}"

@@ -6,7 +6,7 @@ meanwhile (`families.watched`), and mapped: every token has its characters in th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from mmlens.data.chats import (
     rendered_chat,
 )
 from mmlens.errors import MmlensError, MmlensWarning, PromptError, UnsupportedError, warn
-from mmlens.families.layouts.grids import Layout
+from mmlens.families.layouts.grids import Layout, SeenVideo, VideoLayout
 from mmlens.families.media import media_of, unmapped_message
 from mmlens.families.placeholders import (
     drops_alpha,
@@ -36,7 +36,9 @@ from mmlens.families.placeholders import (
     placeholders_of,
     sees_missing_images,
     values_after,
+    visual_positions,
 )
+from mmlens.families.videos import Reader, example_order, reader_of
 from mmlens.families.watched import Characters, watched
 from mmlens.model.choosing import occurrences
 from mmlens.model.fingerprints import processor_fingerprint
@@ -59,14 +61,16 @@ def make_prompt(
     question: str | Sequence[str] | None = None,
     device: torch.device | str | None = None,
     padding_side: Literal["left", "right"] = "left",
+    video_layout: VideoLayout | None = None,
     **options: Any,
 ) -> Prompt:
     """The prompt of a text with its images, of a chat, or of a batch: a list of either with a list of image lists.
 
     Of a text, the images (PIL images or paths) stand in order before it. Images given beside a chat go to its image
     parts, in order. The processor gets them upright and as RGB: laid over white where they are transparent, as
-    transformers does for a PIL image (`open_image` says what is turned and what is refused). `layout` is the
-    family's (mmlens.families.layouts). `options` are variables of the chat template and options of the processor.
+    transformers does for a PIL image (`open_image` says what is turned and what is refused). `layout` and
+    `video_layout` are the family's (mmlens.families.layouts). `options` are variables of the chat template and options
+    of the processor.
 
     Raises PromptError for an empty question or chat, a text that the template drops or alters, image
     placeholders in another number than images, a broken or gigantic image, a processor without chat template
@@ -78,50 +82,43 @@ def make_prompt(
     own, template = configured(processor, options)
     _warn_of_dropped_alpha(own, chats)
     rendered = [render(own, chat, template, f"example {number}") for number, chat in enumerate(chats)]
-    prompt = replace(_assembled(own, layout, chats, rendered, padding_side), options=dict(options))
+    layouts = Layouts(layout, video_layout)
+    prompt = replace(_assembled(own, layouts, chats, rendered, padding_side, options), options=dict(options))
     return prompt if device is None else prompt.to(device)
+
+
+class Layouts(NamedTuple):
+    """How a family lays out the tokens of images, and of videos where that is known."""
+
+    images: Layout
+    videos: VideoLayout | None = None
 
 
 def _assembled(
     processor: ProcessorMixin,
-    layout: Layout,
+    layouts: Layouts,
     chats: list[Chat],
     rendered: list[Rendered],
     padding_side: str,
+    options: Collection[str] = (),
 ) -> Prompt:
     text = [each.text for each in rendered]
     images = [chat.images for chat in chats]
-    # No placeholder is right where the processor writes the images' tokens itself, and only there.
-    placeholder = placeholders_of(processor).get("image")
-    unplaced = [
-        example
-        for example, own in enumerate(images)
-        if own and (placeholder is None or placeholder not in text[example])
-    ]
-    try:
-        encoded, characters = _process(processor, text, images, padding_side)
-    except MmlensError:
-        raise
-    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        if unplaced:
-            at = unplaced[0]
-            raise placeholder_error(processor, text[at], len(images[at]), f"example {at}") from error
-        shapes = ", ".join(f"{image.width} x {image.height}" for own in images for image in own) or "none"
-        raise PromptError(
-            f"{type(processor).__name__} takes no such prompt, with {list(map(len, images))} image(s) of {shapes} "
-            f"pixels: {error}"
-        ) from error
-    is_image = image_positions(processor, layout, encoded)
-    for at in unplaced:
-        if not bool(is_image[at].any()):
-            raise placeholder_error(processor, text[at], len(images[at]), f"example {at}")
+    reader = reader_of(
+        processor, layouts.videos, [chat.videos for chat in chats], sum(map(len, images)), options
+    )
+    encoded, characters, is_image = _called(processor, layouts, chats, text, padding_side, reader)
     marks = [
         _mapped(processor, encoded["input_ids"][row], own, chats[row], rendered[row], is_image[row], row)
         for row, own in enumerate(characters)
     ]
     sizes = [[image.size for image in own] for own in images]
     # Some models take numbers of tiles as lists; what else is no tensor is the processor's own bookkeeping.
-    listed = getattr(getattr(processor, "image_processor", None), "model_input_names", ())
+    listed = [
+        name
+        for half in ("image_processor", "video_processor")
+        for name in getattr(getattr(processor, half, None), "model_input_names", None) or ()
+    ]
     inputs = {name: value for name, value in encoded.items() if isinstance(value, Tensor) or name in listed}
     if sees_missing_images(inputs, list(map(len, images))):
         warn(
@@ -133,14 +130,22 @@ def _assembled(
         )
     if padding_side == "left" and len(text) > 1:
         check_left_padding(inputs["attention_mask"])
+    order = [_order(processor, chat, each.text) for chat, each in zip(chats, rendered, strict=True)]
     token_map = _token_map(
-        processor, layout, inputs, sizes, torch.stack([each.is_question for each in marks])
+        processor,
+        layouts,
+        inputs,
+        sizes,
+        torch.stack([each.is_question for each in marks]),
+        reader.seen,
+        order,
     )
     token_map = token_map.with_parts(
         torch.stack([each.turn for each in marks]),
         torch.stack([each.part for each in marks]),
         [chat.roles for chat in chats],
         [chat.image_places for chat in chats],
+        [chat.video_places for chat in chats],
     )
     return Prompt(
         inputs=inputs,
@@ -154,6 +159,44 @@ def _assembled(
         pad_id=processor.tokenizer.pad_token_id,
         values_after=values_after(processor),
     )
+
+
+def _called(
+    processor: ProcessorMixin,
+    layouts: Layouts,
+    chats: list[Chat],
+    text: list[str],
+    padding_side: str,
+    reader: Reader,
+) -> tuple[dict[str, Any], list[Characters], Bool[Tensor, "batch pos"]]:
+    """What the processor gives, the characters of each position, and which positions are visual."""
+    images = [chat.images for chat in chats]
+    # No placeholder is right where the processor writes the images' tokens itself, and only there.
+    placeholder = placeholders_of(processor).get("image")
+    unplaced = [
+        example
+        for example, own in enumerate(images)
+        if own and (placeholder is None or placeholder not in text[example])
+    ]
+    try:
+        encoded, characters = _process(reader.processor, text, images, padding_side, reader.options)
+    except MmlensError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        if unplaced:
+            at = unplaced[0]
+            raise placeholder_error(processor, text[at], len(images[at]), f"example {at}") from error
+        shapes = ", ".join(f"{image.width} x {image.height}" for own in images for image in own) or "none"
+        clips = "".join(f", {video!r}" for chat in chats for video in chat.videos)
+        raise PromptError(
+            f"{type(processor).__name__} takes no such prompt, with {list(map(len, images))} image(s) of {shapes} "
+            f"pixels{clips}: {error}"
+        ) from error
+    is_image = _visual(processor, layouts, encoded)
+    for at in unplaced:
+        if not bool(is_image[at].any()):
+            raise placeholder_error(processor, text[at], len(images[at]), f"example {at}")
+    return encoded, characters, is_image
 
 
 class _Marks(NamedTuple):
@@ -271,7 +314,7 @@ def prompt_from_inputs(
         for row, (each, images, asked) in enumerate(zip(texts, loaded, questions, strict=True))
     ]
     rendered = [render(processor, chat, {}) for chat in chats]
-    again = _assembled(processor, layout, chats, rendered, "left")
+    again = _assembled(processor, Layouts(layout), chats, rendered, "left")
     for name, value in again.inputs.items():
         given = inputs.get(name)
         if isinstance(value, Tensor) and isinstance(given, Tensor):
@@ -307,7 +350,7 @@ def _unread(
     sizes = [[image.size for image in own] for own in images]
     return Prompt(
         inputs=inputs,
-        token_map=_token_map(processor, layout, inputs, sizes, is_question).to(ids.device),
+        token_map=_token_map(processor, Layouts(layout), inputs, sizes, is_question).to(ids.device),
         questions=[each or "" for each in questions],
         images=images,
         text=texts,
@@ -356,7 +399,11 @@ def _warn_of_dropped_alpha(processor: ProcessorMixin, chats: list[Chat]) -> None
 
 
 def _process(
-    processor: ProcessorMixin, text: list[str], images: list[list[Image.Image]], padding_side: str
+    processor: ProcessorMixin,
+    text: list[str],
+    images: list[list[Image.Image]],
+    padding_side: str,
+    more: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[Characters]]:
     """The processor's output, and the characters of the texts of each position."""
     tokenizer = processor.tokenizer
@@ -381,6 +428,7 @@ def _process(
         padding_side=padding_side,
         return_tensors="pt",
         **options,
+        **more,
     )
     # Labels are for training alone.
     return {name: value for name, value in encoded.items() if name != "labels"}, characters
@@ -388,17 +436,42 @@ def _process(
 
 def _token_map(
     processor: ProcessorMixin,
-    layout: Layout,
+    layouts: Layouts,
     inputs: Mapping[str, Tensor],
     sizes: Sequence[Sequence[tuple[int, int]]],
     is_question: Bool[Tensor, "batch pos"],
+    videos: Sequence[SeenVideo] = (),
+    order: Sequence[Sequence[str]] | None = None,
 ) -> TokenMap:
+    """`order`: the kinds of each example's images and videos as they stand in its text; without it all are images."""
     flat = [size for own in sizes for size in own]
-    grids = iter(layout(processor, inputs, flat) if flat else [])
-    per_example: list[list[ImageGrid]] = [[next(grids) for _ in own] for own in sizes]
+    grids: dict[str, Iterator[ImageGrid]] = {
+        "image": iter(layouts.images(processor, inputs, flat) if flat else []),
+        "video": iter(layouts.videos(processor, inputs, videos) if layouts.videos and videos else []),
+    }
+    kinds = [["image"] * len(own) for own in sizes] if order is None else order
     return TokenMap.from_grids(
-        image_positions(processor, layout, inputs), inputs["attention_mask"], is_question, per_example
+        _visual(processor, layouts, inputs),
+        inputs["attention_mask"],
+        is_question,
+        [[next(grids[kind]) for kind in own] for own in kinds],
     )
+
+
+def _visual(
+    processor: ProcessorMixin, layouts: Layouts, inputs: Mapping[str, Tensor]
+) -> Bool[Tensor, "batch pos"]:
+    return visual_positions(processor, layouts.images, inputs, videos=layouts.videos is not None)
+
+
+def _order(processor: ProcessorMixin, chat: Chat, text: str) -> list[str]:
+    """The kinds of the chat's images and videos as they stand in its text."""
+    found = example_order(text, placeholders_of(processor))
+    counts = {"image": len(chat.images), "video": len(chat.videos)}
+    if {kind: found.count(kind) for kind in counts} == counts:
+        return found
+    # Where a processor writes the images itself, there are no videos.
+    return ["image"] * counts["image"] + ["video"] * counts["video"]
 
 
 def _warn_of_unknown_words(

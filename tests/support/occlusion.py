@@ -112,7 +112,7 @@ def _model_without_vision_attention(family: str) -> nn.Module:
     return model
 
 
-def _embeddings(family: str, prompt: Prompt) -> Tensor:
+def embeddings_of(family: str, prompt: Prompt) -> Tensor:
     """[batch, pos, d_model] what enters the language model at every position, vision attention off."""
     try:
         with torch.no_grad():
@@ -127,7 +127,7 @@ def _embeddings(family: str, prompt: Prompt) -> Tensor:
     raise AssertionError("the language model was not reached")
 
 
-def _painted(image: Image.Image, region: tuple[int, int, int, int]) -> Image.Image:
+def painted(image: Image.Image, region: tuple[int, int, int, int]) -> Image.Image:
     """The image with a region of pixels set to the far end of the scale, channel by channel."""
     pixels = np.array(image)
     left, top, right, bottom = region
@@ -136,7 +136,7 @@ def _painted(image: Image.Image, region: tuple[int, int, int, int]) -> Image.Ima
     return Image.fromarray(pixels)
 
 
-def _region(
+def region_in(
     box: Sequence[float], margin: tuple[float, float], generator: np.random.Generator
 ) -> tuple[int, int, int, int] | None:
     """Some whole pixels of a box that keep the margin: at least half of what there is, at a random place."""
@@ -185,7 +185,7 @@ def occlusion_trials(
     layout = record_of(family).layout
     assert layout is not None
     clean_prompt = make_prompt(processor, layout, questions, images)
-    clean = _embeddings(family, clean_prompt)
+    clean = embeddings_of(family, clean_prompt)
     token_map = clean_prompt.token_map
     generator = np.random.default_rng(seed)
     patches = torch.nonzero(token_map.row >= 0).tolist()
@@ -198,7 +198,7 @@ def occlusion_trials(
         assert place.box is not None and place.image is not None
         image = images[example][place.image]
         margin_x, margin_y = _margins(family, processor, image.size, token_map, example)
-        region = _region(place.box, (float(margin_x[position]), float(margin_y[position])), generator)
+        region = region_in(place.box, (float(margin_x[position]), float(margin_y[position])), generator)
         if region is None:
             continue
         # What the painted pixels reach must be what they lie in, or rounding decides: such draws are left out.
@@ -218,9 +218,9 @@ def occlusion_trials(
         shown_y = boxes[:, 3].clamp(max=region[3]) - boxes[:, 1].clamp(min=region[1])
         if family in STEPS_OVER_PIXELS and bool(((shown_x < margin_x) | (shown_y < margin_y))[inside].any()):
             continue
-        painted = [list(own) for own in images]
-        painted[example][place.image] = _painted(image, region)
-        occluded = _embeddings(family, make_prompt(processor, layout, questions, painted))
+        changed_images = [list(own) for own in images]
+        changed_images[example][place.image] = painted(image, region)
+        occluded = embeddings_of(family, make_prompt(processor, layout, questions, changed_images))
         assert occluded.shape == clean.shape
         strength = (occluded - clean).norm(dim=-1)
         changed = (occluded - clean).abs().amax(-1) > 1e-4

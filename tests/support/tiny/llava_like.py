@@ -31,9 +31,9 @@ from mmlens.internals import pixtral_processor
 from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, tower, with_video
 
 VIEW = 24
-PINPOINTS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
 FIXED = 40
-VIDEO_VIEW = 48
+# An even number of patches, which a clip's are pooled of.
+VIDEO_VIEW = 32
 LONGEST_EDGE = 48
 
 _IMAGE = {"image_token": "<image>"}
@@ -51,8 +51,12 @@ def _clip_images(edge: int) -> dict[str, Any]:
 # ---------------------------------------------------------------------- llava_next, llava_next_video
 
 
-def _next_images() -> LlavaNextImageProcessorPil:
-    return LlavaNextImageProcessorPil(image_grid_pinpoints=copy.deepcopy(PINPOINTS), **_clip_images(VIEW))
+def _pinpoints(view: int) -> list[list[int]]:
+    return [[view * down, view * across] for down, across in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+
+
+def _next_images(view: int = VIEW) -> LlavaNextImageProcessorPil:
+    return LlavaNextImageProcessorPil(image_grid_pinpoints=_pinpoints(view), **_clip_images(view))
 
 
 _NEXT_PROCESSOR: dict[str, Any] = {
@@ -62,17 +66,17 @@ _NEXT_PROCESSOR: dict[str, Any] = {
 }
 
 
-def _next_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
+def _next_options(ids: TokenIds, vocab_size: int, view: int = VIEW) -> dict[str, Any]:
     return {
-        "vision_config": _clip_tower(VIEW),
+        "vision_config": _clip_tower(view),
         "text_config": text_config("llama", vocab_size),
         "image_token_index": ids["image_token"],
-        "image_grid_pinpoints": copy.deepcopy(PINPOINTS),
+        "image_grid_pinpoints": _pinpoints(view),
     }
 
 
 def _next_video_options(ids: TokenIds, vocab_size: int) -> dict[str, Any]:
-    return {**_next_options(ids, vocab_size), "video_token_index": ids["video_token"]}
+    return {**_next_options(ids, vocab_size, VIDEO_VIEW), "video_token_index": ids["video_token"]}
 
 
 # ---------------------------------------------------------------------- pixtral, mistral3, lighton_ocr
@@ -462,7 +466,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
             LlavaNextVideoProcessor,
             "LlavaNextVideoVideoProcessor",
             _clip_images(VIDEO_VIEW),
-            image_processor=_next_images(),
+            image_processor=_next_images(VIDEO_VIEW),
             **_NEXT_PROCESSOR,
             **shared,
         ),
