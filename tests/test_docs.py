@@ -17,6 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT /
         pytest.param("README.md", marks=pytest.mark.slow),
         "docs/hybrid.md",
         "docs/interventions.md",
+        "docs/prompts.md",
         "experiments/README.md",
     ],
 )
