@@ -9,6 +9,7 @@ is NaN throughout. Models that read images by cross-attention are refused: their
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mmlens.arguments import BATCH_SIZE
 from mmlens.data.examples import Evidence
+from mmlens.errors import MmlensWarning
 from mmlens.head_scores import HeadScores
 from mmlens.heads import Heads, as_head_set
 from mmlens.model.batches import Prompts
@@ -105,12 +107,16 @@ def ram(
     index). Examples of like size share a batch, and `per_example` is in the order given.
 
     Raises ValueError for no examples, for examples without evidence (named), and prompts that know no examples;
-    CrossAttentionError as `attention_mass` does.
+    CrossAttentionError as `attention_mass` does. Warns (MmlensWarning) where all evidence of an example stands after
+    its question, as in a chat that asks before it shows: there every head's RAM is 0.
     """
     mapping_of(mapping)
 
     def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
-        return attention_mass(model, prompt, prompt.token_map.is_question, evidence_tokens(prompt, mapping))
+        evidence = evidence_tokens(prompt, mapping)
+        mass = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
+        _warn_of_unseen_evidence(prompt, evidence, mass)
+        return mass
 
     score = HeadScore("RAM", of_batch, needs=("evidence",))
     return score(model, prompts, batch_size=batch_size, progress=progress)
@@ -191,6 +197,7 @@ def _read_evidence(
 
     read_rows(model, prompt, prompt.token_map.is_question, consume)
     to_evidence, to_vision = of_layers(model, masses).unbind(-1)
+    _warn_of_unseen_evidence(prompt, evidence, to_evidence)
     return to_evidence, to_vision, hits
 
 
@@ -248,6 +255,28 @@ def key_tokens(
 def evidence_tokens(prompt: Prompt, mapping: BoxMapping = "merged") -> Bool[Tensor, "batch pos"]:
     """The tokens of the evidence of the prompt's own examples."""
     return prompt.token_map.evidence(known_examples(prompt), mapping=mapping)
+
+
+def _warn_of_unseen_evidence(
+    prompt: Prompt, evidence: Bool[Tensor, "batch pos"], mass: Float[Tensor, "batch layer head"]
+) -> None:
+    """Warn of examples whose evidence stands after the question: no head can attend to it from there."""
+    asked = prompt.token_map.is_question
+    at = torch.arange(asked.shape[1], device=asked.device)
+    first = torch.where(evidence.to(asked.device), at, len(at)).amin(-1)
+    last = torch.where(asked, at, -1).amax(-1)
+    # Models whose text sees what follows it attend there all the same.
+    unseen = (first > last).cpu() & (mass.nan_to_num() == 0).flatten(1).all(-1).cpu()
+    names = [repr(each.id) if each.id else str(row) for row, each in enumerate(known_examples(prompt))]
+    late = [name for name, is_late in zip(names, unseen.tolist(), strict=True) if is_late]
+    if late:
+        warnings.warn(
+            f"the evidence of example {', '.join(late)} stands after its question, where no token of the question can "
+            "look: the attention is 0 whatever the model does. Put the question after the images, or mark the part "
+            "after them as the question",
+            MmlensWarning,
+            stacklevel=2,
+        )
 
 
 def region_tokens(
