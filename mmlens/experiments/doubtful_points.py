@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from jaxtyping import Bool
 from torch import Tensor
 from tqdm import tqdm
 
-from mmlens.data.examples import Evidence, Example
+from mmlens.data.chats import QUESTION, Chat, Message, Place, asked_texts, chats_of, parts_of
+from mmlens.data.examples import Evidence, Example, chats_of_examples
 from mmlens.effects.measure import effect
 from mmlens.experiments.ablations import first_of_kinds, with_evidence
 from mmlens.experiments.common import (
@@ -266,20 +267,33 @@ def usable_tags(model: HookedVLM, *candidates: Tags) -> Tags | None:
 
 def tagged_prompt(model: HookedVLM, examples: Sequence[Example], tags: Tags) -> Prompt:
     """The examples' prompts with literal `tags` as text around every run of consecutive images that hold evidence."""
-    chats = []
-    for example in examples:
-        marked = {region.of_image for region in example.evidence}
-        content: list[dict[str, Any]] = []
-        for number, image in enumerate(example.images):
-            if number in marked and number - 1 not in marked:
-                content.append({"type": "text", "text": tags[0]})
-            content.append({"type": "image", "image": image})
-            if number in marked and number + 1 not in marked:
-                content.append({"type": "text", "text": tags[1]})
-        content.append({"type": "text", "text": example.question, "question": True})
-        chats.append([{"role": "user", "content": content}])
-    prompt = model.prompt(chats)
-    return with_answers(prompt, model.processor, examples)
+    chats = [
+        _tagged(chat, {region.of_image for region in example.evidence}, tags)
+        for chat, example in zip(chats_of(*chats_of_examples(examples), None, None), examples, strict=True)
+    ]
+    return with_answers(model.prompt(chats), model.processor, examples)
+
+
+def _tagged(chat: Chat, marked: Collection[int], tags: Tags) -> list[Message]:
+    """The chat with `tags` around its images of these numbers, which stand in a row, and its question as it was."""
+    asked, number, messages = dict(asked_texts(chat)), 0, []
+    for turn, message in enumerate(chat.messages):
+        parts: list[dict[str, Any]] = []
+        is_open = False
+        for at, part in enumerate(parts_of(message)):
+            is_marked = part["type"] == "image" and number in marked
+            number += part["type"] == "image"
+            if is_marked != is_open:
+                parts.append({"type": "text", "text": tags[int(is_open)]})
+                is_open = is_marked
+            if Place(turn, at) in asked:
+                part = {**part, QUESTION: asked[Place(turn, at)] or True}
+            parts.append(part)
+        parts += [{"type": "text", "text": tags[1]}] if is_open else []
+        messages.append(
+            {**message, "content": parts} if isinstance(message.get("content"), list) else message
+        )
+    return messages
 
 
 def _evidence_tags(given: _Given) -> Reading | str:

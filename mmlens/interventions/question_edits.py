@@ -17,7 +17,7 @@ from mmlens.arguments import (
     texts,
     whole_number,
 )
-from mmlens.data.chats import Message, parts_of, with_text
+from mmlens.data.chats import Chat, Message, parts_of, with_text
 from mmlens.data.examples import Example
 from mmlens.errors import PromptError
 from mmlens.interventions.corruptions import Corruption, CorruptionError, corrupted_prompt, messages_of
@@ -102,6 +102,10 @@ def other_text(
 
 def _text_of(messages: Sequence[Message], turn: int, part: int, row: int) -> str:
     """The text of one part of a chat."""
+    if Chat(list(messages)).is_rendered:
+        raise CorruptionError(
+            f"example {row} was made of inputs, whose turns are not known; make it of its messages: model.prompt(chat)"
+        )
     if not -len(messages) <= turn < len(messages):
         raise CorruptionError(f"turn {turn} of example {row}: its chat has {len(messages)} turn(s)")
     parts = parts_of(messages[turn])

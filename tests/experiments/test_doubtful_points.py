@@ -123,6 +123,29 @@ def test_tags_stand_around_runs_of_images_with_evidence_and_change_nothing_else(
     assert tagged.answers == [example.answer for example in examples]
 
 
+def test_tags_in_a_chat_leave_its_other_turns_and_its_question_as_they_are(setup: Setup) -> None:
+    shot, asked = scenes(2, 5, ["objects"])[:2]
+    image = {"type": "image"}
+    chat = [
+        {"role": "user", "content": [image, {"type": "text", "text": shot.question}]},
+        {"role": "assistant", "content": shot.answer},
+        {"role": "user", "content": [image, image, {"type": "text", "text": asked.question}]},
+    ]
+    images = (*shot.images, *shot.images, *asked.images)
+    example = mmlens.Example(
+        messages=chat, images=images, answer=asked.answer, evidence=(mmlens.Evidence(2),)
+    )
+    tagged = tagged_prompt(setup.model, [example], (":", "."))
+    by_hand = [chat[0], chat[1], {"role": "user", "content": list(chat[2]["content"])}]
+    tags = [{"type": "text", "text": tag} for tag in (":", ".")]
+    by_hand[2]["content"][1:2] = [tags[0], image, tags[1]]
+    by_hand[2]["content"][-1] = {**by_hand[2]["content"][-1], "question": True}
+    expected = setup.model.prompt(by_hand, images)
+    assert torch.equal(tagged.inputs["input_ids"], expected.inputs["input_ids"])
+    assert torch.equal(tagged.token_map.is_question, expected.token_map.is_question)
+    assert tagged.questions == [asked.question]
+
+
 def test_tags_are_those_that_the_tokenizer_has(setup: Setup) -> None:
     assert usable_tags(setup.model, ("<evidence>", "</evidence>"), (":", ".")) == (":", ".")
     assert usable_tags(setup.model, ("<evidence>", ":")) is None

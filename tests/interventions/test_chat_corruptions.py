@@ -161,6 +161,14 @@ def test_places_that_are_no_text_are_refused() -> None:
         other_text(lambda prompt, row: prompt.messages[row][2]["content"][0]["text"], turn=2)(model, clean)
 
 
+def test_a_prompt_of_inputs_has_no_turns_to_exchange() -> None:
+    model = hooked("llava")
+    made = model.prompt([says("user", "Who is K?")])
+    prompt = model.prompt_from_inputs(made.inputs, text=made.text)
+    with pytest.raises(CorruptionError, match="made of inputs, whose turns are not known"):
+        other_text("K", turn=0)(model, prompt)
+
+
 def test_a_question_in_several_parts_is_exchanged_by_its_parts() -> None:
     model = hooked("llava")
     image = {"type": "image", "image": IMAGES[0]}
