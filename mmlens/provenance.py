@@ -97,6 +97,7 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
         # A palette is no part of the bytes of an image that has one.
         images = [image.convert("RGBA") if image.mode == "P" else image for image in example.images]
         pixels = [(image.mode, image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in images]
+        pixels += [("video", video.size, video.fingerprint) for video in example.videos]
         evidence = [
             (
                 region.image if region.video is None else ("video", region.video, region.frames),

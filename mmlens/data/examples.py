@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -45,9 +46,10 @@ from mmlens.data.chats import (
     question_of,
 )
 from mmlens.data.images import as_rgb, load_image, open_image, pixel_fingerprint
+from mmlens.data.videos import Video
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError, UnsupportedError
 from mmlens.files import make_folder, parsed_json, path_within, write_text_at_once
-from mmlens.token_map import Region, frames_of
+from mmlens.token_map import Region, checked_frames, frames_of
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,8 @@ class Example:
         instance_of("metadata", self.metadata, dict, "a dict")
         for region in self.evidence:
             if region.video is not None:
-                raise InvalidValueError(
-                    f"example {self.id!r}: evidence names video {region.video}, but the example has none"
-                )
+                _check_of_video(region, self.videos, f"example {self.id!r}")
+                continue
             if not 0 <= region.of_image < len(self.images):
                 raise InvalidValueError(
                     f"example {self.id!r}: evidence names image {region.image}, "
@@ -167,6 +168,11 @@ class Example:
             if region.box is not None:
                 where = f"example {self.id!r}, image {region.image}"
                 checked_box(region.box, self.images[region.of_image].size, where)
+
+    @property
+    def videos(self) -> tuple[Video, ...]:
+        """The videos of its chat, in order."""
+        return tuple(Chat(list(self.messages)).videos)
 
     @property
     def said(self) -> tuple[tuple[str, str, str], ...]:
@@ -195,6 +201,20 @@ class Example:
                 "that count as well-formed, the right one among them"
             )
         return tuple(candidates)
+
+
+def _check_of_video(region: Evidence, videos: Sequence[Video], where: str) -> None:
+    """Raise InvalidValueError for evidence of a video, of frames or of pixels that there are not."""
+    assert region.video is not None
+    if region.video >= len(videos):
+        raise InvalidValueError(
+            f"{where}: evidence names video {region.video}, but the example has {len(videos)} video(s)"
+        )
+    video = videos[region.video]
+    if region.frames is not None:
+        checked_frames(region.frames, video.n_frames, f"{where}, video {region.video}")
+    if region.box is not None:
+        checked_box(region.box, video.size, f"{where}, video {region.video}")
 
 
 def regions_of(name: str, value: object) -> list[Any]:
@@ -292,7 +312,7 @@ def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
             "metadata": example.metadata,
         }
         if example.messages:
-            record["messages"] = _written_messages(example.messages, name)
+            record["messages"] = _written_messages(example.messages, folder, f"videos/{index:06d}")
         try:
             lines.append(json.dumps(record, allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -303,21 +323,37 @@ def save_examples(examples: Iterable[Example], folder: str | Path) -> Path:
     return folder
 
 
-def _written_messages(messages: Sequence[Message], name: str) -> list[dict[str, Any]]:
-    """A chat as it is written: its images are those of the field "images", in order."""
-    written = []
-    for turn, message in enumerate(messages):
+def _written_messages(messages: Sequence[Message], folder: Path, place: str) -> list[dict[str, Any]]:
+    """A chat as it is written: its images are those of the field "images", in order, its videos files at `place`."""
+    written, n_videos = [], 0
+    for message in messages:
         made = {key: value for key, value in message.items() if key != UNPLACED}
         if isinstance(message.get("content"), list):
-            made["content"] = [
-                {"type": "image"} if part["type"] == "image" else part for part in parts_of(message)
-            ]
-            if any(part["type"] == "video" for part in made["content"]):
-                raise DataError(
-                    f"example {name!r}: turn {turn} has a video, which a folder of examples does not hold"
-                )
+            made["content"] = []
+            for part in parts_of(message):
+                if part["type"] == "image":
+                    part = {"type": "image"}
+                elif part["type"] == "video":
+                    part = _written_video(part["video"], folder, f"{place}-{n_videos}")
+                    n_videos += 1
+                made["content"].append(part)
         written.append(made)
     return written
+
+
+def _written_video(video: Video, folder: Path, place: str) -> dict[str, Any]:
+    """A part with the path of a copy of the video's file, or with those of its frames, which no file would hold as
+    they are."""
+    if isinstance(video.source, Path):
+        name = place + video.source.suffix
+        make_folder((folder / name).parent, DataError)
+        shutil.copyfile(video.source, folder / name)
+        return {"type": "video", "video": name}
+    make_folder(folder / place, DataError)
+    names = [f"{place}/{number:05d}.png" for number in range(len(video))]
+    for name, frame in zip(names, video.source, strict=True):
+        Image.fromarray(frame).save(folder / name)
+    return {"type": "video", "video": names} | ({} if video.fps is None else {"fps": video.fps})
 
 
 def load_examples(folder: str | Path, *, images_outside: bool = False) -> list[Example]:
@@ -414,6 +450,9 @@ def _message(where: str, message: Any, folder: Path, images_outside: bool) -> di
             part = dict(part)
             if isinstance(part.get("text"), str):
                 _text(f"{name}.text", part["text"])
+            if part.get("type") == "video":
+                parts.append(_video_part(part, folder, images_outside))
+                continue
             for key in _PATH_KEYS:
                 given = part.get(key)
                 given = given.get("url") if isinstance(given, dict) else given
@@ -421,6 +460,20 @@ def _message(where: str, message: Any, folder: Path, images_outside: bool) -> di
                     part[key] = _open_image(_place(folder, given.removeprefix("file://"), images_outside))
         parts.append(part)
     return {**message, "content": parts}
+
+
+def _video_part(part: dict[str, Any], folder: Path, outside: bool) -> dict[str, Any]:
+    """A part with its video's path in the folder, or with the paths of its frames."""
+
+    def placed(given: Any) -> Any:
+        if not isinstance(given, str) or _is_no_path(given):
+            return given
+        return _place(folder, given.removeprefix("file://"), outside)
+
+    for key in ("video", "url", "path"):
+        given = part.get(key)
+        part[key] = list(map(placed, given)) if isinstance(given, list) else placed(given)
+    return {key: value for key, value in part.items() if value is not None}
 
 
 _PATH_KEYS = ("image", "url", "path", "image_url")
@@ -588,7 +641,7 @@ def _identity(example: Example) -> tuple[object, ...]:
     """What is the same of one example met twice: its id, or its content where it has none."""
     if example.id:
         return ("id", example.kind, example.id)
-    pixels = tuple(map(pixel_fingerprint, example.images))
+    pixels = (*map(pixel_fingerprint, example.images), *(video.fingerprint for video in example.videos))
     return ("content", example.kind, example.question, example.answer, pixels, example.said)
 
 

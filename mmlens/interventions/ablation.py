@@ -112,7 +112,7 @@ def mean_activations(
             sums[hook.name] = sums.get(hook.name, 0) + total
             counts[hook.name] = counts.get(hook.name, 0) + count
 
-        fire = [name for name in names if is_batched(name) or any(prompt.images)]
+        fire = [name for name in names if is_batched(name) or any(prompt.images) or any(prompt.videos)]
         if fire:
             model.run_with_hooks(prompt, fwd_hooks=[(name, add) for name in fire], logits_to_keep=1)
     missing = [name for name in names if name not in sums]

@@ -27,10 +27,9 @@ from mmlens.arguments import (
     texts,
 )
 from mmlens.data.chats import Message, exchanged
-from mmlens.data.images import pixel_fingerprint
 from mmlens.errors import InvalidValueError, PromptError
 from mmlens.interventions.layouts import layout_difference
-from mmlens.model.fingerprints import real_tokens
+from mmlens.model.fingerprints import pixel_fingerprints, real_tokens
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.prompt import Prompt, prompt_of
 from mmlens.model.prompt_answers import answered
@@ -131,7 +130,7 @@ def _unchanged(model: HookedVLM, before: Prompt, after: Prompt, example: int) ->
     """Why one example's inputs are what they were; "" where they are not."""
     if real_tokens(before, example) != real_tokens(after, example):
         return ""
-    images = [[pixel_fingerprint(each) for each in prompt.images[example]] for prompt in (before, after)]
+    images = [pixel_fingerprints(prompt, example) for prompt in (before, after)]
     if images[0] == images[1]:
         return "no pixel of its images and no token of its question is another"
     pair = [before, after]

@@ -28,7 +28,7 @@ from mmlens.errors import InvalidValueError, OutOfRangeError
 from mmlens.interventions.corruptions import Corruption, CorruptionError, corrupted_prompt
 from mmlens.interventions.edits import check_call
 from mmlens.interventions.layouts import in_pixels
-from mmlens.model.fingerprints import example_seed
+from mmlens.model.fingerprints import example_seed, pixel_fingerprints
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 from mmlens.token_map import Region
@@ -213,7 +213,8 @@ def evidence_of(examples: Sequence[Example]) -> Callable[[Prompt, int], list[Evi
     known: dict[tuple[Any, ...], tuple[Evidence, ...]] = {}
     examples = examples_of(examples)
     for entry in examples:
-        key = (entry.said, *map(pixel_fingerprint, entry.images))
+        videos = (each.fingerprint for each in entry.videos)
+        key = (entry.said, *map(pixel_fingerprint, entry.images), *videos)
         if known.setdefault(key, entry.evidence) != entry.evidence:
             raise CorruptionError(
                 f"two examples have the question {entry.question!r} and the same images, but not the same evidence"
@@ -221,7 +222,7 @@ def evidence_of(examples: Sequence[Example]) -> Callable[[Prompt, int], list[Evi
 
     def regions(prompt: Prompt, example: int) -> list[Evidence]:
         said = () if prompt.messages is None else Chat(prompt.messages[example]).said
-        key = (said, *map(pixel_fingerprint, prompt.images[example]))
+        key = (said, *pixel_fingerprints(prompt, example))
         if key not in known:
             raise CorruptionError(
                 f"example {example} of the prompt ({prompt.questions[example]!r} with {len(key) - 1} image(s)) is not "

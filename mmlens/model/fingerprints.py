@@ -40,7 +40,7 @@ def example_seed(prompt: Prompt, example: int) -> list[int]:
     ids = real_tokens(prompt if prompt.continuation is None else prompt.continuation.prompt, example)
     return [
         zlib.crc32(ids),
-        *(zlib.crc32(pixel_fingerprint(each).encode()) for each in prompt.images[example]),
+        *(zlib.crc32(each.encode()) for each in pixel_fingerprints(prompt, example)),
     ]
 
 
@@ -49,10 +49,18 @@ def example_fingerprint(prompt: Prompt, example: int) -> str:
 
     A prompt that does not hold its images (`prompt_from_inputs`) has them by the batch's inputs.
     """
-    images: list[Any] = [pixel_fingerprint(each) for each in prompt.images[example]]
+    images: list[Any] = pixel_fingerprints(prompt, example)
     answers = [None if each is None else each[example] for each in (prompt.answers, prompt.candidates)]
     seen = images or (sorted(prompt.vision.items()), example)
     return _short(real_tokens(prompt, example), repr((seen, answers)).encode())
+
+
+def pixel_fingerprints(prompt: Prompt, example: int) -> list[str]:
+    """One of every image and video of an example."""
+    return [
+        *map(pixel_fingerprint, prompt.images[example]),
+        *(video.fingerprint for video in prompt.videos[example]),
+    ]
 
 
 def vision_fingerprints(inputs: Mapping[str, Any]) -> dict[str, str]:

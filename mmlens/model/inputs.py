@@ -130,12 +130,12 @@ class InputMethods:
 
         Logits are the same to the bit. Hooks on vision.* and projector.* no longer fire, which is an error where
         one is set. A prompt without images comes back as it is, and so does every prompt of a family whose tower
-        transformers does not run apart (Mllama, BLIP-2, DeepSeek-VL ...): its runs repeat it. Raises
-        UnsupportedError for a prompt that holds video or audio.
+        transformers does not run apart (Mllama, BLIP-2, DeepSeek-VL ...): its runs repeat it. So does one with videos.
+        Raises UnsupportedError for a prompt that holds what no token map knows, such as audio.
         """
         inputs = self._keyword_inputs(prompt_of(prompt), {})
         given = None
-        if prompt.image_features is None:
+        if prompt.image_features is None and not any(prompt.token_map.videos):
             given = internals.image_tower_inputs(self.hf_model, self.processor, inputs)
         if given is None:
             return prompt

@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from mmlens.arguments import device_of, shown
+from mmlens.data.chats import Chat
 from mmlens.data.examples import Example
+from mmlens.data.videos import Video
 from mmlens.errors import (
     InvalidTypeError,
     MmlensWarning,
@@ -130,6 +132,12 @@ class Prompt:
         more = len(self) - len(lines)
         lines += [f"and {more} more"] if more else []
         return f"Prompt({'; '.join(lines)})" if len(lines) == 1 else "\n  ".join(["Prompt(", *lines]) + ")"
+
+    @property
+    def videos(self) -> list[list[Video]]:
+        """The videos of each example; of a prompt that does not hold its chats none."""
+        chats = [[] for _ in self.questions] if self.messages is None else self.messages
+        return [Chat(list(messages)).videos for messages in chats]
 
     @property
     def shape(self) -> torch.Size:

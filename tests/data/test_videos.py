@@ -12,8 +12,10 @@ import torch
 from clips import made_clip, written_clip
 from PIL import Image
 
+from mmlens.data.examples import DataError, Evidence, Example, load_examples, save_examples
 from mmlens.data.videos import Video, video_of
 from mmlens.errors import MissingFileError, PromptError
+from mmlens.provenance import data_fingerprint
 
 
 def test_an_array_a_tensor_and_a_list_of_images_are_the_same_video() -> None:
@@ -99,3 +101,46 @@ def test_a_rate_is_a_positive_number() -> None:
             Video(made_clip(2, (8, 8)), fps=fps)
     with pytest.raises(PromptError, match="a Video that has its own rate"):
         video_of(Video(made_clip(2, (8, 8)), fps=2), fps=3)
+
+
+def _with_videos(*videos: Video, frames: tuple[int, int] = (1, 3), **more: Any) -> Example:
+    parts = [{"type": "video", "video": video} for video in videos]
+    chat = [{"role": "user", "content": [*parts, {"type": "text", "text": "What is seen?"}]}]
+    return Example(messages=chat, answer="a cat", evidence=(Evidence(video=0, frames=frames),), **more)
+
+
+def test_an_example_holds_videos_on_disk_too(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    frames = made_clip(5, (64, 48))
+    of_file = Video(written_clip(tmp_path / "clip.mp4", frames, fps=6))
+    examples = [
+        _with_videos(Video(frames, fps=2), of_file, id="a"),
+        _with_videos(Video(frames), id="b"),
+    ]
+    folder = save_examples(examples, tmp_path / "examples")
+    for given, read in zip(examples, load_examples(folder), strict=True):
+        assert read.evidence == given.evidence and read.said == given.said
+        assert [video.fingerprint for video in read.videos] == [video.fingerprint for video in given.videos]
+    assert data_fingerprint(load_examples(folder)) == data_fingerprint(examples)
+    other = [_with_videos(Video(frames[::-1].copy(), fps=2), of_file, id="a"), examples[1]]
+    assert data_fingerprint(other) != data_fingerprint(examples)
+    # A folder from somebody else reads no file outside it.
+    line = (folder / "examples.jsonl").read_text().replace("videos/000000-1.mp4", str(tmp_path / "clip.mp4"))
+    (folder / "examples.jsonl").write_text(line)
+    with pytest.raises(DataError, match="line 1.*outside"):
+        load_examples(folder)
+    assert len(load_examples(folder, images_outside=True)) == 2
+
+
+def test_evidence_of_a_video_lies_within_it() -> None:
+    video = Video(made_clip(5, (64, 48)), fps=2)
+    with pytest.raises(ValueError, match="end after the last of its 5 frames"):
+        _with_videos(video, frames=(2, 6))
+    with pytest.raises(ValueError, match=re.escape("names video 0, but the example has 0 video(s)")):
+        Example(question="What?", answer="x", evidence=(Evidence(video=0),))
+    with pytest.raises(ValueError, match="of an image or of a video"):
+        Evidence(0, video=0)
+    with pytest.raises(ValueError, match="are of a video"):
+        Evidence(0, frames=(0, 1))
+    with pytest.raises(NotImplementedError, match="evidence of images alone"):
+        _ = Evidence(video=0).of_image

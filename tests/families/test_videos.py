@@ -252,6 +252,40 @@ def test_a_video_is_visual_to_hook_points_evidence_and_positions(family: str) ->
     torch.testing.assert_close(mass, by_hand, atol=1e-5, rtol=1e-4)
 
 
+@needs_torchvision
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "internvl"])
+@torch.no_grad()
+def test_examples_with_videos_are_scored_intervened_on_and_continued(family: str) -> None:
+    model = _model(family)
+    examples = [
+        mmlens.Example(
+            messages=_chat(made_clip(6, SIZE, seed)),
+            answer="red",
+            candidates=("red", "blue"),
+            evidence=(mmlens.Evidence(video=0, frames=(2, 4)),),
+            id=str(seed),
+        )
+        for seed in range(2)
+    ]
+    prompt = model.prompt_examples(examples)
+    assert len(set(prompt.fingerprints)) == 2
+    scores = mmlens.ram(model, examples, progress=False)
+    chosen, question = prompt.token_map.evidence(examples), prompt.token_map.is_question
+    assert 0 < chosen.sum() < prompt.positions("video").sum()
+    by_hand = mmlens.attention_mass(model, prompt, question, chosen)
+    torch.testing.assert_close(torch.as_tensor(scores.per_example).float(), by_hand, atol=1e-5, rtol=1e-4)
+    # Encoding ahead leaves a prompt with a video as it is.
+    assert model.encode_images(prompt) is prompt
+    cut = mmlens.knockout(prompt.last, chosen, layers=[1])
+    effects = mmlens.sweep(model, prompt, {"cut": cut}, mmlens.logit_difference, progress=False)
+    whole = mmlens.effect(model, prompt, cut, mmlens.logit_difference)
+    np.testing.assert_allclose(effects["value"], whole.values, atol=1e-4, rtol=1e-3)
+    continued = model.continue_prompt(prompt, max_new_tokens=3)
+    plain = model.hf_model.generate(**prompt.inputs, max_new_tokens=3, do_sample=False)
+    assert torch.equal(continued.inputs["input_ids"][:, -3:], plain[:, -3:])
+    assert int(continued.token_map.is_answer.sum()) == 6
+
+
 # ---------------------------------------------------------------------- refused
 
 
