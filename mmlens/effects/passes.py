@@ -184,6 +184,7 @@ class AnswerPasses:
             for row in range(len(prompt))
         ]
         """Of each example the distinct continuations, by pass."""
+        self.starts = prompt.start_tokens or [[]] * len(prompt)
 
     def __len__(self) -> int:
         return max(map(len, self.ids))
@@ -201,11 +202,22 @@ class AnswerPasses:
         return token_log_probs(logits, self.rows(number))
 
     def of_metric(self, name: str, by_pass: Sequence[Sequence[Tensor]]) -> LogProbs:
-        """What one metric reads, of what the passes gave."""
+        """What one metric reads, of what the passes gave: tokens of a tag before the answer are given, not measured."""
         return [
-            [by_pass[self.ids[row].index(tuple(ids))][row].clone() for ids in each]
+            [
+                by_pass[self.ids[row].index(tuple(ids))][row][_n_common(ids, self.starts[row]) :].clone()
+                for ids in each
+            ]
             for row, each in enumerate(self.wanted[name])
         ]
+
+
+def _n_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next(
+        (at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]),
+        min(len(one), len(other)),
+    )
 
 
 def token_log_probs(

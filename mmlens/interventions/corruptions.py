@@ -154,7 +154,7 @@ def _equal_inputs(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def _answered(model: HookedVLM, before: Prompt, after: Prompt) -> Prompt:
     """`after` with the answers of `before`."""
     names = (
-        *("answers", "candidates", "answer_tokens", "candidate_tokens"),
+        *("answers", "candidates", "answer_tokens", "candidate_tokens", "start_tokens"),
         *("answer_ids", "candidate_ids", "answer_starts", "spelling"),
     )
     kept = replace(after, **{name: getattr(before, name) for name in names})

@@ -81,6 +81,8 @@ class Prompt:
     answer_tokens: list[list[int]] | None = None
     """All tokens of each answer, as it follows the prompt (`with_answers`)."""
     candidate_tokens: list[list[list[int]]] | None = None
+    start_tokens: list[list[int]] | None = None
+    """Of each example the tokens of a tag that the chat template writes before every answer; most have none."""
     answer_ids: Int[Tensor, " batch"] | None = None
     """First token of each answer."""
     candidate_ids: list[Int[Tensor, " _"]] | None = None

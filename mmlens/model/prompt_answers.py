@@ -79,6 +79,7 @@ def answered(
     device = prompt.token_map.device
     answer_tokens: list[list[int]] = []
     candidate_tokens: list[list[list[int]]] = []
+    start_tokens: list[list[int]] = []
     spelling = Spelling([], [], [])
     for text, start, answer, options in zip(prompt.text, starts, answers, candidates, strict=True):
         spelt = [_spelt(start, each) for each in (answer, *options)]
@@ -88,7 +89,8 @@ def answered(
         ids = [own[0] for own in whole]
         spelling.tokens.append(str(processor.tokenizer.convert_ids_to_tokens(ids[0])))
         # A tag that every answer begins with tells none apart, as white space does.
-        of_start = tokens(text, start, unknown=True)[:1] if start.strip() else []
+        start_tokens.append(tokens(text, start, unknown=True) if start.strip() else [])
+        of_start = start_tokens[-1][:1]
         spelling.blank.append(
             any(each in of_start or not processor.tokenizer.decode([each]).strip() for each in ids)
         )
@@ -102,6 +104,7 @@ def answered(
         candidates=candidates,
         answer_tokens=answer_tokens,
         candidate_tokens=candidate_tokens,
+        start_tokens=start_tokens,
         answer_ids=torch.tensor([own[0] for own in answer_tokens], device=device),
         candidate_ids=[
             torch.tensor([own[0] for own in each], dtype=torch.long, device=device)
