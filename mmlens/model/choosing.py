@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from mmlens.model.prompt import Prompt
 
 Mask = Bool[Tensor, "batch pos"]
-Positions = Mask | str | Callable[[Any], Mask] | None
+AnyMask = Bool[Tensor, "batch _"]
+"""Of the prompt in hand, or of the one before its answer."""
+Positions = AnyMask | str | Callable[[Any], Mask] | None
 """Where an intervention acts: a mask of the prompt's positions, one of NAMED_POSITIONS, a function from a prompt
 to a mask, or everywhere (generated tokens too). In every example of a batch it chooses a position; `if_any` lifts
 that."""
@@ -60,7 +62,7 @@ def _examples_of(prompt: Prompt) -> Sequence[Example]:
 class IfAny:
     """Positions that an example of a batch need not have: see `if_any`."""
 
-    positions: Mask | str | Callable[[Prompt], Mask]
+    positions: AnyMask | str | Callable[[Prompt], Mask]
 
     def __call__(self, prompt: Prompt) -> Mask:
         return _mask_of(prompt, self.positions)
@@ -122,7 +124,7 @@ def check_each_example(prompt: Prompt, mask: Mask, fault: str) -> None:
     )
 
 
-def _mask_of(prompt: Prompt, positions: Mask | str | Callable[[Prompt], Mask]) -> Mask:
+def _mask_of(prompt: Prompt, positions: AnyMask | str | Callable[[Prompt], Mask]) -> Mask:
     if isinstance(positions, str):
         roles = dict.fromkeys(role for own in prompt.token_map.roles for role in own)
         if positions not in NAMED_POSITIONS and positions not in roles:
