@@ -181,45 +181,36 @@ class TokenMap(BoxScales):
         if len(grids) != batch:
             raise TokenMapError(f"grids for {len(grids)} example(s), but the batch has {batch}")
         names = ("image", "video", "tile", "row", "col")
-        columns = {name: torch.full((batch, length), NO_PATCH) for name in names}
-        frames = torch.full((batch, length, 2), NO_PATCH)
-        boxes = torch.full((batch, length, 4), torch.nan)
+        columns = {name: np.full((batch, length), NO_PATCH, dtype=np.int64) for name in names}
+        frames = np.full((batch, length, 2), NO_PATCH, dtype=np.int64)
+        boxes = np.full((batch, length, 4), np.nan, dtype=np.float32)
         mask = is_image.cpu()
+        visual = mask.numpy()
         for example, own in enumerate(grids):
-            found, predicted = int(mask[example].sum()), sum(len(grid) for grid in own)
-            if found != predicted:
+            at = np.flatnonzero(visual[example])
+            predicted = sum(map(len, own))
+            if len(at) != predicted:
                 raise TokenMapError(
-                    f"example {example}: input_ids holds {found} visual token(s), but the layout of its "
+                    f"example {example}: input_ids holds {len(at)} visual token(s), but the layout of its "
                     f"{in_words(own)} of size {[grid.size for grid in own]} predicts {predicted} "
                     f"({[len(grid) for grid in own]} in each); was the image resized or the prompt cut "
                     "after it was processed?"
                 )
-            if not own:
-                continue
-            at = mask[example]
-            for name, values in (
-                ("image", _numbers(own, of_videos=False)),
-                ("video", _numbers(own, of_videos=True)),
-                ("tile", np.concatenate([grid.tile for grid in own])),
-                ("row", np.concatenate([grid.row for grid in own])),
-                ("col", np.concatenate([grid.column for grid in own])),
-            ):
-                columns[name][example, at] = torch.as_tensor(values)
-            boxes[example, at] = torch.as_tensor(
-                np.concatenate([grid.boxes for grid in own]), dtype=boxes.dtype
-            )
-            frames[example, at] = torch.as_tensor(
-                np.concatenate(
-                    [
-                        grid.frames if isinstance(grid, VideoGrid) else np.full((len(grid), 2), NO_PATCH)
-                        for grid in own
-                    ]
-                )
-            )
+            start = 0
+            for grid, image, video in zip(own, *_numbers(own), strict=True):
+                here = at[start : start + len(grid)]
+                start += len(grid)
+                columns["image"][example, here], columns["video"][example, here] = image, video
+                columns["tile"][example, here] = grid.tile
+                columns["row"][example, here] = grid.row
+                columns["col"][example, here] = grid.column
+                boxes[example, here] = grid.boxes
+                if isinstance(grid, VideoGrid):
+                    frames[example, here] = grid.frames
         return cls(
-            **columns,
-            frames=frames,
-            boxes=boxes,
+            **{name: torch.from_numpy(column) for name, column in columns.items()},
+            frames=torch.from_numpy(frames),
+            boxes=torch.from_numpy(boxes),
             is_image=mask,
             is_padding=attention_mask.cpu() == 0,
             is_question=is_question.cpu(),
@@ -662,14 +653,15 @@ def in_words(grids: Sequence[ImageGrid]) -> str:
     return " and ".join(counts + ([f"{n_videos} video(s)"] if n_videos else []))
 
 
-def _numbers(grids: Sequence[ImageGrid], *, of_videos: bool) -> Int[np.ndarray, " token"]:
-    """For every token of an example the number of its image, or of its video; -1 where it is of the other kind."""
-    numbers, n = [], 0
+def _numbers(grids: Sequence[ImageGrid]) -> tuple[list[int], list[int]]:
+    """For every grid of an example the number of its image, and of its video; -1 where it is of the other kind."""
+    images: list[int] = []
+    videos: list[int] = []
     for grid in grids:
-        is_one = isinstance(grid, VideoGrid) == of_videos
-        numbers.append(np.full(len(grid), n if is_one else NO_PATCH))
-        n += is_one
-    return np.concatenate(numbers)
+        own, other = (videos, images) if isinstance(grid, VideoGrid) else (images, videos)
+        own.append(sum(number != NO_PATCH for number in own))
+        other.append(NO_PATCH)
+    return images, videos
 
 
 def _number(value: Tensor) -> int | None:

@@ -26,8 +26,9 @@ import mmlens
 from mmlens.model import batches
 from mmlens.model.batches import Batches
 
-MODELS = ("micro", "zoo-llava", "zoo-internvl")
-WORDS = "what colour is the letter in the picture on the left of page two"
+MODELS = ("micro", "llava-onevision", "internvl")
+WORDS = "What colour is the letter K"
+"""Words that the shipped models know: each of another would be warned of."""
 
 
 def photograph(seed: int, width: int, height: int) -> Image.Image:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -44,8 +45,7 @@ QUESTION = "question"
 """The key that marks a text part as the question: True, or a text that stands in it."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A part of a chat: the message's number, and the part's number in it."""
 
     turn: int
@@ -63,11 +63,14 @@ class Chat:
 
     def parts(self, kind: str | None = None) -> list[tuple[Place, dict[str, Any]]]:
         """Every part (of one kind) with its place, in order; content that is a plain text counts as its part 0."""
+        return [entry for entry in self._parts if kind is None or entry[1]["type"] == kind]
+
+    @functools.cached_property
+    def _parts(self) -> list[tuple[Place, dict[str, Any]]]:
         return [
             (Place(turn, number), part)
             for turn, message in enumerate(self.messages)
             for number, part in enumerate(parts_of(message))
-            if kind is None or part["type"] == kind
         ]
 
     @property

@@ -220,6 +220,8 @@ def _mapped(
     is_text = ~is_image.numpy()
     turn, part = (np.full(len(ids), NO_PATCH) for _ in range(2))
     missing = _missing(characters, rendered.text)
+    unknown_id = processor.tokenizer.unk_token_id
+    unknown = np.zeros(len(ids), dtype=bool) if unknown_id is None else ids.numpy() == unknown_id
     for span in reversed(rendered.spans):
         covered = _covered(characters, span.start, span.stop) & is_text
         if not covered.any() or missing[span.start : span.stop].any():
@@ -228,7 +230,8 @@ def _mapped(
                 "processor changed the text after the chat template in a way other than expanding images"
             )
         turn[covered], part[covered] = span.place.turn, span.place.part
-        _warn_of_unknown_words(processor, ids, characters, rendered.text, span, row)
+        if (covered & unknown).any():
+            _warn_of_unknown_words(processor, characters[unknown], rendered.text, span, row)
     asked = np.zeros(len(ids), dtype=bool)
     for start, stop in _question_spans(chat, rendered):
         asked |= _covered(characters, start, stop) & is_text
@@ -237,12 +240,12 @@ def _mapped(
 
 def _missing(characters: Characters, text: str) -> Bool[np.ndarray, " character"]:
     """Characters that no token stands for, but white space and what tokenizers may leave out."""
-    steps = np.zeros(len(text) + 1, dtype=np.int64)
     known = characters[characters[:, 0] >= 0]
-    np.add.at(steps, known[:, 0], 1)
-    np.add.at(steps, known[:, 1], -1)
-    optional = np.array([each.isspace() or not each.isprintable() for each in text], dtype=bool)
-    return (np.cumsum(steps)[:-1] == 0) & ~optional
+    steps = [np.bincount(known[:, edge], minlength=len(text) + 1) for edge in range(2)]
+    missing = np.cumsum(steps[0] - steps[1])[:-1] == 0
+    for at in np.flatnonzero(missing).tolist():
+        missing[at] = not text[at].isspace() and text[at].isprintable()
+    return missing
 
 
 def _covered(characters: Characters, start: int, stop: int) -> Bool[np.ndarray, " pos"]:
@@ -475,20 +478,12 @@ def _order(processor: ProcessorMixin, chat: Chat, text: str) -> list[str]:
 
 
 def _warn_of_unknown_words(
-    processor: ProcessorMixin,
-    ids: Int[Tensor, " pos"],
-    characters: Characters,
-    text: str,
-    span: TextSpan,
-    example: int,
+    processor: ProcessorMixin, unknown: Characters, text: str, span: TextSpan, example: int
 ) -> None:
-    """Warn of words of a text part that the tokenizer does not know."""
+    """Warn of words of a text part that the tokenizer does not know; `unknown` are the characters of all of the row."""
     tokenizer = processor.tokenizer
-    if tokenizer.unk_token_id is None:
-        return
-    inside = (characters[:, 0] >= span.start) & (characters[:, 1] <= span.stop)
-    unknown = inside & (ids.numpy() == tokenizer.unk_token_id)
-    words = [text[start:stop] for start, stop in characters[unknown].tolist()]
+    inside = (unknown[:, 0] >= span.start) & (unknown[:, 1] <= span.stop)
+    words = [text[start:stop] for start, stop in unknown[inside].tolist()]
     words = [word for word in dict.fromkeys(words) if word != tokenizer.unk_token]
     if words:
         warn(

@@ -32,6 +32,8 @@ def configured(
 
     Raises InvalidTypeError for an option that neither knows, with the nearest name.
     """
+    if not options:
+        return processor, {}
     template_names = set(inspect.signature(ProcessorMixin.apply_chat_template).parameters) - set(_OURS)
     template_names |= internals.template_variables(template_source(processor))
     template = {name: value for name, value in options.items() if name in template_names}

@@ -134,8 +134,7 @@ def _rendered(
     asked = {"continue_final_message": True} if chat.is_continued else {"add_generation_prompt": True}
 
     def apply(given: list[dict[str, Any]]) -> str:
-        # Some versions of transformers write into what they are given.
-        return processor.apply_chat_template(copy.deepcopy(given), tokenize=False, **{**asked, **options})
+        return processor.apply_chat_template(_copied(given), tokenize=False, **{**asked, **options})
 
     try:
         text = apply(messages)
@@ -156,13 +155,28 @@ def _rendered(
     return Rendered(text, spans)
 
 
+def _copied(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages for the template: some versions of transformers write into what they are given."""
+    return [
+        {
+            key: [dict(part) for part in value]
+            if key == "content" and isinstance(value, list)
+            else value
+            if isinstance(value, str)
+            else copy.deepcopy(value)
+            for key, value in message.items()
+        }
+        for message in messages
+    ]
+
+
 def _first_refused(
     processor: ProcessorMixin, messages: list[dict[str, Any]], options: Mapping[str, Any]
 ) -> int:
     """The first turn that the template refuses; the last, where it refuses none of the turns before it alone."""
     for n in range(1, len(messages)):
         try:
-            processor.apply_chat_template(copy.deepcopy(messages[:n]), tokenize=False, **options)
+            processor.apply_chat_template(_copied(messages[:n]), tokenize=False, **options)
         except _RENDER_ERRORS:
             return n - 1
     return len(messages) - 1
@@ -189,7 +203,7 @@ def _located(
         # A list that is printed as one has its characters escaped.
         printed = {
             place
-            for place, pair in marks.items()
+            for place, pair in (marks.items() if "\\" in marked else ())
             if any(escaped in marked for each in pair for escaped in _escapes(each))
         }
         spans = _aligned(_unprinted(marked, marks, printed), text, texts, marks)
@@ -308,8 +322,11 @@ def _check_spans(
     chat: Chat, text: str, places: list[tuple[Place, str]], spans: list[TextSpan], where: str
 ) -> None:
     """Raise PromptError for a text that is missing or altered; warn of one that stands in part, twice, or elsewhere."""
+    found: dict[Place, list[TextSpan]] = {place: [] for place, _ in places}
+    for span in spans:
+        found[span.place].append(span)
     for place, said in places:
-        own = [span for span in spans if span.place == place]
+        own = found[place]
         shown = text[own[0].start : own[0].stop].strip() if own else ""
         if not shown or shown not in said:
             raise _RefusedError(
@@ -410,7 +427,7 @@ def _media_unlike(
         if not own:
             continue
         rest = {**message, "content": [part for part in content or () if part["type"] != kind]}
-        fewer = copy.deepcopy([*messages[:turn], rest, *messages[turn + 1 :]])
+        fewer = _copied([*messages[:turn], rest, *messages[turn + 1 :]])
         try:
             text = processor.apply_chat_template(fewer, tokenize=False, **{**asked, **options})
         except _RENDER_ERRORS:

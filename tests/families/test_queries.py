@@ -118,7 +118,7 @@ def test_a_number_of_queries_that_is_none_is_refused() -> None:
 def test_another_number_of_queries_than_the_prompt_has_is_refused() -> None:
     processor = tiny_processor("blip-2")
     processor.more_queries = 7
-    with pytest.raises(TokenMapError, match=r"input_ids holds 6 image token\(s\).* predicts 7"):
+    with pytest.raises(TokenMapError, match=r"input_ids holds 6 visual token\(s\).* predicts 7"):
         make_prompt(processor, queries.per_image("more_queries"), "What?", tiny_images(1))
 
 

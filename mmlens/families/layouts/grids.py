@@ -136,7 +136,7 @@ def image_grid(
         boxes = np.stack([columns[column, 0], rows[row, 0], columns[column, 1], rows[row, 1]], axis=-1)
         shown = resized if len(views) == 1 else None
         parts.append(ImageGrid(size, np.full(len(row), tile), row, column, boxes, patches, shown))
-    return joined(size, parts, patches)
+    return parts[0] if len(parts) == 1 else joined(size, parts, patches)
 
 
 def newlined(size: Size, columns: Intervals, rows: Intervals) -> ImageGrid:
