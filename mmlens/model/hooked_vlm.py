@@ -32,13 +32,14 @@ from mmlens.model import keywords, loading
 from mmlens.model.answering import AnswerMethods
 from mmlens.model.attention import AttentionTap, QueryRows
 from mmlens.model.cache import VLMActivationCache, is_packed
+from mmlens.model.choosing import Positions, positions_mask
 from mmlens.model.config import config_of
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooks import HookMethods, HookName, check_fired
 from mmlens.model.inputs import InputMethods, Inputs
 from mmlens.model.linear import gradients_pass
 from mmlens.model.loss import labels_of, next_token_loss
-from mmlens.model.prompt import check_left_padding
+from mmlens.model.prompt import check_left_padding, prompt_of
 from mmlens.model.recording import OfOutput, Recording, loss_of
 from mmlens.model.run_state import RunState
 from mmlens.model.taps import weakly
@@ -260,17 +261,20 @@ class HookedVLM(WeightProperties, TokenMethods, InputMethods, AnswerMethods, Hoo
     def attention_rows(
         self,
         inputs: Inputs,
-        queries: Bool[Tensor, "batch pos"],
+        queries: Positions,
         consume: Callable[[int, Float[Tensor, "batch head query key"], Bool[Tensor, "batch query"]], None],
     ) -> None:
         """One forward pass that hands `consume` the exact pattern rows at the `queries`, layer by layer.
 
         `consume(layer, rows, real)`: rows in float32, padded to the batch's largest number of queries; `real`
-        says which are queries. No S x S pattern is made. Raises ValueError where a batch row has no query.
+        says which are queries. `queries` are a boolean mask, or, of a prompt, a word ("question", "answer") or a
+        function of it. No S x S pattern is made. Raises ValueError where a batch row has no query.
         """
         check_same_twice(self.hf_model)
         called("consume", consume, "a function (layer, rows, real)", n_arguments=3)
-        instance_of("queries", queries, Tensor, "a boolean tensor [batch, pos]")
+        if isinstance(queries, str) or callable(queries):
+            queries = positions_mask(prompt_of(inputs, "inputs"), queries, "queries")
+        queries = instance_of("queries", queries, Tensor, "a boolean tensor [batch, pos]")
         keyword_inputs = self._keyword_inputs(inputs, {})
         shape = tuple(keyword_inputs["input_ids"].shape)
         if tuple(queries.shape) != shape:

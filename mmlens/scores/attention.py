@@ -19,6 +19,8 @@ from mmlens.data.chats import exchanged
 from mmlens.errors import InvalidValueError
 from mmlens.head_scores import HeadScores
 from mmlens.model.batches import Prompts
+from mmlens.model.choosing import Positions
+from mmlens.model.continuing import as_continued
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 from mmlens.model.prompt_making import UnknownWordWarning
@@ -38,6 +40,7 @@ def null_calibrated_ram(
     model: HookedVLM,
     prompts: Prompts,
     *,
+    queries: Positions = "question",
     null_question: str = NULL_QUESTION,
     batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
@@ -60,12 +63,10 @@ def null_calibrated_ram(
     mapping_of(mapping)
 
     def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
-        null = _null_prompt(model, prompt, null_question)
+        null = as_continued(_null_prompt(model, prompt, null_question), prompt)
         examples = known_examples(prompt)
         asked, unasked = (
-            attention_mass(
-                model, each, each.token_map.is_question, each.token_map.evidence(examples, mapping=mapping)
-            )
+            attention_mass(model, each, queries, each.token_map.evidence(examples, mapping=mapping))
             for each in (prompt, null)
         )
         return asked - unasked
@@ -78,6 +79,7 @@ def query_focused_score(
     model: HookedVLM,
     prompts: Prompts,
     *,
+    queries: Positions = "question",
     null_question: str | None = NULL_QUESTION,
     cut: float | None = 2.0,
     region: Region = "images",
@@ -113,8 +115,10 @@ def query_focused_score(
         image, video = prompt.token_map.image.cpu(), prompt.token_map.video.cpu()
         images = torch.where(video == NO_PATCH, image, NO_PATCH - 1 - video)
         null = None if null_question is None else _null_prompt(model, prompt, null_question)
-        asked = _attention_to_images(model, prompt)
-        unasked = None if null is None else _attention_to_images(model, null)
+        asked = _attention_to_images(model, prompt, queries)
+        unasked = None
+        if null is not None:
+            unasked = _attention_to_images(model, as_continued(null, prompt), queries)
         scores = {}
         for layer, of_layer in asked.items():
             rows = []
@@ -166,6 +170,7 @@ def ram_per_token(
     model: HookedVLM,
     prompts: Prompts,
     *,
+    queries: Positions = "question",
     batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
@@ -181,7 +186,7 @@ def ram_per_token(
 
     def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
         evidence = evidence_tokens(prompt, mapping)
-        mass = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
+        mass = attention_mass(model, prompt, queries, evidence)
         return mass / evidence.sum(-1).cpu()[:, None, None]
 
     score = HeadScore("RAM per token", of_batch, needs=("evidence",))
@@ -206,16 +211,16 @@ def _null_prompt(model: HookedVLM, prompt: Prompt, null_question: str) -> Prompt
 
 
 def _attention_to_images(
-    model: HookedVLM, prompt: Prompt
+    model: HookedVLM, prompt: Prompt, queries: Positions
 ) -> dict[int, list[Float[Tensor, "head image_token"]]]:
-    """Layer -> for each example, the question's mean attention to every visual token in prompt order."""
+    """Layer -> for each example, the queries' mean attention to every visual token in prompt order."""
     read: dict[int, list[Tensor]] = {}
 
     def consume(layer: int, rows: Rows, real: Bool[Tensor, "batch query"]) -> None:
         mean = mean_of_rows(rows, real).cpu()
         read[layer] = [mean[row][:, prompt.token_map.is_image[row].cpu()] for row in range(len(mean))]
 
-    read_rows(model, prompt, prompt.token_map.is_question, consume)
+    read_rows(model, prompt, queries, consume)
     return read
 
 

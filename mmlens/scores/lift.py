@@ -13,6 +13,7 @@ from mmlens.arguments import BATCH_SIZE, instance_of, one_of, shown, whole_numbe
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.head_scores import HeadScores
 from mmlens.model.batches import Prompts
+from mmlens.model.choosing import Positions
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 from mmlens.scores.retrieval import evidence_tokens
@@ -28,6 +29,7 @@ def ram_lift(
     model: HookedVLM,
     prompts: Prompts,
     *,
+    queries: Positions = "question",
     shape: Shape = "same",
     batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
@@ -62,7 +64,7 @@ def ram_lift(
         return read_heads(
             model,
             prompt,
-            prompt.token_map.is_question,
+            queries,
             lambda rows, real: mean_to(mean_of_rows(rows, real), contrast),
         )
 

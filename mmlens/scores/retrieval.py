@@ -23,6 +23,7 @@ from mmlens.errors import MmlensWarning
 from mmlens.head_scores import HeadScores
 from mmlens.heads import Heads, as_head_set
 from mmlens.model.batches import Prompts
+from mmlens.model.choosing import Positions
 from mmlens.model.cross_attention import refuse_cross_attention
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.inputs import Inputs
@@ -30,6 +31,7 @@ from mmlens.model.prompt import Prompt
 from mmlens.scores.rows import (
     Rows,
     check_positions,
+    checked_mask,
     mass_of_rows,
     mean_of_rows,
     mean_to,
@@ -43,11 +45,12 @@ from mmlens.token_map import BoxMapping, mapping_of
 
 
 def attention_mass(
-    model: HookedVLM, inputs: Inputs, queries: Bool[Tensor, "batch pos"], keys: Bool[Tensor, "batch pos"]
+    model: HookedVLM, inputs: Inputs, queries: Positions, keys: Positions
 ) -> Float[Tensor, "batch layer head"]:
     """Mean over query positions of the attention summed over key positions (Eq. 1), for every head.
 
-    One forward pass. The result is float32 on the CPU, between 0 and 1; NaN where the model has no head.
+    One forward pass. The result is float32 on the CPU, between 0 and 1; NaN where the model has no head. Queries and
+    keys are boolean masks, or, of a prompt, words ("question", "evidence", "answer") or functions of it.
 
     Raises TypeError for queries or keys that are not boolean; ValueError where their shape is not that of
     the inputs, where a batch row has no query or no key, or where one lies on padding; CrossAttentionError, before
@@ -56,25 +59,29 @@ def attention_mass(
     >>> import mmlens
     >>> model = mmlens.HookedVLM.from_pretrained("micro")
     >>> prompt = model.prompt("What colour is K", images=[])
-    >>> everywhere = torch.ones(prompt.inputs["input_ids"].shape, dtype=torch.bool)
-    >>> mass = attention_mass(model, prompt, queries=everywhere, keys=everywhere)
+    >>> mass = attention_mass(model, prompt, queries="question", keys="prompt")
     >>> bool(torch.allclose(mass, torch.ones(1, model.cfg.n_layers, model.cfg.n_heads), atol=1e-5))
     True
     """
     refuse_cross_attention(model_of(model))
-    check_positions("keys", keys, real_positions(inputs))
+    mask = checked_mask("keys", inputs, keys)
     return read_heads(
-        model, inputs, queries, lambda rows, real: mass_of_rows(rows, real, keys.to(rows.device))
+        model, inputs, queries, lambda rows, real: mass_of_rows(rows, real, mask.to(rows.device))
     )
 
 
 def vision_mass(
-    model: HookedVLM, prompts: Prompts, *, batch_size: int = BATCH_SIZE, progress: bool = True
+    model: HookedVLM,
+    prompts: Prompts,
+    *,
+    queries: Positions = "question",
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
 ) -> HeadScores:
     """Attention from the question's tokens to all visual tokens of the prompt, by which the paper ranks "vision heads".
 
-    The visual tokens are those at which the token map says `is_image`, learnt separators among them. Raises
-    ValueError where a prompt has no image.
+    `queries` puts other positions in the question's place, as in `ram`. The visual tokens are those at which the token
+    map says `is_image`, learnt separators among them. Raises ValueError where a prompt has no image.
     """
 
     def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
@@ -83,7 +90,7 @@ def vision_mass(
         return read_heads(
             model,
             prompt,
-            token_map.is_question,
+            queries,
             lambda rows, real: mean_to(mean_of_rows(rows, real), token_map.is_image),
         )
 
@@ -95,6 +102,7 @@ def ram(
     model: HookedVLM,
     prompts: Prompts,
     *,
+    queries: Positions = "question",
     batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
@@ -106,6 +114,9 @@ def ram(
     (`model.prompt_examples`). `mapping` is how boxes become tokens ("merged", or "paper_floor" for the paper's
     index). Examples of like size share a batch, and `per_example` is in the order given.
 
+    `queries` puts other positions in the question's place: a word, a mask, or a function of the prompt. "answer" are
+    the tokens of a generated answer, of prompts that have one: `[model.continue_prompt(prompt) for prompt in prompts]`.
+
     Raises ValueError for no examples, for examples without evidence (named), and prompts that know no examples;
     CrossAttentionError as `attention_mass` does. Warns (MmlensWarning) where all evidence of an example stands after
     its question, as in a chat that asks before it shows: there every head's RAM is 0.
@@ -114,8 +125,8 @@ def ram(
 
     def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
         evidence = evidence_tokens(prompt, mapping)
-        mass = attention_mass(model, prompt, prompt.token_map.is_question, evidence)
-        _warn_of_unseen_evidence(prompt, evidence, mass)
+        mass = attention_mass(model, prompt, queries, evidence)
+        _warn_of_unseen_evidence(prompt, queries, evidence, mass)
         return mass
 
     score = HeadScore("RAM", of_batch, needs=("evidence",))
@@ -153,6 +164,7 @@ def evidence_attention(
     model: HookedVLM,
     prompts: Prompts,
     *,
+    queries: Positions = "question",
     batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
@@ -168,7 +180,7 @@ def evidence_attention(
     to_evidence, to_vision = (torch.empty(batches.n_examples, *model.grid.shape) for _ in range(2))
     hits: dict[int, Tensor] = {}
     for index, prompt in batches:
-        to_evidence[index], to_vision[index], of_batch = _read_evidence(model, prompt, mapping)
+        to_evidence[index], to_vision[index], of_batch = _read_evidence(model, prompt, queries, mapping)
         hits |= zip(index, of_batch, strict=True)
     kinds = kinds_of_examples(batches.examples)
     return EvidenceAttention(
@@ -179,7 +191,7 @@ def evidence_attention(
 
 
 def _read_evidence(
-    model: HookedVLM, prompt: Prompt, mapping: BoxMapping
+    model: HookedVLM, prompt: Prompt, queries: Positions, mapping: BoxMapping
 ) -> tuple[Float[Tensor, "batch layer head"], Float[Tensor, "batch layer head"], list[Tensor]]:
     """Mass on the evidence and on all visual tokens; each example's hits [layer, head, evidence_token]."""
     real, is_image = real_positions(prompt), prompt.token_map.is_image
@@ -195,9 +207,9 @@ def _read_evidence(
         for row, of_example in enumerate(hits):
             of_example[layer, : top.shape[1]] = top[row][:, evidence[row].cpu()]
 
-    read_rows(model, prompt, prompt.token_map.is_question, consume)
+    read_rows(model, prompt, queries, consume)
     to_evidence, to_vision = of_layers(model, masses).unbind(-1)
-    _warn_of_unseen_evidence(prompt, evidence, to_evidence)
+    _warn_of_unseen_evidence(prompt, queries, evidence, to_evidence)
     return to_evidence, to_vision, hits
 
 
@@ -205,6 +217,7 @@ def key_token_ratio(
     model: HookedVLM,
     prompts: Prompts,
     *,
+    queries: Positions = "question",
     batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
@@ -214,7 +227,7 @@ def key_token_ratio(
     See `evidence_attention`, which gives it together with RAM and the coverage of any set of heads.
     """
     return evidence_attention(
-        model, prompts, batch_size=batch_size, mapping=mapping, progress=progress
+        model, prompts, queries=queries, batch_size=batch_size, mapping=mapping, progress=progress
     ).key_token_ratio
 
 
@@ -223,6 +236,7 @@ def key_token_coverage(
     prompts: Prompts,
     heads: Heads,
     *,
+    queries: Positions = "question",
     batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
@@ -233,7 +247,7 @@ def key_token_coverage(
     """
     chosen = as_head_set(heads, model_of(model).grid)
     return evidence_attention(
-        model, prompts, batch_size=batch_size, mapping=mapping, progress=progress
+        model, prompts, queries=queries, batch_size=batch_size, mapping=mapping, progress=progress
     ).key_token_coverage(chosen)
 
 
@@ -258,10 +272,13 @@ def evidence_tokens(prompt: Prompt, mapping: BoxMapping = "merged") -> Bool[Tens
 
 
 def _warn_of_unseen_evidence(
-    prompt: Prompt, evidence: Bool[Tensor, "batch pos"], mass: Float[Tensor, "batch layer head"]
+    prompt: Prompt,
+    queries: Positions,
+    evidence: Bool[Tensor, "batch pos"],
+    mass: Float[Tensor, "batch layer head"],
 ) -> None:
     """Warn of examples whose evidence stands after the question: no head can attend to it from there."""
-    asked = prompt.token_map.is_question
+    asked = checked_mask("queries", prompt, queries).to(evidence.device)
     at = torch.arange(asked.shape[1], device=asked.device)
     first = torch.where(evidence.to(asked.device), at, len(at)).amin(-1)
     last = torch.where(asked, at, -1).amax(-1)
@@ -269,7 +286,14 @@ def _warn_of_unseen_evidence(
     unseen = (first > last).cpu() & (mass.nan_to_num() == 0).flatten(1).all(-1).cpu()
     names = [repr(each.id) if each.id else str(row) for row, each in enumerate(known_examples(prompt))]
     late = [name for name, is_late in zip(names, unseen.tolist(), strict=True) if is_late]
-    if late:
+    if late and not (isinstance(queries, str) and queries == "question"):
+        warnings.warn(
+            f"the evidence of example {', '.join(late)} stands after all queries, which cannot look there: the "
+            "attention is 0 whatever the model does",
+            MmlensWarning,
+            stacklevel=2,
+        )
+    elif late:
         warnings.warn(
             f"the evidence of example {', '.join(late)} stands after its question, where no token of the question can "
             "look: the attention is 0 whatever the model does. Put the question after the images, or mark the part "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
+from mmlens.model.choosing import Positions, positions_mask
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.inputs import Inputs
 from mmlens.model.prompt import prompt_of
@@ -19,7 +21,7 @@ Rows = Float[Tensor, "batch head query key"]
 def read_heads(
     model: HookedVLM,
     inputs: Inputs,
-    queries: Bool[Tensor, "batch pos"],
+    queries: Positions,
     of_layer: Callable[[Rows, Tensor], Shaped[Tensor, "batch head *numbers"]],
 ) -> Shaped[Tensor, "batch layer head *numbers"]:
     """What `of_layer(rows, query mask)` makes of every layer's rows at the queries; NaN where the model has no head.
@@ -52,12 +54,20 @@ def of_layers(
 def read_rows(
     model: HookedVLM,
     inputs: Inputs,
-    queries: Bool[Tensor, "batch pos"],
+    queries: Positions,
     consume: Callable[[int, Tensor, Tensor], None],
 ) -> None:
     """Hand every layer's rows at the queries to `consume(layer, rows, query mask)`, after checking the queries."""
-    check_positions("queries", queries, real_positions(inputs))
-    model.attention_rows(inputs, queries, consume)
+    model.attention_rows(inputs, checked_mask("queries", inputs, queries), consume)
+
+
+def checked_mask(name: str, inputs: Inputs, positions: Positions) -> Bool[Tensor, "batch pos"]:
+    """The mask that `positions` are for these inputs: words and functions are of a prompt; as `check_positions`."""
+    chosen: Any = positions
+    if isinstance(positions, str) or callable(positions):
+        chosen = positions_mask(prompt_of(inputs, "inputs"), positions, name)
+    check_positions(name, chosen, real_positions(inputs))
+    return chosen
 
 
 def real_positions(inputs: Inputs) -> Bool[Tensor, "batch pos"]:

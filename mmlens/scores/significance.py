@@ -30,6 +30,7 @@ from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet
 from mmlens.model.batches import Prompts
+from mmlens.model.choosing import Positions
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 from mmlens.scores.retrieval import region_tokens
@@ -85,6 +86,7 @@ def ram_significance(
     model: HookedVLM,
     prompts: Prompts,
     *,
+    queries: Positions = "question",
     regions: Regions | None = None,
     max_regions: int = 200,
     n_resamples: int = 9999,
@@ -134,7 +136,7 @@ def ram_significance(
             _masks(prompt, row, example, regions, max_regions, seed, mapping)
             for row, example in enumerate(known_examples(prompt))
         ]
-        for at, own in zip(index, _mass_of_regions(model, prompt, masks), strict=True):
+        for at, own in zip(index, _mass_of_regions(model, prompt, queries, masks), strict=True):
             masses[at] = own
     kinds = kinds_of_examples(batches.examples)
     evidence = torch.stack([own[0] for own in masses])
@@ -280,7 +282,7 @@ def _masks(
 
 
 def _mass_of_regions(
-    model: HookedVLM, prompt: Prompt, masks: Sequence[Bool[Tensor, "_ pos"]]
+    model: HookedVLM, prompt: Prompt, queries: Positions, masks: Sequence[Bool[Tensor, "_ pos"]]
 ) -> list[Float[Tensor, "_ layer head"]]:
     """RAM of every region of every row of the prompt."""
     most = max(map(len, masks))
@@ -290,5 +292,5 @@ def _mass_of_regions(
         mean = mean_of_rows(rows, query_mask)
         return torch.einsum("bhk,brk->bhr", mean, padded.to(mean.device, mean.dtype))
 
-    mass = read_heads(model, prompt, prompt.token_map.is_question, mass_of).movedim(-1, 1)
+    mass = read_heads(model, prompt, queries, mass_of).movedim(-1, 1)
     return [mass[row, : len(own)] for row, own in enumerate(masks)]
