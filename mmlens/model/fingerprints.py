@@ -80,7 +80,7 @@ def real_tokens(prompt: Prompt, example: int) -> bytes:
 
 # ---------------------------------------------------------------------- processors
 
-_PROCESSORS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_TOKENIZERS: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
 _SAMPLED_TOKENS = 512
 
 
@@ -88,22 +88,21 @@ def processor_fingerprint(processor: Any) -> str:
     """What makes token ids and pixels of one processor wrong for a model with another.
 
     Tokens of the vocabulary (a sample; tokens that were added later do not count, but for the image token), and the
-    normalization of images. Settings such as the largest image or the chat template may differ. Read once for each
-    processor.
+    normalization of images. Settings such as the largest image or the chat template may differ. The vocabulary is read
+    once for each tokenizer, which processors with other options share.
     """
-    known = _PROCESSORS.get(processor)
-    if known is None:
-        tokenizer, images = processor.tokenizer, getattr(processor, "image_processor", None)
+    tokenizer, images = processor.tokenizer, getattr(processor, "image_processor", None)
+    vocabulary = _TOKENIZERS.get(tokenizer)
+    if vocabulary is None:
         size = tokenizer.vocab_size
         sampled = sorted({int(at) for at in np.linspace(0, max(size - 1, 0), _SAMPLED_TOKENS)})
-        parts = (
-            size,
-            tokenizer.convert_ids_to_tokens(sampled),
-            getattr(processor, "image_token_id", None),
-            *(getattr(images, name, None) for name in ("image_mean", "image_std")),
-        )
-        known = _PROCESSORS[processor] = _short(repr(parts).encode())
-    return known
+        said = repr((size, tokenizer.convert_ids_to_tokens(sampled)))
+        vocabulary = _TOKENIZERS[tokenizer] = hashlib.sha256(said.encode()).digest()
+    of_images = (
+        getattr(processor, "image_token_id", None),
+        *(getattr(images, name, None) for name in ("image_mean", "image_std")),
+    )
+    return _short(vocabulary, repr(of_images).encode())
 
 
 # ---------------------------------------------------------------------- weights

@@ -104,9 +104,9 @@ def test_options_give_what_the_plain_call_with_them_gives(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("qwen2_vl", {"max_pixels": 16_000}),
+        ("qwen2_vl", {"max_pixels": 6_000}),
         ("qwen2_5_vl", OPTIONS["edges"]),
-        ("qwen3_vl", OPTIONS["min_pixels"]),
+        ("qwen3_vl", {"min_pixels": 40_000, "max_pixels": 80_000}),
         ("glm4v", OPTIONS["edges"]),
         ("internvl", OPTIONS["one tile"]),
         ("internvl", OPTIONS["two tiles"]),
@@ -118,7 +118,7 @@ def test_options_give_what_the_plain_call_with_them_gives(family: str) -> None:
         ("pixtral", {"size": {"longest_edge": 96}}),
         ("gemma3", OPTIONS["crops"]),
         ("paligemma", {"do_normalize": False}),
-        ("gemma4", {"max_soft_tokens": 70}),
+        ("gemma4", {"max_soft_tokens": 140}),
         ("aya_vision", OPTIONS["one tile"]),
         ("granite_docling", OPTIONS["one half"]),
     ],
