@@ -199,16 +199,16 @@ FAMILIES: dict[str, Family] = {
         Family("mistral_large4", layout=resized_grid.pixtral),
         # qwen_like
         Family("qwen2_vl", **_BLOCKS),
-        Family("exaone4_5", layout=block_grid.qwen, missing=_NO_NORM_BEFORE),
-        Family("hyperclovax_vision_v2", layout=block_grid.qwen),
+        Family("exaone4_5", **_BLOCKS, missing=_NO_NORM_BEFORE),
+        Family("hyperclovax_vision_v2", **_BLOCKS),
         Family("qwen2_5_omni_thinker", layout=block_grid.qwen),
         Family(
             "qwen3_vl_moe",
             **_BLOCKS,
             deep_injection=_deepstack(),
         ),
-        Family("cosmos3_omni", layout=block_grid.qwen, deep_injection=_deepstack()),
-        Family("cohere_compass", layout=block_grid.qwen, deep_injection=_deepstack(), missing=_PARALLEL),
+        Family("cosmos3_omni", **_BLOCKS, deep_injection=_deepstack()),
+        Family("cohere_compass", **_BLOCKS, deep_injection=_deepstack(), missing=_PARALLEL),
         Family(
             "qwen3_omni_moe_thinker",
             layout=block_grid.qwen,
@@ -226,20 +226,22 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "qwen4_exp",
-            layout=block_grid.qwen,
+            **_BLOCKS,
             language=Stack(names={"resid_mid": None}, norm="model.language_model.hyper_connection_mixer"),
             stream="[batch, pos, streams * d_model]",
             adds=False,
             missing={**_hybrid("gated delta net"), **_HYPER_CONNECTIONS, **_NO_NORMS, **_NO_FINAL_NORM},
         ),
-        Family("video_llama_3", layout=block_grid.qwen, vision=_NORMED_MODEL),
+        Family(
+            "video_llama_3", layout=block_grid.qwen, video_layout=block_grid.video_llama, vision=_NORMED_MODEL
+        ),
         Family("cosmos3_edge", layout=block_grid.qwen, vision=Stack(norm="model.visual.post_layernorm")),
         Family("minimax_m3_vl", layout=block_grid.qwen),
         # glm_like
         Family("glm4v", **_BLOCKS, vision=_GLM_TOWER),
         Family("glm46v", **_BLOCKS, vision=_GLM_TOWER),
-        Family("glmga", layout=block_grid.qwen, vision=_GLM_TOWER),
-        Family("glm_ocr", layout=block_grid.qwen, vision=_GLM_TOWER),
+        Family("glmga", **_BLOCKS, vision=_GLM_TOWER),
+        Family("glm_ocr", **_BLOCKS, vision=_GLM_TOWER),
         Family("glm4v_moe", **_BLOCKS, vision=_GLM_TOWER),
         Family(
             "glm5_next",
@@ -274,7 +276,7 @@ FAMILIES: dict[str, Family] = {
             # Learnt gates weigh the stream and what is added to it.
             adds=False,
         ),
-        Family("dots3_note", layout=block_grid.qwen, vision=Stack(norm="model.vision_tower.norm")),
+        Family("dots3_note", **_BLOCKS, vision=Stack(norm="model.vision_tower.norm")),
         Family(
             "nemotron_h_omni",
             layout=block_grid.nemotron,
@@ -300,6 +302,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gemma4",
             layout=pooled_grid.gemma4,
+            video_layout=pooled_grid.gemma4_video,
             past_the_stream="what its layers read beside the stream is projected from the embeddings themselves",
             # A per-layer embedding is added after the MLP, and the whole stream is scaled.
             adds=False,
@@ -319,7 +322,7 @@ FAMILIES: dict[str, Family] = {
         Family("lfm2_vl", layout=tiles.lfm2, vision=_NORMED_TOWER, missing=_hybrid("short convolution")),
         Family(
             "lfm3_vl",
-            layout=block_grid.qwen,
+            **_BLOCKS,
             missing={**_hybrid("short convolution"), "vision.blocks.{l}.attn.*": _CONVOLUTIONS_TOO},
         ),
         Family("llama4", layout=tiles.llama4, vision=Stack(norm="vision_model.layernorm_post")),

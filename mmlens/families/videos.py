@@ -84,6 +84,12 @@ def reader_of(
     taken: dict[str, tuple[int, ...]] = {}
     if not named:
         return Reader(processor, {}, taken, named)
+    name = type(processor).__name__
+    if layout is None:
+        raise UnsupportedError(
+            f"{next(iter(named.values())).where}: how {name} lays out the tokens of a video is not known here, so that "
+            "no token map can be made; give the frames as images"
+        )
     half: Any = getattr(processor, "video_processor", None)
     half_class: Any = type(half)
     if not isinstance(half, VideoProcessorMixin):
@@ -91,12 +97,6 @@ def reader_of(
         raise UnsupportedError(
             f"{next(iter(named.values())).where}: {type(processor).__name__} has no video half here"
             + (f"; it needs torchvision{mend}" if mend else ", and the files of its model hold none")
-        )
-    name = type(processor).__name__
-    if layout is None:
-        raise UnsupportedError(
-            f"{next(iter(named.values())).where}: how {name} lays out the tokens of a video is not known here, so that "
-            "no token map can be made; give the frames as images"
         )
     if n_images and name in IMAGES_OR_VIDEOS:
         raise UnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import ProcessorMixin
@@ -40,6 +41,19 @@ def qwen_video(processor: ProcessorMixin, inputs: Inputs, videos: Sequence[SeenV
             )
         grids.append(grid)
     return grids
+
+
+def video_llama(processor: ProcessorMixin, inputs: Inputs, videos: Sequence[SeenVideo]) -> list[VideoGrid]:
+    """VideoLLaMA 3: as Qwen-VL, without the tokens of patches that are as in the frame before (token compression)."""
+    grids = qwen_video(processor, inputs, videos)
+    ends = np.cumsum([len(grid) for grid in grids])[:-1]
+    kept = np.split(np.asarray(inputs["video_compression_mask"], dtype=bool), ends)
+    return [
+        replace(
+            grid, **{name: getattr(grid, name)[mask] for name in ("tile", "row", "column", "boxes", "step")}
+        )
+        for grid, mask in zip(grids, kept, strict=True)
+    ]
 
 
 def nemotron(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:

@@ -117,6 +117,14 @@ QWEN_VIDEOS: dict[str, dict[str, Any]] = {
         "size": {"shortest_edge": 2 * 32 * 32, "longest_edge": 8 * 128 * 128},
         "cap_pixels_per_frame": False,
     },
+    "CohereCompassVideoProcessor": {
+        **_QWEN_VIDEO,
+        "size": {"shortest_edge": 2 * 32 * 32, "longest_edge": 8 * 128 * 128},
+    },
+    "VideoLlama3VideoProcessor": {
+        "patch_size": PATCH,
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 20 * 128 * 128},
+    },
 }
 
 

@@ -285,8 +285,18 @@ def _dots_processor(shared: dict[str, Any]) -> ProcessorMixin:
         temporal_patch_size=1,
         size={"shortest_edge": 32 * 32, "longest_edge": 128 * 128},
     )
-    return without_video(Dots3NoteProcessor)(
-        image_processor=image_processor, feature_extractor=Dots3NoteFeatureExtractor(), **shared
+    return with_video(
+        Dots3NoteProcessor,
+        "Qwen3VLVideoProcessor",
+        {
+            "patch_size": PATCH,
+            "merge_size": 2,
+            "temporal_patch_size": 1,
+            "size": {"shortest_edge": 32 * 32, "longest_edge": 8 * 128 * 128},
+        },
+        image_processor=image_processor,
+        feature_extractor=Dots3NoteFeatureExtractor(),
+        **shared,
     )
 
 
@@ -665,6 +675,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
         _dots_options,
         special=DOTS_SPECIAL,
         image_text="<|img|><|imgpad|><|endofimg|>",
+        video_text="<|img|><|video_pad|><|endofimg|>",
         processor=_dots_processor,
         cell=2 * PATCH,
         # The merger opens with a norm, which undoes a change of scale.

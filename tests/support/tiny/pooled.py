@@ -42,8 +42,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.utils import is_timm_available, is_torchvision_available
 
 from mmlens.families.processors import without_video
-from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, token_ids_of, tower
-from tiny.first import qwen_image_processor
+from tiny.base import D_MODEL, PATCH, TinyFamily, TokenIds, text_config, token_ids_of, tower, with_video
+from tiny.first import QWEN_VIDEOS, qwen_image_processor
 
 SIDE = 48
 TOKENS = (SIDE // PATCH // 2) ** 2
@@ -223,12 +223,14 @@ GEMMA4_SOFT_TOKENS = 70
 
 
 def _gemma4_processor(shared: dict[str, Any]) -> ProcessorMixin:
-    return without_video(Gemma4Processor)(
+    return with_video(
+        Gemma4Processor,
+        "Gemma4VideoProcessor",
+        {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": GEMMA4_SOFT_TOKENS},
         feature_extractor=Gemma4AudioFeatureExtractor(),
         image_processor=Gemma4ImageProcessorPil(
             patch_size=PATCH, pooling_kernel_size=2, max_soft_tokens=GEMMA4_SOFT_TOKENS
         ),
-        video_processor=None,
         image_seq_length=GEMMA4_SOFT_TOKENS,
         **shared,
     )
@@ -832,6 +834,7 @@ FAMILIES: tuple[TinyFamily, ...] = (
         _gemma4_options,
         special={**GEMMA4_SPECIAL, "video_token": "<|video|>"},
         image_text="<|image|>",
+        video_text="<|video|>",
         processor=_gemma4_processor,
         cell=2 * PATCH,
         sizes=GEMMA4_SIZES,
@@ -885,8 +888,13 @@ FAMILIES: tuple[TinyFamily, ...] = (
             "vision_end_token": "<|vision_end|>",
         },
         image_text="<|vision_start|><|image_pad|><|vision_end|>",
-        processor=lambda shared: without_video(Lfm3VlProcessor)(
-            image_processor=qwen_image_processor(), **shared
+        video_text="<|vision_start|><|video_pad|><|vision_end|>",
+        processor=lambda shared: with_video(
+            Lfm3VlProcessor,
+            "Qwen3VLVideoProcessor",
+            QWEN_VIDEOS["Qwen3VLVideoProcessor"],
+            image_processor=qwen_image_processor(),
+            **shared,
         ),
         cell=2 * PATCH,
     ),

@@ -400,8 +400,11 @@ FAMILIES = (
         _video_llama_options,
         special={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
         image_text="<|image_pad|>\n",
-        processor=_processor(VideoLlama3Processor, _image_processor(VideoLlama3ImageProcessorPil)),
-        # Images are not merged (clips are, which come as frames here): one token per patch.
+        video_text="<|video_pad|>\n",
+        processor=_processor(
+            VideoLlama3Processor, _image_processor(VideoLlama3ImageProcessorPil), "VideoLlama3VideoProcessor"
+        ),
+        # Images are not merged, as videos are: one token per patch.
         cell=PATCH,
     ),
     TinyFamily(
@@ -427,9 +430,11 @@ FAMILIES = (
         _compass_options,
         special=_COMPASS_SPECIAL,
         image_text="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
+        video_text="<|VISION_START|><|VIDEO_PAD|><|VISION_END|>",
         processor=_processor(
             CohereCompassProcessor,
             _image_processor(CohereCompassImageProcessorPil, temporal_patch_size=2, merge_size=2),
+            "CohereCompassVideoProcessor",
         ),
         cell=2 * PATCH,
     ),
@@ -439,7 +444,7 @@ FAMILIES = (
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
         video_text=QWEN_VIDEO_TEXT,
-        processor=_processor(Exaone4_5_Processor),
+        processor=_processor(Exaone4_5_Processor, video="Qwen2VLVideoProcessor"),
         cell=2 * PATCH,
     ),
     TinyFamily(
@@ -448,7 +453,7 @@ FAMILIES = (
         special=QWEN_SPECIAL,
         image_text=QWEN_IMAGE_TEXT,
         video_text=QWEN_VIDEO_TEXT,
-        processor=_processor(HyperCLOVAXVisionV2Processor),
+        processor=_processor(HyperCLOVAXVisionV2Processor, video="Qwen2VLVideoProcessor"),
         cell=2 * PATCH,
     ),
     TinyFamily(
