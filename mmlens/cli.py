@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 import torch
 
 from mmlens.arguments import file_to_write, unknown_name_message, whole_number
-from mmlens.errors import InvalidValueError, MmlensError
+from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.core_heads_claim import EXPERIMENT as CORE_HEADS
 from mmlens.experiments.experiment import Experiment
 from mmlens.families.catalog import UnknownFamilyError
+from mmlens.files import parsed_json
 from mmlens.hybrid.speed import PARTS
 from mmlens.interventions.ablation import MODES
 from mmlens.model.loading import shipped_models
@@ -385,6 +386,13 @@ def _flag(help: str) -> dict[str, Any]:
     return _option(help, nargs=0, default=False)
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    value = parsed_json(text)
+    if not isinstance(value, dict):
+        raise InvalidTypeError(f'{text!r} is no JSON object, such as {{"enable_thinking": false}}')
+    return value
+
+
 def _settings(help: str) -> dict[str, Any]:
     return _several(help, dest="settings", action="extend", default=[], metavar="NAME=VALUE")
 
@@ -416,6 +424,11 @@ _REQUEST = {
     "--selection-share": _option("with --data: share of it to choose heads on", float),
     "--seed": _option("seed of examples and of all random choices", _SEED),
     "--batch-size": _option("examples in a forward pass", _whole(1)),
+    "--prompt-options": _option(
+        "of chat template and processor, as JSON: '{\"enable_thinking\": false}'",
+        _json_object,
+        metavar="JSON",
+    ),
     **_LOADING,
 }
 

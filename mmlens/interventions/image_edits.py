@@ -221,7 +221,10 @@ def evidence_of(examples: Sequence[Example]) -> Callable[[Prompt, int], list[Evi
             )
 
     def regions(prompt: Prompt, example: int) -> list[Evidence]:
-        said = () if prompt.messages is None else Chat(prompt.messages[example]).said
+        said: tuple[Any, ...] = () if prompt.messages is None else Chat(prompt.messages[example]).said
+        if prompt.examples is not None:
+            # Of a prompt made of inputs the chat is not known, and its examples may be.
+            said = prompt.examples[example].said
         key = (said, *pixel_fingerprints(prompt, example))
         if key not in known:
             raise CorruptionError(

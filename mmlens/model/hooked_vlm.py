@@ -85,6 +85,7 @@ class HookedVLM(WeightProperties, TokenMethods, InputMethods, AnswerMethods, Hoo
         self.hf_model = hf_model
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", None)
+        self.prompt_options = {}
         self.watch = Watch(self, hf_model)
         """What is set on the Hugging Face model, and by which thread."""
         self.anatomy: Anatomy = dissect(hf_model, self.family)
@@ -136,6 +137,7 @@ class HookedVLM(WeightProperties, TokenMethods, InputMethods, AnswerMethods, Hoo
         twin = type(self)(copy.deepcopy(self.hf_model, memo), copy.deepcopy(self.processor, memo))
         memo[id(self)] = twin
         twin.cfg = copy.deepcopy(self.cfg, memo)
+        twin.prompt_options = dict(self.prompt_options)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:

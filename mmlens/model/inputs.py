@@ -40,6 +40,8 @@ class InputMethods:
     tokenizer: Any
     visual: VisualPositions
     run_state: RunState
+    prompt_options: dict[str, Any]
+    """Options of every prompt, of the chat template or the processor, beneath those that a prompt is given."""
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +84,7 @@ class InputMethods:
             question=question,
             device=self.device,
             video_layout=self.family.video_layout,
-            **options,
+            **{**self.prompt_options, **options},
         )
 
     def prompt_from_inputs(
@@ -91,13 +93,26 @@ class InputMethods:
         images: Sequence[Any] | None = (),
         *,
         text: str | Sequence[str] | None = None,
-        question: str | Sequence[str] | None = None,
+        question: str | Sequence[str | None] | None = None,
+        examples: Iterable[Example] | None = None,
     ) -> Prompt:
-        """A prompt of inputs that your own call of the processor has given (`mmlens.model.prompt_from_inputs`)."""
+        """A prompt of inputs that your own call of the processor has given (`mmlens.model.prompt_from_inputs`).
+
+        `examples` are what the call was about, one for each prompt: with their evidence and answers, and with their
+        images and questions where these are left out.
+        """
+        makers = self._prompt_makers("inputs")
+        if examples is None:
+            return prompt_from_inputs(*makers, inputs, images, text=text, question=question).to(self.device)
+        batch = examples_of(examples)
         made = prompt_from_inputs(
-            *self._prompt_makers("inputs"), inputs, images, text=text, question=question
+            *makers,
+            inputs,
+            images or [list(example.images) for example in batch],
+            text=text,
+            question=question or [example.question or None for example in batch],
         )
-        return made.to(self.device)
+        return with_answers(made.to(self.device), self.processor, batch)
 
     def _prompt_makers(self, what: str) -> tuple[Any, Any]:
         """The processor and the layout of images, which prompts are made by."""
@@ -112,16 +127,18 @@ class InputMethods:
             )
         return self.processor, self.family.layout
 
-    def prompt_examples(self, examples: Iterable[Example], answer_start: str | None = None) -> Prompt:
+    def prompt_examples(
+        self, examples: Iterable[Example], answer_start: str | None = None, **options: Any
+    ) -> Prompt:
         """A batch of examples as a prompt that also carries their answers and candidates for the metrics.
 
         Metrics of the next token look for an answer's first token as it follows the prompt. `answer_start` says what
         stands between the two: None for the space that the model's chat template writes there, if it does
-        ("ASSISTANT: yes"), "" or " " to choose; the prompt's repr shows the token. Raises PromptError for an answer
-        or candidate that the tokenizer does not know.
+        ("ASSISTANT: yes"), "" or " " to choose; the prompt's repr shows the token. `options` are those of `prompt`.
+        Raises PromptError for an answer or candidate that the tokenizer does not know.
         """
         batch = examples_of(examples)
-        prompt = self.prompt(*chats_of_examples(batch))
+        prompt = self.prompt(*chats_of_examples(batch), **options)
         return with_answers(prompt, self.processor, batch, answer_start)
 
     @torch.no_grad()

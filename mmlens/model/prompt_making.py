@@ -6,6 +6,7 @@ meanwhile (`families.watched`), and mapped: every token has its characters in th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -40,7 +41,6 @@ from mmlens.families.placeholders import (
 )
 from mmlens.families.videos import Reader, example_order, reader_of
 from mmlens.families.watched import Characters, watched
-from mmlens.model.choosing import occurrences
 from mmlens.model.fingerprints import processor_fingerprint
 from mmlens.model.prompt import Prompt, check_left_padding
 from mmlens.model.prompt_options import configured, template_source
@@ -278,7 +278,7 @@ def prompt_from_inputs(
     images: Sequence[Any] | None = (),
     *,
     text: str | Sequence[str] | None = None,
-    question: str | Sequence[str] | None = None,
+    question: str | Sequence[str | None] | None = None,
 ) -> Prompt:
     """A prompt of inputs that a call of the processor has given, as it is, images and texts included.
 
@@ -343,7 +343,9 @@ def _unread(
     is_question = torch.zeros(ids.shape, dtype=torch.bool)
     for row, asked in enumerate(questions):
         if asked is not None:
-            found = occurrences(texts[row], asked)
+            # Tokenizers of words write a space between any two tokens.
+            letters = r"\s*".join(re.escape(letter) for letter in asked if not letter.isspace())
+            found = [match.span() for match in re.finditer(letters, texts[row])] if letters else []
             if len(found) != 1:
                 raise PromptError(
                     f"the question {asked!r} stands {len(found)} times in the prompt of example {row}, "
@@ -371,22 +373,26 @@ def _written_out(
     texts, characters = [], []
     for row, real in zip(ids.tolist(), mask.tolist(), strict=True):
         said, found = "", np.full((len(row), 2), NO_PATCH)
+        before: list[int] = []
         pending: list[int] = []
-        first = 0
         for at, token in enumerate(row):
             if not real[at]:
                 continue
-            # A character may be written by several tokens.
+            # A character may be written by several tokens, and the space before a word only after another one.
             pending.append(token)
-            decoded = processor.tokenizer.decode(pending, clean_up_tokenization_spaces=False)
-            if len(pending) == 1:
-                first = at
-            found[first : at + 1] = len(said), len(said) + len(decoded)
-            if not decoded.endswith("\ufffd"):
-                said, pending = said + decoded, []
+            written = _decoded(processor, before + pending)
+            shown = written.removeprefix(_decoded(processor, before))
+            found[at + 1 - len(pending) : at + 1] = len(said), len(said) + len(shown)
+            if not written.endswith("\ufffd"):
+                said, before, pending = said + shown, pending, []
+        said += _decoded(processor, pending)
         texts.append(said)
         characters.append(found)
     return texts, characters
+
+
+def _decoded(processor: ProcessorMixin, ids: list[int]) -> str:
+    return processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
 
 
 def _warn_of_dropped_alpha(processor: ProcessorMixin, chats: list[Chat]) -> None:

@@ -74,6 +74,8 @@ class Request:
     threads: int = 0
     images_outside: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    prompt_options: dict[str, Any] = field(default_factory=dict)
+    """Options of every prompt, of the chat template or the processor: `HookedVLM.prompt_options`."""
 
     def __post_init__(self) -> None:
         for name in ("experiment", "model"):
@@ -90,6 +92,7 @@ class Request:
         flag("images_outside", self.images_outside)
         whole_number("threads", self.threads, least=0, most=MOST_THREADS)
         instance_of("settings", self.settings, Mapping, "a dict of the experiment's settings")
+        instance_of("prompt_options", self.prompt_options, dict, "a dict of options of model.prompt")
 
 
 def checked_dtype(name: str, value: object) -> str:
@@ -197,11 +200,13 @@ def splits(request: Request) -> tuple[list[Example], list[Example]]:
 def load_model(request: Request) -> HookedVLM:
     """The request's model, loaded as it asks."""
     options = {name: getattr(request, name) for name in ("dtype", "device_map", "attn_implementation")}
-    return HookedVLM.from_pretrained(
+    model = HookedVLM.from_pretrained(
         request.model,
         trust_remote_code=request.trust_remote_code,
         **{name: value for name, value in options.items() if value is not None},
     )
+    model.prompt_options = dict(request.prompt_options)
+    return model
 
 
 def prepare(request: Request) -> Prepared:

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import record_of, tiny_images, tiny_processor
+from tiny import record_of, tiny_images, tiny_model, tiny_processor
 
+import mmlens
 from mmlens.errors import InvalidTypeError, MmlensWarning, PromptError
+from mmlens.interventions import blank_region, evidence_of, other_question
+from mmlens.interventions.corruptions import CorruptionError
 from mmlens.model.prompt import Prompt
 from mmlens.model.prompt_making import make_prompt
 
@@ -160,3 +163,48 @@ def test_a_batch_may_mix_chats_and_questions() -> None:
     alone = prompt_of("What is it?", [Image.fromarray(np.asarray(image))])
     n = alone.shape[1]
     assert torch.equal(prompt.inputs["input_ids"][1, -n:], alone.inputs["input_ids"][0])
+
+
+def test_inputs_of_the_users_own_call_are_a_full_prompt(micro: mmlens.HookedVLM) -> None:
+    """RAM, accuracy and corruptions on them are those of the prompt that the library makes."""
+    examples = mmlens.scene_examples("objects", 3, seed=0)
+    prompt = micro.prompt_examples(examples)
+    call = micro.processor(
+        text=prompt.text,
+        images=[list(example.images) for example in examples],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+    )
+    expected = mmlens.ram(micro, prompt, progress=False).per_example
+    for text in (None, prompt.text):
+        own = micro.prompt_from_inputs(dict(call), examples=examples, text=text)
+        assert torch.equal(mmlens.ram(micro, own, progress=False).per_example, expected)
+        assert mmlens.effect(micro, own, None, mmlens.accuracy, progress=False).mean == 1
+    blank = blank_region(evidence_of(examples))
+    assert all(
+        torch.equal(value, blank(micro, prompt).inputs[name])
+        for name, value in blank(micro, own).inputs.items()
+    )
+    again = other_question(lambda prompt, i: prompt.questions[i].replace("colour", "shape"))
+    assert torch.equal(again(micro, own).inputs["input_ids"], again(micro, prompt).inputs["input_ids"])
+    unread = micro.prompt_from_inputs(dict(call), examples=examples)
+    with pytest.raises(CorruptionError, match="give model.prompt_from_inputs the text too"):
+        blank(micro, unread)
+
+
+def test_options_of_a_model_are_those_of_all_its_prompts() -> None:
+    """A thinking model's template, told not to think: for one prompt, or for all."""
+    model = mmlens.HookedVLM(tiny_model(FAMILY), tiny_processor(FAMILY))
+    thought = "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+    model.processor.chat_template = model.processor.chat_template.replace(
+        "assistant\n{% endif %}", "assistant\n" + thought + "{% endif %}"
+    )
+    assert model.prompt("What?").text[0].endswith("<think>\n")
+    assert model.prompt("What?", enable_thinking=False).text[0].endswith("assistant\n")
+    model.prompt_options = {"enable_thinking": False}
+    example = mmlens.Example("What?", "red")
+    assert model.prompt("What?").text == model.prompt_examples([example]).text
+    assert model.prompt("What?").text[0].endswith("assistant\n")
+    assert model.prompt("What?", enable_thinking=True).text[0].endswith("<think>\n")
