@@ -74,7 +74,7 @@ class Request:
     threads: int = 0
     images_outside: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
-    prompt_options: dict[str, Any] = field(default_factory=dict)
+    prompt_options: dict[str, Any] | None = None
     """Options of every prompt, of the chat template or the processor: `HookedVLM.prompt_options`."""
 
     def __post_init__(self) -> None:
@@ -92,7 +92,9 @@ class Request:
         flag("images_outside", self.images_outside)
         whole_number("threads", self.threads, least=0, most=MOST_THREADS)
         instance_of("settings", self.settings, Mapping, "a dict of the experiment's settings")
-        instance_of("prompt_options", self.prompt_options, dict, "a dict of options of model.prompt")
+        instance_of(
+            "prompt_options", self.prompt_options, (dict, type(None)), "a dict of options of model.prompt"
+        )
 
 
 def checked_dtype(name: str, value: object) -> str:
@@ -205,7 +207,7 @@ def load_model(request: Request) -> HookedVLM:
         trust_remote_code=request.trust_remote_code,
         **{name: value for name, value in options.items() if value is not None},
     )
-    model.prompt_options = dict(request.prompt_options)
+    model.prompt_options = dict(request.prompt_options or {})
     return model
 
 
