@@ -30,6 +30,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import ModelOutput, TransformersKwargs, is_torchvision_available
 from transformers.utils.chat_template_utils import _get_template_variables
+from transformers.video_processing_utils import BaseVideoProcessor as BaseVideoProcessor
+from transformers.video_processing_utils import VideoProcessorMixin as VideoProcessorMixin
+from transformers.video_utils import VideoMetadata as VideoMetadata
 
 from mmlens.interrupts import Temporary
 

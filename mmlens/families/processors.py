@@ -25,7 +25,6 @@ from transformers import (
     ImageProcessingMixin,
     ProcessorMixin,
 )
-from transformers.video_processing_utils import BaseVideoProcessor
 
 from mmlens import internals
 from mmlens.arguments import shown, unknown_name_message
@@ -186,7 +185,7 @@ def _has_video(name_or_path: str | Path, hub_options: dict[str, Any]) -> bool:
     if not internals.is_torchvision_available():
         return False
     try:
-        BaseVideoProcessor.get_video_processor_dict(name_or_path, **hub_options)
+        internals.BaseVideoProcessor.get_video_processor_dict(name_or_path, **hub_options)
     except OSError:
         return False
     return True

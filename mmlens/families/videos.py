@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from transformers import ProcessorMixin
-from transformers.video_processing_utils import VideoProcessorMixin
-from transformers.video_utils import VideoMetadata
 
 from mmlens import internals
 from mmlens.errors import PromptError, UnsupportedError
@@ -92,7 +90,7 @@ def reader_of(
         )
     half: Any = getattr(processor, "video_processor", None)
     half_class: Any = type(half)
-    if not isinstance(half, VideoProcessorMixin):
+    if not isinstance(half, internals.VideoProcessorMixin):
         mend = "" if internals.is_torchvision_available() else ": pip install torchvision"
         raise UnsupportedError(
             f"{next(iter(named.values())).where}: {type(processor).__name__} has no video half here"
@@ -146,7 +144,7 @@ def _reading(video_processor_class: type) -> type:
     )
 
 
-class _Metadata(VideoMetadata):
+class _Metadata(internals.VideoMetadata):
     """What a processor is told of a video; to ask for the rate of one that has none is an error.
 
     Processors would take 24 frames a second, or 1, and tell the model times that nobody measured.

@@ -705,7 +705,7 @@ def _data(w: World) -> list[Call]:
     image = w.examples[0].images[0]
     example = {"question": "What?", "answer": "red", "images": (image,)}
     return [
-        Call("Evidence", mmlens.Evidence, {"image": 0}, {"image": "count or none", "box": "box or none"}),
+        Call("Evidence", mmlens.Evidence, {"image": 0}, {"image": "count", "box": "box or none"}),
         Call(
             "Example",
             mmlens.Example,
@@ -983,8 +983,8 @@ def _model(w: World) -> list[Call]:
         Call(
             "model.prompt",
             w.model.prompt,
-            {"questions": "What colour is K", "images": [image]},
-            {"questions": "question", "images": "images of a prompt"},
+            {"messages": "What colour is K", "images": [image]},
+            {"messages": "question", "images": "images of a prompt"},
         ),
         Call(
             "model.prompt_examples",

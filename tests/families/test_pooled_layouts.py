@@ -64,7 +64,8 @@ def test_an_image_that_is_not_stretched_is_refused(family: str) -> None:
 def test_paligemma_places_its_question_before_the_newline_it_adds() -> None:
     processor = tiny_processor("paligemma")
     prompt = prompt_of_images("paligemma", processor, tiny_images(2))
-    assert prompt.text[0].endswith("assistant\n\n") and "labels" not in prompt.inputs
+    assert prompt.text[0].endswith("assistant\n") and "labels" not in prompt.inputs
+    assert processor.tokenizer.decode(prompt.inputs["input_ids"][0]).endswith("assistant\n\n")
     ids = prompt.inputs["input_ids"][0][prompt.token_map.is_question[0]]
     assert processor.tokenizer.decode(ids) == "What colour is K?"
 
