@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import jvp
 
 from mmlens.arguments import listed, one_of
+from mmlens.attribution.answers import parts_of
 from mmlens.attribution.nodes import word_names
 from mmlens.attribution.runs import (
     GradientRuns,
@@ -177,13 +178,33 @@ def attribute_edges(
             f"layers of {model.family.model_type!r} do more than add to the stream, so no edge leads from one write "
             "to one reader"
         )
-    run = GradientRuns(model, prompt, metric, logits_to_keep, steps)
     sending = [site for word in _words("sender", senders, SENDERS) for site in _senders(model, prompt, word)]
     reading = [site for word in _words("receiver", receivers, RECEIVERS) for site in _receivers(model, word)]
     if not sending or not reading:
         raise InvalidValueError("edges need at least one sender and one receiver")
     sending.sort(key=lambda site: site.time)
     reading.sort(key=lambda site: site.time)
+    found = [
+        _of_part(
+            GradientRuns(model, part.prompt, part.metric, part.logits_to_keep, steps),
+            source,
+            sending,
+            reading,
+            method,
+        )
+        for part in parts_of(model, prompt, metric, logits_to_keep)
+    ]
+    is_edge = torch.tensor([[sender.time < receiver.time for receiver in reading] for sender in sending])
+    scores = finite("edges", torch.stack(found).sum(0)).masked_fill(~is_edge, torch.nan)
+    weights = weights_fingerprints(model.hf_model)
+    return EdgeAttribution(scores, tuple(sending), tuple(reading), method, prompt.fingerprints, weights)
+
+
+def _of_part(
+    run: GradientRuns, source: PatchSource, sending: list[Site], reading: list[Site], method: str
+) -> Tensor:
+    """The scores [example, sender, receiver] of the runs of one prompt."""
+    model, prompt = run.model, run.prompt
     written = list(dict.fromkeys(map(written_at, sending)))
     names = list(dict.fromkeys([*written, *(name for site in reading for name in _recorded(model, site))]))
     sources, clean = source_values(model, prompt, source, written), clean_values(model, prompt, written)
@@ -196,11 +217,9 @@ def attribute_edges(
     else:
         run.encode_images()
         graphs = run.along_embeddings(source, names)
-    means = mean_of({"edges": _edge_scores(model, sending, reading, changes, graph)} for graph in graphs)
-    is_edge = torch.tensor([[sender.time < receiver.time for receiver in reading] for sender in sending])
-    scores = finite("edges", means["edges"]).masked_fill(~is_edge, torch.nan)
-    weights = weights_fingerprints(model.hf_model)
-    return EdgeAttribution(scores, tuple(sending), tuple(reading), method, prompt.fingerprints, weights)
+    return mean_of({"edges": _edge_scores(model, sending, reading, changes, graph)} for graph in graphs)[
+        "edges"
+    ]
 
 
 # ---------------------------------------------------------------------- senders and receivers

@@ -36,6 +36,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmlens.arguments import flag, listed, one_of, unknown_name_message
+from mmlens.attribution.answers import parts_of
 from mmlens.attribution.patterns import FIX_HOOKS, fixed_layers, pattern_score
 from mmlens.attribution.runs import (
     GradientRuns,
@@ -54,7 +55,7 @@ from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadGrid
 from mmlens.hook_names import MODEL_PARTS, PARTS, axes_of, block, layer_of, runs_over_positions
 from mmlens.interventions.patching import PatchSource
-from mmlens.metrics.outcomes import Metric
+from mmlens.metrics.outcomes import Metric, metric_name
 from mmlens.model.cache import is_batched, is_packed
 from mmlens.model.fingerprints import weights_fingerprints
 from mmlens.model.hooked_vlm import HookedVLM
@@ -179,6 +180,9 @@ def attribute(
     (with k: all positions together, or each position's alone with `by_position`), times the gradient at the pattern;
     nodes that are neither q nor k have their plain score.
 
+    Of a metric of whole answers, the runs are those over its candidates, source and all, and scores are summed over
+    them with the metric's slopes at the clean run; by position, positions are those of the prompt with its answer.
+
     Raises ValueError for a source of another layout, a metric that is no differentiable number per example, a model
     in training mode, an unknown node (with the nearest names), and methods where they cannot be exact; and as `patch`
     for `source`. No weight gets a gradient. Where a mixture of experts chooses other experts, no gradient knows of it,
@@ -193,14 +197,22 @@ def attribute(
     """
     one_of("method", method, METHODS)
     flag("by_position", by_position)
-    run = GradientRuns(model, prompt, metric, logits_to_keep, steps)
+    parts = parts_of(model, prompt, metric, logits_to_keep)
     names = _node_names(model, nodes)
     _check_method(model, prompt, method, names)
     fixed = fixed_layers(model, names) if method in ("qk_fix", "atp_star") else {}
-    scores = _estimates(_Nodes(run, names, fixed, by_position, source), method)
+    if len(parts) > 1 and (by_position or method in UNSIGNED):
+        raise InvalidValueError(
+            f"metric {metric_name(metric)} depends on {len(parts)} runs, one for each candidate: these have no "
+            f"positions in common, and {' and '.join(map(repr, UNSIGNED))} no signs to sum them by"
+        )
+    scores: dict[str, Tensor] = {}
+    for part in parts:
+        run = GradientRuns(model, part.prompt, part.metric, part.logits_to_keep, steps)
+        found = _estimates(_Nodes(run, names, fixed, by_position, source), method)
+        scores = {name: found[name] + scores[name] if scores else found[name] for name in names}
     weights = weights_fingerprints(model.hf_model)
-    ordered = {name: scores[name] for name in names}
-    return Attribution(ordered, method, by_position, model.grid, prompt.fingerprints, weights)
+    return Attribution(scores, method, by_position, model.grid, prompt.fingerprints, weights)
 
 
 # ---------------------------------------------------------------------- estimates
