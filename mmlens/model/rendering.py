@@ -368,7 +368,9 @@ def _check_media(
     for kind, placeholder in placeholders.items():
         given = len(chat.parts(kind)) + (unplaced if kind == "image" else 0)
         n_written = rendered.text.count(placeholder)
-        if n_written not in (0, given) or (n_written == 0 and given and len(chat.messages) > 1):
+        if n_written not in (0, given) or (
+            n_written == 0 and given and (kind == "video" or len(chat.messages) > 1)
+        ):
             why = _media_unlike(processor, chat, messages, options, rendered, kind, placeholder)
             raise placeholder_error(processor, rendered.text, given, where, kind, why)
     if unplaced:
@@ -419,7 +421,7 @@ def _media_unlike(
     """Which turn has another number of placeholders than of images, in words; "" where that cannot be told."""
     for span in rendered.spans:
         if placeholder in rendered.text[span.start : span.stop]:
-            return f"; the text of {chat.named(span.place)} holds {placeholder!r}, which stands for an image"
+            return f"; the text of {chat.named(span.place)} holds {placeholder!r}, which stands for {kind}s"
     asked = {"continue_final_message": True} if chat.is_continued else {"add_generation_prompt": True}
     for turn, message in enumerate(messages):
         content = message.get("content")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -321,15 +322,30 @@ def test_without_torchvision_a_video_is_refused_with_the_command_that_mends_it()
         _model("qwen3_vl").prompt(_chat(made_clip(4, SIZE)))
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [("llava", "LlavaProcessor"), ("ernie4_5_vl_moe", "Ernie4_5_VLMoe")]
-)
-def test_a_family_whose_videos_are_not_mapped_is_refused_by_name(family: str, name: str) -> None:
-    assert FAMILIES[family].video_layout is None
+def test_a_family_whose_videos_are_not_mapped_is_refused_by_name() -> None:
+    assert FAMILIES["llava"].video_layout is None
     with pytest.raises(
-        UnsupportedError, match=f"how {name}.* lays out the tokens of a video is not known here"
+        UnsupportedError, match="how LlavaProcessor lays out the tokens of a video is not known here"
     ):
-        _model(family).prompt(_chat(made_clip(4, SIZE)))
+        _model("llava").prompt(_chat(made_clip(4, SIZE)))
+
+
+@needs_torchvision
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision"])
+def test_a_template_that_drops_videos_is_an_error(family: str) -> None:
+    processor = tiny.tiny_processor(family)
+    processor.chat_template = tiny.base.chat_template(tiny.TINY[family].image_text)
+    model = HookedVLM(_model(family).hf_model, processor)
+    with pytest.raises(
+        PromptError, match=r"1 video\(s\) were given, but the rendered prompt holds 0 placeholder"
+    ):
+        model.prompt(_chat(made_clip(4, SIZE)))
+
+
+def test_the_page_on_prompts_names_the_families_that_take_videos() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text()
+    (named,) = re.findall(r"^Families that take videos: (.*?)\.\n", page, re.M | re.S)
+    assert sorted(re.findall(r"\w+", named)) == sorted(WITH_VIDEOS)
 
 
 @pytest.mark.parametrize(
