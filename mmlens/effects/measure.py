@@ -29,7 +29,9 @@ from mmlens.effects.runner import (
 from mmlens.effects.watching import hook_report
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.interventions.edits import intervention_of
-from mmlens.metrics.outcomes import Metric
+from mmlens.metrics.agreement import warn_of_disagreement
+from mmlens.metrics.answers import generated_accuracy
+from mmlens.metrics.outcomes import Metric, accuracy
 from mmlens.model.batches import Batches, Prompts
 from mmlens.model.fingerprints import same_weights, weights_fingerprints
 from mmlens.model.hooked_vlm import HookedVLM
@@ -324,7 +326,18 @@ def effect(
                 "it must come from the same prompts"
             )
         effects[name] = Effect(values, without, name, level, report, tuple(seen), weights)
+    _warn_of_disagreement(runs.metrics, effects)
     return effects[next(iter(effects))] if callable(metric) else effects
+
+
+def _warn_of_disagreement(metrics: Mapping[str, Metric], effects: Mapping[str, Effect]) -> None:
+    """Where both were measured: whether the clean run's first tokens see what its generated answers say."""
+    of = {metric: name for name, metric in metrics.items()}
+    first, generated = of.get(accuracy), of.get(generated_accuracy)
+    if first is not None and generated is not None:
+        clean = effects[first].clean.tolist(), effects[generated].clean.tolist()
+        # As from the line that calls `effect`.
+        warn_of_disagreement(*clean, stacklevel=5)
 
 
 def _nothing_done(report: pd.DataFrame, moved: Sequence[bool]) -> str:

@@ -1,5 +1,6 @@
 """One number per example: of logits (outcomes), of generated answers, or of whole answers that are given."""
 
+from mmlens.metrics.agreement import first_token_agreement as first_token_agreement
 from mmlens.metrics.answers import anls as anls
 from mmlens.metrics.answers import exact_match as exact_match
 from mmlens.metrics.answers import generated_accuracy as generated_accuracy

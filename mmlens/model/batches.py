@@ -112,6 +112,7 @@ class _PromptMaker(InputMethods):
         self.hf_model, self.family, self.visual = model.hf_model, model.family, model.visual
         self.processor = None if model.processor is None else separate(model.processor)
         self.tokenizer = model.tokenizer if self.processor is None else self.processor.tokenizer
+        self.prompt_options = model.prompt_options
 
 
 def ahead(functions: Iterable[Callable[[], T]]) -> Iterator[T]:
