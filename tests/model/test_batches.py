@@ -94,6 +94,15 @@ def test_prompts_are_those_of_the_model_while_it_tokenizes(micro: HookedVLM) -> 
         assert prompt.fingerprints == expected.fingerprints and prompt.processor == expected.processor
 
 
+def test_options_of_all_prompts_reach_those_made_ahead() -> None:
+    model = mmlens.HookedVLM.from_pretrained("micro")
+    model.prompt_options = {"max_pixels": 2_048}
+    examples = scene_examples("documents", 3, seed=0)
+    for _, prompt in Batches(model, examples, batch_size=1):
+        width, height = prompt.token_map.shown_size(0)
+        assert width * height <= 2_048 and prompt.options == {"max_pixels": 2_048}
+
+
 def test_the_next_prompt_is_made_while_one_is_in_use(micro: HookedVLM) -> None:
     made: list[tuple[int, str]] = []
     started = threading.Event()
