@@ -13,6 +13,7 @@ from kinds import World
 
 import mmlens
 from mmlens.experiments.experiment import Setup
+from mmlens.model.prompt import Prompt
 from mmlens.model.prompt_making import prompt_from_inputs
 from mmlens.statistics import mean_interval
 from mmlens.viz.head_map import plot_head_map
@@ -161,6 +162,8 @@ def bad_rows(w: World) -> list[Row]:
             lambda: w.model.prompt("What?", images=1),  # type: ignore[arg-type]
             "image",
         ),
+        *_bad_chats(w),
+        *_bad_metrics_of_whole_answers(w),
         (
             "model.prompt_examples",
             "one example",
@@ -214,6 +217,97 @@ def bad_rows(w: World) -> list[Row]:
     ]
 
 
+def _bad_chats(w: World) -> list[Row]:
+    """Messages that are no chat, or that the chat template cannot say."""
+    image, known = {"type": "image"}, w.examples[0].images[0]
+
+    def user(*parts: Any) -> list[Any]:
+        return [{"role": "user", "content": list(parts)}]
+
+    text = {"type": "text", "text": "What colour is K"}
+    faults: list[tuple[str, Any, str]] = [
+        ("an unknown role", [{"role": "usr", "content": "What?"}], "user"),
+        ("a message without a role", [{"content": "What?"}], "role"),
+        ("an image part without an image", user(image, text), "without an image"),
+        ("a part of an unknown type", user({"type": "sound", "sound": 1}, text), "image"),
+        ("a URL", user({"type": "image", "url": "https://example.org/a.png"}, text), "URL"),
+        ("no message", [[]], "empty"),
+        ("no content", user(), "says nothing"),
+        ("content that is a number", [{"role": "user", "content": 3}], "text"),
+        ("a part that is a number", user(3), "text"),
+        ("a text part without a text", user({"type": "text"}), "text"),
+        ("an image as a part", user(known, text), "'image'"),
+        ("a prefill without a text", [*user(text), {"role": "assistant", "content": [image]}], "image|text"),
+        ("a path that there is not", user({"type": "image", "image": "nowhere.png"}, text), "nowhere"),
+    ]
+    rows: list[Row] = [
+        ("model.prompt of a chat", what, chat, lambda chat=chat: w.model.prompt(chat), pattern)
+        for what, chat, pattern in faults
+    ]
+    more = user(image, text)
+    return [
+        *rows,
+        (
+            "model.prompt of a chat",
+            "an image too many",
+            more,
+            lambda: w.model.prompt(more, [known] * 2),
+            "beside",
+        ),
+        (
+            "model.prompt of a chat",
+            "a question that is not there",
+            "Who?",
+            lambda: w.model.prompt(more, [known], question="Who?"),
+            "stands 0 times",
+        ),
+        (
+            "Example of a chat",
+            "a chat in the place of a question",
+            more,
+            lambda: mmlens.Example(more, "red"),  # type: ignore[arg-type]
+            "text",
+        ),
+        (
+            "Example of a chat",
+            "no chat",
+            "What?",
+            lambda: mmlens.Example(messages="What?", answer="red"),  # type: ignore[arg-type]
+            "chat",
+        ),
+        ("Video", "a number", 3, lambda: mmlens.data.Video(3), "video"),
+        ("Video", "no frames", [], lambda: mmlens.data.Video([]), "frame"),
+        ("Video", "a rate below 0", -1, lambda: mmlens.data.Video([known] * 2, fps=-1), "fps"),
+    ]
+
+
+def _bad_metrics_of_whole_answers(w: World) -> list[Row]:
+    """Metrics of whole answers on prompts that have not what they read."""
+    bare, metrics = w.model.prompt("What colour is K"), mmlens.metrics
+    alone = w.model.prompt_examples([mmlens.Example("What colour is K", "red")])
+    faults: list[tuple[Any, Prompt, str]] = [
+        (metrics.whole_answer_log_probability, bare, "answers"),
+        (metrics.mean_token_log_probability, bare, "answers"),
+        (metrics.candidate_log_probability_difference, alone, "candidate"),
+        (metrics.multiple_choice, alone, "candidate"),
+        (metrics.yes_no_bias, w.prompt, "yes"),
+        (metrics.says_yes, w.prompt, "yes"),
+    ]
+    return [
+        *(
+            (
+                metric.__name__,
+                "a prompt without what it reads",
+                prompt,
+                lambda metric=metric, prompt=prompt: mmlens.effect(w.model, prompt, None, metric),
+                pattern,
+            )
+            for metric, prompt, pattern in faults
+        ),
+        ("choosing", "misspelt", "txt", lambda: metrics.choosing("txt"), "text"),  # type: ignore[arg-type]
+    ]
+
+
 def good_rows(w: World) -> list[tuple[str, str, Callable[[], Any]]]:
     """(call, what is unusual and right, the call itself)"""
     image = w.examples[0].images[0]
@@ -237,6 +331,23 @@ def good_rows(w: World) -> list[tuple[str, str, Callable[[], Any]]]:
             "model.prompt",
             "a batch of tuples",
             lambda: w.model.prompt(("What colour is K",), images=([image],)),
+        ),
+        (
+            "model.prompt of a chat",
+            "tuples of messages and parts",
+            lambda: w.model.prompt(
+                ({"role": "user", "content": ({"type": "text", "text": "What colour is K"},)},)
+            ),
+        ),
+        (
+            "Example of a chat",
+            "a path's image as an array",
+            lambda: mmlens.Example(
+                messages=[
+                    {"role": "user", "content": [{"type": "image", "image": np.asarray(image)}, "Who?"]}
+                ],
+                answer="red",
+            ),
         ),
         ("HeadSet", "an empty one", lambda: mmlens.HeadSet([], grid=(2, 2))),
         ("HeadSet", "sets of sets", lambda: (one | one) & one),

@@ -384,6 +384,7 @@ def _interventions(w: World) -> list[Call]:
         "swap_regions": mmlens.interventions.swap_regions(box, other_box),
         "other_image": mmlens.interventions.other_image(w.examples),
         "other_question": mmlens.interventions.other_question("What colour is Q", equal_layout=False),
+        "other_text": mmlens.interventions.other_text("What colour is Q", turn=0, part=1, equal_layout=False),
         "replace_region": mmlens.interventions.replace_region(box, Image.new("RGB", (32, 16))),
     }
     return [
@@ -514,6 +515,12 @@ def _interventions(w: World) -> list[Call]:
             applied_corruption(w, mmlens.interventions.other_question),
             {"questions": "What colour is Q", "equal_layout": False},
             {"questions": "questions", "seed": "seed", "equal_layout": "flag"},
+        ),
+        Call(
+            "other_text",
+            applied_corruption(w, mmlens.interventions.other_text),
+            {"others": "What colour is Q", "turn": 0, "part": 1, "equal_layout": False},
+            {"others": "questions", "part": "part", "seed": "seed", "equal_layout": "flag"},
         ),
         Call(
             "evidence_of",
@@ -705,7 +712,7 @@ def _data(w: World) -> list[Call]:
     image = w.examples[0].images[0]
     example = {"question": "What?", "answer": "red", "images": (image,)}
     return [
-        Call("Evidence", mmlens.Evidence, {"image": 0}, {"image": "count", "box": "box or none"}),
+        Call("Evidence", mmlens.Evidence, {"image": 0}, {"image": "image number", "box": "box or none"}),
         Call(
             "Example",
             mmlens.Example,

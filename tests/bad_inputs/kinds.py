@@ -124,6 +124,8 @@ def bad_values(w: World) -> dict[str, Values]:
         },
         "count": count,
         "count or none": {name: value for name, value in count.items() if name not in ("0",)},
+        "image number": {name: value for name, value in count.items() if name != "0"},
+        "part": {name: value for name, value in count.items() if name != "0"} | {"a part there is not": 7},
         "count or all": {name: value for name, value in count.items() if name != "None"},
         "seed": {
             **not_numbers,
@@ -240,7 +242,7 @@ def bad_values(w: World) -> dict[str, Values]:
         },
         "mask": {
             "None": None,
-            "a name": "last",
+            "an unknown name": "lost",
             "a number": 3,
             "a list": [[True]],
             "numbers": torch.ones(shape),
@@ -820,7 +822,9 @@ def special_values(w: World) -> dict[str, Values]:
             "an example": example,
             "bytes": b"What?",
         },
-        "images of a prompt": {name: value for name, value in images.items() if name != "None"}
+        "images of a prompt": {
+            name: value for name, value in images.items() if name not in ("None", "arrays")
+        }
         | {"one image": image, "one path": "x.png", "no file": ["nowhere.png"], "a list too many": [[image]]},
         "inputs": inputs,
         "return type": {"a number": 3, "misspelt": "logit", "a list": ["logits"], "a bool": True},
