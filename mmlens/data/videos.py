@@ -20,7 +20,7 @@ from torch import Tensor
 from mmlens.arguments import listed, shown
 from mmlens.arguments import number as real_number
 from mmlens.data.images import load_image
-from mmlens.errors import MissingFileError, OutOfRangeError, PromptError, UnsupportedError
+from mmlens.errors import MissingFileError, OutOfRangeError, PromptError, UnsupportedError, warn
 
 Frames = UInt8[np.ndarray, "frame height width 3"]
 
@@ -112,7 +112,7 @@ class Video:
         if not isinstance(self.source, Path):
             return self.source[numbers]
         wanted, found = set(numbers), {}
-        with _decoded(self.source, self.where) as (_, frames):
+        with _decoded(self.source, self.where) as (_, _, frames):
             for number, frame in enumerate(frames):
                 if number in wanted:
                     found[number] = frame.to_ndarray(format="rgb24")
@@ -193,7 +193,7 @@ def _opened(path: Any, where: str) -> tuple[Path, float | None, int, tuple[int, 
         raise MissingFileError(f"{where} ({path}) {'is a folder' if path.is_dir() else 'does not exist'}")
     sizes: dict[tuple[int, int], None] = {}
     n_frames = 0
-    with _decoded(path, where) as (fps, frames):
+    with _decoded(path, where) as (fps, n_said, frames):
         for frame in frames:
             if frame.rotation % 360:
                 raise PromptError(
@@ -206,12 +206,17 @@ def _opened(path: Any, where: str) -> tuple[Path, float | None, int, tuple[int, 
         raise PromptError(
             f"{where} ({path}) has {n_frames} frames of the sizes {list(sizes)}; expected one size"
         )
+    if n_frames < n_said:
+        warn(
+            f"{where} ({path}) says that it has {n_said} frames, of which {n_frames} could be decoded: is it cut off? "
+            f"Frames are numbered from 0 to {n_frames - 1} here"
+        )
     return path, fps, n_frames, next(iter(sizes))
 
 
 @contextmanager
-def _decoded(path: Path, where: str) -> Iterator[tuple[float | None, Iterator[Any]]]:
-    """The rate of a file's video and its frames, one after the other."""
+def _decoded(path: Path, where: str) -> Iterator[tuple[float | None, int, Iterator[Any]]]:
+    """The rate of a file's video, how many frames it says it has (0: nothing), and the frames one after the other."""
     try:
         import av
     except ImportError as error:
@@ -223,6 +228,6 @@ def _decoded(path: Path, where: str) -> Iterator[tuple[float | None, Iterator[An
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             rate = stream.average_rate
-            yield float(rate) if rate else None, container.decode(stream)
+            yield float(rate) if rate else None, stream.frames, container.decode(stream)
     except av.FFmpegError as error:
         raise PromptError(f"{where} ({path}) is broken and cannot be decoded ({error})") from error

@@ -87,9 +87,9 @@ def media_of(processor: ProcessorMixin, image_ids: Tensor) -> OtherMedia:
 def unmapped_message(held: str, purpose: str) -> str:
     """Why `purpose` is refused for inputs that hold `held`."""
     return (
-        f"the inputs hold {held}, which no token map knows yet: {purpose} would take them for text. Give a clip as a "
-        "list of frames, model.prompt(question, images=frames); a plain run, and hooks that run over all positions, "
-        "take these inputs as they are"
+        f"the inputs hold {held}, which no token map knows: {purpose} would take them for text. Give a video in a "
+        "chat, model.prompt(messages), or as a list of frames, model.prompt(question, images=frames); a plain run, and "
+        "hooks that run over all positions, take these inputs as they are"
     )
 
 

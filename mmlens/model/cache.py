@@ -48,13 +48,13 @@ class VLMActivationCache(ActivationCache):
         image_mask: Bool[Tensor, "batch pos"] | None = None,
         unmapped: str | None = None,
     ) -> None:
-        """`unmapped` says what the run's inputs held that no token map knows (video, audio)."""
+        """`unmapped` says what the run's inputs held that no token map knows (audio, videos that are not mapped)."""
         super().__init__(cache_dict, model, has_batch_dim)
         self._image_mask, self.unmapped = image_mask, unmapped
 
     @property
     def image_mask(self) -> Bool[Tensor, "batch pos"] | None:
-        """Which positions of the run were visual. Raises UnsupportedError where it held video or audio."""
+        """Which positions of the run were visual. Raises UnsupportedError where it held what no token map knows."""
         if self.unmapped is not None:
             raise UnsupportedError(unmapped_message(self.unmapped, "the cache's mask of visual positions"))
         return self._image_mask

@@ -316,7 +316,7 @@ class HookedVLM(WeightProperties, TokenMethods, InputMethods, AnswerMethods, Hoo
         """Logits and a TransformerLens ActivationCache of the chosen hook points.
 
         `names_filter` None means all but hook_result (unless cfg.use_attn_result is set), and only what fires:
-        a prompt without images has no image.* activations, and inputs that hold video or audio have neither these
+        a prompt without images has no image.* activations, and inputs that hold what no token map knows neither these
         nor hook_deepstack. A filter function likewise caches what fires of its matches. A hook point that fires
         several times in one forward (Qwen's vision attention, once per image or window) is stacked on its first axis
         and padded with zeros, scores with -inf. With layers on several devices each activation is on its own, unless

@@ -169,7 +169,7 @@ class InputMethods:
     def image_mask(self, inputs: Inputs) -> Bool[Tensor, "batch pos"] | None:
         """Which positions of the inputs are visual; None where the family's text has no visual positions.
 
-        Raises UnsupportedError for inputs that hold video or audio.
+        Raises UnsupportedError for inputs that hold what no token map knows, such as audio.
         """
         return self.visual.mask(self._keyword_inputs(inputs, {})) if self.visual.exist else None
 

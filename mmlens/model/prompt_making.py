@@ -289,7 +289,7 @@ def prompt_from_inputs(
 
     Raises PromptError where a batch is not padded on the left, the question is not there once, or the call gives other
     inputs for this text and these images; TokenMapError where input_ids hold another number of image tokens than the
-    layout predicts; UnsupportedError where they hold video or audio and are given without their text.
+    layout predicts; UnsupportedError where they hold video or audio: a video is given in a chat (`make_prompt`).
     """
     if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), Tensor):
         raise PromptError(

@@ -133,7 +133,7 @@ class RunState:
     def image_rows_of(self, x: Tensor) -> Bool[Tensor, "batch pos"] | None:
         """Which positions of an activation [batch, pos, ...] are visual; None where none is.
 
-        Raises UnsupportedError where the inputs hold video or audio, InvalidValueError where nothing says it.
+        Raises UnsupportedError where the inputs hold what no token map knows, InvalidValueError where nothing says it.
         """
         if self.unmapped is not None:
             raise UnsupportedError(unmapped_message(self.unmapped, "image.* hooks and hook_deepstack"))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmlens.data.examples import DataError, Evidence, Example, load_examples, save_examples
 from mmlens.data.videos import Video, video_of
-from mmlens.errors import MissingFileError, PromptError
+from mmlens.errors import MissingFileError, MmlensWarning, PromptError
 from mmlens.provenance import data_fingerprint
 
 
@@ -72,6 +72,16 @@ def test_what_is_no_video_file_is_refused(tmp_path: Path) -> None:
         container.mux(stream.encode(samples))
     with pytest.raises(PromptError, match="has no video stream"):
         Video(sound)
+
+
+def test_a_file_that_is_cut_off_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    whole = written_clip(tmp_path / "whole.mp4", made_clip(40, (64, 48)), fps=6, movflags="faststart")
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole.read_bytes()[: 3 * whole.stat().st_size // 5])
+    with pytest.warns(MmlensWarning, match="says that it has 40 frames, of which .* could be decoded"):
+        video = Video(cut)
+    assert 10 < len(video) < 40
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ def made_clip(n_frames: int, size: tuple[int, int], seed: int = 0) -> np.ndarray
     return coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width].astype(np.uint8)
 
 
-def written_clip(path: Path, frames: np.ndarray, fps: int) -> Path:
-    """The frames as a video file."""
+def written_clip(path: Path, frames: np.ndarray, fps: int, **options: str) -> Path:
+    """The frames as a video file; options are those of its container."""
     import av
 
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("mpeg4", rate=fps)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
