@@ -109,7 +109,8 @@ def patch(
     For scores and patterns, positions are queries; their keys need equal layouts in any case. Heads are those of the
     hook point: for k and v the key-value heads, which several query heads share. On vision.*, projector.* and other
     stacks beside the language model there are no positions: the whole activation (of `heads`) is replaced, and images
-    must be laid out alike. Generated tokens are not patched. No gradient reaches the source.
+    must be laid out alike. Generated tokens are not patched; the answer's positions of a continued prompt are, from a
+    source that is continued by the same tokens. No gradient reaches the source.
 
     Raises ValueError where layouts differ, masks choose different numbers of positions, or shapes do not fit;
     UnknownHookError for a hook point that the model or the given activations do not have; IndexError for a head that

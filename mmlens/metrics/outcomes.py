@@ -446,5 +446,6 @@ def _check_distinct(prompt: Prompt, row: int, answer: int, ids: Int[Tensor, " ca
     if sharing:
         raise InvalidValueError(
             f"logit_difference: in example {row} of the batch the answer {own!r} and the wrong candidate(s) {sharing} "
-            f"share their first token ({answer}), and one position cannot tell them apart; generated_accuracy can"
+            f"share their first token ({answer}), and one position cannot tell them apart; "
+            "candidate_log_probability_difference and generated_accuracy can"
         )

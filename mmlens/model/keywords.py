@@ -67,7 +67,7 @@ NOT_SERVED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "stop_at_eos": ((True,), "generation ends at eos_token_id; min_new_tokens makes it go on"),
     "freq_penalty": ((0, 0.0), "transformers' option is repetition_penalty"),
     "verbose": ((True, False), "generate shows no progress"),
-    "return_cache": ((False,), "run_with_cache on the generated ids gives a cache"),
+    "return_cache": ((False,), "generate_with_cache gives the prompt with its answer, and the cache of both"),
     "return_input_tokens": ((False,), "the prompt's ids are its inputs['input_ids']"),
 }
 """TransformerLens' options that a Hugging Face model does not know: values that ask for nothing, and what to do."""
