@@ -110,7 +110,6 @@ class _PromptMaker(InputMethods):
 
     def __init__(self, model: HookedVLM) -> None:
         self.hf_model, self.family, self.visual = model.hf_model, model.family, model.visual
-        self.prompt_options = model.prompt_options
         self.processor = None if model.processor is None else separate(model.processor)
         self.tokenizer = model.tokenizer if self.processor is None else self.processor.tokenizer
         self.prompt_options = model.prompt_options
