@@ -75,7 +75,8 @@ def held_warnings() -> Iterator[list[tuple[str, type[Warning]]]]:
 
     Python's own filters and lists of warnings are the whole process's, so one thread cannot catch its own by them.
     """
-    _OF_THREAD.held = held = []
+    held: list[tuple[str, type[Warning]]] = []
+    _OF_THREAD.held = held
     try:
         yield held
     finally:

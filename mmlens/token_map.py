@@ -207,8 +207,9 @@ class TokenMap(BoxScales):
                 boxes[example, here] = grid.boxes
                 if isinstance(grid, VideoGrid):
                     frames[example, here] = grid.frames
+        arrays: dict[str, Any] = {name: torch.from_numpy(column) for name, column in columns.items()}
         return cls(
-            **{name: torch.from_numpy(column) for name, column in columns.items()},
+            **arrays,
             frames=torch.from_numpy(frames),
             boxes=torch.from_numpy(boxes),
             is_image=mask,

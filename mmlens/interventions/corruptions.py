@@ -100,12 +100,13 @@ def corrupted_prompt(
 
 def messages_of(prompt: Prompt) -> list[list[Message]]:
     """The chats of a prompt; CorruptionError where it does not hold them."""
-    if prompt_of(prompt).messages is None:
+    messages = prompt_of(prompt).messages
+    if messages is None:
         raise CorruptionError(
             "the prompt does not hold its questions and images, so it cannot be made again: make it with "
             "model.prompt(...) or model.prompt_examples(...), or give model.prompt_from_inputs the text too: text=..."
         )
-    return prompt.messages
+    return messages
 
 
 def _remade(
@@ -118,7 +119,8 @@ def _remade(
     """These chats, with other questions and images, made as the prompt was."""
     chats = []
     for row, own in enumerate(messages):
-        asked, shown = (None if given is None else given[row] for given in (questions, images))
+        asked = None if questions is None else questions[row]
+        shown = None if images is None else images[row]
         try:
             chats.append(exchanged(own, question=asked, images=shown))
         except PromptError as error:

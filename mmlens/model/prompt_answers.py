@@ -59,15 +59,15 @@ def answered(
         )
     if answer_start is None:
         template = configured(processor, prompt.options)[1]
-        chats: Any = prompt.messages or [None] * len(prompt)
+        chats: Sequence[Any] = [None] * len(prompt) if prompt.messages is None else prompt.messages
         starts = [
             answer_start_of(processor, text, chat, template)
             for text, chat in zip(prompt.text, chats, strict=True)
         ]
     else:
-        is_chosen = isinstance(answer_start, str)
-        starts = [answer_start] * len(prompt) if is_chosen else list(answer_start)
-        if len(starts) != len(prompt) or (is_chosen and answer_start not in ("", " ")):
+        starts = [answer_start] * len(prompt) if isinstance(answer_start, str) else list(answer_start)
+        is_unknown = isinstance(answer_start, str) and answer_start not in ("", " ")
+        if len(starts) != len(prompt) or is_unknown:
             raise InvalidValueError(
                 f"answer_start is {shown(answer_start)}; expected '' or ' ', or None for what the chat template writes"
             )

@@ -256,9 +256,9 @@ def _question_spans(chat: Chat, rendered: Rendered) -> list[tuple[int, int]]:
     """The characters of the question."""
     found = []
     if chat.is_rendered:
-        said = question_of(chat)
-        start = rendered.text.index(said)
-        return [(start, start + len(said))] if said else []
+        asked = question_of(chat)
+        start = rendered.text.index(asked)
+        return [(start, start + len(asked))] if asked else []
     for place, said in asked_texts(chat):
         for span in rendered.span_of(place):
             if said is None:
@@ -319,9 +319,9 @@ def prompt_from_inputs(
     rendered = [render(processor, chat, {}) for chat in chats]
     again = _assembled(processor, Layouts(layout), chats, rendered, "left")
     for name, value in again.inputs.items():
-        given = inputs.get(name)
-        if isinstance(value, Tensor) and isinstance(given, Tensor):
-            is_same = given.shape == value.shape and torch.equal(given.to(value), value)
+        called_with = inputs.get(name)
+        if isinstance(value, Tensor) and isinstance(called_with, Tensor):
+            is_same = called_with.shape == value.shape and torch.equal(called_with.to(value), value)
             if not is_same:
                 raise PromptError(
                     f"the processor gives other inputs for this text and these images: {name} differs. Give the text "
