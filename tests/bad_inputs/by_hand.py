@@ -63,16 +63,6 @@ def bad_rows(w: World) -> list[Row]:
             lambda: mmlens.sweep(w.model, w.prompt, [zero], mmlens.accuracy),  # type: ignore[arg-type]
             r"dict\(enumerate",
         ),
-        *(
-            (
-                metric.__name__,
-                "colours for yes and no",
-                w.examples,
-                lambda metric=metric: mmlens.effect(w.model, w.examples, None, metric, progress=False),
-                "expected yes",
-            )
-            for metric in (mmlens.metrics.yes_no_bias, mmlens.metrics.says_yes)
-        ),
         (
             "an intervention",
             "built for keyword inputs",

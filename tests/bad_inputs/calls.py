@@ -296,6 +296,12 @@ def _effects(w: World) -> list[Call]:
             for f in metrics
         ),
         Call(
+            "first_token_agreement",
+            mmlens.metrics.first_token_agreement,
+            {"model": w.model, "prompts": w.prompt, "max_new_tokens": 2},
+            SHARED | {"max_new_tokens": "count"},
+        ),
+        Call(
             "kl_to_clean",
             mmlens.metrics.kl_to_clean,
             {"logits": logits, "prompt": w.prompt, "clean_logits": logits},
