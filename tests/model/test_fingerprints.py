@@ -111,3 +111,48 @@ def test_an_examples_numbers_are_its_own(micro: HookedVLM) -> None:
     seeds = [example_seed(batch, row) for row in range(len(batch))]
     assert [example_seed(micro.prompt_examples([e]), 0) for e in examples()] == seeds
     assert len({tuple(seed) for seed in seeds}) == len(seeds)
+
+
+def chats() -> list[Example]:
+    """Few-shot chats of unlike length: the first two differ in the shot's image alone, the third in its answer."""
+    one, other, third = mmlens.scene_examples("objects", 3, seed=3)
+
+    def after(shot: Example, answer: str, example: Example) -> Example:
+        image = {"type": "image"}
+        messages = [
+            {"role": "user", "content": [image, {"type": "text", "text": one.question}]},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": [image, {"type": "text", "text": example.question}]},
+        ]
+        images = (*shot.images, *example.images)
+        return Example(messages=messages, images=images, answer=example.answer, candidates=example.candidates)
+
+    return [
+        after(one, one.answer, third),
+        after(other, one.answer, third),
+        after(one, "red blue", third),
+        *mmlens.scene_examples("images", 1, seed=3),
+    ]
+
+
+def test_every_turn_of_a_chat_is_part_of_its_numbers(micro: HookedVLM) -> None:
+    """Of a shot's image and of its answer too, and whatever batch it stands in."""
+    batch = micro.prompt_examples(chats())
+    assert bool(batch.token_map.is_padding.any()) and batch.questions[0] == batch.questions[2]
+    seeds = [tuple(example_seed(batch, row)) for row in range(len(batch))]
+    assert len(set(seeds)) == len(set(batch.fingerprints)) == len(batch)
+    for row, example in enumerate(chats()):
+        alone = micro.prompt_examples([example])
+        assert (
+            tuple(example_seed(alone, 0)) == seeds[row] and alone.fingerprints[0] == batch.fingerprints[row]
+        )
+
+
+def test_what_is_drawn_for_a_chat_does_not_depend_on_its_batch(micro: HookedVLM) -> None:
+    pool = mmlens.scene_examples("images", 6, seed=9)
+    resample = mmlens.ablate(HEADS, "resample", reference=[*pool, *chats()], seed=1)
+    found = [
+        mmlens.effect(micro, chats(), resample, mmlens.answer_log_probability, batch_size=size).values
+        for size in (1, 4)
+    ]
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-3)
