@@ -47,7 +47,9 @@ def examples(family: str, *, n_images: Sequence[int] = (1, 1, 1)) -> list[Exampl
 def one_at_a_time(model: mmlens.HookedVLM, example: Example, answer: str) -> list[float]:
     """The log probability of each token of the answer, by one plain forward pass for each, the example alone."""
     prompt = model.prompt([example.question], [list(example.images)])
-    start = "" if answer.startswith(" ") else (model.prompt_examples([example]).answer_starts or [""])[0]
+    start = (
+        "" if answer.startswith((" ", "<")) else (model.prompt_examples([example]).answer_starts or [""])[0]
+    )
     tokenizer = model.tokenizer
     text = prompt.text[0]
     whole = tokenizer(text + start + answer, add_special_tokens=False)["input_ids"]
@@ -168,6 +170,34 @@ def test_letters_stand_for_candidates_in_their_order(model: mmlens.HookedVLM) ->
     letters = [sum(one_at_a_time(model, example, letter)) for letter in "ABC"]
     expected = float(letters[1] > max(letters[0], letters[2]))
     assert mmlens.effect(model, [example], None, choosing("letter")).clean.tolist() == [expected]
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@torch.no_grad()
+def test_tags_before_an_answer_are_given_and_not_measured() -> None:
+    model = hooked("llava")
+    model.processor.chat_template = THINKING
+    example = Example("Which page?", "the letter K", candidates=CANDIDATES)
+    prompt = model.prompt_examples([example])
+    start = "<think>\n\n</think>\n\n"
+    assert prompt.answer_starts == [start]
+    of_start = model.tokenizer(start, add_special_tokens=False)["input_ids"]
+    whole = one_at_a_time(model, example, start + example.answer)
+    assert len(whole) > len(of_start)
+    measured = mmlens.effect(
+        model, [example], None, [whole_answer_log_probability, mean_token_log_probability]
+    )
+    own = whole[len(of_start) :]
+    assert float(measured["whole_answer_log_probability"].clean) == pytest.approx(sum(own), abs=2e-3)
+    assert float(measured["mean_token_log_probability"].clean) == pytest.approx(sum(own) / len(own), abs=1e-3)
 
 
 def test_yes_and_no(model: mmlens.HookedVLM) -> None:
