@@ -115,6 +115,19 @@ WHILE_DECODING = {
 }
 
 
+@pytest.mark.parametrize("mode", ["mean", "resample"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava"])
+def test_ablations_by_other_examples_are_what_decoding_gives(family: str, mode: str) -> None:
+    model, data, others = model_of(family), examples(2), examples(3, seed=11)[2:] + examples(2, seed=12)[:1]
+    reference: Any = others if mode == "resample" else mmlens.mean_activations(model, others)
+    ablation = mmlens.ablate([(1, 0), (0, 2)], mode, reference=reference)
+    prompt = model.prompt_examples(data)
+    assert prompt.answer_tokens is not None
+    expected = forced(model, prompt, ablation, prompt.answer_tokens)
+    found = mmlens.effect(model, data, ablation, whole_answer_log_probability)
+    torch.testing.assert_close(found.values, expected, atol=2e-3, rtol=0)
+
+
 @pytest.mark.parametrize("label", WHILE_DECODING)
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava"])
 def test_it_is_what_decoding_gives_under_the_same_intervention(family: str, label: str) -> None:
