@@ -150,3 +150,27 @@ def test_effects_sweeps_and_hybrid_attention_take_chats() -> None:
         model, model.prompt_examples(given[:1])
     )
     assert not torch.allclose(logit_difference(model(corrupted), corrupted), base[:1], atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_generated_answers_are_those_of_the_plain_inputs(family: str) -> None:
+    model, processor = hooked(family), tiny_processor(family)
+    plain = {name: value for name, value in plain_inputs(processor, [chat()]).items() if name != "labels"}
+    out = tiny_model(family).generate(**plain, max_new_tokens=4, do_sample=False)
+    said = processor.tokenizer.decode(out[0, plain["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert model.answer(model.prompt_examples([example()]), max_new_tokens=4) == [said.strip()]
+
+
+@torch.no_grad()
+def test_patching_all_of_a_corrupted_chat_gives_the_corrupted_run() -> None:
+    model = hooked("llava")
+    prompt = model.prompt_examples([example()])
+    shown = tiny_images(1, seed=5, sizes=[IMAGES[1].size])[0]
+    corrupted = other_image(shown, image=1)(model, prompt)
+    patched = mmlens.effect(
+        model, prompt, mmlens.patch("blocks.0.hook_resid_pre", corrupted), logit_difference, progress=False
+    )
+    expected, clean = (logit_difference(model(each), each) for each in (corrupted, prompt))
+    assert torch.allclose(patched.values.float(), expected.float(), atol=1e-4)
+    assert not torch.allclose(expected, clean, atol=1e-4)
