@@ -21,7 +21,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _DummyPrivateUse1Hook,
+    _setup_privateuseone_for_python_backend,
+)
 
 _CPU = torch.device("cpu")
 
@@ -124,4 +128,12 @@ def _register() -> None:
         def is_available(self) -> bool:
             return False
 
-    _setup_privateuseone_for_python_backend("fake", hook=Hook())
+    class Module(_DummyBackendModule):
+        # Tests that come later in this process ask PyTorch which device there is.
+        def is_available(self) -> bool:
+            return False
+
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float16]
+
+    _setup_privateuseone_for_python_backend("fake", backend_module=Module(), hook=Hook())
