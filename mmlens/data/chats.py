@@ -380,8 +380,6 @@ def image_of(value: Any, name: str, *, is_base64: bool = False) -> Image.Image:
             value.load()
         except OSError as error:
             raise PromptError(f"{name} is no image that PIL can read ({error})") from error
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3:
-        value = Image.fromarray(value)
     loaded = load_image(_no_url(value, name), name)
     if isinstance(value, Image.Image) and is_transparent(value):
         loaded.info[WAS_TRANSPARENT] = True

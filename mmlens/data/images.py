@@ -46,7 +46,9 @@ def is_transparent(image: Image.Image) -> bool:
 
 
 def open_image(image: Any, where: str = "the image") -> Image.Image:
-    """A PIL image, or the image file at a path, in its own mode, turned upright as its EXIF data say.
+    """A PIL image, the image file at a path, or an array, in its own mode, turned upright as its EXIF data say.
+
+    An array is one of whole numbers from 0 to 255, uint8 [height, width, 3].
 
     Plain transformers turns a file's image so, and not a PIL image: a PIL image that had to be turned gives a
     MmlensWarning.
@@ -56,6 +58,8 @@ def open_image(image: Any, where: str = "the image") -> Image.Image:
     floats that does not hold whole numbers from 0 to 255, a mode that PIL does not bring to RGB unharmed. Raises
     MissingFileError (a FileNotFoundError) for a path at which there is no file.
     """
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        image = Image.fromarray(image)
     if not isinstance(image, (str, os.PathLike)):
         return _checked_image(image, where)
     name = f"{where} ({os.fspath(image)})"
@@ -80,7 +84,7 @@ def pixel_fingerprint(image: Image.Image) -> str:
 
 
 _WAYS_TO_AN_IMAGE = {
-    "ndarray": "; make one: PIL.Image.fromarray(array), with whole numbers from 0 to 255 [height, width, 3]",
+    "ndarray": "; an array is uint8 [height, width, 3], whole numbers from 0 to 255, or else PIL.Image.fromarray(array)",
     "Tensor": "; make one: torchvision.transforms.functional.to_pil_image(tensor)",
     "bytes": "; make one: PIL.Image.open(io.BytesIO(data))",
     "BytesIO": "; make one: PIL.Image.open(file)",

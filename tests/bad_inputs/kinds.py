@@ -322,8 +322,8 @@ def special_values(w: World) -> dict[str, Values]:
         "a number": 3,
         "numbers": [3],
         "None within": [None],
-        "an array": np.zeros((4, 4, 3), dtype=np.uint8),
-        "arrays": [np.zeros((4, 4, 3), dtype=np.uint8)],
+        "an array": np.zeros((4, 4, 3)),
+        "arrays": [np.zeros((4, 4, 3))],
         "a dict": {"image": image},
     }
     boxes: Values = {
@@ -692,7 +692,7 @@ def special_values(w: World) -> dict[str, Values]:
             "a path": "image.png",
             "paths": ["image.png"],
             "a number": 3,
-            "arrays": [np.zeros((4, 4, 3), dtype=np.uint8)],
+            "arrays": [np.zeros((4, 4, 3))],
             "None within": [None],
             "a dict": {0: image},
             "a set": {3},
