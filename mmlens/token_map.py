@@ -634,7 +634,7 @@ def mapping_of(value: object) -> BoxMapping:
     >>> mapping_of("paper")
     Traceback (most recent call last):
         ...
-    mmlens.token_map.TokenMapError: mapping is 'merged' or 'paper_floor', not 'paper'
+    mmlens.boxes.TokenMapError: mapping is 'merged' or 'paper_floor', not 'paper'
     """
     for mapping in MAPPINGS:
         if isinstance(value, str) and value == mapping:
@@ -712,7 +712,7 @@ def frames_of(name: str, value: object) -> tuple[int, int]:
     >>> frames_of("frames", (4, 4))
     Traceback (most recent call last):
         ...
-    mmlens.token_map.TokenMapError: frames: the span (4, 4) holds no frame; it is (first, stop), stop exclusive
+    mmlens.boxes.TokenMapError: frames: the span (4, 4) holds no frame; it is (first, stop), stop exclusive
     """
     ends = listed(name, value, "a span of frames (first, stop)")
     if len(ends) != 2:

@@ -84,7 +84,7 @@ def pixel_fingerprint(image: Image.Image) -> str:
 
 
 _WAYS_TO_AN_IMAGE = {
-    "ndarray": "; an array is uint8 [height, width, 3], whole numbers from 0 to 255, or else PIL.Image.fromarray(array)",
+    "ndarray": "; an array is uint8 [height, width, 3], numbers from 0 to 255, or else PIL.Image.fromarray(array)",
     "Tensor": "; make one: torchvision.transforms.functional.to_pil_image(tensor)",
     "bytes": "; make one: PIL.Image.open(io.BytesIO(data))",
     "BytesIO": "; make one: PIL.Image.open(file)",

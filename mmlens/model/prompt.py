@@ -197,7 +197,7 @@ class Prompt:
         >>> model = mmlens.HookedVLM.from_pretrained("micro")
         >>> prompt = model.prompt("What colour is the letter K ?")
         >>> prompt.positions("question", text="letter").nonzero().tolist()
-        [[0, 7]]
+        [[0, 6]]
         """
         return chosen_positions(
             self,
