@@ -92,6 +92,15 @@ def test_fast_moving_modules_of_transformers_are_imported_in_one_place() -> None
     assert not elsewhere, "import these through mmlens.internals"
 
 
+def test_a_chat_template_says_which_variables_it_reads() -> None:
+    """What tells an option of the template from one of the processor."""
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}{{ bos_token }}{% endif %}"
+    )
+    assert internals.template_variables(template) == {"messages", "enable_thinking", "bos_token"}
+    assert internals.template_variables("") == set()
+
+
 # ---------------------------------------------------------------------- the key-value cache
 
 
