@@ -22,6 +22,7 @@ from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.core_heads_claim import EXPERIMENT as CORE_HEADS
 from mmlens.experiments.experiment import Experiment
+from mmlens.experiments.judging import JUDGES
 from mmlens.families.catalog import UnknownFamilyError
 from mmlens.files import parsed_json
 from mmlens.hybrid.speed import PARTS
@@ -432,6 +433,13 @@ _REQUEST = {
     **_LOADING,
 }
 
+_ANSWERS = {
+    "--answers": _option(
+        f"how answers are judged: {', '.join(JUDGES)} (docs/experiments.md)",
+        _name_of("answers", tuple(JUDGES)),
+    )
+}
+
 COMMANDS = {
     "core-heads": Command(
         _core_heads,
@@ -440,6 +448,7 @@ COMMANDS = {
             **_MODEL,
             **_out("folder for summary.json, tables and report.html"),
             **_REQUEST,
+            **_ANSWERS,
             "--counts": _several("numbers of heads to ablate; 5%% of all is always added", _whole(1)),
             "--modes": _several(f"ablation modes: {', '.join(MODES)}", _name_of("mode", MODES)),
             "--draws": _option("draws of each random arm", _whole(1), dest="n_draws", metavar="DRAWS"),
@@ -457,6 +466,7 @@ COMMANDS = {
             **_MODELS,
             **_out("folder for a folder of every model"),
             **_REQUEST,
+            **_ANSWERS,
             "--set": _settings("settings of the experiment; `mmlens experiments NAME` lists them"),
         },
         (Request,),

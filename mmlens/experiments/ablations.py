@@ -16,7 +16,7 @@ from mmlens.experiments.experiment import Setup
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet, head_name
 from mmlens.interventions.ablation import Means, ablate, mean_activations
-from mmlens.metrics.outcomes import Metric, accuracy, answer_log_probability, logit_difference
+from mmlens.metrics.outcomes import Metric
 from mmlens.statistics import difference_interval_of
 
 
@@ -58,19 +58,6 @@ def with_evidence(examples: Sequence[Example], n_per_kind: int | None = None) ->
     if not chosen:
         raise InvalidValueError(f"none of the {len(examples)} examples has evidence")
     return first_of_kinds(chosen, n_per_kind)
-
-
-def graded_metric(examples: Sequence[Example]) -> tuple[str, Metric]:
-    """Logit difference where every example has a wrong candidate, else the log probability of the answer."""
-    if all(set(example.candidates) - {example.answer} for example in examples):
-        return "logit_difference", logit_difference
-    return "answer_log_probability", answer_log_probability
-
-
-def graded_and_accuracy(examples: Sequence[Example]) -> tuple[str, dict[str, Metric]]:
-    """The name of `graded_metric`, and both metrics that costs are told in, it and accuracy."""
-    name, metric = graded_metric(examples)
-    return name, {name: metric, "accuracy": accuracy}
 
 
 def references(setup: Setup, modes: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from mmlens.experiments.ablations import ablated, by_example, paired_difference,
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
-from mmlens.metrics.outcomes import Metric, accuracy, invalid
 from mmlens.model.batches import Batches
 from mmlens.scores.retrieval import ram
 from mmlens.statistics import interval_of, ratio_interval
@@ -85,16 +84,14 @@ def ablation_outcomes(
     arms: Mapping[str, Sequence[HeadSet]],
     modes: Sequence[str] = ("mean",),
 ) -> pd.DataFrame:
-    """Accuracy (and invalid answers, where examples have candidates) on the evaluation examples with evidence.
+    """Accuracy (and invalid answers, where there can be such: `Judge.shares`) on the evaluation examples with evidence.
 
     Every set of every arm is ablated at all positions in every mode. One row per mode, arm, draw (number of the set
     in its arm), example and metric: mode, arm, draw, n_heads, example, id, kind, metric, value, clean. The reference of
     the mean is the selection split. Sets that several arms share are run once.
     """
     examples = with_evidence(setup.evaluation)
-    metrics: dict[str, Metric] = {"accuracy": accuracy}
-    if all(len(set(example.candidates)) > 1 for example in examples):
-        metrics["invalid"] = invalid
+    metrics = setup.judge.shares(examples)
     sets = {(arm, draw, len(heads)): heads for arm, drawn in arms.items() for draw, heads in enumerate(drawn)}
     return ablated(setup, examples, sets, references(setup, modes), metrics, names=("arm", "draw", "n_heads"))
 

@@ -33,12 +33,20 @@ from mmlens.experiments.common import (
     plain,
     summarised,
 )
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
+from mmlens.experiments.judging import FIRST_TOKEN, JUDGES
 from mmlens.experiments.looking import overlay_figures
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.interventions.ablation import MODES as ABLATION_MODES
-from mmlens.metrics.outcomes import Metric, accuracy, invalid, logit_difference
+from mmlens.metrics.outcomes import metric_name
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.provenance import describe_model, versions
 from mmlens.scores.retrieval import EvidenceAttention, evidence_attention
@@ -70,6 +78,7 @@ class CoreHeads:
     arms: dict[str, list[HeadSet]]
     summary: dict[str, Any]
     overlay_examples: list[Example] = field(default_factory=list)
+    answers: str = FIRST_TOKEN
 
     @property
     def scores(self) -> HeadScores:
@@ -107,6 +116,7 @@ def core_heads(
     mapping: BoxMapping = "merged",
     force_overlap: bool = False,
     progress: bool = True,
+    answers: str = FIRST_TOKEN,
 ) -> CoreHeads:
     """Run the experiment of this module's heading.
 
@@ -114,13 +124,16 @@ def core_heads(
     ablation, in `evaluation` they are reported apart. `counts` are numbers of ablated heads; the default is
     1, 5%, 10% and 20% of all heads, and 5% is always among them. Splits that share examples or groups are refused
     unless `force_overlap`, which warns, and says so in the finding's statement: docs/truth.md shows how much better
-    heads look on the examples that chose them.
+    heads look on the examples that chose them. `answers` is how answers are judged: by their "first token", "whole" or
+    "generated" (docs/experiments.md).
 
     Raises ValueError where the two splits share an example or group, either holds an example twice or has none with
     evidence, where no mode, an unknown one or one twice is named, or a count leaves too few heads for the controls.
     """
     selection, evaluation = examples_of(selection, "selection"), examples_of(evaluation, "evaluation")
-    setup = Setup(model, selection, evaluation, seed, batch_size, progress, force_overlap=force_overlap)
+    setup = Setup(
+        model, selection, evaluation, seed, batch_size, progress, force_overlap=force_overlap, answers=answers
+    )
     return measured(setup, counts=counts, modes=modes, n_draws=n_draws, mapping=mapping)
 
 
@@ -160,6 +173,7 @@ def measured(
         "n_selection_with_evidence": len(selected),
         "n_evaluation": len(examples),
         "level": 0.95,
+        **({} if setup.answers == FIRST_TOKEN else {"answers": setup.answers}),
     }
     shown = {example.kind: example for example in reversed(examples) if example.evidence}
     return CoreHeads(
@@ -169,6 +183,7 @@ def measured(
         arms,
         summary,
         [shown[kind] for kind in sorted(shown)],
+        setup.answers,
     )
 
 
@@ -223,13 +238,10 @@ def _outcomes(
     modes: Sequence[str],
 ) -> pd.DataFrame:
     """A row per mode, set, metric and example, those of the run without an ablation first."""
-    metrics: dict[str, Metric] = {
-        "accuracy": accuracy,
-        "invalid": invalid,
-        "logit_difference": logit_difference,
-    }
-    if not all(len(set(example.candidates)) > 1 for example in examples):
-        metrics = {"accuracy": accuracy}
+    judge = setup.judge
+    metrics = judge.shares(examples)
+    if all(len(set(example.candidates)) > 1 for example in examples):
+        metrics[metric_name(judge.difference)] = judge.difference
     found = ablated(setup, examples, sets, references(setup, modes), metrics, names=("arm", "count", "draw"))
     # In single precision, as models compute: the means over draws, and so the intervals, are of such numbers.
     found = found.astype({"value": "float32", "clean": "float32"})
@@ -294,7 +306,7 @@ def _summary(
         "schema": SCHEMA,
         "model": describe_model(setup.model, setup.name),
         "versions": versions(("mmlens", "torch", "transformers", "transformer-lens")),
-        "finding": _finding(ablation, examples, len(top), setup.leak),
+        "finding": _finding(ablation, examples, len(top), [setup.judge.told, setup.leak]),
         "clean": {
             kind: {metric: _cell(clean, kind=kind, metric=metric) for metric in sorted(set(clean["metric"]))}
             for kind in sorted(set(clean["kind"]))
@@ -324,7 +336,9 @@ def _summary(
     }
 
 
-def _finding(ablation: pd.DataFrame, examples: Sequence[Example], count: int, leak: str) -> dict[str, Any]:
+def _finding(
+    ablation: pd.DataFrame, examples: Sequence[Example], count: int, notes: Sequence[str]
+) -> dict[str, Any]:
     """Whether the top 5% carry retrieval: by the two thresholds at the head of this module, mode by mode."""
     with_evidence = [example for example in examples if example.evidence]
     chance = float(np.mean([1 / len(e.candidates) if e.candidates else 0.0 for e in with_evidence]))
@@ -366,8 +380,7 @@ def _finding(ablation: pd.DataFrame, examples: Sequence[Example], count: int, le
         f"{verdict}. Accuracy on {clean['n']} held-out examples is {clean['mean']:.0%} with all heads "
         f"(chance {chance:.0%}), and with {count} heads ({FIVE_PERCENT:.0%} of all) ablated - {numbers}."
     )
-    if leak:
-        statement += f" {leak}."
+    statement += "".join(f" {note}." for note in notes if note)
     return {
         "holds": not failed,
         "statement": statement,
@@ -391,6 +404,7 @@ def _why_not(row: Mapping[str, Any]) -> str:
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,
@@ -463,8 +477,9 @@ def _head_maps(found: CoreHeads) -> Figures:
 
 
 METRIC_CAPTIONS = {
-    "accuracy": "Share of held-out examples whose first answer token is right.",
+    "accuracy": "Share of held-out examples {}.",
     "logit_difference": "Logit of the answer minus the best wrong candidate's.",
+    "candidate_log_probability_difference": "Log probability of the whole answer minus the best wrong candidate's.",
     "invalid": "Share of answers that are no candidate at all: lost format, not lost retrieval.",
 }
 
@@ -476,7 +491,7 @@ def metric_figures(found: CoreHeads, titles: Mapping[str, str]) -> Figures:
     return [
         (
             title,
-            METRIC_CAPTIONS[metric],
+            METRIC_CAPTIONS[metric].format(JUDGES[found.answers].caption),
             plot_ablation_panels(found.ablation, metric=metric, chance=chance.get(metric)),
         )
         for metric, title in titles.items()

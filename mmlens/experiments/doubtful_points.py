@@ -29,11 +29,17 @@ from mmlens.experiments.common import (
     plain,
     ranged,
 )
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
 from mmlens.experiments.masking import LARGEST_OF_QWEN
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet
-from mmlens.metrics.outcomes import accuracy
 from mmlens.model.batches import Batches
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
@@ -93,6 +99,7 @@ class _Given:
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,
@@ -323,8 +330,8 @@ def _evidence_tags(given: _Given) -> Reading | str:
     kinds = tuple(example.kind for example in chosen)
     tagged = HeadScores(torch.cat(masses), "RAM with tags", kinds, model.grid)
     untagged = ram(model, chosen, **setup.options)
-    with_tags = effect(model, prompts, None, accuracy).mean
-    without = effect(model, chosen, None, accuracy, batch_size=setup.batch_size).mean
+    with_tags = effect(model, prompts, None, setup.judge.right).mean
+    without = effect(model, chosen, None, setup.judge.right, batch_size=setup.batch_size).mean
     asked = given.tags[0]
     used = "" if pair == asked else f", which the tokenizer knows, in place of {' '.join(asked)}"
     note = (

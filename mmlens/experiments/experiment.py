@@ -30,6 +30,7 @@ from mmlens.arguments import (
 )
 from mmlens.data.examples import Example, check_no_repeats, examples_of, overlap_message, shared_groups
 from mmlens.errors import InvalidValueError
+from mmlens.experiments.judging import FIRST_TOKEN, JUDGES, Judge, check_candidates
 from mmlens.interventions.ablation import MODES
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.token_map import mapping_of
@@ -40,8 +41,9 @@ class Setup:
     """What every experiment is given: heads are chosen on `selection` and judged on `evaluation`.
 
     `name` is the model's, as the user wrote it. Splits that share an example or a group are refused unless
-    `force_overlap`, which warns, and says so in `leak`. Raises ValueError for these, and where one of the splits holds
-    an example twice.
+    `force_overlap`, which warns, and says so in `leak`. `answers` says how answers are judged: by their "first token",
+    "whole" or "generated" (docs/experiments.md). Raises ValueError for these, and where one of the splits holds
+    an example twice, or an example lacks the candidates that whole answers are judged among.
     """
 
     model: HookedVLM
@@ -52,6 +54,7 @@ class Setup:
     progress: bool = True
     name: str = ""
     force_overlap: bool = False
+    answers: str = FIRST_TOKEN
     leak: str = field(default="", init=False)
 
     @property
@@ -59,8 +62,14 @@ class Setup:
         """How to run examples: what scores and effects take as their keywords `batch_size` and `progress`."""
         return {"batch_size": self.batch_size, "progress": self.progress}
 
+    @property
+    def judge(self) -> Judge:
+        """The metrics that answers are judged by."""
+        return JUDGES[self.answers]
+
     def __post_init__(self) -> None:
         model_of(self.model)
+        one_of("answers", self.answers, tuple(JUDGES))
         for part in ("selection", "evaluation"):
             object.__setattr__(self, part, examples_of(getattr(self, part), part, least=0))
         seed_of(self.seed)
@@ -68,6 +77,7 @@ class Setup:
         flag("progress", self.progress)
         for name, split in (("selection", self.selection), ("evaluation", self.evaluation)):
             check_no_repeats(name, split)
+            check_candidates(self.answers, name, split)
         flag("force_overlap", self.force_overlap)
         shared = shared_groups(self.selection, self.evaluation)
         if shared and not self.force_overlap:
@@ -125,16 +135,35 @@ def _tags(name: str, value: object) -> list[str]:
     return pair
 
 
+def judges_as_asked(run: Callable[..., Findings]) -> Callable[..., Findings]:
+    """Decorator of an experiment's `run` that judges answers by `setup.judge`. Others take the first token alone."""
+    marked: Any = run
+    marked.judges_as_asked = True
+    return run
+
+
+def check_answers(name: str, run: Callable[..., Findings], answers: str) -> None:
+    """Raise ValueError where the experiment of that name cannot judge answers so."""
+    one_of("answers", answers, tuple(JUDGES))
+    if answers != FIRST_TOKEN and not getattr(run, "judges_as_asked", False):
+        raise InvalidValueError(
+            f"the experiment {name} cannot judge answers as {answers!r}: it reads first tokens only, or judges no "
+            f"answers; it takes answers={FIRST_TOKEN!r}"
+        )
+
+
 def checked_settings(run: Callable[..., Findings]) -> Callable[..., Findings]:
     """Decorator of an experiment's `run`: its setup and its settings are checked before anything is run.
 
-    Of splits that overlap by force, the statement says so. Lists reach `run` as tuples, whoever gave them: Python,
-    JSON or the command line.
+    Of splits that overlap by force, and of answers judged by more than their first token, the statement says so. Lists
+    reach `run` as tuples, whoever gave them: Python, JSON or the command line. Raises ValueError where answers are to
+    be judged as the experiment cannot (`judges_as_asked`).
     """
 
     @functools.wraps(run)
     def checked(setup: Setup, **settings: Any) -> Findings:
         instance_of("setup", setup, Setup, "a Setup: Setup(model, selection, evaluation)")
+        check_answers(run.__module__.rsplit(".", 1)[-1].replace("_", "-"), run, setup.answers)
         parameters = inspect.signature(run).parameters
         known_keywords("the experiment", settings, [name for name in parameters if name != "setup"])
         given = {
@@ -145,9 +174,8 @@ def checked_settings(run: Callable[..., Findings]) -> Callable[..., Findings]:
             setup,
             **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()},
         )
-        if setup.leak in found.statement:
-            return found
-        return replace(found, statement=f"{found.statement} {setup.leak}.")
+        told = [said for said in (setup.judge.told, setup.leak) if said not in found.statement]
+        return replace(found, statement=" ".join([found.statement, *(f"{said}." for said in told)]))
 
     return checked
 

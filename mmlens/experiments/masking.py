@@ -19,7 +19,14 @@ from mmlens.experiments.common import (
     plain,
 )
 from mmlens.experiments.core_heads_claim import CoreHeads, measured, metric_figures
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
 from mmlens.head_scores import share_of
 from mmlens.viz.ablation_curves import plot_ablation_panels
 from mmlens.viz.intervals import plot_intervals
@@ -47,6 +54,7 @@ LARGEST_OF_QWEN = 30 / 1152
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,

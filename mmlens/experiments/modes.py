@@ -16,7 +16,6 @@ from mmlens.experiments.ablations import (
     ablated,
     all_heads,
     first_of_kinds,
-    graded_and_accuracy,
     head_costs,
     references,
     single_heads,
@@ -34,7 +33,14 @@ from mmlens.experiments.common import (
     summarised,
     top_unless_tied,
 )
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.metrics.outcomes import Metric
@@ -67,6 +73,7 @@ class _Measured:
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,
@@ -94,7 +101,7 @@ def run(
         "layer_matched": matched,
     }
     evaluation = first_of_kinds(setup.evaluation, n_per_kind)
-    graded, metrics = graded_and_accuracy(evaluation)
+    graded, metrics = setup.judge.graded_and_accuracy(evaluation)
     reference = references(setup, modes)
     of_sets = _of_sets(setup, evaluation, arms, reference, metrics)
     judged = with_evidence(setup.evaluation, n_per_kind_single)

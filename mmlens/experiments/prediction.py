@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,6 @@ from mmlens.experiments.ablations import (
     ablated,
     all_heads,
     costs,
-    graded_and_accuracy,
-    graded_metric,
     head_costs,
     references,
     single_heads,
@@ -36,7 +35,15 @@ from mmlens.experiments.common import (
     resampled_means,
     top_unless_tied,
 )
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
+from mmlens.experiments.judging import FIRST_TOKEN, JUDGES
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.interventions.ablation import mean_activations
@@ -62,19 +69,25 @@ FEWEST = 5
 
 
 def attributed_cost(
-    model: HookedVLM, examples: Sequence[Example], *, batch_size: int = BATCH_SIZE, progress: bool = True
+    model: HookedVLM,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
+    answers: str = FIRST_TOKEN,
 ) -> HeadScores:
     """The gradient's estimate of what mean ablation of each head costs: one forward and one backward run.
 
-    -(z_mean - z) . dm/dz summed over positions (`attribute`, method "gradient"), with the logit difference as m (or
-    the answer's log probability, where an example has no wrong candidate) and text and image means of the examples.
+    -(z_mean - z) . dm/dz summed over positions (`attribute`, method "gradient"), with text and image means of the
+    examples. m is the graded metric of `answers`: by the first token the logit difference (or the answer's log
+    probability, where an example has no wrong candidate).
     """
     means = {
         name: mean
         for name, mean in mean_activations(model, examples, batch_size=batch_size).items()
         if name.endswith("attn.hook_z")
     }
-    _, metric = graded_metric(examples)
+    _, metric = JUDGES[answers].graded(examples)
 
     def mean_of(model: HookedVLM, prompt: Prompt) -> dict[str, torch.Tensor]:
         is_image = prompt.token_map.is_image[..., None, None].to(model.device)
@@ -120,6 +133,7 @@ class _Measured:
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,
@@ -138,7 +152,10 @@ def run(
     5%; and rho over `n_groups` equal groups of the score's ranking, each ablated as a whole. `n_per_kind` examples of
     each kind of either split (None: all).
     """
-    known: dict[str, Callable[..., HeadScores]] = {**SCORES, "attribution": attributed_cost}
+    known: dict[str, Callable[..., HeadScores]] = {
+        **SCORES,
+        "attribution": partial(attributed_cost, answers=setup.answers),
+    }
     names = [one_of("score", name, known) for name in scores]
     heads = all_heads(setup)
     if not 3 <= n_groups <= len(heads):
@@ -148,7 +165,7 @@ def run(
     selection = with_evidence(setup.selection, n_per_kind)
     evaluation = with_evidence(setup.evaluation, n_per_kind)
     of_score = {name: known[name](setup.model, selection, **setup.options) for name in names}
-    graded, metrics = graded_and_accuracy(evaluation)
+    graded, metrics = setup.judge.graded_and_accuracy(evaluation)
     groups = {name: _groups(of_score[name], heads, n_groups) for name in names}
     sets = single_heads(heads)
     sets |= {f"{name} {at}": group for name in names for at, group in enumerate(groups[name])}

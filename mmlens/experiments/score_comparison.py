@@ -20,7 +20,6 @@ from mmlens.errors import InvalidValueError, MmlensWarning
 from mmlens.experiments.ablations import (
     ablated,
     first_of_kinds,
-    graded_metric,
     references,
     with_evidence,
 )
@@ -37,10 +36,16 @@ from mmlens.experiments.common import (
     resampled_means,
     summarised,
 )
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
 from mmlens.head_scores import HeadScores, half_mass_share, share_of
 from mmlens.heads import HeadSet
-from mmlens.metrics.outcomes import accuracy
 from mmlens.scores.attention import gaze_score, null_calibrated_ram, query_focused_score, ram_per_token
 from mmlens.scores.decoding import copy_score, visual_head_score
 from mmlens.scores.lift import ram_lift
@@ -114,6 +119,7 @@ class _Measured:
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,
@@ -144,14 +150,14 @@ def run(
     tops = {name: scores.top(fraction) for name, scores in scored.scores.items()}
     evaluation = with_evidence(setup.evaluation, n_per_kind)
     texts = first_of_kinds([example for example in setup.evaluation if not example.evidence], n_per_kind)
-    graded, graded_function = graded_metric([*evaluation, *texts])
+    graded, graded_function = setup.judge.graded([*evaluation, *texts])
     sets, shortfall = _arms(tops, n_draws, setup.seed)
     outcomes = ablated(
         setup,
         [*evaluation, *texts],
         sets,
         references(setup, [mode]),
-        {"accuracy": accuracy, graded: graded_function},
+        {"accuracy": setup.judge.right, graded: graded_function},
         names=SET,
     )
     outcomes = outcomes[[name for name in outcomes if name not in SET] + SET]
@@ -249,7 +255,7 @@ def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_
 def _answered_right(setup: Setup, examples: Sequence[Example]) -> list[Example]:
     if not examples:
         return []
-    right = effect(setup.model, examples, None, accuracy, **setup.options).clean
+    right = effect(setup.model, examples, None, setup.judge.right, **setup.options).clean
     return [example for example, value in zip(examples, right.tolist(), strict=True) if value]
 
 

@@ -18,7 +18,6 @@ from mmlens.experiments.ablations import (
     ablated,
     all_heads,
     costs,
-    graded_and_accuracy,
     references,
     single_heads,
     with_evidence,
@@ -32,7 +31,15 @@ from mmlens.experiments.common import (
     ranged,
     selection_ram,
 )
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
+from mmlens.experiments.judging import FIRST_TOKEN
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, head_name
 from mmlens.hook_names import block
@@ -71,6 +78,7 @@ class _Measured:
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,
@@ -91,7 +99,7 @@ def run(
     heads = all_heads(setup)
     scores = selection_ram(setup)
     examples = with_evidence(setup.evaluation, n_per_kind)
-    graded, metrics = graded_and_accuracy(examples)
+    graded, metrics = setup.judge.graded_and_accuracy(examples)
     groups = _groups(scores, len(heads), shares, n_draws, setup.seed)
     members = {name: own for group in groups.values() for name, own in single_heads(group).items()}
     sets = members | {_label(group): own for group, own in groups.items()}
@@ -100,7 +108,9 @@ def run(
     top = scores.top(FIVE_PERCENT)
     without = ablate(top, mode, reference=reference[mode], seed=setup.seed)
     no_direct = no_direct_parts(setup.model)
-    if graded != "logit_difference":
+    if setup.answers != FIRST_TOKEN:
+        no_direct = "they are to logits of first tokens, and answers were judged by more"
+    elif graded != "logit_difference":
         no_direct = "some examples have no wrong candidate"
     changes = measured_changes(setup, examples, without, direct=not no_direct)
     found = _Measured(

@@ -13,17 +13,22 @@ from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import (
     ablated,
     all_heads,
-    graded_metric,
     head_costs,
     references,
     single_heads,
     with_evidence,
 )
 from mmlens.experiments.common import across_rows, plain, selection_ram, summarised
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet
-from mmlens.metrics.outcomes import accuracy
 from mmlens.viz.intervals import plot_curves, plot_intervals
 
 RANKINGS = ("ram", "effect")
@@ -31,6 +36,7 @@ NONE, ALL = "no head", "all heads"
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,
@@ -63,7 +69,7 @@ def run(
     kept = _kept(setup, found, heads, counts, n_draws)
     examples = with_evidence(setup.evaluation, n_per_kind)
     sets = {_label(key): own.complement() for key, own in kept.items()} | {NONE: heads}
-    table = ablated(setup, examples, sets, references(setup, modes), {"accuracy": accuracy})
+    table = ablated(setup, examples, sets, references(setup, modes), {"accuracy": setup.judge.right})
     curves = _curves(table, kept, len(heads), setup.seed)
     smallest = _smallest(curves, keep)
     clean = float(curves.loc[curves["count"] == len(heads), "mean"].iloc[0])
@@ -157,7 +163,7 @@ def _ranking(setup: Setup, ranking: str, heads: HeadSet) -> HeadScores:
     if ranking == "ram":
         return selection_ram(setup)
     examples = with_evidence(setup.selection, 6)
-    graded, function = graded_metric(examples)
+    graded, function = setup.judge.graded(examples)
     table = ablated(setup, examples, single_heads(heads), references(setup, ["mean"]), {graded: function})
     return head_costs(setup, table, graded, "mean", heads)
 

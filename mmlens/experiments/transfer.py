@@ -26,9 +26,15 @@ from mmlens.experiments.common import (
     selection_ram,
     summarised,
 )
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
 from mmlens.heads import HeadSet
-from mmlens.metrics.outcomes import accuracy
 from mmlens.statistics import ratio_interval
 from mmlens.viz.intervals import plot_intervals
 from mmlens.viz.matrix import plot_matrix
@@ -37,6 +43,7 @@ OWN, OTHER = "own kind", "other kinds"
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,
@@ -66,7 +73,7 @@ def run(
     sets: dict[str, HeadSet] = dict(chosen)
     for kind, (drawn, _) in controls.items():
         sets |= {f"{kind} #{draw}": own for draw, own in enumerate(drawn)}
-    table = ablated(setup, evaluation, sets, references(setup, [mode]), {"accuracy": accuracy})
+    table = ablated(setup, evaluation, sets, references(setup, [mode]), {"accuracy": setup.judge.right})
     table["chosen_on"] = table["heads"].str.replace(r" #\d+$", "", regex=True)
     table["arm"] = np.where(table["heads"] == table["chosen_on"], "chosen", "layer_matched")
     cells = _cells(table, judged, setup.seed)

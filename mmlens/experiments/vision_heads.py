@@ -27,7 +27,14 @@ from mmlens.experiments.common import (
     selectivity,
     token_counts,
 )
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet, head_name
 from mmlens.scores.retrieval import evidence_attention
@@ -79,6 +86,7 @@ class _Measured:
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,

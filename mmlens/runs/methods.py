@@ -10,6 +10,7 @@ from typing import Any
 from mmlens.arguments import unknown_name_message
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.experiment import Experiment
+from mmlens.experiments.judging import FIRST_TOKEN, JUDGES
 
 SOFTWARE = ("mmlens", "transformers", "transformer_lens")
 """What every run cites."""
@@ -91,6 +92,8 @@ def methods_text(record: Mapping[str, Any]) -> str:
     controls = sorted({kind for split in splits.values() for kind in split["controls"]})
     prints = " and ".join(f"{split['fingerprint']} ({name})" for name, split in splits.items())
     settings = "; ".join(f"{name} {_words(value)}" for name, value in request["settings"].items())
+    # Records from before the choice have none: they are of first tokens.
+    judged = JUDGES[request.get("answers", FIRST_TOKEN)].told
     cited = " ".join(f"[@{key}]" for key in record["experiment"]["cites"])
     paragraphs = [
         f"**Model.** {model['name']} ({model['family']}; {model['n_layers']} layers, {heads}; "
@@ -100,7 +103,9 @@ def methods_text(record: Mapping[str, Any]) -> str:
         + (f" Text-only controls: {', '.join(controls)}." if controls else "")
         + f" Fingerprints: {prints}.",
         f"**Procedure.** {record['experiment']['method']} Source: {record['experiment']['source']}"
-        f"{f' {cited}' if cited else ''}." + (f" Settings: {settings}." if settings else ""),
+        f"{f' {cited}' if cited else ''}."
+        + (f" {judged}." if judged else "")
+        + (f" Settings: {settings}." if settings else ""),
         f"**Statistics.** The seed of every random choice was {request['seed']}; examples were run in batches of "
         f"{request['batch_size']}. Unless said otherwise, intervals are 95%: Wilson's for proportions, and "
         "bias-corrected and accelerated bootstrap intervals over examples for other means.",

@@ -27,7 +27,8 @@ from mmlens.data.examples import DataError, Example, load_examples, split_exampl
 from mmlens.data.scenes import scene_examples
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
-from mmlens.experiments.experiment import Experiment, Findings, Setup
+from mmlens.experiments.experiment import Experiment, Findings, Setup, check_answers
+from mmlens.experiments.judging import FIRST_TOKEN, JUDGES
 from mmlens.files import path_within, read_json, read_parquet
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.loading import model_source, scene_kinds, shipped_models
@@ -76,6 +77,8 @@ class Request:
     settings: dict[str, Any] = field(default_factory=dict)
     prompt_options: dict[str, Any] | None = None
     """Options of every prompt, of the chat template or the processor: `HookedVLM.prompt_options`."""
+    answers: str = FIRST_TOKEN
+    """How answers are judged: `mmlens.experiments.judging.JUDGES`."""
 
     def __post_init__(self) -> None:
         for name in ("experiment", "model"):
@@ -90,6 +93,7 @@ class Request:
             checked_dtype("dtype", self.dtype)
         flag("trust_remote_code", self.trust_remote_code)
         flag("images_outside", self.images_outside)
+        one_of("answers", self.answers, tuple(JUDGES))
         whole_number("threads", self.threads, least=0, most=MOST_THREADS)
         instance_of("settings", self.settings, Mapping, "a dict of the experiment's settings")
         instance_of(
@@ -240,10 +244,12 @@ def run(
     `run.json` is whole (`mmlens.runs.folder`). A run that was there before is replaced, and files that it did not
     write are left. `prepared` saves loading the model anew; `command` is noted in the record.
 
-    Raises ValueError for an unknown experiment, setting or citation, and RunError where `out` holds files but no
-    run, where another process writes to it, or where the findings are not plain (NaN, names that are no file names).
+    Raises ValueError for an unknown experiment, setting or citation, or a way to judge answers that the experiment
+    lacks, and RunError where `out` holds files but no run, where another process writes to it, or where the findings are not plain
+    (NaN, names that are no file names).
     """
     experiment = experiment_named(request.experiment)
+    check_answers(experiment.name, experiment.run, request.answers)
     request = replace(request, settings=full_settings(experiment, request.settings))
     references = bibliography(experiment.cites)
     out = Path(out)
@@ -260,6 +266,7 @@ def run(
             batch_size=request.batch_size,
             progress=progress,
             name=prepared.model_record["name"],
+            answers=request.answers,
         )
         findings = experiment.run(setup, **request.settings)
         record["seconds"] = round(time.monotonic() - start, 1)

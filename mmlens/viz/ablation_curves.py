@@ -59,6 +59,7 @@ ARM_STYLES: dict[str, ArmStyle] = {
 METRIC_LABELS: dict[str, str] = {
     "accuracy": "Accuracy",
     "logit_difference": "Logit difference, right \N{MINUS SIGN} best wrong",
+    "candidate_log_probability_difference": "Log probability of the answer \N{MINUS SIGN} best wrong",
     "invalid": "Invalid answers",
 }
 

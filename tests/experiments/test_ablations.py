@@ -13,13 +13,13 @@ from mmlens.experiments.ablations import (
     all_heads,
     costs,
     first_of_kinds,
-    graded_metric,
     head_costs,
     references,
     single_heads,
     with_evidence,
 )
 from mmlens.experiments.common import summarised
+from mmlens.experiments.judging import JUDGES
 from mmlens.heads import head_name
 
 
@@ -27,7 +27,7 @@ def test_single_head_costs_are_those_of_the_plain_model(micro: mmlens.HookedVLM)
     setup = small_setup(micro)
     heads = all_heads(setup)
     examples = with_evidence(setup.evaluation, 2)
-    name, metric = graded_metric(examples)
+    name, metric = setup.judge.graded(examples)
     metrics = {name: metric, "accuracy": mmlens.accuracy}
     table = ablated(setup, examples, single_heads(heads), references(setup, ["zero"]), metrics)
     by_head = head_costs(setup, table, name, "zero", heads)
@@ -75,7 +75,8 @@ def test_examples_are_cut_by_kind_and_the_metric_follows_the_candidates() -> Non
     assert len(first_of_kinds(examples, None)) == len(examples)
     with pytest.raises(ValueError, match="none of the 6 examples has evidence"):
         with_evidence([e for e in examples if not e.evidence], None)
-    assert graded_metric(chosen)[0] == "logit_difference"
-    assert graded_metric([*chosen, mmlens.Example("What?", "x")])[0] == "answer_log_probability"
+    by_token = JUDGES["first token"]
+    assert by_token.graded(chosen)[0] == "logit_difference"
+    assert by_token.graded([*chosen, mmlens.Example("What?", "x")])[0] == "answer_log_probability"
     with pytest.raises(ValueError, match="at least 2"):
         first_of_kinds(examples, 1)
