@@ -245,8 +245,8 @@ def run(
     write are left. `prepared` saves loading the model anew; `command` is noted in the record.
 
     Raises ValueError for an unknown experiment, setting or citation, or a way to judge answers that the experiment
-    lacks, and RunError where `out` holds files but no run, where another process writes to it, or where the findings are not plain
-    (NaN, names that are no file names).
+    lacks, and RunError where `out` holds files but no run, where another process writes to it, or where the findings
+    are not plain (NaN, names that are no file names).
     """
     experiment = experiment_named(request.experiment)
     check_answers(experiment.name, experiment.run, request.answers)
