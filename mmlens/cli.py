@@ -425,19 +425,16 @@ _REQUEST = {
     "--selection-share": _option("with --data: share of it to choose heads on", float),
     "--seed": _option("seed of examples and of all random choices", _SEED),
     "--batch-size": _option("examples in a forward pass", _whole(1)),
+    "--answers": _option(
+        f"how answers are judged: {', '.join(JUDGES)} (docs/experiments.md)",
+        _name_of("answers", tuple(JUDGES)),
+    ),
     "--prompt-options": _option(
         "of chat template and processor, as JSON: '{\"enable_thinking\": false}'",
         _json_object,
         metavar="JSON",
     ),
     **_LOADING,
-}
-
-_ANSWERS = {
-    "--answers": _option(
-        f"how answers are judged: {', '.join(JUDGES)} (docs/experiments.md)",
-        _name_of("answers", tuple(JUDGES)),
-    )
 }
 
 COMMANDS = {
@@ -448,7 +445,6 @@ COMMANDS = {
             **_MODEL,
             **_out("folder for summary.json, tables and report.html"),
             **_REQUEST,
-            **_ANSWERS,
             "--counts": _several("numbers of heads to ablate; 5%% of all is always added", _whole(1)),
             "--modes": _several(f"ablation modes: {', '.join(MODES)}", _name_of("mode", MODES)),
             "--draws": _option("draws of each random arm", _whole(1), dest="n_draws", metavar="DRAWS"),
@@ -466,7 +462,6 @@ COMMANDS = {
             **_MODELS,
             **_out("folder for a folder of every model"),
             **_REQUEST,
-            **_ANSWERS,
             "--set": _settings("settings of the experiment; `mmlens experiments NAME` lists them"),
         },
         (Request,),

@@ -142,10 +142,15 @@ def judges_as_asked(run: Callable[..., Findings]) -> Callable[..., Findings]:
     return run
 
 
+def can_judge(run: Callable[..., Findings], answers: str) -> bool:
+    """Whether the experiment's `run` can judge answers so."""
+    return answers == FIRST_TOKEN or getattr(run, "judges_as_asked", False)
+
+
 def check_answers(name: str, run: Callable[..., Findings], answers: str) -> None:
     """Raise ValueError where the experiment of that name cannot judge answers so."""
     one_of("answers", answers, tuple(JUDGES))
-    if answers != FIRST_TOKEN and not getattr(run, "judges_as_asked", False):
+    if not can_judge(run, answers):
         raise InvalidValueError(
             f"the experiment {name} cannot judge answers as {answers!r}: it reads first tokens only, or judges no "
             f"answers; it takes answers={FIRST_TOKEN!r}"

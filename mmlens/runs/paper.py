@@ -29,7 +29,7 @@ from markupsafe import Markup
 
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
-from mmlens.experiments.experiment import Experiment, Findings
+from mmlens.experiments.experiment import Experiment, Findings, can_judge, check_answers
 from mmlens.files import read_json, write_text_at_once
 from mmlens.provenance import versions
 from mmlens.runs.folder import any_files, broken_parts, check_folder, finish_moving, is_ours, is_run, locked
@@ -94,16 +94,24 @@ def run_all(
 ) -> list[Outcome]:
     """Run experiments on models, one folder each, and write the summary and the report.
 
-    By default these are all but those with a `by_name`, which says why. `jobs` models are run at a time, each in a
+    By default these are all but those with a `by_name`, which says why, and those that cannot judge answers as the
+    request asks. `jobs` models are run at a time, each in a
     process of its own where there are several: bars of progress are left out then, not the line that ends a run.
     `request` gives all else: sizes, seed, data, dtype; its experiment, model and settings are not read. A failure
     is noted and the others go on; what fails across models is an outcome of its own. Raises ValueError for an
-    unknown experiment or citation, or `jobs` below 1, RunError where `out` holds other files than those of such a run.
+    unknown experiment or citation, an experiment that cannot judge answers so, or `jobs` below 1, RunError where `out`
+    holds other files than those of such a run.
     """
     if jobs < 1:
         raise InvalidValueError(f"jobs is a number of models run at a time, 1 or more, not {jobs}")
-    by_default = [name for name, experiment in EXPERIMENTS.items() if not experiment.by_name]
+    by_default = [
+        name
+        for name, experiment in EXPERIMENTS.items()
+        if not experiment.by_name and can_judge(experiment.run, request.answers)
+    ]
     chosen = [experiment_named(name) for name in experiments or by_default]
+    for experiment in chosen:
+        check_answers(experiment.name, experiment.run, request.answers)
     references = bibliography(key for experiment in chosen for key in experiment.cites)
     out = Path(out)
     if out.exists() and not out.is_dir():

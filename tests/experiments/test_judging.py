@@ -19,8 +19,9 @@ from mmlens.errors import InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Setup
 from mmlens.experiments.judging import JUDGES
+from mmlens.runs.paper import run_all
 from mmlens.runs.rerun import rerun
-from mmlens.runs.run import read_record, request_of
+from mmlens.runs.run import Request, read_record, request_of
 
 CANDIDATES = ("the letter K", "the letter", "the second image", "the red square")
 KEY = ["mode", "arm", "count", "draw", "id"]
@@ -54,7 +55,7 @@ def test_of_answers_of_one_token_whole_and_first_token_are_the_same(
     experiment: str, micro_folder: Path, tmp_path: Path
 ) -> None:
     settings = ["modes=zero", "n_draws=1"]
-    settings += ["shares=0.05", "n_per_kind=2"] if experiment == "masking" else ["counts=2"]
+    settings += ["shares=0.05", "n_per_kind=2"] if experiment == "masking" else ["counts=2,3"]
     place = "per_example" if experiment == "masking" else "."
     found = {}
     for answers in ("first token", "whole"):
@@ -207,6 +208,8 @@ def test_experiments_that_judge_otherwise_refuse(micro: mmlens.HookedVLM, tmp_pa
             EXPERIMENTS[name].run(setup)
     assert main(["run", "hybrid", "--model", "micro", "--out", str(tmp_path), "--answers", "whole"]) != 0
     assert not (tmp_path / "micro" / "run.json").exists()
+    with pytest.raises(InvalidValueError, match="hybrid cannot judge answers as 'generated'"):
+        run_all(["micro"], tmp_path, Request("", "", answers="generated"), experiments=["masking", "hybrid"])
 
 
 def test_whole_answers_need_candidates(micro: mmlens.HookedVLM) -> None:
