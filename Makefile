@@ -45,7 +45,7 @@ test-slow: $(INSTALLED)
 	$(PYTEST) --no-loadscope-reorder -m slow
 
 # What reads transformers' models, processors, caches and attention: the rest is arithmetic on what these give.
-VERSIONED := tests/families tests/test_internals.py tests/model/test_prompt.py tests/model/test_hooked_vlm.py \
+VERSIONED := tests/families tests/test_internals.py $(addprefix tests/model/test_,chat.py chat_equality.py hooked_vlm.py prompt.py) \
 	tests/effects/test_partial.py $(addprefix tests/interventions/test_,attention_edges.py continued.py edits.py \
 	empty_rows.py)
 
