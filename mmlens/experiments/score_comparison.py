@@ -517,7 +517,7 @@ def _figures(found: _Measured) -> Figures:
         (
             "Heads in common",
             f"Heads that two scores' {share} ({found.count} heads) share.",
-            plot_matrix(overlap, names, label="heads", vmax=float(overlap.max()), decimals=0),
+            plot_matrix(overlap, names, label="heads", vmax=float(overlap.max()) or 1.0, decimals=0),
         ),
         *(
             (

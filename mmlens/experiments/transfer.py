@@ -127,7 +127,8 @@ def _figures(
         for name in ("lost", "lost_random")
     )
     of_both: dict[str, Any] = {
-        "vmax": float(np.abs([square, random]).max()),
+        # Where no choice of heads costs anything, any scale shows it.
+        "vmax": float(np.abs([square, random]).max()) or 1.0,
         "label": "Accuracy lost",
         "column_label": "Judged on",
     }
