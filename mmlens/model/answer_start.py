@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
-from mmlens.data.chats import RENDERED, parts_of
+from mmlens.data.chats import RENDERED
+from mmlens.model.rendering import for_template
 
 _LEFT, _RIGHT = "\ue000", "\ue001"
 _ANSWERED = f"{_LEFT}ANSWERGOESHERE{_RIGHT}"
@@ -66,19 +66,8 @@ def _written(processor: ProcessorMixin, chat: list[Mapping[str, Any]], options: 
 def _turn(
     processor: ProcessorMixin, chat: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
 ) -> str:
-    plain = [
-        {
-            "role": message["role"],
-            "content": message["content"]
-            if isinstance(message.get("content"), str)
-            else [
-                {"type": part["type"], **({"text": part["text"]} if part["type"] == "text" else {})}
-                for part in parts_of(message)
-            ],
-        }
-        for message in chat
-    ]
+    plain = [for_template(message) for message in chat]
     try:
-        return processor.apply_chat_template(copy.deepcopy(plain), tokenize=False, **(options or {}))
+        return processor.apply_chat_template(plain, tokenize=False, **(options or {}))
     except (TemplateError, ValueError, TypeError, LookupError, AttributeError):
         return ""

@@ -240,7 +240,7 @@ def _of_text(
     found = [
         (start, stop, covered)
         for start, stop in occurrences(said, wanted)
-        if bool((covered := among & _covered(characters, start, stop)).any())
+        if bool((covered := among & covered_by(characters, start, stop)).any())
     ]
     where = f"the text {wanted!r} in example {row}"
     if not found:
@@ -259,7 +259,8 @@ def _of_text(
     return found[at][2]
 
 
-def _covered(characters: Tensor, start: int, stop: int) -> Bool[Tensor, " pos"]:
+def covered_by(characters: Any, start: int, stop: int) -> Any:
+    """Which tokens, by their characters [pos, 2] (tensor or array), stand for any character from start to stop."""
     return (characters[:, 0] >= 0) & (characters[:, 0] < stop) & (characters[:, 1] > start)
 
 

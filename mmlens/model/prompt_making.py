@@ -41,6 +41,7 @@ from mmlens.families.placeholders import (
 )
 from mmlens.families.videos import Reader, example_order, reader_of
 from mmlens.families.watched import Characters, watched
+from mmlens.model.choosing import covered_by
 from mmlens.model.fingerprints import processor_fingerprint
 from mmlens.model.prompt import Prompt, check_left_padding
 from mmlens.model.prompt_options import configured, template_source
@@ -223,7 +224,7 @@ def _mapped(
     unknown_id = processor.tokenizer.unk_token_id
     unknown = np.zeros(len(ids), dtype=bool) if unknown_id is None else ids.numpy() == unknown_id
     for span in reversed(rendered.spans):
-        covered = _covered(characters, span.start, span.stop) & is_text
+        covered = covered_by(characters, span.start, span.stop) & is_text
         if not covered.any() or missing[span.start : span.stop].any():
             raise PromptError(
                 f"example {row}: the text of {chat.named(span.place)} was not found among the prompt's tokens; the "
@@ -234,7 +235,7 @@ def _mapped(
             _warn_of_unknown_words(processor, characters[unknown], rendered.text, span, row)
     asked = np.zeros(len(ids), dtype=bool)
     for start, stop in _question_spans(chat, rendered):
-        asked |= _covered(characters, start, stop) & is_text
+        asked |= covered_by(characters, start, stop) & is_text
     return _Marks(torch.from_numpy(turn), torch.from_numpy(part), torch.from_numpy(asked))
 
 
@@ -246,10 +247,6 @@ def _missing(characters: Characters, text: str) -> Bool[np.ndarray, " character"
     for at in np.flatnonzero(missing).tolist():
         missing[at] = not text[at].isspace() and text[at].isprintable()
     return missing
-
-
-def _covered(characters: Characters, start: int, stop: int) -> Bool[np.ndarray, " pos"]:
-    return (characters[:, 0] >= 0) & (characters[:, 0] < stop) & (characters[:, 1] > start)
 
 
 def _question_spans(chat: Chat, rendered: Rendered) -> list[tuple[int, int]]:
@@ -351,7 +348,7 @@ def _unread(
                     f"the question {asked!r} stands {len(found)} times in the prompt of example {row}, "
                     f"{texts[row]!r}; expected once"
                 )
-            is_question[row] = torch.from_numpy(_covered(characters[row], *found[0]))
+            is_question[row] = torch.from_numpy(covered_by(characters[row], *found[0]))
     sizes = [[image.size for image in own] for own in images]
     return Prompt(
         inputs=inputs,

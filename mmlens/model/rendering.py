@@ -66,7 +66,7 @@ def render(
             f"the processor {type(processor).__name__} has no chat template; set processor.chat_template to the "
             "model's template"
         )
-    messages = [_for_template(message) for message in chat.messages]
+    messages = [for_template(message) for message in chat.messages]
     first: _RefusedError | None = None
     changed: set[int] = set()
     while True:
@@ -113,7 +113,7 @@ def _written_otherwise(messages: list[dict[str, Any]], turn: int) -> list[dict[s
     return [*messages[:turn], {**messages[turn], "content": other}, *messages[turn + 1 :]]
 
 
-def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+def for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as the template sees it: parts without images and marks."""
     made = {key: value for key, value in message.items() if key not in (QUESTION, UNPLACED)}
     if isinstance(made.get("content"), list):
@@ -131,10 +131,8 @@ def _rendered(
     options: Mapping[str, Any],
     where: str,
 ) -> Rendered:
-    asked = {"continue_final_message": True} if chat.is_continued else {"add_generation_prompt": True}
-
     def apply(given: list[dict[str, Any]]) -> str:
-        return processor.apply_chat_template(_copied(given), tokenize=False, **{**asked, **options})
+        return _applied(processor, chat, given, options)
 
     try:
         text = apply(messages)
@@ -153,6 +151,14 @@ def _rendered(
     spans = _located(apply, messages, text, places)
     _check_spans(chat, text, places, spans, where)
     return Rendered(text, spans)
+
+
+def _applied(
+    processor: ProcessorMixin, chat: Chat, messages: list[dict[str, Any]], options: Mapping[str, Any]
+) -> str:
+    """The messages as the template writes them, up to the answer or to the end of what is said of it."""
+    asked = {"continue_final_message": True} if chat.is_continued else {"add_generation_prompt": True}
+    return processor.apply_chat_template(_copied(messages), tokenize=False, **{**asked, **options})
 
 
 def _copied(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -422,16 +428,15 @@ def _media_unlike(
     for span in rendered.spans:
         if placeholder in rendered.text[span.start : span.stop]:
             return f"; the text of {chat.named(span.place)} holds {placeholder!r}, which stands for {kind}s"
-    asked = {"continue_final_message": True} if chat.is_continued else {"add_generation_prompt": True}
     for turn, message in enumerate(messages):
         content = message.get("content")
         own = [part for part in content if part["type"] == kind] if isinstance(content, list) else []
         if not own:
             continue
         rest = {**message, "content": [part for part in content or () if part["type"] != kind]}
-        fewer = _copied([*messages[:turn], rest, *messages[turn + 1 :]])
+        fewer = [*messages[:turn], rest, *messages[turn + 1 :]]
         try:
-            text = processor.apply_chat_template(fewer, tokenize=False, **{**asked, **options})
+            text = _applied(processor, chat, fewer, options)
         except _RENDER_ERRORS:
             continue
         n_written = rendered.text.count(placeholder) - text.count(placeholder)

@@ -20,6 +20,7 @@ from mmlens.errors import InvalidTypeError, InvalidValueError, StateError
 from mmlens.head_scores import HeadScores
 from mmlens.model.answering import before_the_end
 from mmlens.model.batches import Batches, Prompts
+from mmlens.model.choosing import covered_by
 from mmlens.model.evaluation import check_same_twice
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
@@ -221,6 +222,5 @@ def _question_positions(prompt: Prompt, row: int, span: tuple[int, int]) -> list
         raise InvalidValueError(f"the question {question!r} was not found in the prompt: {text!r}")
     shift = len(question) - len(question.lstrip())
     start, stop = (text.rindex(question.strip()) + at - shift for at in span)
-    characters = prompt.offsets[row]
-    covered = (characters[:, 0] >= 0) & (characters[:, 0] < stop) & (characters[:, 1] > start)
+    covered = covered_by(prompt.offsets[row], start, stop)
     return (covered & prompt.token_map.is_question[row]).nonzero().flatten().tolist()
