@@ -1,0 +1,1 @@
+"""Data sets by name: what their authors published, row by row as examples."""
