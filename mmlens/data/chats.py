@@ -3,7 +3,7 @@
 A chat is a list of messages in transformers' format. Here every part of a message's content is one of
 
     {"type": "text", "text": ...}            with "question": True, or a text of it, where it is the question
-    {"type": "image", "image": PIL image}
+    {"type": "image", "image": PIL image}    or, in an example, a LateImage
     {"type": "video", "video": Video}
 
 and content that was written as a plain text stays one, since chat templates tell the two apart.
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmlens.arguments import instance_of, listed, shown, unknown_name_message
-from mmlens.data.images import is_transparent, load_image
+from mmlens.data.images import LateImage, is_transparent, load_image
 from mmlens.data.videos import Video, video_of
 from mmlens.errors import PromptError
 
@@ -74,8 +74,8 @@ class Chat:
         ]
 
     @property
-    def images(self) -> list[Image.Image]:
-        """The images in order, those that no part places last."""
+    def images(self) -> list[Any]:
+        """The images in order, those that no part places last; in an example they may be late."""
         unplaced = [image for message in self.messages for image in message.get(UNPLACED, ())]
         return [part["image"] for _, part in self.parts("image")] + unplaced
 
@@ -155,9 +155,17 @@ def chats_of(
     if len(questions) != len(given):
         raise PromptError(f"{len(questions)} questions for {len(given)} chat(s); expected one for each")
     return [
-        _chat(each, own, asked, f"example {number}", extra_roles)
+        _opened(_chat(each, own, asked, f"example {number}", extra_roles))
         for number, (each, own, asked) in enumerate(zip(given, image_lists, questions, strict=True))
     ]
+
+
+def _opened(chat: Chat) -> Chat:
+    """The chat with its late images opened."""
+    images = chat.images
+    if not any(isinstance(image, LateImage) for image in images):
+        return chat
+    return Chat(exchanged(chat.messages, images=[load_image(image) for image in images]))
 
 
 def chat_of_example(messages: Sequence[Any], images: Sequence[Any], question: str, where: str) -> Chat:
@@ -186,7 +194,7 @@ _NO_LISTS = (str, bytes, os.PathLike, io.IOBase, Mapping, np.ndarray, Tensor)
 
 
 def _batch(messages: Any, images: Any) -> tuple[list[Any], list[list[Any]]]:
-    if isinstance(images, (str, os.PathLike, Image.Image)):
+    if isinstance(images, (str, os.PathLike, Image.Image, LateImage)):
         raise PromptError(
             f"images is a single {type(images).__name__}; expected a list of images: images=[image]"
         )
@@ -275,7 +283,7 @@ def images_beside(images: Any, n: int) -> list[list[Image.Image]]:
             f"{len(given)} entries of images for inputs of {n} prompt(s); expected one list for each"
         )
     return [
-        [image_of(image, f"image {number} of example {row}") for number, image in enumerate(own)]
+        [load_image(image_of(image, f"image {number} of example {row}")) for number, image in enumerate(own)]
         for row, own in enumerate(lists)
     ]
 
@@ -366,8 +374,10 @@ def _part(part: Any, name: str, beside: Any) -> dict[str, Any]:
     return {"type": "image", "image": image_of(image, image_name)}
 
 
-def image_of(value: Any, name: str, *, is_base64: bool = False) -> Image.Image:
-    """A PIL image of what stands in an image part: an image, a path, an array, or its data."""
+def image_of(value: Any, name: str, *, is_base64: bool = False) -> Any:
+    """A PIL image of what stands in an image part: an image, a path, an array, or its data. A late image stays one."""
+    if isinstance(value, LateImage):
+        return value
     if isinstance(value, Mapping) and "url" in value:
         value = value["url"]
     if isinstance(value, str) and (is_base64 or value.startswith("data:")):

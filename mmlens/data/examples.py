@@ -12,11 +12,10 @@ or, in the place of a question, "messages": [{"role": "user", "content": [{"type
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import random
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,22 +29,21 @@ from mmlens.arguments import (
     instance_of,
     listed,
     path_of,
-    seed_of,
     shown,
     unknown_name_message,
     whole_number,
 )
-from mmlens.arguments import number as real_number
 from mmlens.boxes import Box, box_of, checked_box
 from mmlens.data.chats import (
     UNPLACED,
     Chat,
     Message,
     chat_of_example,
+    exchanged,
     parts_of,
     question_of,
 )
-from mmlens.data.images import as_rgb, load_image, open_image, pixel_fingerprint
+from mmlens.data.images import Images, LateImage, as_rgb, open_image
 from mmlens.data.videos import Video
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError, UnsupportedError
 from mmlens.files import make_folder, parsed_json, path_within, write_text_at_once
@@ -113,10 +111,11 @@ class Example:
     `group` names what must not be split between selection and evaluation, such as a document
     (empty: the example is its own group). An example without evidence is a text-only control.
 
-    Images are PIL images; paths are opened. Each is turned upright as its EXIF data say, and boxes are
-    pixels of it so. Raises PromptError for what is no image or cannot be shown to a model as it is
-    (`open_image`), and for messages that are no chat; InvalidTypeError for another type, and InvalidValueError for
-    evidence outside its image, a candidate that stands twice, and an answer that is no candidate.
+    Images are PIL images; paths are opened, and a `LateImage` opens when it is used: `images` gives PIL images, each
+    opened as it is read (`Images`). Each is turned upright as its EXIF data say, and boxes are pixels of it so; of a
+    late image they are checked when it opens. Raises PromptError for what is no image or cannot be shown to a model as
+    it is (`open_image`), and for messages that are no chat; InvalidTypeError for another type, and InvalidValueError
+    for evidence outside its image, a candidate that stands twice, and an answer that is no candidate.
 
     >>> Example(question="What colour is K", answer="red", evidence=(Evidence(0),)).evidence[0].box
     Traceback (most recent call last):
@@ -129,7 +128,7 @@ class Example:
 
     question: str = ""
     answer: str = ""
-    images: tuple[Any, ...] = ()
+    images: Sequence[Any] = ()
     evidence: tuple[Evidence, ...] = ()
     kind: str = ""
     candidates: tuple[str, ...] = ()
@@ -142,32 +141,65 @@ class Example:
         for name in _TEXT_FIELDS:
             instance_of(f"the {name} of an Example", getattr(self, name), str, "a text")
         name = f"example {self.id!r}"
-        images = listed(f"the images of {name}", self.images, "a list of images: images=(image,)")
-        messages = listed(f"the messages of {name}", self.messages, "a chat: a list of messages")
-        if messages:
-            chat = chat_of_example(messages, images, self.question, name)
-            images = chat.images
-            object.__setattr__(self, "messages", tuple(chat.messages))
-            object.__setattr__(self, "question", question_of(chat))
-        else:
-            images = [open_image(image, f"image {number} of {name}") for number, image in enumerate(images)]
-            object.__setattr__(self, "messages", ())
-        object.__setattr__(self, "images", tuple(images))
-        object.__setattr__(self, "candidates", self._checked_candidates(name))
         object.__setattr__(self, "evidence", tuple(regions_of("evidence", self.evidence)))
+        self._take_images(name)
+        object.__setattr__(self, "candidates", self._checked_candidates(name))
         instance_of("metadata", self.metadata, dict, "a dict")
         for region in self.evidence:
             if region.video is not None:
-                _check_of_video(region, self.videos, f"example {self.id!r}")
-                continue
-            if not 0 <= region.of_image < len(self.images):
+                _check_of_video(region, self.videos, name)
+            elif not 0 <= region.of_image < len(self.images):
                 raise InvalidValueError(
-                    f"example {self.id!r}: evidence names image {region.image}, "
-                    f"but the example has {len(self.images)} image(s)"
+                    f"{name}: evidence names image {region.image}, but the example has {len(self.images)} image(s)"
                 )
-            if region.box is not None:
-                where = f"example {self.id!r}, image {region.image}"
-                checked_box(region.box, self.images[region.of_image].size, where)
+
+    def _take_images(self, name: str) -> None:
+        """Set `images`, `messages` and `question` as they are kept, and check boxes of the images that are open."""
+        given: Any = self.images
+        images = (
+            list(given.given)
+            if isinstance(given, Images)
+            else listed(f"the images of {name}", given, "a list of images: images=(image,)")
+        )
+        messages = listed(f"the messages of {name}", self.messages, "a chat: a list of messages")
+        question = self.question
+        if messages:
+            chat = chat_of_example(messages, images, question, name)
+            images, messages, question = chat.images, list(chat.messages), question_of(chat)
+        else:
+            images = [
+                image if isinstance(image, LateImage) else open_image(image, f"image {number} of {name}")
+                for number, image in enumerate(images)
+            ]
+        if any(isinstance(image, LateImage) for image in images):
+            images = [self._checked_image(number, image) for number, image in enumerate(images)]
+            messages = exchanged(messages, images=images) if messages else []
+        else:
+            for number, image in enumerate(images):
+                self._checked_image(number, image)
+        for field_name, value in (
+            ("images", Images(images)),
+            ("messages", tuple(messages)),
+            ("question", question),
+        ):
+            object.__setattr__(self, field_name, value)
+
+    def _checked_image(self, number: int, image: Any) -> Any:
+        """The image, once the boxes in it were found to lie in it; a late one is checked when it opens."""
+        name = f"example {self.id!r}, image {number}"
+        boxes = [region.box for region in self.evidence if region.image == number and region.box is not None]
+        check = functools.partial(_check_boxes, boxes, name)
+        if isinstance(image, LateImage):
+            return image.checked(name, check)
+        check(image.size)
+        return image
+
+    def check_images(self) -> None:
+        """Check the boxes of late images by their sizes, which reads the headers of their files."""
+        for number, size in enumerate(self.images.sizes):
+            image = self.images.given[number]
+            if isinstance(image, LateImage) and image.check is not None:
+                image.check(size)
 
     @property
     def videos(self) -> tuple[Video, ...]:
@@ -201,6 +233,11 @@ class Example:
                 "that count as well-formed, the right one among them"
             )
         return tuple(candidates)
+
+
+def _check_boxes(boxes: Sequence[Box], where: str, size: tuple[int, int]) -> None:
+    for box in boxes:
+        checked_box(box, size, where)
 
 
 def _check_of_video(region: Evidence, videos: Sequence[Video], where: str) -> None:
@@ -364,7 +401,8 @@ def load_examples(folder: str | Path, *, images_outside: bool = False) -> list[E
 
     Raises DataError, naming the folder, the line and the field, for a missing folder or file, an empty set, an unknown
     or missing field or one of another type, a key or an id that stands twice, an image that is missing, broken or
-    outside, or evidence outside its image.
+    outside, or evidence outside its image. Images open late: of each the header is read here, and what is broken
+    further on raises where the image is used.
     """
     flag("images_outside", images_outside)
     path = path_of("folder", folder) / "examples.jsonl"
@@ -385,6 +423,7 @@ def load_examples(folder: str | Path, *, images_outside: bool = False) -> list[E
             continue
         try:
             example = _example(parsed_json(line), Path(folder), images_outside)
+            example.check_images()
         except (MmlensError, ValueError, OSError) as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         if example.id and example.id in numbers:
@@ -415,7 +454,7 @@ def _example(record: Any, folder: Path, images_outside: bool) -> Example:
         for i, message in enumerate(_list(record, "messages", "messages"))
     ]
     files = [_text(f"images[{i}]", name) for i, name in enumerate(_list(record, "images", "paths"))]
-    images = tuple(_open_image(_place(folder, name, images_outside)) for name in files)
+    images = tuple(_late_image(_place(folder, name, images_outside)) for name in files)
     evidence = [
         _region(f"evidence[{i}]", region) for i, region in enumerate(_list(record, "evidence", "regions"))
     ]
@@ -457,7 +496,7 @@ def _message(where: str, message: Any, folder: Path, images_outside: bool) -> di
                 given = part.get(key)
                 given = given.get("url") if isinstance(given, dict) else given
                 if isinstance(given, str) and not _is_no_path(given):
-                    part[key] = _open_image(_place(folder, given.removeprefix("file://"), images_outside))
+                    part[key] = _late_image(_place(folder, given.removeprefix("file://"), images_outside))
         parts.append(part)
     return {**message, "content": parts}
 
@@ -562,92 +601,7 @@ def _hub_files(folder: Path) -> Path | None:
     return None
 
 
-def _open_image(path: Path) -> Image.Image:
+def _late_image(path: Path) -> LateImage:
     if not path.is_file():
         raise InvalidValueError(f"there is no image {str(path)!r}")
-    return load_image(path)
-
-
-def split_examples(
-    examples: Sequence[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Two disjoint lists, about `fraction` of every kind in the first, groups kept whole.
-
-    An example without a group is one by itself, known by its id, or by its content where it has none: the same example
-    twice stays together. Raises ValueError where there is no example, or a kind with fewer than two groups.
-    """
-    examples = examples_of(examples)
-    fraction = real_number("fraction", fraction, above=0, below=1)
-    rng = random.Random(seed_of(seed))
-    first: list[Example] = []
-    second: list[Example] = []
-    for kind in sorted({example.kind for example in examples}):
-        groups: dict[object, list[Example]] = {}
-        for example in examples:
-            if example.kind == kind:
-                groups.setdefault(_group(example), []).append(example)
-        names = list(groups)
-        if len(names) < 2:
-            raise InvalidValueError(
-                f"{len(examples)} example(s) cannot be split in two: those of kind {kind!r} form "
-                f"{len(names)} group, and every kind needs at least two"
-            )
-        rng.shuffle(names)
-        cut = min(max(round(fraction * len(names)), 1), len(names) - 1)
-        for position, name in enumerate(names):
-            (first if position < cut else second).extend(groups[name])
-    return first, second
-
-
-def shared_groups(first: Iterable[Example], second: Iterable[Example]) -> list[str]:
-    """Names of what two splits share: a group, the id of an example without a group, or the question, answer and pixels
-    of one that has no id either.
-
-    >>> page = Example("What?", "x", id="a", group="report.pdf")
-    >>> shared_groups([page], [Example("Where?", "y", id="b", group="report.pdf")])
-    ['report.pdf']
-    """
-    ours, theirs = ({_group(example): example for example in split} for split in (first, second))
-    return sorted(
-        ours[name].group or ours[name].id or f"{ours[name].question!r}"
-        for name in ours.keys() & theirs.keys()
-    )
-
-
-def check_no_repeats(split: str, examples: Iterable[Example]) -> None:
-    """Raise ValueError where an example stands in the `split` twice: by kind and id, or by content where it has no id.
-
-    >>> check_no_repeats("selection", [Example("What?", "x"), Example("Where?", "y"), Example("What?", "x")])
-    Traceback (most recent call last):
-        ...
-    mmlens.errors.InvalidValueError: the selection split holds 1 example(s) more than once ('What?'): ...
-    """
-    named = [(_identity(example), example.id or repr(example.question)) for example in examples]
-    counts, names = Counter(key for key, _ in named), dict(named)
-    repeated = [names[key] for key, count in counts.items() if count > 1]
-    if repeated:
-        shown = ", ".join(repeated[:5])
-        raise InvalidValueError(
-            f"the {split} split holds {len(repeated)} example(s) more than once ({shown}): they would "
-            "count as so many independent ones, and intervals come out too narrow"
-        )
-
-
-def _group(example: Example) -> tuple[object, ...]:
-    return ("group", example.group) if example.group else _identity(example)
-
-
-def _identity(example: Example) -> tuple[object, ...]:
-    """What is the same of one example met twice: its id, or its content where it has none."""
-    if example.id:
-        return ("id", example.kind, example.id)
-    pixels = (*map(pixel_fingerprint, example.images), *(video.fingerprint for video in example.videos))
-    return ("content", example.kind, example.question, example.answer, pixels, example.said)
-
-
-def overlap_message(shared: Sequence[str]) -> str:
-    """What is wrong with splits that share these groups."""
-    return (
-        f"selection and evaluation share {len(shared)} example(s) or group(s) ({', '.join(shared[:5])}): heads chosen "
-        "and judged on the same data look better than they are. Split them by mmlens.split_examples"
-    )
+    return LateImage(path)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mmlens.errors import MissingFileError, MmlensWarning, PromptError, warn
+from mmlens.arguments import shown
+from mmlens.errors import InvalidTypeError, MissingFileError, MmlensWarning, PromptError, warn
 
 MAX_IMAGE_PIXELS = 89_478_485
 """The largest image taken: PIL's own bound against decompression bombs (256 MB at three bytes a pixel)."""
@@ -48,7 +53,7 @@ def is_transparent(image: Image.Image) -> bool:
 def open_image(image: Any, where: str = "the image") -> Image.Image:
     """A PIL image, the image file at a path, or an array, in its own mode, turned upright as its EXIF data say.
 
-    An array is one of whole numbers from 0 to 255, uint8 [height, width, 3].
+    An array is one of whole numbers from 0 to 255, uint8 [height, width, 3]. A `LateImage` is opened.
 
     Plain transformers turns a file's image so, and not a PIL image: a PIL image that had to be turned gives a
     MmlensWarning.
@@ -60,21 +65,189 @@ def open_image(image: Any, where: str = "the image") -> Image.Image:
     """
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         image = Image.fromarray(image)
+    if isinstance(image, LateImage):
+        return image.open()
     if not isinstance(image, (str, os.PathLike)):
         return _checked_image(image, where)
     name = f"{where} ({os.fspath(image)})"
-    if not Path(image).is_file():
-        raise MissingFileError(
-            f"{name} does not exist" if not Path(image).is_dir() else f"{name} is a folder"
-        )
+    with _opened_file(image, name) as opened:
+        return _checked_image(opened, name, from_file=True)
+
+
+def _opened_file(file: Any, name: str) -> Image.Image:
+    """The image of a path or of an open file, its header read."""
+    if isinstance(file, (str, os.PathLike)) and not Path(file).is_file():
+        raise MissingFileError(f"{name} does not exist" if not Path(file).is_dir() else f"{name} is a folder")
     try:
-        opened = Image.open(image)
+        return Image.open(file)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PromptError(f"{name} is gigantic, more than {MAX_IMAGE_PIXELS} pixels ({error})") from error
     except OSError as error:
         raise PromptError(f"{name} is no image that PIL can read ({error})") from error
-    with opened:
-        return _checked_image(opened, name, from_file=True)
+
+
+class LateImage:
+    """An image that is opened when it is used, and let go after it.
+
+    `source` is the path of an image file, the bytes of one, or a function of no arguments that gives either, a PIL
+    image, or the dict of "bytes" and "path" in which Hugging Face datasets hold one. `name` is what errors call it.
+    `check`, a function of its (width, height), is called when it opens.
+
+    It opens as every model is shown it: upright and RGB (`load_image`). Two uses at a time share one opened image.
+
+    >>> late = LateImage(lambda: Image.new("RGB", (4, 2), "red"), "a red one")
+    >>> late.size, late.open().getpixel((0, 0))
+    ((4, 2), (255, 0, 0))
+    """
+
+    def __init__(
+        self, source: Any, name: str = "", check: Callable[[tuple[int, int]], None] | None = None
+    ) -> None:
+        if isinstance(source, Mapping) or not (
+            callable(source) or isinstance(source, (str, os.PathLike, bytes))
+        ):
+            raise InvalidTypeError(
+                f"the source of {name or 'the image'} is {shown(source)}; expected a path, the bytes of an image "
+                "file, or a function that gives them"
+            )
+        self.source, self.name, self.check = source, name or "the image", check
+        self._held: Callable[[], Image.Image | None] = _nothing
+
+    def __repr__(self) -> str:
+        return f"LateImage({self.name})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both show the same pixels."""
+        if not isinstance(other, (LateImage, Image.Image)):
+            return NotImplemented
+        return self is other or self.open() == load_image(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_held": _nothing}
+
+    def checked(self, name: str, check: Callable[[tuple[int, int]], None]) -> LateImage:
+        """The same image with a check, and with this name where it has none."""
+        return LateImage(self.source, name if self.name == "the image" else self.name, check)
+
+    def open(self) -> Image.Image:
+        """The image, upright and RGB; raises as `open_image` does, and what its check raises."""
+        held = self._held()
+        if held is not None:
+            return held
+        file, name = self._file()
+        if isinstance(file, Image.Image):
+            opened = load_image(file, name)
+        else:
+            with _opened_file(file, name) as image:
+                try:
+                    opened = as_rgb(_checked_image(image, name, from_file=True))
+                except (OSError, SyntaxError, ValueError) as error:
+                    if isinstance(error, PromptError):
+                        raise
+                    raise PromptError(f"{name} is broken and cannot be decoded ({error})") from error
+        if self.check is not None:
+            self.check(opened.size)
+        self._held = weakref.ref(opened)
+        return opened
+
+    @functools.cached_property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the image turned upright, from the file's header where there is a file."""
+        file, name = self._file()
+        if isinstance(file, Image.Image):
+            return open_image(file, name).size
+        with _opened_file(file, name) as image:
+            try:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_THE_SIDE
+            except (OSError, EOFError, SyntaxError, ValueError) as error:
+                raise PromptError(f"{name} is broken and cannot be decoded ({error})") from error
+            width, height = image.size
+            return (height, width) if turned else (width, height)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """`pixel_fingerprint` of the image, kept once it was computed."""
+        return pixel_fingerprint(self.open())
+
+    def _file(self) -> tuple[Any, str]:
+        """A path, an open file or a PIL image, and what to call it."""
+        given = self.source() if callable(self.source) else self.source
+        if isinstance(given, Mapping):
+            given = given.get("bytes") or given.get("path")
+        if isinstance(given, bytes):
+            return io.BytesIO(given), self.name
+        if isinstance(given, (str, os.PathLike)):
+            return given, f"{self.name} ({os.fspath(given)})"
+        if isinstance(given, Image.Image):
+            return given, self.name
+        raise PromptError(
+            f"{self.name}: its source gave {shown(given)}; expected a path, the bytes of an image file or a PIL image"
+        )
+
+
+def _nothing() -> None:
+    return None
+
+
+class Images(Sequence[Image.Image]):
+    """The images of an example, in order: a late one is opened as it is read.
+
+    >>> images = Images([LateImage(lambda: Image.new("RGB", (4, 2)))])
+    >>> len(images), images.sizes, images[0].size
+    (1, ((4, 2),), (4, 2))
+    """
+
+    def __init__(self, given: Sequence[Any]) -> None:
+        self.given = tuple(given)
+        """PIL images, and LateImages that are not opened."""
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return Images(self.given[at])
+        return _open_if_late(self.given[at])
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return map(_open_if_late, self.given)
+
+    def __add__(self, other: Sequence[Any]) -> Images:
+        return Images([*self.given, *(other.given if isinstance(other, Images) else other)])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (Images, tuple, list)) or len(self) != len(other):
+            return False
+        theirs = other.given if isinstance(other, Images) else other
+        # A late image is asked first: PIL's own image says of it that it is none.
+        return all(
+            their == mine if isinstance(their, LateImage) else mine == their
+            for mine, their in zip(self.given, theirs, strict=True)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Images({list(self.given)})"
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) of each, without decoding it where its file's header says so."""
+        return tuple(image.size for image in self.given)
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """`pixel_fingerprint` of each."""
+        return tuple(
+            image.fingerprint if isinstance(image, LateImage) else pixel_fingerprint(image)
+            for image in self.given
+        )
+
+
+def _open_if_late(image: Any) -> Image.Image:
+    return image.open() if isinstance(image, LateImage) else image
 
 
 def pixel_fingerprint(image: Image.Image) -> str:
@@ -132,6 +305,8 @@ def _checked_image(image: Any, name: str, *, from_file: bool = False) -> Image.I
 
 _TURNED = range(2, 9)
 """EXIF's orientations other than upright (1)."""
+_ON_THE_SIDE = range(5, 9)
+"""Those by which width and height change places."""
 
 
 def _check_showable(image: Image.Image, name: str) -> None:

@@ -21,12 +21,11 @@ from mmlens.arguments import BATCH_SIZE, instance_of, listed, number, shown, who
 from mmlens.effects.runner import (
     MetricRuns,
     Metrics,
-    Outcome,
     PromptRuns,
     Values,
     warn_of_nothing,
 )
-from mmlens.effects.watching import hook_report
+from mmlens.effects.watching import HookTotals, hook_report
 from mmlens.errors import InvalidTypeError, InvalidValueError, OutOfRangeError
 from mmlens.interventions.edits import intervention_of
 from mmlens.metrics.agreement import warn_of_disagreement
@@ -296,7 +295,8 @@ def effect(
     if intervention is not None:
         intervention_of(intervention)
     earlier = None if clean is None else _earlier(clean, runs.metrics)
-    under: list[Outcome] = []
+    under: list[Values] = []
+    done = HookTotals()
     clean_values: list[Values] = []
     moved: list[bool] = []
     seen: list[str] = []
@@ -310,8 +310,10 @@ def effect(
         for outcome in own.under([] if intervention is None else [intervention]):
             if outcome.has_moved is not None:
                 moved.append(outcome.has_moved)
-            under.append(outcome)
-    report = hook_report(hooks for outcome in under for hooks in outcome.hooks)
+            under.append(outcome.values)
+            for hooks in outcome.hooks:
+                done.add(hooks)
+    report = done.table()
     nothing = "" if intervention is None else _nothing_done(report, moved)
     if nothing:
         warn_of_nothing(f"the intervention {nothing}: its effect is that of the clean run")
@@ -319,7 +321,7 @@ def effect(
     effects = {}
     for name in runs.metrics:
         without = earlier[name].clean if earlier else torch.cat([values[name] for values in clean_values])
-        values = torch.cat([outcome.values[name] for outcome in under]) if under else without
+        values = torch.cat([own[name] for own in under]) if under else without
         if len(values) != len(without):
             raise InvalidValueError(
                 f"`clean` holds {len(without)} examples, these prompts {len(values)}: "

@@ -78,7 +78,9 @@ def sweep(
     found: dict[tuple[int, str], list[Part]] = {
         (index, name): [] for index in range(len(labels)) for name in runs.metrics
     }
-    with tqdm(total=len(labels) * len(batches), disable=not progress, unit="run") as bar:
+    with tqdm(
+        total=batches.n_batches and len(labels) * batches.n_batches, disable=not progress, unit="run"
+    ) as bar:
         for (first, *_), prompt in batches:
             own = PromptRuns(runs, prompt, memory=memory)
             for outcome in own.under(list(interventions.values())):

@@ -111,12 +111,26 @@ def hook_report(of_prompts: Iterable[Sequence[HookDone]]) -> pd.DataFrame:
     >>> hook_report([[("hook_embed", 1, 0.5)], [("hook_embed", 1, 2.0)]]).to_dict("records")
     [{'hook': 'hook_embed', 'fired': 2, 'size': 2.0}]
     """
-    totals: dict[tuple[str, int], tuple[int, float]] = {}
+    totals = HookTotals()
     for hooks in of_prompts:
+        totals.add(hooks)
+    return totals.table()
+
+
+class HookTotals:
+    """What hooks did over many prompts, added up: the rows of `hook_report`."""
+
+    def __init__(self) -> None:
+        self._totals: dict[tuple[str, int], tuple[int, float]] = {}
+
+    def add(self, hooks: Sequence[HookDone]) -> None:
+        """The hooks of one prompt."""
         seen: Counter[str] = Counter()
         for name, fired, size in hooks:
             seen[name] += 1
-            before, largest = totals.get((name, seen[name]), (0, 0.0))
-            totals[name, seen[name]] = before + fired, max(largest, size)
-    rows = [(name, fired, size) for (name, _), (fired, size) in totals.items()]
-    return pd.DataFrame(rows, columns=["hook", "fired", "size"])
+            before, largest = self._totals.get((name, seen[name]), (0, 0.0))
+            self._totals[name, seen[name]] = before + fired, max(largest, size)
+
+    def table(self) -> pd.DataFrame:
+        rows = [(name, fired, size) for (name, _), (fired, size) in self._totals.items()]
+        return pd.DataFrame(rows, columns=["hook", "fired", "size"])

@@ -28,7 +28,8 @@ from mmlens.arguments import (
     whole_number,
     whole_numbers,
 )
-from mmlens.data.examples import Example, check_no_repeats, examples_of, overlap_message, shared_groups
+from mmlens.data.examples import Example, examples_of
+from mmlens.data.splits import check_no_repeats, overlap_message, shared_groups
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.judging import FIRST_TOKEN, JUDGES, Judge, check_candidates
 from mmlens.interventions.ablation import MODES

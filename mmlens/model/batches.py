@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mmlens.arguments import BATCH_SIZE, flag, listed, shown, whole_number
 from mmlens.data.examples import Example, chats_of_examples
-from mmlens.errors import InvalidTypeError, held_warnings, warn
+from mmlens.data.many import ExampleStream
+from mmlens.errors import InvalidTypeError, InvalidValueError, held_warnings, warn
 from mmlens.families.processors import separate
 from mmlens.model.hooked_vlm import HookedVLM, model_of
 from mmlens.model.inputs import InputMethods
 from mmlens.model.prompt import Prompt
 
 T = TypeVar("T")
-Prompts = Prompt | Sequence[Prompt] | Sequence[Example]
+Prompts = Prompt | Sequence[Prompt] | Sequence[Example] | ExampleStream
 """A Prompt, a list of them, each one batch, or examples, which are made into prompts some at a time."""
+
+WINDOW = 64
+"""So many batches of a stream are looked at at a time, to put images of like size together."""
 
 
 class Batches:
@@ -29,8 +36,12 @@ class Batches:
     Prompts are batches as they are. Examples are made into prompts `batch_size` at a time, in the order given, or
     those with images of like size together, which keeps the padding short (`by_size`). `answers` says whether
     a prompt of examples carries their answers for metrics, for which the tokenizer has to know them; the examples
-    themselves it carries in any case (`Prompt.examples`). `progress` shows a bar of examples, named `label`. While a
-    batch is in use, the next one's prompt is made in a thread of its own (`ahead`).
+    themselves it carries in any case (`Prompt.examples`). `check(numbers, examples)` is called for examples before a
+    prompt is made of them: for all in a list at once, of a stream for some at a time. `progress` shows a bar of
+    examples, named `label`. While a batch is in use, the next one's prompt is made in a thread of its own (`ahead`).
+
+    A stream, or `Examples`, is gone through once, and an example held no longer than its batch is in use; `n_examples`
+    is None before the end of a stream.
 
     Arguments are checked when it is made. Raises TypeError for prompts that are neither Prompt nor Example, or both
     together, and ValueError for none at all.
@@ -38,7 +49,7 @@ class Batches:
     >>> import mmlens
     >>> model = mmlens.HookedVLM.from_pretrained("micro")
     >>> batches = Batches(model, mmlens.scene_examples("objects", 5, seed=0), batch_size=2)
-    >>> len(batches), [(index, len(prompt)) for index, prompt in batches]
+    >>> batches.n_batches, [(index, len(prompt)) for index, prompt in batches]
     (3, [([0, 1], 2), ([2, 3], 2), ([4], 1)])
     """
 
@@ -52,36 +63,67 @@ class Batches:
         label: str | None = None,
         by_size: bool = False,
         answers: bool = True,
+        check: Callable[[Sequence[int], Sequence[Example]], None] | None = None,
     ) -> None:
         self.model = model_of(model)
         self.batch_size = whole_number("batch_size", batch_size, least=1)
         self.progress, self.label, self.answers = flag("progress", progress), label, answers
-        self.prompts: Any = _prompts_or_examples(prompts)
-        """What was given, as a list."""
-        self._prompts = [item for item in self.prompts if isinstance(item, Prompt)]
-        self._examples = [item for item in self.prompts if isinstance(item, Example)]
-        self.by_size = by_size
+        self.prompts: Any = prompts if isinstance(prompts, ExampleStream) else _prompts_or_examples(prompts)
+        """What was given, as a list; a stream as it is."""
+        self.by_size, self._check = by_size, check
+        self._prompts = [] if self._is_stream else [own for own in self.prompts if isinstance(own, Prompt)]
+        self._kinds: dict[int, str] = {}
+        self.n_examples: int | None = self._n_known()
+        if check is not None and not self._is_stream and self.examples is not None:
+            known = list(self.examples)
+            check(range(len(known)), known)
 
     @property
-    def n_examples(self) -> int:
-        return len(self._examples) or sum(map(len, self._prompts))
+    def _is_stream(self) -> bool:
+        return isinstance(self.prompts, ExampleStream)
+
+    def _n_known(self) -> int | None:
+        if self._is_stream:
+            return self.prompts.n_known
+        return sum(map(len, self._prompts)) if self._prompts else len(self.prompts)
 
     @property
-    def examples(self) -> list[Example] | None:
+    def examples(self) -> Iterable[Example] | None:
         """The examples in the order given; None where a prompt does not know its own."""
+        if not self._prompts:
+            return self.prompts
         if any(prompt.examples is None for prompt in self._prompts):
             return None
-        return self._examples or [example for prompt in self._prompts for example in prompt.examples or ()]
+        return [example for prompt in self._prompts for example in prompt.examples or ()]
 
-    def __len__(self) -> int:
-        """The number of batches."""
-        return len(self._prompts) or -(-len(self._examples) // self.batch_size)
+    @property
+    def n_batches(self) -> int | None:
+        """None before the end of a stream."""
+        if self._prompts:
+            return len(self._prompts)
+        return None if self.n_examples is None else -(-self.n_examples // self.batch_size)
+
+    @property
+    def kinds(self) -> tuple[str, ...] | None:
+        """The kind of each example, once all were gone through; None where none has one or they are not known."""
+        kinds = tuple(self._kinds[at] for at in range(len(self._kinds)))
+        return kinds if any(kinds) and len(kinds) == self.n_examples else None
 
     def __iter__(self) -> Iterator[tuple[list[int], Prompt]]:
+        self._kinds.clear()
+        n_seen = 0
         with tqdm(total=self.n_examples, desc=self.label, unit="example", disable=not self.progress) as bar:
             for index, prompt in self._ready() if self._prompts else self._made():
+                if prompt.examples is not None:
+                    self._kinds |= {
+                        at: example.kind for at, example in zip(index, prompt.examples, strict=True)
+                    }
                 yield index, prompt
+                n_seen += len(index)
                 bar.update(len(index))
+        if not n_seen:
+            raise InvalidValueError(f"{self.prompts!r} holds no example: expected at least one")
+        self.n_examples = n_seen
 
     def _ready(self) -> Iterator[tuple[list[int], Prompt]]:
         first = 0
@@ -90,19 +132,50 @@ class Batches:
             first += len(prompt)
 
     def _made(self) -> Iterator[tuple[list[int], Prompt]]:
-        order = list(range(len(self._examples)))
-        if self.by_size:
-            order.sort(key=lambda at: sum(image.width * image.height for image in self._examples[at].images))
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        maker = _PromptMaker(self.model) if len(batches) > 1 else self.model
-        yield from zip(batches, ahead(partial(self._prompt, maker, index) for index in batches), strict=True)
+        # One batch alone needs no processor beside the model's.
+        maker = self.model if self.n_batches == 1 else _PromptMaker(self.model)
+        yield from ahead(partial(self._prompt, maker, index, examples) for index, examples in self._planned())
 
-    def _prompt(self, maker: InputMethods, index: list[int]) -> Prompt:
-        batch = [self._examples[at] for at in index]
+    def _planned(self) -> Iterator[tuple[list[int], list[Example]]]:
+        """What stands in each batch: the numbers of its examples, and these."""
+        for first, examples in self._windows():
+            numbers = range(first, first + len(examples))
+            if self._is_stream and self._check is not None:
+                self._check(numbers, examples)
+            order = list(range(len(examples)))
+            if self.by_size:
+                order.sort(key=lambda at: sum(width * height for width, height in examples[at].images.sizes))
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                yield [numbers[at] for at in chosen], [examples[at] for at in chosen]
+
+    def _windows(self) -> Iterator[tuple[int, list[Example]]]:
+        """Examples that are ordered together, with the number of the first: all of a list, some of many."""
+        if not self._is_stream:
+            yield 0, self.prompts
+            return
+        first, rest = 0, iter(self.prompts)
+        while window := list(itertools.islice(rest, WINDOW * self.batch_size)):
+            yield first, window
+            first += len(window)
+
+    def _prompt(
+        self, maker: InputMethods, index: list[int], batch: list[Example]
+    ) -> tuple[list[int], Prompt]:
         if self.answers:
-            return maker.prompt_examples(batch)
+            return index, maker.prompt_examples(batch)
         prompt = maker.prompt(*chats_of_examples(batch))
-        return replace(prompt, examples=tuple(batch))
+        return index, replace(prompt, examples=tuple(batch))
+
+
+def in_order(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """What was found for each batch, [example, ...] beside the numbers of its examples, as one tensor in their order.
+
+    >>> in_order([([2, 0], torch.tensor([5.0, 3.0])), ([1], torch.tensor([4.0]))]).tolist()
+    [3.0, 4.0, 5.0]
+    """
+    order = torch.tensor([at for index, _ in parts for at in index]).argsort()
+    return torch.cat([values for _, values in parts])[order]
 
 
 class _PromptMaker(InputMethods):

@@ -23,8 +23,9 @@ import pandas as pd
 import torch
 
 from mmlens.arguments import flag, instance_of, number, one_of, unknown_name_message, whole_number
-from mmlens.data.examples import DataError, Example, load_examples, split_examples
+from mmlens.data.examples import DataError, Example, load_examples
 from mmlens.data.scenes import scene_examples
+from mmlens.data.splits import split_examples
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment, Findings, Setup, check_answers

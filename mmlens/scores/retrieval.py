@@ -22,7 +22,7 @@ from mmlens.data.examples import Evidence
 from mmlens.errors import MmlensWarning
 from mmlens.head_scores import HeadScores
 from mmlens.heads import Heads, as_head_set
-from mmlens.model.batches import Prompts
+from mmlens.model.batches import Prompts, in_order
 from mmlens.model.choosing import Positions
 from mmlens.model.cross_attention import refuse_cross_attention
 from mmlens.model.hooked_vlm import HookedVLM, model_of
@@ -40,7 +40,7 @@ from mmlens.scores.rows import (
     read_rows,
     real_positions,
 )
-from mmlens.scores.score import HeadScore, kinds_of_examples, known_examples, score_batches
+from mmlens.scores.score import HeadScore, known_examples, score_batches
 from mmlens.token_map import BoxMapping, mapping_of
 
 
@@ -177,16 +177,18 @@ def evidence_attention(
     """
     mapping_of(mapping)
     batches = score_batches(model, prompts, ("evidence",), batch_size, progress, "evidence attention")
-    to_evidence, to_vision = (torch.empty(batches.n_examples, *model.grid.shape) for _ in range(2))
+    to_evidence: list[tuple[list[int], Tensor]] = []
+    to_vision: list[tuple[list[int], Tensor]] = []
     hits: dict[int, Tensor] = {}
     for index, prompt in batches:
-        to_evidence[index], to_vision[index], of_batch = _read_evidence(model, prompt, queries, mapping)
+        evidence, vision, of_batch = _read_evidence(model, prompt, queries, mapping)
+        to_evidence.append((index, evidence))
+        to_vision.append((index, vision))
         hits |= zip(index, of_batch, strict=True)
-    kinds = kinds_of_examples(batches.examples)
     return EvidenceAttention(
-        HeadScores(to_evidence, "RAM", kinds, model.grid),
-        HeadScores(to_vision, "vision mass", kinds, model.grid),
-        tuple(hits[index] for index in range(batches.n_examples)),
+        HeadScores(in_order(to_evidence), "RAM", batches.kinds, model.grid),
+        HeadScores(in_order(to_vision), "vision mass", batches.kinds, model.grid),
+        tuple(hits[at] for at in range(len(hits))),
     )
 
 

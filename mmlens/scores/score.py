@@ -12,7 +12,7 @@ from mmlens.arguments import BATCH_SIZE, called, one_of, text
 from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
 from mmlens.head_scores import HeadScores
-from mmlens.model.batches import Batches, Prompts
+from mmlens.model.batches import Batches, Prompts, in_order
 from mmlens.model.cross_attention import refuse_cross_attention
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
@@ -76,16 +76,13 @@ class HeadScore:
     ) -> HeadScores:
         """The score of every head on every example; `of_example` are options with a value for each of them."""
         batches = score_batches(model, prompts, self.needs, batch_size, progress, self.title)
-        found: Tensor | None = None
+        parts: list[tuple[list[int], Tensor]] = []
         for index, prompt in batches:
             own = {name: [values[at] for at in index] for name, values in (of_example or {}).items()}
-            values = self.of_batch(model, prompt, **options, **own)
-            if found is None:
-                found = values.new_empty(batches.n_examples, *values.shape[1:])
-            found[index] = values
-        assert found is not None
+            parts.append((index, self.of_batch(model, prompt, **options, **own)))
+        found = in_order(parts)
         scores = found if self.of_all is None else self.of_all(found, **options)
-        return HeadScores(scores, self.title, kinds_of_examples(batches.examples), model.grid)
+        return HeadScores(scores, self.title, batches.kinds, model.grid)
 
 
 def score_batches(
@@ -96,6 +93,22 @@ def score_batches(
     Raises ValueError for examples without evidence or images where these are needed (named), and prompts that do not
     know their examples; CrossAttentionError where the model's images are at no position.
     """
+    if _LACKS.keys() & set(needs):
+        refuse_cross_attention(model)
+
+    def check(numbers: Sequence[int], examples: Sequence[Example]) -> None:
+        for need, what in _LACKS.items():
+            lacking = [
+                example.id or f"number {at}"
+                for at, example in zip(numbers, examples, strict=True)
+                if need in needs and not getattr(example, need)
+            ]
+            if lacking:
+                more = " ..." if len(lacking) > 5 else ""
+                raise InvalidValueError(
+                    f"{len(lacking)} of {len(examples)} examples {what}: {', '.join(lacking[:5])}{more}"
+                )
+
     batches = Batches(
         model,
         prompts,
@@ -104,21 +117,10 @@ def score_batches(
         label=label,
         by_size=True,
         answers="answer" in needs,
+        check=check,
     )
-    if _LACKS.keys() & set(needs):
-        refuse_cross_attention(model)
-    examples = known_examples(batches) if "evidence" in needs else batches.examples or []
-    for need, what in _LACKS.items():
-        lacking = [
-            example.id or f"number {at}"
-            for at, example in enumerate(examples)
-            if need in needs and not getattr(example, need)
-        ]
-        if lacking:
-            more = " ..." if len(lacking) > 5 else ""
-            raise InvalidValueError(
-                f"{len(lacking)} of {len(examples)} examples {what}: {', '.join(lacking[:5])}{more}"
-            )
+    if "evidence" in needs and batches.examples is None:
+        known_examples(batches)
     return batches
 
 
@@ -130,9 +132,3 @@ def known_examples(of: Batches | Prompt) -> list[Example]:
             "model.prompt_examples(examples)"
         )
     return list(of.examples)
-
-
-def kinds_of_examples(examples: Sequence[Example] | None) -> tuple[str, ...] | None:
-    """The kind of each example, or None where none has one."""
-    kinds = tuple(example.kind for example in examples or ())
-    return kinds if any(kinds) else None

@@ -35,7 +35,7 @@ from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.prompt import Prompt
 from mmlens.scores.retrieval import region_tokens
 from mmlens.scores.rows import Rows, mean_of_rows, read_heads
-from mmlens.scores.score import kinds_of_examples, known_examples, score_batches
+from mmlens.scores.score import known_examples, score_batches
 from mmlens.statistics import benjamini_hochberg
 from mmlens.token_map import BoxMapping, TokenMapError, mapping_of
 
@@ -130,15 +130,15 @@ def ram_significance(
         raise InvalidValueError(
             f"max_regions counts the evidence's own, so it is at least 2, not {max_regions}"
         )
-    masses: list[Tensor] = [torch.empty(0)] * batches.n_examples
+    by_number: dict[int, Tensor] = {}
     for index, prompt in batches:
         masks = [
             _masks(prompt, row, example, regions, max_regions, seed, mapping)
             for row, example in enumerate(known_examples(prompt))
         ]
-        for at, own in zip(index, _mass_of_regions(model, prompt, queries, masks), strict=True):
-            masses[at] = own
-    kinds = kinds_of_examples(batches.examples)
+        by_number |= zip(index, _mass_of_regions(model, prompt, queries, masks), strict=True)
+    masses = [by_number[at] for at in range(len(by_number))]
+    kinds = batches.kinds
     evidence = torch.stack([own[0] for own in masses])
     lift = evidence - torch.stack([own.mean(0) for own in masses])
     scores = HeadScores(evidence, "RAM", kinds, model.grid)
@@ -200,7 +200,7 @@ def other_places(prompt: Prompt, row: int, example: Example) -> list[tuple[Evide
     >>> len(other_places(model.prompt_examples([example]), 0, example))  # a 2 x 1 box in 6 x 6 tokens
     29
     """
-    sizes = [image.size for image in example.images]
+    sizes = example.images.sizes
     numbers = [region.of_image for region in example.evidence]
     boxes = [region.box for region in example.evidence if region.box is not None]
     across, down = [0.0], [0.0]

@@ -19,11 +19,10 @@ from mmlens.data.examples import (
     Evidence,
     Example,
     chats_of_examples,
-    check_no_repeats,
     load_examples,
     save_examples,
-    split_examples,
 )
+from mmlens.data.splits import check_no_repeats, split_examples
 from mmlens.errors import InvalidValueError, PromptError
 from mmlens.provenance import data_fingerprint
 
@@ -130,7 +129,7 @@ def test_chats_on_disk_come_back(tmp_path: Path) -> None:
         Example(messages=[{"role": "user", "content": "Who?"}], answer="I", id="four"),
     ]
     found = load_examples(save_examples(examples, tmp_path / "chats"))
-    assert all(same(one, other) for one, other in zip(examples, found, strict=True))
+    assert all(same(late, given) for late, given in zip(found, examples, strict=True))
     assert data_fingerprint(found) == data_fingerprint(examples)
     lines = (tmp_path / "chats" / "examples.jsonl").read_text().splitlines()
     assert (

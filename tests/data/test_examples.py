@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mmlens
-from mmlens.data.examples import DataError, Evidence, Example, load_examples, save_examples, split_examples
+from mmlens.data.examples import DataError, Evidence, Example, load_examples, save_examples
+from mmlens.data.splits import split_examples
 
 
 def picture(width: int = 32, height: int = 16, seed: int = 0) -> Image.Image:

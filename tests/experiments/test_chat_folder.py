@@ -12,7 +12,8 @@ from plain_runs import without_heads
 
 import mmlens
 from mmlens.cli import main
-from mmlens.data.examples import Evidence, Example, load_examples, save_examples, split_examples
+from mmlens.data.examples import Evidence, Example, load_examples, save_examples
+from mmlens.data.splits import split_examples
 from mmlens.experiments.looking import question_attention
 
 

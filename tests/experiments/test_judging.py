@@ -14,7 +14,8 @@ from plain_runs import scenes
 
 import mmlens
 from mmlens.cli import main
-from mmlens.data.examples import Evidence, Example, load_examples, save_examples, split_examples
+from mmlens.data.examples import Evidence, Example, load_examples, save_examples
+from mmlens.data.splits import split_examples
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Setup

@@ -32,7 +32,7 @@ def test_examples_are_made_into_prompts_some_at_a_time(micro: HookedVLM) -> None
     batches = Batches(micro, tuple(examples), batch_size=2)
     for _ in range(2):
         found = list(batches)
-        assert [index for index, _ in found] == [[0, 1], [2, 3], [4]] and len(batches) == 3
+        assert [index for index, _ in found] == [[0, 1], [2, 3], [4]] and batches.n_batches == 3
         for index, prompt in found:
             expected = micro.prompt_examples([examples[at] for at in index])
             assert torch.equal(prompt.inputs["input_ids"], expected.inputs["input_ids"])
@@ -52,7 +52,7 @@ def test_prompts_are_batches_as_they_are(micro: HookedVLM) -> None:
     examples = scene_examples("objects", 3, seed=0)
     made = [micro.prompt_examples(examples[:2]), micro.prompt_examples(examples[2:])]
     batches = Batches(micro, made, batch_size=1, by_size=True)
-    assert [index for index, _ in batches] == [[0, 1], [2]] and len(batches) == 2
+    assert [index for index, _ in batches] == [[0, 1], [2]] and batches.n_batches == 2
     assert all(prompt is own for (_, prompt), own in zip(batches, made, strict=True))
     assert batches.examples == examples and batches.n_examples == 3
     assert Batches(micro, [made[0], micro.prompt("What colour is K")]).examples is None

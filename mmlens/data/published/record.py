@@ -11,7 +11,7 @@ from mmlens.data.examples import Example
 Row = Mapping[str, Any]
 
 Checked = Literal["published rows", "card", "not"]
-"""What an entry's columns were held to: rows that the authors published, the data set's card or public code, nothing."""
+"""What an entry's columns were held to: rows that the authors published, the data set's card or code, nothing."""
 
 
 @dataclass(frozen=True)
