@@ -89,7 +89,7 @@ def _opened_file(file: Any, name: str) -> Image.Image:
 class LateImage:
     """An image that is opened when it is used, and let go after it.
 
-    `source` is the path of an image file, the bytes of one, or a function of no arguments that gives either, a PIL
+    `file` is the path of an image file, the bytes of one, or a function of no arguments that gives either, a PIL
     image, or the dict of "bytes" and "path" in which Hugging Face datasets hold one. `name` is what errors call it.
     `check`, a function of its (width, height), is called when it opens.
 
@@ -101,16 +101,14 @@ class LateImage:
     """
 
     def __init__(
-        self, source: Any, name: str = "", check: Callable[[tuple[int, int]], None] | None = None
+        self, file: Any, name: str = "", check: Callable[[tuple[int, int]], None] | None = None
     ) -> None:
-        if isinstance(source, Mapping) or not (
-            callable(source) or isinstance(source, (str, os.PathLike, bytes))
-        ):
+        if isinstance(file, Mapping) or not (callable(file) or isinstance(file, (str, os.PathLike, bytes))):
             raise InvalidTypeError(
-                f"the source of {name or 'the image'} is {shown(source)}; expected a path, the bytes of an image "
+                f"the file of {name or 'the image'} is {shown(file)}; expected a path, the bytes of an image "
                 "file, or a function that gives them"
             )
-        self.source, self.name, self.check = source, name or "the image", check
+        self.file, self.name, self.check = file, name or "the image", check
         self._held: Callable[[], Image.Image | None] = _nothing
 
     def __repr__(self) -> str:
@@ -129,7 +127,7 @@ class LateImage:
 
     def checked(self, name: str, check: Callable[[tuple[int, int]], None]) -> LateImage:
         """The same image with a check, and with this name where it has none."""
-        return LateImage(self.source, name if self.name == "the image" else self.name, check)
+        return LateImage(self.file, name if self.name == "the image" else self.name, check)
 
     def open(self) -> Image.Image:
         """The image, upright and RGB; raises as `open_image` does, and what its check raises."""
@@ -173,7 +171,7 @@ class LateImage:
 
     def _file(self) -> tuple[Any, str]:
         """A path, an open file or a PIL image, and what to call it."""
-        given = self.source() if callable(self.source) else self.source
+        given = self.file() if callable(self.file) else self.file
         if isinstance(given, Mapping):
             given = given.get("bytes") or given.get("path")
         if isinstance(given, bytes):
@@ -183,7 +181,7 @@ class LateImage:
         if isinstance(given, Image.Image):
             return given, self.name
         raise PromptError(
-            f"{self.name}: its source gave {shown(given)}; expected a path, the bytes of an image file or a PIL image"
+            f"{self.name}: its file is {shown(given)}; expected a path, the bytes of an image file or a PIL image"
         )
 
 
