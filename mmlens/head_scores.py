@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from mmlens.arguments import (
     fraction_of,
     instance_of,
     number,
+    one_of,
     path_of,
     seed_of,
     shown,
@@ -30,6 +32,9 @@ from mmlens.arguments import (
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensWarning
 from mmlens.files import read_parquet
 from mmlens.heads import NO_HEAD, Head, HeadGrid, HeadSet, head_name
+
+Counting = Literal["nearest", "ceiling", "percentile"]
+"""How many heads a fraction of them is: see `HeadScores.top`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,27 +127,36 @@ class HeadScores:
         """
         return self.grid.filled(_ranks(self._flat()), NO_HEAD)
 
-    def top(self, n_or_fraction: int | float) -> HeadSet:
+    def top(self, n_or_fraction: int | float, *, count: Counting = "nearest") -> HeadSet:
         """The heads of highest score, highest first.
 
         An int is a number of heads, a float in (0, 1] a fraction of all heads: so `top(1)` is one head and
-        `top(1.0)` all. A fraction is rounded to the nearest whole number of heads, at least 1, which keeps
-        the share as close to the one named as it can be (5% of 64 heads is 3). The paper's "at or above
-        the 95th percentile" can hold one head more: 4 of 64, 40 instead of 39 of 784.
+        `top(1.0)` all. `count` says how many heads a fraction is:
+
+        - "nearest": the nearest whole number, which keeps the share as close to the one named as it can be.
+        - "ceiling": the next whole number. So the lists of arXiv 2605.27243 were made.
+        - "percentile": all heads with a score at or above that percentile of the scores (0.05: the 95th, linearly
+          interpolated), as arXiv 2606.05843 words it. Heads of equal score stay together, in or out.
+
+        5% are 3, 4 and 4 of 64 heads; 38, 39 and 39 of 768; 39, 40 and 40 of 784. Always at least 1.
 
         Scores that are the same for every head choose none: that is a ValueError, unless all heads are asked for.
         Where heads inside and outside the choice have the same score, the earlier (layer, head) is taken, and a
-        warning names them.
+        warning names them. ValueError too for a `count` beside a number of heads, which it would not change.
+
+        >>> scores = HeadScores(torch.linspace(1, 0, 64).reshape(1, 8, 8), "RAM")
+        >>> len(scores.top(0.05)), len(scores.top(0.05, count="ceiling")), len(scores.top(0.05, count="percentile"))
+        (3, 4, 4)
         """
-        count = self._count(n_or_fraction)
-        return self._chosen(self._order()[:count], f"the {count} highest")
+        chosen = self._count(n_or_fraction, count)
+        return self._chosen(self._order()[:chosen], f"the {chosen} highest")
 
-    def bottom(self, n_or_fraction: int | float) -> HeadSet:
+    def bottom(self, n_or_fraction: int | float, *, count: Counting = "nearest") -> HeadSet:
         """The heads of lowest score, lowest first; counted, refused and warned of as in `top` (later heads first)."""
-        count = self._count(n_or_fraction)
-        return self._chosen(self._order()[::-1][:count], f"the {count} lowest")
+        chosen = self._count(n_or_fraction, count, highest=False)
+        return self._chosen(self._order()[::-1][:chosen], f"the {chosen} lowest")
 
-    def top_spread(self, n_or_fraction: int | float) -> HeadSet:
+    def top_spread(self, n_or_fraction: int | float, *, count: Counting = "nearest") -> HeadSet:
         """As many heads as `top`, spread over the layers: the best of every layer before the second best of any.
 
         Where the number is no multiple of the layers, those whose next head scores highest give one more. Equal
@@ -152,7 +166,7 @@ class HeadScores:
         >>> scores.top(2), scores.top_spread(2)
         (HeadSet(2 of 2 x 2: L0H0 L0H1), HeadSet(2 of 2 x 2: L0H0 L1H1))
         """
-        count = self._count(n_or_fraction)
+        n_chosen = self._count(n_or_fraction, count)
         layer_of = [layer for layer, _ in self.grid.heads]
         of_layer: Counter[int] = Counter()
         turns = np.zeros(len(layer_of), dtype=np.int64)
@@ -161,8 +175,8 @@ class HeadScores:
             turns[index] = of_layer[layer_of[index]]
             of_layer[layer_of[index]] += 1
         # A stable sort keeps the order of the scores within a turn.
-        chosen = order[np.argsort(turns[order], kind="stable")][:count]
-        return self._chosen(chosen, f"the best {count} over all layers", turns)
+        chosen = order[np.argsort(turns[order], kind="stable")][:n_chosen]
+        return self._chosen(chosen, f"the best {n_chosen} over all layers", turns)
 
     def select(self, kind: str) -> HeadScores:
         """The scores of the examples of one kind."""
@@ -218,18 +232,20 @@ class HeadScores:
                 )
         return float(scipy.stats.spearmanr(self._flat(), other._flat()).statistic)
 
-    def stability(self, n_or_fraction: int | float = 0.05) -> Int[Tensor, "layer head"]:
-        """In how many kinds' `top(n_or_fraction)` each head stands (0 to the number of kinds).
+    def stability(
+        self, n_or_fraction: int | float = 0.05, *, count: Counting = "nearest"
+    ) -> Int[Tensor, "layer head"]:
+        """In how many kinds' `top(n_or_fraction, count=count)` each head stands (0 to the number of kinds).
 
         NO_HEAD (-1) where the model has no head.
         """
         if self.kinds is None:
             raise InvalidValueError(f"{self.name}: the examples carry no kinds to compare")
-        count = self.grid.filled(torch.zeros(len(self.grid), dtype=torch.int64), NO_HEAD)
+        times = self.grid.filled(torch.zeros(len(self.grid), dtype=torch.int64), NO_HEAD)
         for kind in sorted(set(self.kinds)):
-            for head in self.select(kind).top(n_or_fraction):
-                count[head] += 1
-        return count
+            for head in self.select(kind).top(n_or_fraction, count=count):
+                times[head] += 1
+        return times
 
     def table(self, *, level: float = 0.95, n_resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
         """One row per head, best first: layer, head, score, standard_error, rank, rank_low, rank_high.
@@ -346,42 +362,68 @@ class HeadScores:
                 )
                 alike &= same_place
             if alike.any():
-                self._warn_of_ties(every, scores, inside[alike.any(1)], outside[alike.any(0)], what)
+                _warn_of_ties(self.name, every, scores, inside[alike.any(1)], outside[alike.any(0)], what)
         return HeadSet((every[index] for index in chosen), self.grid)
 
-    def _warn_of_ties(
-        self, every: Sequence[Head], scores: np.ndarray, inside: np.ndarray, outside: np.ndarray, what: str
-    ) -> None:
-        def named(indices: np.ndarray) -> str:
-            more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
-            return " ".join(head_name(every[index]) for index in indices[:8]) + more
-
-        shared = sorted({float(scores[index]) for index in inside})
-        value = f"{shared[0]:g}" if len(shared) == 1 else "their score"
-        warnings.warn(
-            f"{self.name}: {what} of {len(every)} heads cut through a tie. {named(inside)} are among them, "
-            f"{named(outside)} are not, and they share {value}: which are taken follows from their numbers alone",
-            MmlensWarning,
-            stacklevel=4,
-        )
-
-    def _count(self, n_or_fraction: int | float) -> int:
-        total = len(self.grid)
+    def _count(self, n_or_fraction: int | float, count: Counting, *, highest: bool = True) -> int:
+        one_of("count", count, get_args(Counting))
+        scores = self._flat() if highest else -self._flat()
         if isinstance(n_or_fraction, (float, np.floating)):
             if not 0 < n_or_fraction <= 1:
                 raise InvalidValueError(
                     f"a fraction of heads lies in (0, 1], not {n_or_fraction}; a count is an int"
                 )
-            return share_of(float(n_or_fraction), total)
-        try:
-            count = whole_number("the number of heads", n_or_fraction)
-        except InvalidTypeError:
-            raise InvalidTypeError(
-                f"expected a number of heads (int) or a fraction (float), not {shown(n_or_fraction)}"
-            ) from None
-        if not 1 <= count <= total:
-            raise InvalidValueError(f"a count of heads lies in 1 to {total} (all heads), not {count}")
-        return count
+            # Equal scores have no percentile that tells heads apart; `_chosen` says so.
+            by_percentile = count == "percentile" and np.ptp(scores) > 0
+            fraction = float(n_or_fraction)
+            return _at_or_above(scores, fraction) if by_percentile else share_of(fraction, len(scores), count)
+        return _number_of_heads(n_or_fraction, len(scores), count)
+
+
+def _number_of_heads(given: object, total: int, count: Counting) -> int:
+    try:
+        number_of_heads = whole_number("the number of heads", given)
+    except InvalidTypeError:
+        raise InvalidTypeError(
+            f"expected a number of heads (int) or a fraction (float), not {shown(given)}"
+        ) from None
+    if not 1 <= number_of_heads <= total:
+        raise InvalidValueError(f"a count of heads lies in 1 to {total} (all heads), not {number_of_heads}")
+    if count != "nearest":
+        raise InvalidValueError(
+            f"count={count!r} says how many heads a fraction is, and {number_of_heads} is their number already; "
+            "expected a fraction such as 0.05, or no count"
+        )
+    return number_of_heads
+
+
+def _at_or_above(scores: Float[np.ndarray, " head"], fraction: float) -> int:
+    """How many scores are at or above the percentile above which `fraction` of them lie, at least one."""
+    # The percentile lies between two scores, or on one; then rounding must not lift it above.
+    place = math.ceil((1 - fraction) * (len(scores) - 1) - 1e-9)
+    return int((scores >= np.sort(scores)[place]).sum())
+
+
+def _warn_of_ties(
+    name: str,
+    every: Sequence[Head],
+    scores: np.ndarray,
+    inside: np.ndarray,
+    outside: np.ndarray,
+    what: str,
+) -> None:
+    def named(indices: np.ndarray) -> str:
+        more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
+        return " ".join(head_name(every[index]) for index in indices[:8]) + more
+
+    shared = sorted({float(scores[index]) for index in inside})
+    value = f"{shared[0]:g}" if len(shared) == 1 else "their score"
+    warnings.warn(
+        f"{name}: {what} of {len(every)} heads cut through a tie. {named(inside)} are among them, "
+        f"{named(outside)} are not, and they share {value}: which are taken follows from their numbers alone",
+        MmlensWarning,
+        stacklevel=4,
+    )
 
 
 def half_mass_share(scores: HeadScores, share: float = 0.5) -> float:
@@ -407,12 +449,15 @@ def half_mass_share(scores: HeadScores, share: float = 0.5) -> float:
     return n / len(values)
 
 
-def share_of(fraction: float, n_heads: int) -> int:
-    """The whole number of heads nearest to a fraction of `n_heads`, at least 1.
+def share_of(fraction: float, n_heads: int, count: Counting = "nearest") -> int:
+    """The whole number of heads nearest to a fraction of `n_heads`, or the next one ("ceiling"), at least 1.
 
-    >>> share_of(0.05, 64), share_of(0.05, 4)
-    (3, 1)
+    >>> share_of(0.05, 64), share_of(0.05, 64, "ceiling"), share_of(0.05, 4)
+    (3, 4, 1)
     """
+    if count != "nearest":
+        # Products such as 100 * .07 = 7.000000000000001 are the whole number that they stand for.
+        return max(1, math.ceil(fraction * n_heads - 1e-9))
     # 1e-9 lifts products such as 100 * .145 = 14.499999999999998 to the half they stand for.
     return max(1, math.floor(fraction * n_heads + 0.5 + 1e-9))
 

@@ -615,6 +615,63 @@ def test_a_saved_nan_is_never_taken_for_a_head_that_there_is_not(tmp_path: Path)
     assert HeadScores.load(path).grid == HeadGrid((3, 3))
 
 
+# ---------------------------------------------------------------------- how many heads a fraction is
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "nearest", "others"), [(64, 3, 4), (768, 38, 39), (784, 39, 40), (1152, 58, 58), (100, 5, 5)]
+)
+def test_five_percent_of_the_heads_by_each_count(n_heads: int, nearest: int, others: int) -> None:
+    """768 heads are those of gemma-3-12b, 38.4 of them 5%: its published lists hold 39."""
+    generator = torch.Generator().manual_seed(n_heads)
+    scores = HeadScores(torch.randperm(n_heads, generator=generator).float().reshape(1, 4, -1))
+    assert len(scores.top(0.05)) == len(scores.top(0.05, count="nearest")) == nearest
+    for choose in (scores.top, scores.bottom, scores.top_spread):
+        assert len(choose(0.05, count="ceiling")) == len(choose(0.05, count="percentile")) == others
+    assert scores.top(0.05, count="ceiling").heads[:nearest] == scores.top(0.05).heads
+    assert scores.bottom(0.05, count="percentile").heads[:nearest] == scores.bottom(0.05).heads
+
+
+@unhurried
+@ties_are_meant
+@given(score_arrays(), st.integers(1, 20).map(lambda part: part / 20))
+def test_percentiles_are_numpys_and_keep_equal_scores_together(array: np.ndarray, fraction: float) -> None:
+    scores = scores_of(array)
+    values = scores.values.numpy().ravel()
+    assume(float(np.ptp(values)) > 0)
+    # NumPy may miss by rounding a percentile that is a score.
+    above = values >= np.percentile(values, 100 * (1 - fraction)) - 1e-6
+    below = values <= np.percentile(values, 100 * fraction) + 1e-6
+    top, bottom = scores.top(fraction, count="percentile"), scores.bottom(fraction, count="percentile")
+    for chosen, expected in ((top, above), (bottom, below)):
+        assert [head in chosen for head in scores.grid.heads] == expected.tolist()
+    ceiling = scores.top(fraction, count="ceiling")
+    assert len(ceiling) == max(1, int(np.ceil(fraction * len(values) - 1e-9)))
+
+
+def test_counts_on_ties() -> None:
+    """Of 20 heads two share the highest score: the 95th percentile is it, and both are at it."""
+    scores = HeadScores(torch.tensor([[[5.0, 5.0, *range(18)]]]).clamp(max=5))
+    spread = HeadScores(torch.tensor([[[9.0, 9.0, *[float(i) / 20 for i in range(18)]]]]))
+    assert spread.top(0.05, count="percentile").heads == ((0, 0), (0, 1))
+    with pytest.warns(mmlens.MmlensWarning, match="cut through a tie"):
+        assert spread.top(0.05, count="ceiling").heads == ((0, 0),)
+    assert len(scores.top(0.05, count="percentile")) == int((scores.values == 5).sum())
+    kinds = HeadScores(spread.per_example.repeat(2, 1, 1), kinds=("a", "b"))
+    assert kinds.stability(0.05, count="percentile").flatten().tolist() == [2, 2, *[0] * 18]
+
+
+def test_a_count_beside_a_number_of_heads_is_refused(as_users_run_it: None) -> None:
+    scores = HeadScores(torch.rand(1, 4, 5))
+    with pytest.raises(ValueError, match="count='ceiling' says how many heads a fraction is, and 3 is"):
+        scores.top(3, count="ceiling")
+    with pytest.raises(ValueError, match="there is no count 'ceil'.*'ceiling'"):
+        scores.top(0.05, count="ceil")
+    with pytest.raises(ValueError, match="is 1 for each of the 20 heads"):
+        HeadScores(torch.ones(1, 4, 5)).top(0.05, count="percentile")
+    assert len(HeadScores(torch.ones(1, 4, 5)).top(1.0, count="percentile")) == 20
+
+
 # ---------------------------------------------------------------------- ties
 
 

@@ -694,7 +694,7 @@ def _heads(w: World) -> list[Call]:
                 f"HeadScores.{name}",
                 getattr(w.scores, name),
                 {"n_or_fraction": 3},
-                {"n_or_fraction": "count or share"},
+                {"n_or_fraction": "count or share", "count": "choice"},
             )
             for name in ("top", "bottom", "top_spread", "stability")
         ),
