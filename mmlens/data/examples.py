@@ -186,7 +186,8 @@ class Example:
 
     def _checked_image(self, number: int, image: Any) -> Any:
         """The image, once the boxes in it were found to lie in it; a late one is checked when it opens."""
-        name = f"example {self.id!r}, image {number}"
+        name = image.name if isinstance(image, LateImage) and image.name != "the image" else ""
+        name = name or f"example {self.id!r}, image {number}"
         boxes = [region.box for region in self.evidence if region.image == number and region.box is not None]
         check = functools.partial(_check_boxes, boxes, name)
         if isinstance(image, LateImage):

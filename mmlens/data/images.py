@@ -158,7 +158,10 @@ class LateImage:
             return open_image(file, name).size
         with _opened_file(file, name) as image:
             try:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_THE_SIDE
+                turned = (
+                    _may_hold_exif(image, file)
+                    and image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_THE_SIDE
+                )
             except (OSError, EOFError, SyntaxError, ValueError) as error:
                 raise PromptError(f"{name} is broken and cannot be decoded ({error})") from error
             width, height = image.size
@@ -183,6 +186,14 @@ class LateImage:
         raise PromptError(
             f"{self.name}: its file is {shown(given)}; expected a path, the bytes of an image file or a PIL image"
         )
+
+
+def _may_hold_exif(image: Image.Image, file: Any) -> bool:
+    """False where EXIF data need not be asked for. Of a PNG they may follow the pixels, which PIL then decodes."""
+    if image.format != "PNG":
+        return True
+    data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+    return any(mark in data for mark in (b"eXIf", b"exif", b"xmp"))
 
 
 def _nothing() -> None:

@@ -5,6 +5,7 @@ A kind that ends in "!" is refused likewise, but its unusual values are not trie
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,7 @@ class Call:
         return self.function(**{**self.arguments, **changed})
 
 
+NUMBERS = itertools.count()
 SHARED = {"model": "model", "prompts": "prompts", "batch_size": "count", "progress": "flag"}
 OF_EVIDENCE = SHARED | {"mapping": "mapping"}
 RESAMPLED = {"level": "level", "n_resamples": "count", "seed": "seed"}
@@ -755,6 +757,33 @@ def _data(w: World) -> list[Call]:
             {"kind": "choice", "rng": "rng"},
         ),
         Call("scene_vocabulary", scene_vocabulary, {"kinds": ["objects"]}, {"kinds": "choices"}),
+        Call(
+            "examples_from",
+            lambda **given: list(mmlens.data.examples_from(**given)),
+            {
+                "rows": [{"q": "What?", "a": "x", "image": image, "box": [0, 0, 9, 9]}] * 2,
+                "question": "q",
+                "answer": "a",
+                "images": "image",
+                "evidence": "box",
+                "box_format": "xyxy",
+                "id": lambda row: next(NUMBERS),
+            },
+            {
+                "rows": "rows",
+                "question": "row column",
+                "answer": "row column",
+                "images": "row column",
+                "evidence": "row column",
+                "group": "row column",
+                "id": "row column",
+                "kind": "row column",
+                "candidates": "row column",
+                "metadata": "row columns",
+                "box_format": "choice",
+                "on_error": "choice",
+            },
+        ),
         Call(
             "save_examples",
             mmlens.data.save_examples,
