@@ -113,13 +113,20 @@ def overlap_message(shared: Sequence[str]) -> str:
 
 
 def split_by_hash(examples: ExampleStream, fraction: float, seed: int) -> tuple[ExampleStream, ExampleStream]:
-    """Two streams, of each example the one that a hash of its group and the seed says: about `fraction` in the first.
+    """Two streams, each example in the one that `is_in_first` says."""
+    return (
+        examples.where(lambda example: is_in_first(example, fraction, seed)),
+        examples.where(lambda example: not is_in_first(example, fraction, seed)),
+    )
 
-    So it is told from each example alone in which it is, whatever the others are and in whichever order they come.
+
+def is_in_first(example: Example, fraction: float, seed: int) -> bool:
+    """Whether an example is in the first of two splits, told from its group and the seed alone.
+
+    It is for about `fraction` of all groups.
+
+    >>> [is_in_first(Example("What?", "x", group="report.pdf"), 0.5, seed) for seed in range(3)]
+    [True, True, False]
     """
-
-    def is_first(example: Example) -> bool:
-        digest = hashlib.sha256(repr((seed, group_of(example))).encode()).digest()
-        return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-    return examples.where(is_first), examples.where(lambda example: not is_first(example))
+    digest = hashlib.sha256(repr((seed, group_of(example))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -50,7 +50,7 @@ def overlay_figures(model: HookedVLM, example: Example, heads: Sequence[tuple[st
     attention, boxes, positions = question_attention(model, example)
     evidence: list[list[tuple[float, float, float, float]]] = [[] for _ in example.images]
     for region in example.evidence:
-        whole = (0.0, 0.0, *map(float, example.images[region.of_image].size))
+        whole = (0.0, 0.0, *map(float, example.images.sizes[region.of_image]))
         evidence[region.of_image].append(region.box or whole)  # type: ignore[arg-type]
     layers, within = zip(*(head for _, head in heads), strict=True)
     largest = float(attention[list(layers), list(within)][:, np.concatenate(positions)].max())

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from mmlens.arguments import BATCH_SIZE, listed, one_of, seed_of
 from mmlens.data.examples import Example
-from mmlens.data.images import as_rgb
+from mmlens.data.images import pixel_fingerprint
+from mmlens.data.many import ExampleStream
 from mmlens.errors import InvalidValueError
 from mmlens.heads import HeadSet
 from mmlens.hook_names import axes_of, layer_of
@@ -128,7 +129,7 @@ def ablate(
     components: Specs,
     mode: str = "zero",
     *,
-    reference: Means | OfAnotherModel | Sequence[Example] | None = None,
+    reference: Means | OfAnotherModel | Sequence[Example] | ExampleStream | None = None,
     positions: Positions = None,
     seed: int = 0,
 ) -> Intervention:
@@ -156,6 +157,8 @@ def ablate(
     """
     one_of("ablation mode", mode, MODES)
     seed = seed_of(seed)
+    if isinstance(reference, ExampleStream):
+        reference = list(reference)
     _check_reference(mode, reference)
     if not isinstance(components, str | HeadSet | np.ndarray | Tensor):
         components = listed(
@@ -471,9 +474,9 @@ def _another(
     With `same_sizes`, one with other images of the same sizes, whatever it asks.
     """
     if same_sizes:
-        sizes, pixels = [image.size for image in images], [image.tobytes() for image in images]
-        sized = [e for e in reference if [image.size for image in e.images] == sizes]
-        alike = [e for e in sized if [as_rgb(image).tobytes() for image in e.images] != pixels]
+        sizes, pixels = tuple(image.size for image in images), tuple(map(pixel_fingerprint, images))
+        sized = [e for e in reference if e.images.sizes == sizes]
+        alike = [e for e in sized if e.images.fingerprints != pixels]
     else:
         others = [e for e in reference if (e.question, len(e.images)) != (question, len(images))]
         alike = [e for e in others if len(e.images) == len(images)] or [
@@ -482,6 +485,6 @@ def _another(
     if not alike:
         raise InvalidValueError(
             f"resample: no reference example but the prompt's own for the question {question!r} "
-            f"with {len(images)} image(s)" + (f" of sizes {sizes}" if same_sizes else "")
+            f"with {len(images)} image(s)" + (f" of sizes {list(sizes)}" if same_sizes else "")
         )
     return alike[int(rng.integers(len(alike)))]

@@ -23,7 +23,7 @@ from mmlens.arguments import (
 from mmlens.boxes import SLIVER, checked_box
 from mmlens.data.chats import Chat
 from mmlens.data.examples import Evidence, Example, examples_of
-from mmlens.data.images import load_image, pixel_fingerprint
+from mmlens.data.images import LateImage, load_image, pixel_fingerprint
 from mmlens.errors import InvalidValueError, OutOfRangeError
 from mmlens.interventions.corruptions import Corruption, CorruptionError, corrupted_prompt
 from mmlens.interventions.edits import check_call
@@ -164,11 +164,16 @@ def other_image(
     flag("equal_layout", equal_layout)
     if isinstance(images, Iterable) and not isinstance(images, (str, os.PathLike, Image.Image)):
         images = listed("images", images, "an image, or a list of images or of Example")
-        given = [own for entry in images for own in (entry.images if isinstance(entry, Example) else [entry])]
+        given = [
+            own for entry in images for own in (entry.images.given if isinstance(entry, Example) else [entry])
+        ]
     else:
         given = [images]
-    pool: dict[str, Image.Image] = {}
+    pool: dict[str, Image.Image | LateImage] = {}
     for number, entry in enumerate(given):
+        if isinstance(entry, LateImage):
+            pool.setdefault(entry.fingerprint, entry)
+            continue
         loaded = load_image(entry, f"image {number} to draw from")
         pool.setdefault(pixel_fingerprint(loaded), loaded)
     if not pool:
@@ -189,7 +194,7 @@ def other_image(
                 )
             size = own[number].size
             alike = [key for key, each in left.items() if each.size == size] or list(left)
-            drawn = left.pop(alike[int(rng.integers(len(alike)))])
+            drawn = load_image(left.pop(alike[int(rng.integers(len(alike)))]))
             fits = drawn.size == size or not resize
             own[number] = drawn if fits else drawn.resize(size, Image.Resampling.BICUBIC)
         return own
@@ -214,7 +219,7 @@ def evidence_of(examples: Sequence[Example]) -> Callable[[Prompt, int], list[Evi
     examples = examples_of(examples)
     for entry in examples:
         videos = (each.fingerprint for each in entry.videos)
-        key = (entry.said, *map(pixel_fingerprint, entry.images), *videos)
+        key = (entry.said, *entry.images.fingerprints, *videos)
         if known.setdefault(key, entry.evidence) != entry.evidence:
             raise CorruptionError(
                 f"two examples have the question {entry.question!r} and the same images, but not the same evidence"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -197,48 +197,34 @@ def ahead(functions: Iterable[Callable[[], T]]) -> Iterator[T]:
     >>> list(ahead([lambda: 1, lambda: 2]))
     [1, 2]
     """
-    functions = iter(functions)
-    first = next(functions, None)
-    if first is None:
-        return
-    result, running = first(), None
-    try:
+    with ThreadPoolExecutor(1, "mmlens: the next prompt") as worker:
+        due: Future[_Done[T]] | None = None
         for function in functions:
-            running = _Running(function)
-            yield result
-            result, running = running.result(), None
-        yield result
-    finally:
-        if running is not None:
-            running.thread.join()
+            # What is due is read before the next begins, so that one runs at a time.
+            done = None if due is None else due.result()
+            due = worker.submit(_done, function)
+            if done is not None:
+                yield done.given()
+        if due is not None:
+            yield due.result().given()
 
 
-class _Running(Generic[T]):
-    """A function in a thread."""
+@dataclass(frozen=True)
+class _Done(Generic[T]):
+    """What a function gave, and what mmlens warned of meanwhile."""
 
-    def __init__(self, function: Callable[[], T]) -> None:
-        self.function = function
-        self.given: list[T] = []
-        self.error: BaseException | None = None
-        self.warned: list[tuple[str, type[Warning]]] = []
-        self.thread = threading.Thread(target=self._run, name="mmlens: the next prompt")
-        self.thread.start()
+    result: T
+    warned: Sequence[tuple[str, type[Warning]]]
 
-    def _run(self) -> None:
-        with held_warnings() as self.warned:
-            try:
-                self.given.append(self.function())
-            except BaseException as error:
-                self.error = error
-
-    def result(self) -> T:
-        """What the function gives or raises, once it has ended."""
-        self.thread.join()
+    def given(self) -> T:
         for message, category in self.warned:
             warn(message, category, stacklevel=4)
-        if self.error is not None:
-            raise self.error
-        return self.given[0]
+        return self.result
+
+
+def _done(function: Callable[[], T]) -> _Done[T]:
+    with held_warnings() as warned:
+        return _Done(function(), warned)
 
 
 def _prompts_or_examples(prompts: object) -> list[Prompt | Example]:
