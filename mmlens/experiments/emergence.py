@@ -24,13 +24,12 @@ from mmlens.data.scenes import scene_of
 from mmlens.effects.measure import effect
 from mmlens.experiments.ablations import first_of_kinds
 from mmlens.experiments.common import FIVE_PERCENT, head_names, plain
-from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import Experiment, Findings, Setup, checked_settings, judges_as_asked
 from mmlens.head_scores import HeadScores
 from mmlens.heads import HeadSet
 from mmlens.interventions.ablation import ablate
 from mmlens.interventions.composition import compose
 from mmlens.interventions.patching import patch
-from mmlens.metrics.outcomes import accuracy
 from mmlens.model.batches import Batches
 from mmlens.model.hooked_vlm import HookedVLM
 from mmlens.model.hooks import Intervention
@@ -82,6 +81,7 @@ ARMS = {
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,
@@ -168,7 +168,7 @@ def _right(
         oracle = oracle_images(model, prompt, [examples[at] for at in index])
         for arm, edit in arms.items():
             under = oracle if edit is None else compose(oracle, edit)
-            right[arm].append(effect(model, [prompt], under, accuracy).values.numpy())
+            right[arm].append(effect(model, [prompt], under, setup.judge.right).values.numpy())
     return {arm: np.concatenate(parts) for arm, parts in right.items()}
 
 

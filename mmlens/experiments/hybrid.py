@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from mmlens.data.examples import Example
+from mmlens.effects.runner import MetricRuns, PromptRuns
 from mmlens.errors import InvalidValueError
 from mmlens.experiments.ablations import first_of_kinds, with_evidence
 from mmlens.experiments.common import (
@@ -27,12 +28,19 @@ from mmlens.experiments.common import (
     ranged,
     summarised,
 )
-from mmlens.experiments.experiment import Experiment, Figures, Findings, Setup, checked_settings
+from mmlens.experiments.experiment import (
+    Experiment,
+    Figures,
+    Findings,
+    Setup,
+    checked_settings,
+    judges_as_asked,
+)
 from mmlens.head_scores import HeadScores, share_of
 from mmlens.heads import HeadSet, as_head_set
 from mmlens.hybrid.dense_heads import hybrid_attention
 from mmlens.hybrid.rule import StreamingRule
-from mmlens.metrics.outcomes import accuracy, invalid, kl_to_clean
+from mmlens.metrics.outcomes import Metric, kl_to_clean
 from mmlens.model.batches import Batches
 from mmlens.model.hooks import NoChangeWarning
 from mmlens.model.prompt import Prompt
@@ -69,6 +77,7 @@ PUBLISHED = pd.DataFrame(
 
 
 @checked_settings
+@judges_as_asked
 def run(
     setup: Setup,
     *,
@@ -84,7 +93,7 @@ def run(
     heads and layer-matched ones, none of them in the top, and random ones of all heads (`n_draws` each); the lowest
     RAM; the highest vision mass and the highest logit contribution, where the model's heads have one.
     Heads are chosen on the selection split, and judged on the first `n_per_kind` evaluation examples of each kind
-    (None: all), text-only kinds too. `windows` and `sink` count tokens; a prompt that lies within them is dense.
+    (None: all), text-only kinds too; an answer after its prompt is decoded by dense attention. `windows` and `sink` count tokens; a prompt that lies within them is dense.
     """
     if n_draws < 1:
         raise InvalidValueError(f"n_draws is at least 1, not {n_draws}")
@@ -218,7 +227,7 @@ def _outcomes(
 ) -> pd.DataFrame:
     """One row per window, arm, count, draw, example and metric: with its value, and that of the dense run."""
     rows: list[pd.DataFrame] = []
-    graded = all(len(set(example.candidates)) > 1 for example in examples)
+    shares = setup.judge.shares(examples)
     for index, prompt in Batches(setup.model, list(examples), **setup.options):
         frame = pd.DataFrame(
             {
@@ -228,8 +237,8 @@ def _outcomes(
                 "n_tokens": (~prompt.token_map.is_padding).sum(-1).tolist(),
             }
         )
-        dense = setup.model(prompt)
-        before = _measured(dense, prompt, dense, graded)
+        metrics = {**shares, "kl_to_dense": _kl_to(setup.model(prompt, logits_to_keep=1))}
+        before = _measured(setup, prompt, metrics)
         done: dict[tuple[int, HeadSet], dict[str, Any]] = {}
         for rule in rules:
             for (arm, count, draw), heads in sets.items():
@@ -241,7 +250,7 @@ def _outcomes(
                     ):
                         # Some batches have short prompts only.
                         warnings.simplefilter("ignore", NoChangeWarning)
-                        done[run] = _measured(setup.model(prompt), prompt, dense, graded)
+                        done[run] = _measured(setup, prompt, metrics)
                 rows += [
                     frame.assign(
                         window=rule.window,
@@ -257,13 +266,14 @@ def _outcomes(
     return pd.concat(rows, ignore_index=True)
 
 
-def _measured(logits: torch.Tensor, prompt: Prompt, dense: torch.Tensor, graded: bool) -> dict[str, Any]:
-    found = {
-        "accuracy": accuracy(logits, prompt),
-        "kl_to_dense": kl_to_clean(logits, prompt, dense),
-        **({"invalid": invalid(logits, prompt)} if graded else {}),
-    }
-    return {name: values.float().tolist() for name, values in found.items()}
+def _kl_to(dense: torch.Tensor) -> Metric:
+    """KL of the next token after the prompt to what these logits say."""
+    return lambda logits, prompt: kl_to_clean(logits, prompt, dense)
+
+
+def _measured(setup: Setup, prompt: Prompt, metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    values = PromptRuns(MetricRuns(setup.model, metrics, logits_to_keep=1), prompt).clean_values
+    return {name: own.tolist() for name, own in values.items()}
 
 
 def _table(outcomes: pd.DataFrame, controls: Sequence[str], total: int, seed: int) -> pd.DataFrame:

@@ -28,7 +28,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class StreamingLayer:
-    """`dense` [head]: the heads that attend to everything; all others follow `rule`. `method`: `hybrid_attention`'s."""
+    """`dense` [head]: the heads that attend to everything; all others follow `rule`. `method`: `hybrid_attention`'s.
+
+    `answer` [batch, query], where it is given, are queries that follow the prompt: they attend to everything in all heads.
+    """
 
     name: str
     dense: Bool[Tensor, " head"]
@@ -36,13 +39,19 @@ class StreamingLayer:
     method: str = "auto"
     tally: Tally = field(default_factory=Tally)
 
-    def acts_on(self, query: Float[Tensor, "batch head query d_head"], first: int) -> bool:
+    def acts_on(
+        self,
+        query: Float[Tensor, "batch head query d_head"],
+        first: int,
+        answer: Bool[Tensor, "batch query"] | None = None,
+    ) -> bool:
         """Whether a call is hybrid: several queries, some that do not see all, and a head that streams."""
         length = query.shape[2]
         if length == 1:
             return False
-        acts = not bool(self.dense.all()) and not self.rule.sees_all(first + length)
-        self.tally.longest = max(self.tally.longest, first + length)
+        of_prompt = length if answer is None else int((~answer).any(0).sum())
+        acts = not bool(self.dense.all()) and not self.rule.sees_all(first + of_prompt) and of_prompt > 0
+        self.tally.longest = max(self.tally.longest, first + of_prompt)
         self.tally.streamed |= acts
         return acts
 
@@ -57,6 +66,7 @@ class StreamingLayer:
         mask: Tensor | None,
         causal: bool,
         first: int,
+        answer: Bool[Tensor, "batch query"] | None = None,
     ) -> Tensor:
         """The model's mask with the rule in it [batch or 1, head, query, key]: boolean, or additive as given."""
         self._check(query, key, mask, causal, first)
@@ -64,10 +74,7 @@ class StreamingLayer:
         keys = torch.arange(key.shape[2], device=query.device)
         own = None if mask is None else mask[..., : len(keys)]
         seen = None if own is None else own if own.dtype == torch.bool else own == 0
-        real = None if seen is None else first_positions(seen)
-        allowed = self.rule.allowed(queries, keys, real)
-        allowed = allowed[None, None] if real is None else allowed[:, None]
-        allowed = allowed | self.dense.to(query.device)[None, :, None, None]
+        allowed = self._allowed(queries, keys, None if seen is None else first_positions(seen), answer)
         if own is None:
             return allowed & (queries[:, None] >= keys)
         if own.dtype == torch.bool:
@@ -82,8 +89,12 @@ class StreamingLayer:
         mask: Tensor | None,
         causal: bool,
         scaling: float | None,
+        answer: Bool[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos head d_value"]:
-        """Dense heads by SDPA, streaming heads by the fast path of the device; a run from the prompt's first token."""
+        """Dense heads by SDPA, streaming heads by the fast path of the device; a run from the prompt's first token.
+
+        An answer's queries, the last ones, are then done once more, under a mask.
+        """
         self._check(query, key, mask, causal, 0)
         length, group = query.shape[2], query.shape[1] // key.shape[1]
         key, value = key[:, :, :length], value[:, :, :length]
@@ -91,7 +102,7 @@ class StreamingLayer:
         first = None if mask is None else first_positions(mask)
         given = self.rule, mask, first, scaling
         flexible = self.method == "flex" or (query.is_cuda and self.method == "auto")
-        if not flexible and not self.dense.any():
+        if not flexible and not self.dense.any() and answer is None:
             return streaming_attention(query, key, value, *given).transpose(1, 2)
         output = like_sdpa(query, value)
         if flexible:
@@ -111,7 +122,31 @@ class StreamingLayer:
                 scale=scaling,
                 enable_gqa=len(heads) != len(kv_heads),
             )
+        if answer is not None:
+            tail = int(answer.any(0).int().argmax())
+            positions = torch.arange(length, device=query.device)
+            allowed = self._allowed(positions[tail:], positions, first, answer[:, tail:])
+            allowed = allowed & (
+                positions[tail:, None] >= positions if mask is None else mask[:, :, tail:]
+            )
+            output[:, :, tail:] = F.scaled_dot_product_attention(
+                query[:, :, tail:], key, value, attn_mask=allowed, scale=scaling, enable_gqa=group > 1
+            )
         return output.transpose(1, 2)
+
+    def _allowed(
+        self,
+        queries: Int[Tensor, " query"],
+        keys: Int[Tensor, " key"],
+        first: Int[Tensor, " batch"] | None,
+        answer: Bool[Tensor, "batch query"] | None,
+    ) -> Bool[Tensor, "batch head query key"]:
+        """Which keys the rule lets each head see, [batch or 1, ...]; what comes after a dense query is not left out."""
+        allowed = self.rule.allowed(queries, keys, first)
+        allowed = allowed[None] if first is None else allowed
+        if answer is not None:
+            allowed = allowed | answer[:, :, None].to(allowed.device)
+        return allowed[:, None] | self.dense.to(allowed.device)[None, :, None, None]
 
     def _check(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, first: int) -> None:
         """Raise NotCausalError where a query sees what comes after it, NotImplementedError where keys are cut off."""

@@ -73,9 +73,17 @@ class QueryRows:
 class Streams(Protocol):
     """A layer of which some heads see a few keys only (mmlens.hybrid)."""
 
-    def acts_on(self, query: Tensor, first: int) -> bool: ...
+    def acts_on(self, query: Tensor, first: int, answer: Tensor | None) -> bool: ...
 
-    def masked(self, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, first: int) -> Tensor: ...
+    def masked(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        first: int,
+        answer: Tensor | None,
+    ) -> Tensor: ...
 
     def run(
         self,
@@ -85,6 +93,7 @@ class Streams(Protocol):
         mask: Tensor | None,
         causal: bool,
         scaling: float | None,
+        answer: Tensor | None,
     ) -> Tensor: ...
 
     def is_fast(self, mask: Tensor | None) -> bool: ...
@@ -144,14 +153,15 @@ class AttentionTap:
         if self.rows is not None or self.needs_softmax:
             _check_readable(module, attention_mask)
         start = 0 if self.run_state is None else self.run_state.span.first
-        if self.streaming is not None and self.streaming.acts_on(query, start):
+        answer = None if self.streaming is None or self.run_state is None else self.run_state.answer_mask()
+        if self.streaming is not None and self.streaming.acts_on(query, start, answer):
             _check_readable(module, attention_mask)
             causal = internals.is_causal(module, kwargs.get("is_causal"))
             reads = self.rows is not None or self.needs_softmax or not _is_softmax_alone(kwargs)
             if not (reads or start or fast is eager) and self.streaming.is_fast(attention_mask):
                 scaling = kwargs.get("scaling")
-                return self.streaming.run(query, key, value, attention_mask, causal, scaling), None
-            attention_mask = self.streaming.masked(query, key, attention_mask, causal, start)
+                return self.streaming.run(query, key, value, attention_mask, causal, scaling, answer), None
+            attention_mask = self.streaming.masked(query, key, attention_mask, causal, start, answer)
             if fast is eager:
                 attention_mask = _additive_mask(module, query, key, attention_mask, causal)
         if self.rows is not None and self.consume_rows is not None:

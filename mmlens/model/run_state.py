@@ -44,6 +44,8 @@ class RunState:
         self._inputs: Mapping[str, Tensor] = {}
         """Of the inputs that tell what is visual, the rows and positions in hand."""
         self._pixels: dict[str, weakref.ref[Tensor]] = {}
+        self._stacked = 1
+        """How often a partial run has the batch."""
 
     # ------------------------------------------------------------------ told by the model
 
@@ -70,7 +72,7 @@ class RunState:
         self.n_forwards += 1
         self._checked = None
         # Until the decoder begins, nothing is known of its positions: not those of the run before.
-        self.span = Span(0, 0)
+        self.span, self._stacked = Span(0, 0), 1
         self.unmapped = self._visual.held_beside(given)
         # Image rows are found in the inputs of the run that is under way.
         self._whole_inputs = {
@@ -101,7 +103,7 @@ class RunState:
 
     def narrow(self, span: Span, copies: int = 1) -> None:
         """A partial run goes on with these positions alone, and with the batch `copies` times."""
-        self.span = span
+        self.span, self._stacked = span, copies
         self._inputs = {
             name: value[:, span.first :].repeat(copies, 1) for name, value in self._whole_inputs.items()
         }
@@ -144,6 +146,18 @@ class RunState:
             return None
         # Families that generate past their own forward leave the prompt's inputs standing.
         return mask.to(x.device) if mask.shape[1] == x.shape[1] else None
+
+    def answer_mask(self) -> Bool[Tensor, "batch pos"] | None:
+        """Which of the positions in hand follow the prompt, as tokens of an answer do; None where none is known to."""
+        if self.prompt is None:
+            return None
+        known, (first, length) = self.prompt.token_map.is_answer, self.span
+        # What is beyond the prompt that was given has been generated.
+        generated = known.new_ones(len(known), max(first + length - known.shape[1], 0))
+        mask = torch.cat([known, generated], 1)[:, first : first + length]
+        if not bool(mask.any()):
+            return None
+        return mask.repeat_interleave(self.copies(self.prompt), 0).repeat(self._stacked, 1)
 
     def copies(self, prompt: Prompt) -> int:
         """How often the run has each row of the prompt, copy by copy: beams and several samples repeat it."""

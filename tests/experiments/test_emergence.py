@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -76,6 +77,23 @@ def test_outcomes_are_those_of_the_model_with_heads_cut_out_of_its_weights(
             with model.hooks(fwd_hooks=oracle_images(model, prompt, [example])(model, prompt)):
                 logits = model(prompt)[0, -1]
             assert outcomes[arm, example.id] == float(logits.argmax() == prompt.answer_ids[0])
+
+
+def test_answers_are_judged_as_asked(setup: Setup, tmp_path: Path) -> None:
+    shutil.copytree(Path(mmlens.__file__).parent / "shipped/micro", tmp_path / "00010")
+    found = {
+        answers: EXPERIMENT.run(
+            dataclasses.replace(setup, answers=answers), checkpoints=str(tmp_path), n_per_kind=2
+        )
+        for answers in ("first token", "whole", "generated")
+    }
+    outcomes = {name: own.per_example["outcomes"].set_index(["arm", "id"]) for name, own in found.items()}
+    # Its answers are single tokens and right, clean; a wrong one may be none of the candidates.
+    for name, own in outcomes.items():
+        assert (own.loc["clean", "value"] == 1).all()
+        wrong = own["value"] == 0
+        assert wrong.any() and (outcomes["first token"]["value"][wrong] == 0).all(), name
+    assert "judged as generated" in found["generated"].statement
 
 
 def test_what_is_no_checkpoint_is_refused(setup: Setup, tmp_path: Path) -> None:

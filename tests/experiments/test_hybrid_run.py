@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pandas as pd
 import pytest
 import torch
@@ -71,6 +73,33 @@ def test_arms_and_tables_follow_from_the_raw_outcomes(setup: Setup, found: Findi
     assert differences.loc[(WINDOW, 2, "kl_to_dense", RANDOM), "mean"] == pytest.approx(
         core["value"].mean() - pooled["value"].mean()
     )
+
+
+def test_whole_answers_of_one_token_are_judged_as_first_tokens_are(setup: Setup, found: Findings) -> None:
+    # Chosen among candidates, for nothing but a candidate can be the answer; what is valid is judged the same.
+    asked = dict(fractions=(0.03,), windows=(WINDOW,), sink=SINK, n_per_kind=3, n_draws=1)
+    whole = EXPERIMENT.run(dataclasses.replace(setup, answers="whole"), **asked)
+    key = ["window", "arm", "count", "draw", "id"]
+    first = found.per_example["outcomes"].pivot_table("value", key, "metric")
+    values = whole.per_example["outcomes"].pivot_table("value", key, "metric").join(first.add_suffix("_first"))
+    assert set(whole.per_example["outcomes"]["metric"]) == {"accuracy", "kl_to_dense"}
+    valid = values[values["invalid_first"] == 0]
+    assert len(valid) > 20 and 0 < valid["accuracy"].mean() < 1
+    assert (valid["accuracy"] == valid["accuracy_first"]).all()
+    assert values["kl_to_dense"].to_numpy() == pytest.approx(values["kl_to_dense_first"].to_numpy(), abs=1e-4)
+    assert "Answers were judged whole" in whole.statement
+
+
+def test_generated_answers_are_those_of_plain_generation_under_it(setup: Setup) -> None:
+    asked = dict(fractions=(0.03,), windows=(WINDOW,), sink=SINK, n_per_kind=2, n_draws=1)
+    judged = EXPERIMENT.run(dataclasses.replace(setup, answers="generated"), **asked)
+    rows = judged.per_example["outcomes"].set_index(["arm", "metric", "id"])["value"]
+    for example in setup.evaluation[:2]:
+        prompt = setup.model.prompt_examples([example])
+        with mmlens.hybrid_attention(setup.model, [], sink=SINK, window=WINDOW):
+            texts = setup.model.answer(prompt, max_new_tokens=16, do_sample=False)
+        expected = float(mmlens.generated_accuracy(texts, prompt))
+        assert rows[NONE, "accuracy", example.id] == expected
 
 
 def test_a_window_over_the_whole_prompt_costs_nothing(found: Findings) -> None:

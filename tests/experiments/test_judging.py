@@ -29,6 +29,8 @@ KEY = ["mode", "arm", "count", "draw", "id"]
 JUDGING = {
     "core-heads",
     "doubtful-points",
+    "emergence",
+    "hybrid",
     "masking",
     "modes",
     "prediction",
@@ -207,10 +209,10 @@ def test_experiments_that_judge_otherwise_refuse(micro: mmlens.HookedVLM, tmp_pa
     for name in set(EXPERIMENTS) - able:
         with pytest.raises(InvalidValueError, match=f"{name} cannot judge answers as 'whole'"):
             EXPERIMENTS[name].run(setup)
-    assert main(["run", "hybrid", "--model", "micro", "--out", str(tmp_path), "--answers", "whole"]) != 0
+    assert main(["run", "key-tokens", "--model", "micro", "--out", str(tmp_path), "--answers", "whole"]) != 0
     assert not (tmp_path / "micro" / "run.json").exists()
-    with pytest.raises(InvalidValueError, match="hybrid cannot judge answers as 'generated'"):
-        run_all(["micro"], tmp_path, Request("", "", answers="generated"), experiments=["masking", "hybrid"])
+    with pytest.raises(InvalidValueError, match="stability cannot judge answers as 'generated'"):
+        run_all(["micro"], tmp_path, Request("", "", answers="generated"), experiments=["masking", "stability"])
 
 
 def test_whole_answers_need_candidates(micro: mmlens.HookedVLM) -> None:

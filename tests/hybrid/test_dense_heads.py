@@ -24,6 +24,7 @@ from mmlens.hybrid import layer as sparse_layer
 from mmlens.hybrid.layer import NotCausalError
 from mmlens.internals import CACHE_KEYWORDS
 from mmlens.model.hooked_vlm import HookedVLM
+from mmlens.model.hooks import NoChangeWarning
 from mmlens.model.prompt import Prompt
 
 NOT_CAUSAL = ("gemma3", "paligemma", "gemma4", "shieldgemma2", "gemma4_unified", "molmo2")
@@ -370,3 +371,66 @@ def test_an_exception_closes_it() -> None:
     ):
         raise KeyError
     assert all(model.attention_tap(layer).streaming is None for layer in range(model.cfg.n_layers))
+
+
+# ---------------------------------------------------------------------- answers in the same pass
+
+
+@torch.no_grad()
+def decoded(model: HookedVLM, prompt: Prompt, ids: list[int]) -> Tensor:
+    """Logits at the last position of a prompt and at each token of its answer, given to the cache one at a time."""
+    output = model.hf_model(**prompt.inputs, use_cache=True)
+    logits = [output.logits[0, -1]]
+    for token in ids:
+        further = torch.tensor([[token]])
+        output = model.hf_model(input_ids=further, **on(cache_of(output)), use_cache=True)
+        logits.append(output.logits[0, -1])
+    return torch.stack(logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["auto", "masked", "flex", "eager"])
+@pytest.mark.parametrize("family", ["llava", "idefics3", "internvl"])
+def test_an_answer_in_the_same_pass_is_decoded_by_dense_attention(family: str, path: str) -> None:
+    attention = "eager" if path == "eager" else "sdpa"
+    model = HookedVLM(tiny.tiny_model(family, attn_implementation=attention), tiny.tiny_processor(family))
+    dense, images = one_head_a_layer(model), tiny.tiny_images(3, seed=1)
+    shown = [images[:2], images[2:]]
+    texts, ids = ["What colour is the big one now?", "Where?"], [list(range(40, 52)), [7, 8, 9]]
+    method = "auto" if path == "eager" else path
+    with mmlens.hybrid_attention(model, dense, sink=SINK, window=WINDOW, method=method):
+        longer = model.prompt(texts, images=shown).continued(ids)
+        found, streamed = model(longer), model(**longer.inputs)
+        for row, own in enumerate(ids):
+            expected = decoded(model, model.prompt(texts[row], images=shown[row]), own)
+            close = 1e-5 * largest_logit(expected)
+            torch.testing.assert_close(found[row, -len(own) - 1 :], expected, atol=close, rtol=0)
+            if row == 0:
+                # Of inputs alone nobody knows what is an answer.
+                assert (streamed[row, -len(own) :] - expected[1:]).abs().max() > 100 * close
+        # Prompts alone, and generated without a cache, are as they were.
+        plain, prompt = model.prompt(texts[0], images=shown[0]), {"max_new_tokens": 6, "do_sample": False}
+        without = model.generate(plain, use_cache=False, **prompt)
+        assert torch.equal(model.generate(plain, **prompt), without)
+
+
+@torch.no_grad()
+def test_rows_of_an_answer_see_the_whole_prompt() -> None:
+    model = hooked("llava")
+    longer = two_image_prompt(model).continued([list(range(40, 52))])
+    real, rows = ~longer.token_map.is_padding, {}
+    with mmlens.hybrid_attention(model, [(0, 0)], sink=SINK, window=WINDOW):
+        model.attention_rows(longer, "answer", lambda layer, own, chosen: rows.update({layer: own}))
+    prompt = real & ~longer.token_map.is_answer
+    for own in rows.values():
+        assert bool((own[0][..., prompt[0]] > 0).all())
+
+
+def test_a_long_answer_after_a_prompt_within_the_window_changes_nothing() -> None:
+    model = hooked("llava")
+    prompt = two_image_prompt(model)
+    longer = prompt.continued([[7] * 40])
+    hybrid = mmlens.hybrid_attention(model, [], sink=SINK, window=prompt.shape[1])
+    with pytest.warns(NoChangeWarning, match=rf"the longest has {prompt.shape[1]}\b"), hybrid:
+        found = model(longer)
+    torch.testing.assert_close(found, model(longer))
