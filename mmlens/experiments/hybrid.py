@@ -93,7 +93,8 @@ def run(
     heads and layer-matched ones, none of them in the top, and random ones of all heads (`n_draws` each); the lowest
     RAM; the highest vision mass and the highest logit contribution, where the model's heads have one.
     Heads are chosen on the selection split, and judged on the first `n_per_kind` evaluation examples of each kind
-    (None: all), text-only kinds too; an answer after its prompt is decoded by dense attention. `windows` and `sink` count tokens; a prompt that lies within them is dense.
+    (None: all), text-only kinds too; an answer after its prompt is decoded by dense attention. `windows` and `sink`
+    count tokens; a prompt that lies within them is dense.
     """
     if n_draws < 1:
         raise InvalidValueError(f"n_draws is at least 1, not {n_draws}")

@@ -36,9 +36,9 @@ def hybrid_attention(
     A streaming head's query at i sees j <= i with j < `sink` or i - j < `window`, counted from the row's first real
     token. The prompt is run so (any pass over several positions); a generated token is decoded by dense attention on
     the cache, which holds the keys of all positions. So are the tokens of an answer that follow a Prompt in one pass
-    (`Prompt.continued`, metrics of whole answers): what they give is what decoding gives. Heads are query heads, whatever key-value heads they share.
-    Sliding-window layers keep their own window. Hooks fire as ever; where one reads scores or patterns, that layer
-    runs by its mask. Yields the dense heads; an empty list has all heads stream.
+    (`Prompt.continued`, metrics of whole answers): what they give is what decoding gives. Heads are query heads,
+    whatever key-value heads they share. Sliding-window layers keep their own window. Hooks fire as ever; where one
+    reads scores or patterns, that layer runs by its mask. Yields the dense heads; an empty list has all heads stream.
 
     `method` is "masked" (the reference: the model's own function under a mask for each head), "blocks" (blocks of
     queries), "flex" (torch's FlexAttention), or "auto", which takes blocks on the CPU and FlexAttention on CUDA.

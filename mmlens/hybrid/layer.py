@@ -30,7 +30,7 @@ class Tally:
 class StreamingLayer:
     """`dense` [head]: the heads that attend to everything; all others follow `rule`. `method`: `hybrid_attention`'s.
 
-    `answer` [batch, query], where it is given, are queries that follow the prompt: they attend to everything in all heads.
+    `answer` [batch, query], where it is given, are queries that follow the prompt: they see everything in all heads.
     """
 
     name: str
@@ -126,9 +126,7 @@ class StreamingLayer:
             tail = int(answer.any(0).int().argmax())
             positions = torch.arange(length, device=query.device)
             allowed = self._allowed(positions[tail:], positions, first, answer[:, tail:])
-            allowed = allowed & (
-                positions[tail:, None] >= positions if mask is None else mask[:, :, tail:]
-            )
+            allowed = allowed & (positions[tail:, None] >= positions if mask is None else mask[:, :, tail:])
             output[:, :, tail:] = F.scaled_dot_product_attention(
                 query[:, :, tail:], key, value, attn_mask=allowed, scale=scaling, enable_gqa=group > 1
             )

@@ -77,11 +77,13 @@ def test_arms_and_tables_follow_from_the_raw_outcomes(setup: Setup, found: Findi
 
 def test_whole_answers_of_one_token_are_judged_as_first_tokens_are(setup: Setup, found: Findings) -> None:
     # Chosen among candidates, for nothing but a candidate can be the answer; what is valid is judged the same.
-    asked = dict(fractions=(0.03,), windows=(WINDOW,), sink=SINK, n_per_kind=3, n_draws=1)
+    asked = {"fractions": (0.03,), "windows": (WINDOW,), "sink": SINK, "n_per_kind": 3, "n_draws": 1}
     whole = EXPERIMENT.run(dataclasses.replace(setup, answers="whole"), **asked)
     key = ["window", "arm", "count", "draw", "id"]
     first = found.per_example["outcomes"].pivot_table("value", key, "metric")
-    values = whole.per_example["outcomes"].pivot_table("value", key, "metric").join(first.add_suffix("_first"))
+    values = (
+        whole.per_example["outcomes"].pivot_table("value", key, "metric").join(first.add_suffix("_first"))
+    )
     assert set(whole.per_example["outcomes"]["metric"]) == {"accuracy", "kl_to_dense"}
     valid = values[values["invalid_first"] == 0]
     assert len(valid) > 20 and 0 < valid["accuracy"].mean() < 1
@@ -91,7 +93,7 @@ def test_whole_answers_of_one_token_are_judged_as_first_tokens_are(setup: Setup,
 
 
 def test_generated_answers_are_those_of_plain_generation_under_it(setup: Setup) -> None:
-    asked = dict(fractions=(0.03,), windows=(WINDOW,), sink=SINK, n_per_kind=2, n_draws=1)
+    asked = {"fractions": (0.03,), "windows": (WINDOW,), "sink": SINK, "n_per_kind": 2, "n_draws": 1}
     judged = EXPERIMENT.run(dataclasses.replace(setup, answers="generated"), **asked)
     rows = judged.per_example["outcomes"].set_index(["arm", "metric", "id"])["value"]
     for example in setup.evaluation[:2]:

@@ -212,7 +212,9 @@ def test_experiments_that_judge_otherwise_refuse(micro: mmlens.HookedVLM, tmp_pa
     assert main(["run", "key-tokens", "--model", "micro", "--out", str(tmp_path), "--answers", "whole"]) != 0
     assert not (tmp_path / "micro" / "run.json").exists()
     with pytest.raises(InvalidValueError, match="stability cannot judge answers as 'generated'"):
-        run_all(["micro"], tmp_path, Request("", "", answers="generated"), experiments=["masking", "stability"])
+        run_all(
+            ["micro"], tmp_path, Request("", "", answers="generated"), experiments=["masking", "stability"]
+        )
 
 
 def test_whole_answers_need_candidates(micro: mmlens.HookedVLM) -> None:
