@@ -219,14 +219,9 @@ def test_measurements_of_a_stream_are_those_of_a_list(micro: mmlens.HookedVLM, f
         means = mmlens.mean_activations(micro, examples, hooks=["blocks.0.hook_mlp_out"], **options)
         attention = mmlens.scores.evidence_attention(micro, examples, progress=False, **options)
         tested = mmlens.scores.ram_significance(micro, examples, n_resamples=1300, progress=False, **options)
-        measured.append(
-            (ram.per_example, found.values, found.clean, torch.tensor(table["value"].to_numpy()))
-            + (
-                means["blocks.0.hook_mlp_out"],
-                attention.key_token_ratio.per_example,
-                torch.tensor(tested.p_values),
-            )
-        )
+        numbers = [ram.per_example, found.values, found.clean, means["blocks.0.hook_mlp_out"]]
+        numbers += [attention.key_token_ratio.per_example, torch.tensor(tested.p_values)]
+        measured.append([*numbers, torch.tensor(table["value"].to_numpy())])
         assert ram.kinds == tuple(example.kind for example in listed)
         assert len(found.examples) == len(listed) and found.report["fired"].tolist() == [3]
     for other in measured[1:]:
