@@ -46,6 +46,7 @@ from mmlens.runs.run import (
     run,
     write_across,
 )
+from mmlens.scores.recomputed import recompute_published
 
 T = TypeVar("T")
 
@@ -347,6 +348,26 @@ def _families(options: argparse.Namespace) -> None:
     )
 
 
+def _published(options: argparse.Namespace) -> int:
+    table = recompute_published(options.folder)
+    if options.csv is not None:
+        file_to_write("--csv", options.csv)
+        table.to_csv(options.csv, index=False)
+    for (source, model), rows in table.groupby(["source", "model"], sort=False):
+        print(_printable(f"{source}, {model}"))
+        for row in rows.itertuples():
+            judged = {True: "  agrees", False: "  DIFFERS"}.get(row.agrees, "")
+            numbers = f": stated {row.stated or '-'}, recomputed {row.recomputed}" if row.recomputed else ""
+            print(
+                _printable(f"    {row.what}{numbers}{judged}" + (f"\n        {row.note}" if row.note else ""))
+            )
+    n_agree, n_differ = (sum(each is value for each in table["agrees"]) for value in (True, False))
+    print(
+        f"\n{len(table)} rows: {n_agree} agree, {n_differ} differ, {len(table) - n_agree - n_differ} not judged"
+    )
+    return int(n_differ > 0)
+
+
 def _core_heads(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("counts", "modes", "n_draws", "mapping")}
     request = _called(Request, options, experiment="core-heads", settings=settings)
@@ -519,6 +540,14 @@ COMMANDS = {
             **_LOADING,
         },
         (Request, time_prefill),
+    ),
+    "published": Command(
+        _published,
+        "recompute what papers state of their heads from the scores that they published (docs/published-heads.md)",
+        {
+            "folder": _option("a folder with their files, or one file", Path),
+            "--csv": _option("write the table to this file too", Path),
+        },
     ),
     "families": Command(
         _families,

@@ -6,6 +6,7 @@ A kind that ends in "!" is refused likewise, but its unusual values are not trie
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ def calls(w: World) -> list[Call]:
         *_interventions(w),
         *_statistics(w),
         *_heads(w),
+        *_published_heads(w),
         *_data(w),
         *_figures(w),
         *_experiments(w),
@@ -707,6 +709,56 @@ def _heads(w: World) -> list[Call]:
         Call("HeadScores.save", w.scores.save, {"path": w.folder / "scores.parquet"}, {"path": "new file"}),
         Call("HeadScores.load", mmlens.HeadScores.load, {"path": _saved(w)}, {"path": "file to read"}),
         Call("load_scores", load_scores, {"path": _saved(w)}, {"path": "file to read"}),
+    ]
+
+
+def _published_heads(w: World) -> list[Call]:
+    """Files as others publish them, a few heads each."""
+    scores = {
+        "args": {"model": "some/model"},
+        "head_score_list": [["0-0", 0.5], ["0-1", 0.25], ["1-0", 0.75], ["1-1", 0.0]],
+    }
+    files = {
+        "mmrethead.json": json.dumps(scores),
+        "retrieval_head.json": json.dumps({"0-0": [0.5, 1.0], "0-1": [0.0, 0.5]}),
+        "qrhead.yaml": 'attn_head_set: "1-0,0-1"',
+        "gaze.json": json.dumps([[0, 1, 0.5], [1, 0, 0.25]]),
+        "full_attention_heads.tsv": "0.5\t1.0\n0.0\t0.25\n",
+    }
+    folder = w.folder / "published"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    readers: list[tuple[Callable[..., Any], str, bool]] = [
+        (mmlens.scores.read_mmrethead, "mmrethead.json", False),
+        (mmlens.scores.read_retrieval_head, "retrieval_head.json", False),
+        (mmlens.scores.read_sparsemm, "retrieval_head.json", False),
+        (mmlens.scores.read_duo_attention, "full_attention_heads.tsv", False),
+        (mmlens.scores.read_mmrethead_heads, "mmrethead.json", True),
+        (mmlens.scores.read_qrhead, "qrhead.yaml", True),
+        (mmlens.scores.read_gaze_heads, "gaze.json", True),
+    ]
+    gates = mmlens.scores.KeyValueScores(torch.rand(2, 4), "gate")
+    return [
+        *(
+            Call(
+                function.__name__,
+                function,
+                {"file": folder / name} | ({"grid": (2, 2)} if is_list else {}),
+                {"file": "file to read"} | ({"grid": "head grid"} if is_list else {}),
+            )
+            for function, name, is_list in readers
+        ),
+        Call(
+            "recompute_published",
+            mmlens.scores.recompute_published,
+            {"folder": folder},
+            {"folder": "published"},
+        ),
+        Call("KeyValueScores", mmlens.scores.KeyValueScores, {"values": torch.rand(2, 4)}, {"values": "gates"}),
+        Call(
+            "KeyValueScores.of_query_heads", gates.of_query_heads, {"grid": (2, 8)}, {"grid": "head grid"}
+        ),
     ]
 
 

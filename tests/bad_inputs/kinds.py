@@ -658,6 +658,22 @@ def special_values(w: World) -> dict[str, Values]:
             "a path": "x.parquet",
             "heads": mmlens.HeadSet([(0, 1)], grid=(8, 8)),
         },
+        "gates": {
+            "None": None,
+            "a list": [[0.5, 1.0]],
+            "an array": np.ones((2, 2)),
+            "one row": torch.rand(4),
+            "whole numbers": torch.ones(2, 2, dtype=torch.int64),
+            "none": torch.rand(0, 4),
+            "NaN": torch.tensor([[NAN, 0.0]]),
+        },
+        "published": {
+            "None": None,
+            "a number": 3,
+            "no folder": "nowhere",
+            "another file": w.folder / "a_file",
+            "a list": ["x"],
+        },
         "file to read": {
             "None": None,
             "a number": 3,
