@@ -338,8 +338,8 @@ def _complete(
         every = itertools.product(range(n_layers), range(n_heads))
         missing = next(head for head in every if head not in scores)
         raise InvalidValueError(
-            f"{str(path)!r} holds {len(scores)} of {n_layers * n_heads} heads ({missing} is missing), so it is no score "
-            "of all heads; a list of some is read by read_mmrethead_heads(file, grid=model.grid)"
+            f"{str(path)!r} holds {len(scores)} of {n_layers * n_heads} heads ({missing} is missing): no score of all "
+            "heads; a list of some is read by read_mmrethead_heads(file, grid=model.grid)"
         )
     grid = HeadGrid.of((n_layers, n_heads))
     return HeadScores(

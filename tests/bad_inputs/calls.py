@@ -755,10 +755,10 @@ def _published_heads(w: World) -> list[Call]:
             {"folder": folder},
             {"folder": "published"},
         ),
-        Call("KeyValueScores", mmlens.scores.KeyValueScores, {"values": torch.rand(2, 4)}, {"values": "gates"}),
         Call(
-            "KeyValueScores.of_query_heads", gates.of_query_heads, {"grid": (2, 8)}, {"grid": "head grid"}
+            "KeyValueScores", mmlens.scores.KeyValueScores, {"values": torch.rand(2, 4)}, {"values": "gates"}
         ),
+        Call("KeyValueScores.of_query_heads", gates.of_query_heads, {"grid": (2, 8)}, {"grid": "head grid"}),
     ]
 
 
