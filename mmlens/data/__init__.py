@@ -9,6 +9,7 @@ from mmlens.data.images import LateImage as LateImage
 from mmlens.data.images import load_image as load_image
 from mmlens.data.many import Examples as Examples
 from mmlens.data.many import ExampleStream as ExampleStream
+from mmlens.data.published.loading import load_data as load_data
 from mmlens.data.rows import examples_from as examples_from
 from mmlens.data.scenes import draw_scene as draw_scene
 from mmlens.data.scenes import iterate_scenes as iterate_scenes

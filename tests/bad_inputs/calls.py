@@ -21,6 +21,8 @@ from planted import planted_model, unrelated_examples, untrained_model
 import mmlens
 from mmlens import statistics
 from mmlens.attribution.check import compare_with_patching
+from mmlens.data.published.catalog import CATALOG
+from mmlens.data.published.record import EvidenceData
 from mmlens.data.scenes import draw_scene, iterate_scenes, scene_of, scene_vocabulary
 from mmlens.experiments import catalog
 from mmlens.experiments.experiment import Setup
@@ -837,6 +839,19 @@ def _data(w: World) -> list[Call]:
             },
         ),
         Call(
+            "load_data",
+            lambda **given: mmlens.data.load_data(**given),
+            {"name": PUBLISHED.name, "data_dir": _published(w)},
+            {
+                "name": "name of a data set",
+                "split": "choice or none",
+                "data_dir": "folder of a data set",
+                "streaming": "flag",
+                "on_error": "choice",
+                "revision": "revision",
+            },
+        ),
+        Call(
             "save_examples",
             mmlens.data.save_examples,
             {"examples": w.examples, "folder": w.folder / "saved"},
@@ -864,6 +879,31 @@ def _data(w: World) -> list[Call]:
             {"n": "count or none", "seed": "seed"},
         ),
     ]
+
+
+PUBLISHED = EvidenceData(
+    name="made-up",
+    title="Made up",
+    hub="",
+    splits=("test",),
+    columns={"q": "string"},
+    read=lambda row, files: [mmlens.Example(row["q"], "x")],
+    evidence="none",
+    group="none",
+    licence="MIT",
+    size="1 row",
+    cite="nobody",
+    source="nowhere",
+    checked="not",
+)
+
+
+def _published(w: World) -> str:
+    CATALOG[PUBLISHED.name] = PUBLISHED
+    folder = w.folder / "published"
+    folder.mkdir(exist_ok=True)
+    (folder / "test.jsonl").write_text('{"q": "What?"}')
+    return str(folder)
 
 
 def _folder(w: World) -> str:

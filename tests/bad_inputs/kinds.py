@@ -311,6 +311,12 @@ def bad_values(w: World) -> dict[str, Values]:
     }
 
 
+def _empty(w: World) -> str:
+    folder = w.folder / "empty"
+    folder.mkdir(exist_ok=True)
+    return str(folder)
+
+
 def special_values(w: World) -> dict[str, Values]:
     """`bad_values` of kinds that one function or two take."""
     image, example = w.examples[0].images[0], w.examples[0]
@@ -837,6 +843,21 @@ def special_values(w: World) -> dict[str, Values]:
             "a generator": Fresh(lambda: iter([{"q": "What?"}])),
             "examples": w.examples,
         },
+        "name of a data set": {
+            "None": None,
+            "a number": 3,
+            "misspelt": "madeup",
+            "a hub id": "lmms-lab/POPE",
+            "a list": ["pope"],
+        },
+        "folder of a data set": {
+            "nowhere": "nowhere",
+            "a number": 3,
+            "empty": "",
+            "an empty folder": _empty(w),
+        },
+        "choice or none": {name: value for name, value in bad_values(w)["choice"].items() if name != "None"},
+        "revision": {"a number": 3, "a list": ["main"], "a bool": True},
         "row column": columns | {"a function that fails": lambda row: row["nothing"], "a number's text": "3"},
         "row columns": columns | {"one text": "q", "numbers": [3], "None within": [None]},
         "setup": {"None": None, "the model": w.model, "a dict": {}, "a number": 3, "examples": w.examples},
@@ -1007,6 +1028,10 @@ WORDS: dict[str, str] = {
     "values": "number|finite|shape",
     "rows": "datasets.Dataset|list of dicts|no rows|dict of its columns",
     "row column": "name of a column|there is no column|function of the row|none of the candidates",
+    "name of a data set": "name of a data set|there is no data set",
+    "folder of a data set": "no such folder|expected a path|cannot be read as its split",
+    "choice or none": "one of|there is no|there are|is '",
+    "revision": "a text",
     "row columns": "name of a column|there is no column|list of names",
     "path": "path",
     "new file": "path|folder|file",
