@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 
+from mmlens.data.drawing import CELL
 from mmlens.data.examples import Box, Evidence, Example
 
 Cells = tuple[tuple[tuple[str, ...], ...], ...]
@@ -60,7 +62,9 @@ class Scene:
 
     def example(self, key: str, phrasing: int = 0, id: str = "") -> Example:
         """The question about `key` with its answer, candidates and evidence."""
-        hop = {"hop": self.hops[key]} if key in self.hops else {}
+        more: dict[str, Any] = {"hop": self.hops[key]} if key in self.hops else {}
+        if len(self.images) > 1:
+            more |= {"page_texts": [_text_of(cells) for cells in self.contents], **self._layouts()}
         return Example(
             question=self.question(key, phrasing),
             answer=self.facts[key],
@@ -70,8 +74,21 @@ class Scene:
             candidates=self.of.answers,
             id=id,
             group=id,
-            metadata={"key": key, "facts": dict(self.facts), **hop},
+            metadata={"key": key, "facts": dict(self.facts), **more},
         )
+
+    def _layouts(self) -> dict[str, Any]:
+        """Every boxed region that is evidence of something, page by page, with the words in it; none without boxes."""
+        regions = [region for of_key in (self.evidence or {}).values() for region in of_key]
+        boxes = sorted({(region.of_image, region.box) for region in regions if region.box is not None})
+        if not boxes:
+            return {}
+        layouts = []
+        for page, (left, top, right, bottom) in boxes:
+            rows = self.contents[page][int(top) // CELL : int(bottom) // CELL]
+            cells = tuple(row[int(left) // CELL : int(right) // CELL] for row in rows)
+            layouts.append({"page": page, "box": [left, top, right, bottom], "text": _text_of(cells)})
+        return {"layouts": layouts}
 
 
 class Contents:
@@ -88,6 +105,16 @@ class Contents:
     def freeze(self) -> Cells:
         """The cells as they are now."""
         return tuple(tuple(line) for line in self.cells)
+
+
+def _text_of(cells: Cells) -> str:
+    """The words of all items in reading order; an item of several cells is read once, at its first."""
+    words: list[str] = []
+    for row, line in enumerate(cells):
+        for column, item in enumerate(line):
+            begun = (column and line[column - 1] == item) or (row and cells[row - 1][column] == item)
+            words.extend(() if begun else item)
+    return " ".join(words)
 
 
 def whole(rows: int, columns: int, words: tuple[str, ...]) -> Cells:

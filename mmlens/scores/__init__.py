@@ -11,6 +11,9 @@ from mmlens.scores.decoding import visual_head_score as visual_head_score
 from mmlens.scores.lift import fake_region as fake_region
 from mmlens.scores.lift import ram_lift as ram_lift
 from mmlens.scores.logits import logit_contribution as logit_contribution
+from mmlens.scores.pages import PageScores as PageScores
+from mmlens.scores.pages import page_scores as page_scores
+from mmlens.scores.pages import page_scores_of_sets as page_scores_of_sets
 from mmlens.scores.published import KeyValueScores as KeyValueScores
 from mmlens.scores.published import read_duo_attention as read_duo_attention
 from mmlens.scores.published import read_gaze_heads as read_gaze_heads
@@ -19,6 +22,12 @@ from mmlens.scores.published import read_mmrethead_heads as read_mmrethead_heads
 from mmlens.scores.published import read_qrhead as read_qrhead
 from mmlens.scores.published import read_retrieval_head as read_retrieval_head
 from mmlens.scores.published import read_sparsemm as read_sparsemm
+from mmlens.scores.ranking import bm25_scores as bm25_scores
+from mmlens.scores.ranking import chance_layout_recall as chance_layout_recall
+from mmlens.scores.ranking import chance_page_recall as chance_page_recall
+from mmlens.scores.ranking import layout_recall as layout_recall
+from mmlens.scores.ranking import macro_mean as macro_mean
+from mmlens.scores.ranking import page_recall as page_recall
 from mmlens.scores.recomputed import recompute_published as recompute_published
 from mmlens.scores.registry import SCORES as SCORES
 from mmlens.scores.retrieval import EvidenceAttention as EvidenceAttention
