@@ -9,7 +9,7 @@ number; its layouts are pictures cut from the pages, up to 200 a prompt, ours ar
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,8 +30,6 @@ from mmlens.model.prompt import Prompt
 from mmlens.model.prompt_making import UnknownWordWarning
 from mmlens.scores.rows import Rows, mean_of_rows, read_rows
 from mmlens.token_map import BoxMapping, mapping_of
-
-ExamplesGiven = Sequence[Example] | ExampleStream
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +66,7 @@ class PageScores:
 
 def page_scores(
     model: HookedVLM,
-    examples: ExamplesGiven,
+    examples: Iterable[Example],
     heads: Heads,
     *,
     queries: Positions = "question",
@@ -109,18 +107,20 @@ def page_scores(
         "batch_size": batch_size,
         "progress": progress,
     }
+    if null_question is not None:
+        text("null_question", null_question, "a text, or None for no null,")
     asked = page_scores_of_sets(model, examples, named, **options)[""]
     if null_question is None:
         return asked
-    return asked - page_scores_of_sets(model, examples, named, question=null_question, **options)[""]
+    return asked - page_scores_of_sets(model, examples, named, other_question=null_question, **options)[""]
 
 
 def page_scores_of_sets(
     model: HookedVLM,
-    examples: ExamplesGiven,
+    examples: Iterable[Example],
     head_sets: Mapping[str, Heads],
     *,
-    question: str | None = None,
+    other_question: str | None = None,
     queries: Positions = "question",
     pages_per_prompt: int | None = None,
     layouts: bool = True,
@@ -128,9 +128,9 @@ def page_scores_of_sets(
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> dict[str, PageScores]:
-    """`page_scores` of several sets of heads, by name, from one pass; with `question` in the place of every question.
+    """`page_scores` of several sets of heads, by name, from one pass.
 
-    `page_scores_of_sets(..., question="N/A")` is what calibration takes away.
+    `other_question` is asked in the place of every question: with "N/A" it gives what calibration takes away.
     """
     model = model_of(model)
     refuse_cross_attention(model)
@@ -138,20 +138,20 @@ def page_scores_of_sets(
     if not head_sets:
         raise InvalidValueError("head_sets holds no set of heads: expected one at least, {name: heads}")
     sets = {name: as_head_set(heads, model.grid) for name, heads in head_sets.items()}
-    if question is not None:
-        text("question", question, "a text, or None for each example's own question,")
+    if other_question is not None:
+        text("other_question", other_question, "a text, or None for each example's own question,")
     if pages_per_prompt is not None:
         whole_number("pages_per_prompt", pages_per_prompt, least=1)
     flag("layouts", layouts)
     mapping_of(mapping)
     examples = examples if isinstance(examples, ExampleStream) else examples_of(examples)
-    documents = _Documents(examples, question, pages_per_prompt, layouts)
+    documents = _Documents(examples, other_question, pages_per_prompt, layouts)
     stream = ExampleStream(documents.prompts, "pages")
     batches = Batches(
         model, stream, batch_size, progress=progress, label="page scores", by_size=True, answers=False
     )
     with warnings.catch_warnings():
-        if question is not None:
+        if other_question is not None:
             # A null question asks for nothing, so its words need not be known.
             warnings.simplefilter("ignore", UnknownWordWarning)
         for _, prompt in batches:
@@ -176,7 +176,9 @@ class _Window:
 class _Documents:
     """The prompts of documents, some pages in each, and the scores that come of them: [set] of a page or a layout."""
 
-    def __init__(self, examples: ExamplesGiven, question: str | None, per_prompt: int | None, layouts: bool):
+    def __init__(
+        self, examples: Iterable[Example], question: str | None, per_prompt: int | None, layouts: bool
+    ):
         self.examples, self.question = examples, question
         self.per_prompt, self.with_layouts = per_prompt, layouts
         self.pages: list[list[Tensor]] = []

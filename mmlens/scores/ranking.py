@@ -34,10 +34,12 @@ def ranked(scores: Float[Tensor, " _"] | Float[np.ndarray, " _"] | Sequence[floa
     return np.argsort(-values, kind="stable").tolist()
 
 
-def page_recall(examples: Iterable[Example], scores: Scores, k: int = 1) -> Float[np.ndarray, " example"]:
+def page_recall(
+    examples: Iterable[Example], page_scores: Scores, k: int = 1
+) -> Float[np.ndarray, " example"]:
     """Recall@k of pages for each question: |first k pages and pages with evidence| / |pages with evidence|.
 
-    `scores[i]` has a number for each page of example i; equal scores keep the order of the pages. A question whose
+    `page_scores[i]` has a number for each page of example i; equal scores keep the order of the pages. A question whose
     evidence is on more than k pages reaches 1 at no ranking. Raises ValueError for scores of another number of
     examples or of pages, or examples without evidence.
 
@@ -48,14 +50,16 @@ def page_recall(examples: Iterable[Example], scores: Scores, k: int = 1) -> Floa
     """
     k = whole_number("k", k, least=1)
     found = []
-    for example, own in _pairs(examples, scores):
+    for example, own in _pairs(examples, page_scores, "page_scores"):
         gold = pages_with_evidence(example)
         _check_count(example, own, len(example.images), "page(s)")
         found.append(len(set(ranked(own)[:k]) & set(gold)) / len(gold))
     return np.array(found)
 
 
-def layout_recall(examples: Iterable[Example], scores: Scores, k: int = 1) -> Float[np.ndarray, " example"]:
+def layout_recall(
+    examples: Iterable[Example], layout_scores: Scores, k: int = 1
+) -> Float[np.ndarray, " example"]:
     """Recall@k of layouts for each question: the share of the evidence's area that the first k layouts cover.
 
     sum over the first k layouts, and over the evidence's boxes on their pages, of the area that both cover, divided
@@ -64,7 +68,7 @@ def layout_recall(examples: Iterable[Example], scores: Scores, k: int = 1) -> Fl
     """
     k = whole_number("k", k, least=1)
     found = []
-    for example, own in _pairs(examples, scores):
+    for example, own in _pairs(examples, layout_scores, "layout_scores"):
         shares = _evidence_shares(example)
         _check_count(example, own, len(shares), "layout(s)")
         found.append(shares[ranked(own)[:k]].sum())
@@ -84,7 +88,7 @@ def chance_layout_recall(examples: Iterable[Example], k: int = 1) -> Float[np.nd
     return np.array([min(1.0, k / len(own)) * own.sum() for own in shares])
 
 
-def macro_mean(values: Float[np.ndarray, " example"] | Sequence[float], domains: Sequence[str]) -> float:
+def macro_mean(recall: Float[np.ndarray, " example"] | Sequence[float], domains: Sequence[str]) -> float:
     """Mean over domains of each domain's mean over its questions (MMDocIR's macro); the micro mean is the plain one.
 
     MMDocIR's code divides by its ten domains whatever the questions; this by those that have a question, which is the
@@ -93,10 +97,16 @@ def macro_mean(values: Float[np.ndarray, " example"] | Sequence[float], domains:
     >>> macro_mean([1., 1., 1., 0.], ["laws", "laws", "laws", "news"])
     0.5
     """
-    numbers = array_of("values", values, "example")
+    numbers = array_of("recall", recall, "example")
+    if not np.isfinite(numbers).all():
+        raise InvalidValueError(
+            "recall holds a number that is not finite; expected one from 0 to 1 for each question"
+        )
     named = np.array(texts("domains", domains, "the domain of each question"), dtype=object)
     if len(named) != len(numbers) or not len(named):
-        raise InvalidValueError(f"{len(named)} domains for {len(numbers)} values; expected one for each")
+        raise InvalidValueError(
+            f"{len(named)} domains for recall of {len(numbers)} questions; expected one for each"
+        )
     return float(np.mean([numbers[named == domain].mean() for domain in sorted(set(named))]))
 
 
@@ -139,15 +149,19 @@ def _with_evidence(examples: Iterable[Example]) -> list[Example]:
     return given
 
 
-def _pairs(examples: Iterable[Example], scores: Scores) -> list[tuple[Example, Float[np.ndarray, " _"]]]:
+def _pairs(
+    examples: Iterable[Example], scores: Scores, name: str
+) -> list[tuple[Example, Float[np.ndarray, " _"]]]:
     given = _with_evidence(examples)
-    of_each = list(instance_of("scores", scores, Sequence, "a list with the scores of each example"))
+    of_each = list(
+        instance_of(name, scores, (Sequence, np.ndarray, Tensor), "a list with the scores of each example")
+    )
     if len(of_each) != len(given):
         raise InvalidValueError(
-            f"scores of {len(of_each)} example(s) for {len(given)}; expected one for each"
+            f"{name} are of {len(of_each)} example(s), the examples {len(given)}; expected one for each"
         )
     return [
-        (example, array_of(f"scores[{at}]", own, "_"))
+        (example, array_of(f"{name}[{at}]", own, "_"))
         for at, (example, own) in enumerate(zip(given, of_each, strict=True))
     ]
 

@@ -68,6 +68,7 @@ def calls(w: World) -> list[Call]:
     """Every function of the public surface that takes something to check."""
     return [
         *_scores(w),
+        *_pages(w),
         *_effects(w),
         *_interventions(w),
         *_statistics(w),
@@ -207,6 +208,60 @@ def _scores(w: World) -> list[Call]:
                 "force_overlap": "flag!",
                 "progress": "flag!",
             },
+        ),
+    ]
+
+
+def _pages(w: World) -> list[Call]:
+    documents = mmlens.scene_examples("documents", 2, seed=0)
+    given = {"model": w.model, "examples": documents, "progress": False}
+    shared = {"model": "model", "batch_size": "count!", "progress": "flag", "mapping": "mapping"} | {
+        "examples": "examples!",
+        "pages_per_prompt": "count or the default",
+        "layouts": "flag",
+    }
+    found = mmlens.scores.page_scores(**given, heads=[(0, 1)])
+    recall = {"examples": documents, "page_scores": found.pages}
+    return [
+        Call(
+            "page_scores",
+            mmlens.scores.page_scores,
+            given | {"heads": [(0, 1)]},
+            shared | {"heads": "heads!", "null_question": "question or none"},
+        ),
+        Call(
+            "page_scores_of_sets",
+            mmlens.scores.page_scores_of_sets,
+            given | {"head_sets": {"a": [(0, 1)]}},
+            shared | {"head_sets": "head sets by name", "other_question": "question or none"},
+        ),
+        Call("PageScores.__sub__", found.__sub__, {"other": found}, {"other": "other documents"}),
+        *(
+            Call(name, getattr(mmlens.scores, name), of, {"examples": "examples!", "k": "count"})
+            for name, of in {
+                "page_recall": recall,
+                "layout_recall": {"examples": documents, "layout_scores": found.layouts},
+                "chance_page_recall": {"examples": documents},
+                "chance_layout_recall": {"examples": documents},
+            }.items()
+        ),
+        Call(
+            "scores of page_recall",
+            mmlens.scores.page_recall,
+            {"examples": documents[:1], "page_scores": [[0.5] * 3]},
+            {"page_scores": "scores of one document"},
+        ),
+        Call(
+            "macro_mean",
+            mmlens.scores.macro_mean,
+            {"recall": [1.0, 0.0, 1.0], "domains": ["a", "b", "a"]},
+            {"recall": "recall", "domains": "names"},
+        ),
+        Call(
+            "bm25_scores",
+            mmlens.scores.bm25_scores,
+            {"question": "What?", "page_texts": ["a", "b"]},
+            {"question": "text", "page_texts": "page texts"},
         ),
     ]
 

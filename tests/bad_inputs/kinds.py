@@ -124,6 +124,7 @@ def bad_values(w: World) -> dict[str, Values]:
         },
         "count": count,
         "count or none": {name: value for name, value in count.items() if name not in ("0",)},
+        "count or the default": {name: value for name, value in count.items() if name != "None"},
         "image number": {name: value for name, value in count.items() if name != "0"},
         "part": {name: value for name, value in count.items() if name != "0"} | {"a part there is not": 7},
         "count or all": {name: value for name, value in count.items() if name != "None"},
@@ -995,6 +996,22 @@ def special_values(w: World) -> dict[str, Values]:
             "numbers": {"a": 3},
             "none of them": {},
         },
+        "question or none": {"a number": 3, "a list": ["a"], "a bool": True, "empty": " "},
+        "other documents": {"None": None, "a number": 3, "a list": [torch.zeros(3)], "a prompt": w.prompt},
+        "scores of one document": {
+            "None": None,
+            "a text": "0.5",
+            "one number": 0.5,
+            "numbers": [0.5],
+            "of two": [[0.5] * 3] * 2,
+            "too few": [[0.5]],
+            "NaN": [[NAN] * 3],
+            "texts": [["a"] * 3],
+            "a dict": {0: [0.5] * 3},
+        },
+        "recall": {"None": None, "a text": "1", "a number": 1.0, "too few": [1.0], "NaN": [NAN] * 3},
+        "page texts": {name: value for name, value in names.items() if name != "too many"}
+        | {"None": None, "none of them": []},
     }
 
 
