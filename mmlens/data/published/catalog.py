@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from mmlens.data.published import documents, pictures
 from mmlens.data.published.record import EvidenceData
 
-CATALOG: dict[str, EvidenceData] = {}
+CATALOG: dict[str, EvidenceData] = {
+    entry.name: entry
+    for entry in (
+        pictures.REFCOCOG,
+        documents.MMDOCIR,
+        documents.MMLONGBENCH_DOC,
+        pictures.VISUALWEBBENCH,
+        pictures.POPE,
+        pictures.TEXTVQA,
+        pictures.CHARTQA,
+        pictures.VQAV2,
+        pictures.GQA,
+        pictures.NLVR,
+        pictures.NLVR2,
+        pictures.VSR,
+        pictures.VSTAR,
+        pictures.MMVP,
+        pictures.VISUAL_GENOME,
+    )
+}
 """Entries by name."""

@@ -1,4 +1,4 @@
-"""What the entries of the catalog have in common: images, boxes, answers and names of groups as data sets write them."""
+"""What the entries of the catalog share: images, boxes, answers and names of groups as data sets write them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmlens.boxes import Box
 from mmlens.data.examples import DataError, Evidence, Example
 from mmlens.data.images import LateImage
+from mmlens.data.published.record import Files
 from mmlens.data.tables import Cell
 
 YES_NO = ("yes", "no")
@@ -18,12 +20,14 @@ SIDES = ("left", "right")
 NOT_ANSWERABLE = "Not answerable"
 
 
-def picture(value: Any, name: str, files: Any, folder: str = "") -> LateImage:
-    """The image of a cell: what `datasets` holds of it, encoded bytes, or the name of a file in `folder`."""
+def picture(value: Any, name: str, files: Files) -> LateImage:
+    """The image of a cell: what `datasets` holds of it, encoded bytes, a path, or the name of one of the files."""
     if isinstance(value, LateImage):
         return LateImage(value.file, name)
+    if isinstance(value, Path):
+        return LateImage(value, name)
     if isinstance(value, str) and value:
-        return LateImage(files.path(folder + value), name)
+        return LateImage(files.path(value), name)
     if isinstance(value, Mapping):
         return LateImage(Cell(value), name)
     if isinstance(value, bytes) and value:
@@ -53,7 +57,7 @@ def xywh(box: Sequence[float]) -> Box:
     return left, top, left + width, top + height
 
 
-def clipped(box: Sequence[float], size: tuple[float, float]) -> Box | None:
+def clipped(box: Sequence[float], size: Sequence[float]) -> Box | None:
     """The part of a box that lies in an image of this size; None where none of it has an area.
 
     >>> clipped((8, 22, 1191, 815), (1190.55, 841.89)), clipped((300, 100, 300, 450), (340, 468))

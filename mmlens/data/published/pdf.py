@@ -19,7 +19,8 @@ DOTS_PER_INCH = 144
 def pdf_pages(path: Path, dpi: float = DOTS_PER_INCH) -> list[LateImage]:
     """The pages of a PDF file, in order; each is drawn when it opens.
 
-    Raises MissingFileError (a FileNotFoundError), UnsupportedError where pypdfium2 is missing, DataError for a file that
+    Raises MissingFileError (a FileNotFoundError), UnsupportedError where pypdfium2 is missing, DataError for a
+    file that
     is no PDF.
     """
     return [

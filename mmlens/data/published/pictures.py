@@ -25,20 +25,20 @@ from mmlens.data.published.parts import (
     side_of,
     xywh,
 )
-from mmlens.data.published.record import EvidenceData
+from mmlens.data.published.record import EvidenceData, Files
 from mmlens.data.tables import key_of_image
 
 Row = Mapping[str, Any]
 
-IN_WHICH_HALF = "In which half of the image is {}, left or right?"
+IN_WHICH_HALF = 'Left or right: in which half of the image is "{}"?'
 """The question of data that have expressions and boxes. Its answer is the half that holds the middle of the box."""
 
 IS_IT_TRUE = "Is this true of the {}? {}"
 
 _HALVES = (
-    'The expressions are no questions. Ours is "In which half of the image is ..., left or right?", and the answer is the '
-    "half that holds the middle of the box, so that metrics have a text to look at; scores of attention, as the paper's "
-    "RAM, read the question alone."
+    "The expressions are no questions. Ours asks whether it is in the left or the right half of the image, and the "
+    "answer is the half that holds the middle of the box, so that metrics have a text to look at; scores of attention, "
+    "as the paper's RAM, read the question alone."
 )
 
 
@@ -50,7 +50,9 @@ def _in_a_half(kind: str, id: str, expression: str, box: Any, image: Any, **fiel
     size = image.size
     inside = clipped(xywh(box), size)
     if inside is None:
-        raise DataError(f"the box {list(box)} of {expression!r} lies outside its image, {size[0]} x {size[1]}")
+        raise DataError(
+            f"the box {list(box)} of {expression!r} lies outside its image, {size[0]} x {size[1]}"
+        )
     said = expression.strip().rstrip(".")
     if not said:
         raise DataError("the expression is empty")
@@ -66,7 +68,7 @@ def _in_a_half(kind: str, id: str, expression: str, box: Any, image: Any, **fiel
     )
 
 
-def read_refcocog(row: Row, files: Any) -> Iterator[Example]:
+def read_refcocog(row: Row, files: Files) -> Iterator[Example]:
     """An example of each expression of an object."""
     image = picture(row["image"], f"the image of {row['question_id']}", files)
     for number, expression in enumerate(row["answer"]):
@@ -100,20 +102,21 @@ REFCOCOG = EvidenceData(
     licence="not stated",
     size="7,573 and 5,023 objects, about two expressions each; 1.3 GB a split",
     cite="mao2016generation",
-    source="the data set's card and the list of its commits; lmms-eval, tasks/refcocog (xywh, the answers are expressions)",
+    source="the data set's card and the list of its commits; lmms-eval, tasks/refcocog (xywh, the answers are "
+    "expressions)",
     checked="card",
     overlaps=("pope", "vqav2", "vsr", "visual-genome", "gqa"),
     notes=_HALVES + " An example an expression. Boxes are cut at the edge of their image.",
 )
 
 
-def read_visual_genome(row: Row, files: Any) -> Iterator[Example]:
+def read_visual_genome(row: Row, files: Files) -> Iterator[Example]:
     """An example of each region of an image."""
     number = first_of(row, "image_id", "id")
     regions_of_image = list(questions(row, "regions"))
     given = row.get("image")
     if given is None:
-        given = str(files.first(f"VG_100K/{number}.jpg", f"VG_100K_2/{number}.jpg"))
+        given = files.first(f"VG_100K/{number}.jpg", f"VG_100K_2/{number}.jpg")
     image = picture(given, f"image {number}", files)
     for _, region in regions_of_image:
         yield _in_a_half(
@@ -143,30 +146,41 @@ VISUAL_GENOME = EvidenceData(
     licence="CC BY 4.0",
     size="108,077 images, 5.4 million regions; 15 GB",
     cite="krishna2017visual",
-    source="visualgenome.org's region_descriptions.json (version 1.2), and the card of ranjaykrishna/visual_genome",
+    source="visualgenome.org's region_descriptions.json (version 1.2), and the card of "
+    "ranjaykrishna/visual_genome",
     checked="published rows",
     overlaps=("gqa", "refcocog", "pope", "vqav2", "vsr"),
     notes=_HALVES
-    + " Its copy on the hub, ranjaykrishna/visual_genome, is a loading script, which datasets runs no more: give "
-    "data_dir= with region_descriptions.json and the images in VG_100K and VG_100K_2. About half of the images are COCO's "
-    "under other numbers.",
+    + " Its copy on the hub, ranjaykrishna/visual_genome, is a loading script, which datasets runs no more: "
+    "give data_dir= with region_descriptions.json and the images in VG_100K and VG_100K_2. About half of the "
+    "images are COCO's under other numbers.",
 )
 
 
 # ------------------------------------------------------------------------------ true or not
 
 
-def read_nlvr(row: Row, files: Any) -> Iterator[Example]:
+def read_nlvr(row: Row, files: Files) -> Iterator[Example]:
     """The example of a sentence and the first of the six orders of its three boxes, which the shapes are told of."""
     identifier, directory = row["identifier"], row["directory"]
     name = f"{files.split}-{identifier}-0.png"
     image = picture(
-        str(files.first(f"{files.split}/images/{directory}/{name}", f"images/{directory}/{name}", f"images/{name}", name)),
+        files.first(
+            f"{files.split}/images/{directory}/{name}",
+            f"images/{directory}/{name}",
+            f"images/{name}",
+            name,
+        ),
         name,
         files,
     )
     boxes = [
-        (x := item["x_loc"] + _NLVR_STEP * number, item["y_loc"], x + item["size"], item["y_loc"] + item["size"])
+        (
+            x := item["x_loc"] + _NLVR_STEP * number,
+            item["y_loc"],
+            x + item["size"],
+            item["y_loc"] + item["size"],
+        )
         for number, items in enumerate(row["structured_rep"])
         for item in items
     ]
@@ -201,6 +215,7 @@ NLVR = EvidenceData(
         "structured_rep": "list of three lists of {type, color, x_loc, y_loc, size}",
     },
     read=read_nlvr,
+    one_each=True,
     evidence="boxes of all shapes, by the structured representation",
     group="the four images that a sentence was written for",
     licence="CC BY 4.0",
@@ -209,18 +224,19 @@ NLVR = EvidenceData(
     source="lil-lab/nlvr @ 1892484, nlvr/README.md and rows of dev",
     checked="published rows",
     notes=_NOT_QUESTIONS
-    + " Each sentence has six pictures, which differ in the order of the three boxes; the shapes are told of the first "
-    "(-0.png), and that one is read. Not on the hub: data_dir= is the folder nlvr of the authors' repository.",
+    + " Each sentence has six pictures, which differ in the order of the three boxes; the shapes are told of "
+    "the first (-0.png), and that one is read. Not on the hub: data_dir= is the folder nlvr of the authors' "
+    "repository.",
 )
 
 
-def read_nlvr2(row: Row, files: Any) -> Iterator[Example]:
+def read_nlvr2(row: Row, files: Files) -> Iterator[Example]:
     """The example of a sentence and its two images."""
     identifier = row["identifier"]
     pair = identifier.rsplit("-", 1)[0]
     images = [
         picture(
-            str(files.first(*(f"{folder}{pair}-img{side}.png" for folder in _nlvr2_folders(row, files.split)))),
+            files.first(*(f"{folder}{pair}-img{side}.png" for folder in _nlvr2_folders(row, files.split))),
             f"{pair}-img{side}.png",
             files,
         )
@@ -251,6 +267,7 @@ NLVR2 = EvidenceData(
     files={split: f"data/{split}.json" for split in ("dev", "test1", "test2", "train")},
     columns={"identifier": "string", "sentence": "string", "label": "string"},
     read=read_nlvr2,
+    one_each=True,
     evidence="none",
     group="the set of eight images that a sentence was written for",
     licence="CC BY 4.0 (sentences); the images are others'",
@@ -259,16 +276,16 @@ NLVR2 = EvidenceData(
     source="lil-lab/nlvr @ 1892484, nlvr2/README.md and rows of dev",
     checked="published rows",
     notes=_NOT_QUESTIONS
-    + " data_dir= is the folder nlvr2 of the authors' repository, with the images, which are to be asked for, in "
-    "images/dev (test1, test2; of train images/train/0 to 99). Copies on the hub have other columns.",
+    + " data_dir= is the folder nlvr2 of the authors' repository, with the images, which are to be asked for, "
+    "in images/dev (test1, test2; of train images/train/0 to 99). Copies on the hub have other columns.",
 )
 
 
-def read_vsr(row: Row, files: Any) -> Iterator[Example]:
+def read_vsr(row: Row, files: Files) -> Iterator[Example]:
     """The example of a caption."""
     name = row["image"]
     image = picture(
-        str(files.first(f"images/{name}", f"trainval2017/{name}", f"train2017/{name}", f"val2017/{name}", name)),
+        files.first(f"images/{name}", f"trainval2017/{name}", f"train2017/{name}", f"val2017/{name}", name),
         name,
         files,
     )
@@ -292,25 +309,27 @@ VSR = EvidenceData(
     files={split: f"{split}.jsonl" for split in ("test", "dev", "train")},
     columns={"image": "string", "caption": "string", "label": "int", "relation": "string"},
     read=read_vsr,
+    one_each=True,
     evidence="none",
     group="image of COCO",
     licence="CC BY 4.0",
     size="2,195 (test), 1,097 (dev), 7,680 (train) captions; images by name",
     cite="liu2023visual",
-    source="cambridgeltl/visual-spatial-reasoning @ b27a0af, data/splits/random, and the list of files of the hub's copy",
+    source="cambridgeltl/visual-spatial-reasoning @ b27a0af, data/splits/random, and the list of files of the "
+    "hub's copy",
     checked="published rows",
     overlaps=("refcocog", "pope", "vqav2", "visual-genome", "gqa"),
     notes=_NOT_QUESTIONS + " Images are files of COCO 2017, train and val, in a folder images of data_dir=.",
 )
 
 
-def read_pope(row: Row, files: Any) -> Iterator[Example]:
+def read_pope(row: Row, files: Files) -> Iterator[Example]:
     """The example of a question whether an object is in the image."""
     source = row.get("image_source") or row["image"]
     name = source if isinstance(source, str) else str(row["question_id"])
     given = row["image"]
     if isinstance(given, str):
-        given = str(files.first(f"val2014/{given}", f"images/{given}", given))
+        given = files.first(f"val2014/{given}", f"images/{given}", given)
     category = row.get("category") or files.split
     yield example(
         "pope",
@@ -328,7 +347,11 @@ POPE = EvidenceData(
     name="pope",
     title="POPE",
     hub="lmms-lab/POPE",
-    splits=("test",),
+    splits=("test", "random", "popular", "adversarial"),
+    files={
+        "test": "data/test-*.parquet",
+        **{split: f"Full/{split}-*.parquet" for split in ("random", "popular", "adversarial")},
+    },
     revision="4db1276663dfa5eb8ad16a52d24c31a09e470896",
     columns={
         "question_id": "string",
@@ -340,21 +363,23 @@ POPE = EvidenceData(
     },
     other_names={"question": "text", "answer": "label", "image_source": None, "category": None},
     read=read_pope,
+    one_each=True,
     evidence="none",
     group="image of COCO",
     licence="MIT (questions); the images are COCO's",
     size="9,000 questions, 3,000 each random, popular and adversarial, of 500 images; 255 MB",
     cite="li2023evaluating",
-    source="AoiDragon/POPE @ 08d957b, coco_pope_random.json; of the hub's copy lmms-eval, tasks/pope, and its list of files",
+    source="AoiDragon/POPE @ 08d957b, coco_pope_random.json; of the hub's copy lmms-eval, tasks/pope, and its "
+    "list of files",
     checked="published rows",
     overlaps=("refcocog", "vqav2", "vsr", "visual-genome", "gqa"),
-    notes="Images are in the hub's copy. The authors' own files, coco_pope_random.json and the like in data_dir=, name "
-    "files of COCO val2014, to be put into a folder val2014 beside them.",
+    notes="Images are in the hub's copy. The authors' own files, coco_pope_random.json and the like in "
+    "data_dir=, name files of COCO val2014, to be put into a folder val2014 beside them.",
     own_files={split: f"*{split}*.json" for split in ("random", "popular", "adversarial")},
 )
 
 
-def read_mmvp(row: Row, files: Any) -> Iterator[Example]:
+def read_mmvp(row: Row, files: Files) -> Iterator[Example]:
     """The example of one picture of a pair, with its options in the question."""
     number = int(row["Index"])
     options = re.findall(r"\(([ab])\)", row["Options"])
@@ -382,6 +407,7 @@ MMVP = EvidenceData(
         "image": "image",
     },
     read=read_mmvp,
+    one_each=True,
     evidence="none",
     group="pair of pictures",
     licence="MIT",
@@ -389,12 +415,12 @@ MMVP = EvidenceData(
     cite="tong2024eyes",
     source="tsb0601/MMVP, scripts/evaluate_mllm.py and its README; lmms-eval @ 75571cf, tasks/mmvp",
     checked="card",
-    notes='Options and answers are written "(a)" and "(b)". The copy of lmms-eval has the answers of 99, 100, 279 and 280 '
-    "the other way round than the authors' Questions.csv: the pictures show so.",
+    notes='Options and answers are written "(a)" and "(b)". The copy of lmms-eval has the answers of 99, 100, '
+    "279 and 280 the other way round than the authors' Questions.csv: the pictures show so.",
 )
 
 
-def read_vstar(row: Row, files: Any) -> Iterator[Example]:
+def read_vstar(row: Row, files: Files) -> Iterator[Example]:
     """The example of a question with its options; boxes of what it asks for are in a file beside the image."""
     name = row["image"]
     beside = json.loads(files.path(re.sub(r"\.\w+$", ".json", name)).read_text(encoding="utf-8"))
@@ -416,7 +442,9 @@ def read_vstar(row: Row, files: Any) -> Iterator[Example]:
 def _inside(box: Any, image: Any, name: str) -> Any:
     inside = clipped(box, image.size)
     if inside is None:
-        raise DataError(f"{name}: the box {list(box)} lies outside its image, {image.size[0]} x {image.size[1]}")
+        raise DataError(
+            f"{name}: the box {list(box)} lies outside its image, {image.size[0]} x {image.size[1]}"
+        )
     return inside
 
 
@@ -427,20 +455,29 @@ VSTAR = EvidenceData(
     splits=("test",),
     files={"test": "test_questions.jsonl"},
     revision="d9ae62c903da0c98336e85c5ee89cd863b04b4da",
-    columns={"image": "string", "text": "string", "category": "string", "label": "string", "question_id": "int or string"},
+    columns={
+        "image": "string",
+        "text": "string",
+        "category": "string",
+        "label": "string",
+        "question_id": "int or string",
+    },
     read=read_vstar,
+    one_each=True,
     evidence="boxes of the objects asked for (left, top, width, height in pixels)",
     group="image",
     licence="MIT (code); of the images SA-1B's",
     size="191 questions: 115 direct_attributes, 76 relative_position",
     cite="wu2024vstar",
-    source="penghao-wu/vstar @ 4ede664, README and vstar_bench_eval.py; the data set's list of files and commits",
+    source="penghao-wu/vstar @ 4ede664, README and vstar_bench_eval.py; the data set's list of files and "
+    "commits",
     checked="card",
-    notes="Boxes are in a .json beside each image (target_object, bbox). Questions hold their options and ask for a letter.",
+    notes="Boxes are in a .json beside each image (target_object, bbox). Questions hold their options and ask "
+    "for a letter.",
 )
 
 
-def read_visualwebbench(row: Row, files: Any) -> Iterator[Example]:
+def read_visualwebbench(row: Row, files: Files) -> Iterator[Example]:
     """The example of an element of a web page, among the boxes that are marked by letters in the picture."""
     marks = letters(len(row["options"]))
     image = picture(row["image"], f"the image of {row['id']}", files)
@@ -478,22 +515,26 @@ VISUALWEBBENCH = EvidenceData(
         "answer": "int64",
     },
     read=read_visualwebbench,
+    one_each=True,
     evidence="box of the element, the option that is the answer (xyxy)",
     group="website",
     licence="Apache-2.0",
     size="413 elements; about 1,500 rows in all seven tasks, 1.2 GB",
     cite="liu2024visualwebbench",
-    source="the data set's card (columns and types); VisualWebBench/VisualWebBench @ ec8feda, run.py and utils/prompts.py",
+    source="the data set's card (columns and types); VisualWebBench/VisualWebBench @ ec8feda, run.py and "
+    "utils/prompts.py",
     checked="card",
-    notes="The description is no question; ours asks for the letter, as the authors' prompt does. Boxes that are all within "
-    "0 and 1 are parts of the image, others pixels of image_size.",
+    notes="The description is no question; ours asks for the letter, as the authors' prompt does. Boxes that "
+    "are all within 0 and 1 are parts of the image, others pixels of image_size.",
 )
 
 
 # ------------------------------------------------------------------------------ questions of one picture
 
 
-def _simple(kind: str, id: object, question: str, answers: Any, image: Any, group: str, **metadata: Any) -> Example:
+def _simple(
+    kind: str, id: object, question: str, answers: Any, image: Any, group: str, **metadata: Any
+) -> Example:
     answer, all_answers = answers
     return example(
         kind,
@@ -507,7 +548,7 @@ def _simple(kind: str, id: object, question: str, answers: Any, image: Any, grou
     )
 
 
-def read_textvqa(row: Row, files: Any) -> Iterator[Example]:
+def read_textvqa(row: Row, files: Files) -> Iterator[Example]:
     """The example of a question; the answer is the one that most of ten people gave."""
     image = picture(row["image"], f"image {row['image_id']}", files)
     yield _simple(
@@ -528,19 +569,21 @@ TEXTVQA = EvidenceData(
         "answers": "list of string",
     },
     read=read_textvqa,
+    one_each=True,
     evidence="none",
     group="image",
     licence="CC BY 4.0",
     size="5,000 (validation), 34,602 (train) questions; 1.4 and 9.8 GB",
     cite="singh2019towards",
-    source="the data set's card (columns, types, splits, as its copies hold it); facebook/textvqa's card; lmms-eval, tasks/textvqa",
+    source="the data set's card (columns, types, splits, as its copies hold it); facebook/textvqa's card; "
+    "lmms-eval, tasks/textvqa",
     checked="card",
-    notes="The answer is the one given most often, the first of equals; all stand in metadata['answers']. The split test "
-    "holds no answers.",
+    notes="The answer is the one given most often, the first of equals; all stand in metadata['answers']. The "
+    "split test holds no answers.",
 )
 
 
-def read_vqav2(row: Row, files: Any) -> Iterator[Example]:
+def read_vqav2(row: Row, files: Files) -> Iterator[Example]:
     """The example of a question."""
     image = picture(row["image"], f"image {row['image_id']}", files)
     given = most_given([each["answer"] for each in row["answers"]])[1] if row["answers"] else []
@@ -574,6 +617,7 @@ VQAV2 = EvidenceData(
         "image": "image",
     },
     read=read_vqav2,
+    one_each=True,
     evidence="none",
     group="image of COCO",
     licence="CC BY 4.0",
@@ -582,15 +626,16 @@ VQAV2 = EvidenceData(
     source="the data set's card (columns, types, splits); lmms-eval, tasks/vqav2",
     checked="card",
     overlaps=("refcocog", "pope", "vsr", "visual-genome", "gqa"),
-    notes="The answer is multiple_choice_answer, which most of ten people gave; all stand in metadata['answers'].",
+    notes="The answer is multiple_choice_answer, which most of ten people gave; all stand in "
+    "metadata['answers'].",
 )
 
 
-def read_chartqa(row: Row, files: Any) -> Iterator[Example]:
+def read_chartqa(row: Row, files: Files) -> Iterator[Example]:
     """The example of a question on a chart."""
     given = first_of(row, "image", "imgname")
     if isinstance(given, str):
-        given = str(files.first(f"png/{given}", f"{files.split}/png/{given}", f"images/{given}", given))
+        given = files.first(f"png/{given}", f"{files.split}/png/{given}", f"images/{given}", given)
     image = picture(given, "the chart", files)
     question, answer = first_of(row, "question", "query"), str(first_of(row, "answer", "label"))
     chart = row["imgname"] if "imgname" in row else key_of_image(image).hex()
@@ -606,6 +651,7 @@ CHARTQA = EvidenceData(
     columns={"question": "string", "answer": "string", "image": "image"},
     other_names={"question": "query", "answer": "label", "image": "imgname"},
     read=read_chartqa,
+    one_each=True,
     evidence="none",
     group="chart",
     licence="GPL-3.0",
@@ -614,15 +660,15 @@ CHARTQA = EvidenceData(
     source="vis-nlp/ChartQA, rows of test_human.json; the cards of lmms-lab/ChartQA and ahmed-masry/ChartQA",
     checked="published rows",
     own_files={"test": "test_*.json"},
-    notes="The hub's copy names no chart: charts are told by their bytes. The authors' own files, test_human.json and "
-    "test_augmented.json in data_dir=, name files of a folder png.",
+    notes="The hub's copy names no chart: charts are told by their bytes. The authors' own files, "
+    "test_human.json and test_augmented.json in data_dir=, name files of a folder png.",
 )
 
 
-def read_gqa(row: Row, files: Any) -> Iterator[Example]:
+def read_gqa(row: Row, files: Files) -> Iterator[Example]:
     """The example of a question; where its scene graph is at hand, the boxes of the objects that it is about."""
     number = str(row["imageId"])
-    image = picture(str(files.first(f"images/{number}.jpg", f"{number}.jpg")), f"image {number}", files)
+    image = picture(files.first(f"images/{number}.jpg", f"{number}.jpg"), f"image {number}", files)
     answer = row["answer"].strip()
     yield example(
         "gqa",
@@ -644,12 +690,14 @@ GQA = EvidenceData(
     revision="78e9ec37481de666feb0180c7b5a773741cb47ca",
     columns={"id": "string", "imageId": "string", "question": "string", "answer": "string"},
     read=read_gqa,
+    one_each=True,
     evidence="none",
     group="image",
     licence="MIT (the hub's copy)",
     size="12,578 questions on 398 images",
     cite="hudson2019gqa",
-    source="the data set's card and commits; lmms-eval, tasks/gqa (images by imageId in a second configuration)",
+    source="the data set's card and commits; lmms-eval, tasks/gqa (images by imageId in a second "
+    "configuration)",
     checked="card",
     overlaps=("visual-genome", "refcocog", "pope", "vqav2", "vsr"),
     notes="Scene graphs, which have boxes, are published of train and val alone, not of testdev.",

@@ -1,0 +1,201 @@
+"""Data sets of documents: how a row of each becomes examples of many pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mmlens.data.examples import DataError, Evidence, Example
+from mmlens.data.images import LateImage
+from mmlens.data.published.parts import (
+    clipped,
+    document_name,
+    example,
+    questions,
+    scaled,
+    shown_pages,
+    texts_in,
+)
+from mmlens.data.published.record import EvidenceData, Files
+from mmlens.data.tables import key_of_image
+
+Row = Mapping[str, Any]
+
+_MAX_PAGES = (
+    " max_pages= shows fewer pages: those with evidence and their neighbours, never fewer than the former; all "
+    "are shown "
+    "otherwise, each opened when it is used."
+)
+
+
+# ------------------------------------------------------------------------------ MMDocIR
+
+
+def read_mmdocir(row: Row, files: Files, max_pages: int | None = None) -> Iterator[Example]:
+    """An example of each question on a document, with its layouts as boxes on its pages."""
+    document = document_name(row["doc_name"])
+    first, last = row["page_indices"]
+    for number, question in questions(row, "questions"):
+        layouts = question["layout_mapping"]
+        with_evidence = [*question["page_id"], *(layout["page"] for layout in layouts)]
+        if not all(0 <= page <= last - first for page in with_evidence):
+            raise DataError(
+                f"question {number} of {row['doc_name']} names the pages {sorted(set(with_evidence))}, counted from 0; "
+                f"the document has {last - first + 1}"
+            )
+        shown = shown_pages(last - first + 1, with_evidence, max_pages)
+        images = [_mmdocir_page(files, document, first + page, page) for page in shown]
+        yield example(
+            "mmdocir",
+            f"{document}-{number}",
+            question=question["Q"].strip(),
+            answer=str(question["A"]).strip(),
+            images=tuple(images),
+            evidence=_mmdocir_evidence(question["page_id"], layouts, shown, images),
+            group=document,
+            metadata={
+                "pages": shown,
+                "n_pages": last - first + 1,
+                "domain": row["domain"],
+                "type": texts_in(question["type"]),
+            },
+        )
+
+
+def _mmdocir_page(files: Files, document: str, row: int, page: int) -> LateImage:
+    name = f"page {page} of {document}"
+
+    def encoded() -> bytes:
+        table = files.table("MMDocIR_pages.parquet")
+        assert table.at is not None
+        if not 0 <= row < (table.n or 0):
+            raise DataError(f"{name}: MMDocIR_pages.parquet has {table.n} rows, no {row}")
+        found = table.at(row)
+        if document_name(found["doc_name"]) != document:
+            raise DataError(
+                f"{name}: row {row} of MMDocIR_pages.parquet is of {found['doc_name']!r}; "
+                "the files are of two revisions"
+            )
+        return found["image_binary"]
+
+    return LateImage(encoded, name)
+
+
+def _mmdocir_evidence(
+    pages: Sequence[int], layouts: Sequence[Mapping[str, Any]], shown: list[int], images: list[LateImage]
+) -> tuple[Evidence, ...]:
+    """Layouts, in points of their page, in pixels of its picture; whole, where a page has none with an area."""
+    found: list[Evidence] = []
+    for layout in layouts:
+        at = shown.index(layout["page"])
+        inside = clipped(layout["bbox"], layout["page_size"])
+        if inside is not None:
+            found.append(
+                Evidence(at, clipped(scaled(inside, layout["page_size"], images[at].size), images[at].size))
+            )
+    boxed = {region.image for region in found}
+    whole = {shown.index(page) for page in (*pages, *(layout["page"] for layout in layouts))} - boxed
+    return tuple(dict.fromkeys([*found, *map(Evidence, sorted(whole))]))
+
+
+MMDOCIR = EvidenceData(
+    name="mmdocir",
+    title="MMDocIR, evaluation set",
+    hub="MMDocIR/MMDocIR_Evaluation_Dataset",
+    splits=("test",),
+    files={"test": "MMDocIR_annotations.jsonl"},
+    columns={
+        "doc_name": "string",
+        "domain": "string",
+        "page_indices": "list of two int",
+        "questions": "list of {Q, A, type, page_id: list of int, layout_mapping: list of {page, page_size, bbox}}",
+    },
+    read=read_mmdocir,
+    evidence="boxes of layouts (xyxy in points of the page)",
+    group="document",
+    licence="Apache-2.0 by its card, CC BY-NC 4.0 by its authors' README",
+    size="1,658 questions on 313 documents of 20,395 pages",
+    cite="dong2025mmdocir",
+    source="MMDocRAG/MMDocIR @ 394d84d, dataset/README.md and all rows of dataset/MMDocIR_annotations.jsonl",
+    checked="published rows",
+    overlaps=("mmlongbench-doc",),
+    fetch="hf download --repo-type dataset MMDocIR/MMDocIR_Evaluation_Dataset MMDocIR_annotations.jsonl "
+    "MMDocIR_pages.parquet --local-dir FOLDER",
+    notes="A row is a document. Pages count from 0, rows page_indices[0] to page_indices[1] of "
+    "MMDocIR_pages.parquet, the last among them. A page without a layout counts whole. Of the 2,638 boxes, "
+    "five leave their page, and are cut at its edge (one by 204 points, the others by less than one); one has "
+    "no width, and its page counts whole. 134 of the 135 documents of MMLongBench-Doc are in it."
+    + _MAX_PAGES,
+)
+
+
+# ------------------------------------------------------------------------------ MMLongBench-Doc
+
+
+def read_mmlongbench_doc(row: Row, files: Files, max_pages: int | None = None) -> Iterator[Example]:
+    """The example of a question on a document; its evidence are whole pages."""
+    document = document_name(row["doc_id"])
+    pages = files.pages(f"documents/{row['doc_id']}")
+    counted_from_one = texts_in(row["evidence_pages"])
+    wrong = [page for page in counted_from_one if not 0 <= page <= len(pages)]
+    if wrong:
+        raise DataError(
+            f"evidence_pages names {wrong}, counted from 1; {row['doc_id']} has {len(pages)} pages"
+        )
+    # A few rows name page 0, which is the first: MMDocIR, which has one of them too, says so.
+    with_evidence = [max(page, 1) - 1 for page in counted_from_one]
+    shown = shown_pages(len(pages), with_evidence, max_pages)
+    yield example(
+        "mmlongbench-doc" if with_evidence else "mmlongbench-doc, no evidence",
+        f"{document}-{_digest(row['question'])}",
+        question=row["question"].strip(),
+        answer=str(row["answer"]).strip(),
+        images=tuple(pages[page] for page in shown),
+        evidence=tuple(Evidence(shown.index(page)) for page in dict.fromkeys(with_evidence)),
+        group=document,
+        metadata={
+            "pages": shown,
+            "n_pages": len(pages),
+            "doc_type": row["doc_type"],
+            "evidence_sources": texts_in(row["evidence_sources"]),
+            "answer_format": row["answer_format"],
+        },
+    )
+
+
+def _digest(text: str) -> str:
+    """Of rows without an id, what tells one from another."""
+    return key_of_image(text.encode()).hex()[:12]
+
+
+MMLONGBENCH_DOC = EvidenceData(
+    name="mmlongbench-doc",
+    title="MMLongBench-Doc",
+    hub="yubo2333/MMLongBench-Doc",
+    splits=("train",),
+    columns={
+        "doc_id": "string",
+        "doc_type": "string",
+        "question": "string",
+        "answer": "string",
+        "evidence_pages": "string that holds a list of int",
+        "evidence_sources": "string that holds a list of string",
+        "answer_format": "string",
+    },
+    read=read_mmlongbench_doc,
+    one_each=True,
+    evidence="numbers of pages, from 1, in a text",
+    group="document",
+    licence="CC BY-NC 4.0",
+    size="1,091 questions on 135 PDF documents of 47.5 pages on average",
+    cite="ma2024mmlongbench",
+    source="mayubo2333/MMLongBench-Doc @ d73f0dc, 400 rows of data/samples.json; lmms-eval @ 75571cf, "
+    "tasks/mmlongbench_doc",
+    checked="published rows",
+    overlaps=("mmdocir",),
+    own_files={"train": "data/samples.json"},
+    notes='Two of 400 rows name page 0, which is read as the first page. "[]" stands for questions that '
+    'cannot be answered ("Not answerable", but for a few that have an answer); they make a kind of their own, '
+    "without evidence. Pages are drawn from the PDF files of the folder documents, 144 pixels an inch (the "
+    "extra pdf)." + _MAX_PAGES,
+)
