@@ -31,13 +31,21 @@ _MAX_PAGES = (
 # ------------------------------------------------------------------------------ MMDocIR
 
 
-def read_mmdocir(row: Row, files: Files, max_pages: int | None = None) -> Iterator[Example]:
-    """An example of each question on a document, with its layouts as boxes on its pages."""
+def read_mmdocir(
+    row: Row, files: Files, max_pages: int | None = None, texts: bool = False, layouts: bool = False
+) -> Iterator[Example]:
+    """An example of each question on a document, with its layouts as boxes on its pages.
+
+    What pages and layouts are ranked by is read where it is asked for: the `texts` of the pages, and all `layouts` of
+    the document (mmlens.data.pages).
+    """
     document = document_name(row["doc_name"])
     first, last = row["page_indices"]
+    page_texts = _mmdocir_texts(files, document, first, last) if texts else None
+    candidates = _mmdocir_layouts(files, document, *row["layout_indices"]) if layouts else None
     for number, question in questions(row, "questions"):
-        layouts = question["layout_mapping"]
-        with_evidence = [*question["page_id"], *(layout["page"] for layout in layouts)]
+        answering = question["layout_mapping"]
+        with_evidence = [*question["page_id"], *(layout["page"] for layout in answering)]
         if not all(0 <= page <= last - first for page in with_evidence):
             raise DataError(
                 f"question {number} of {row['doc_name']} names the pages {sorted(set(with_evidence))}, counted from 0; "
@@ -51,34 +59,66 @@ def read_mmdocir(row: Row, files: Files, max_pages: int | None = None) -> Iterat
             question=question["Q"].strip(),
             answer=str(question["A"]).strip(),
             images=tuple(images),
-            evidence=_mmdocir_evidence(question["page_id"], layouts, shown, images),
+            evidence=_mmdocir_evidence(question["page_id"], answering, shown, images),
             group=document,
             metadata={
                 "pages": shown,
                 "n_pages": last - first + 1,
                 "domain": row["domain"],
                 "type": texts_in(question["type"]),
+                **({} if page_texts is None else {"page_texts": [page_texts[page] for page in shown]}),
+                **({} if candidates is None else {"layouts": _on_pages(candidates, shown)}),
             },
         )
 
 
+_PAGES, _LAYOUTS = "MMDocIR_pages.parquet", "MMDocIR_layouts.parquet"
+
+
+def _mmdocir_row(files: Files, file: str, document: str, row: int, name: str) -> Row:
+    """A row of one of the tables, found to be of this document."""
+    table = files.table(file)
+    assert table.at is not None
+    if not 0 <= row < (table.n or 0):
+        raise DataError(f"{name}: {file} has {table.n} rows, no {row}")
+    found = table.at(row)
+    if document_name(found["doc_name"]) != document:
+        raise DataError(
+            f"{name}: row {row} of {file} is of {found['doc_name']!r}; the files are of two revisions"
+        )
+    return found
+
+
 def _mmdocir_page(files: Files, document: str, row: int, page: int) -> LateImage:
     name = f"page {page} of {document}"
+    return LateImage(lambda: _mmdocir_row(files, _PAGES, document, row, name)["image_binary"], name)
 
-    def encoded() -> bytes:
-        table = files.table("MMDocIR_pages.parquet")
-        assert table.at is not None
-        if not 0 <= row < (table.n or 0):
-            raise DataError(f"{name}: MMDocIR_pages.parquet has {table.n} rows, no {row}")
-        found = table.at(row)
-        if document_name(found["doc_name"]) != document:
-            raise DataError(
-                f"{name}: row {row} of MMDocIR_pages.parquet is of {found['doc_name']!r}; "
-                "the files are of two revisions"
-            )
-        return found["image_binary"]
 
-    return LateImage(encoded, name)
+def _mmdocir_texts(files: Files, document: str, first: int, last: int) -> list[str]:
+    """What a vision-language model read on each page, or, where that is empty, what OCR did."""
+    rows = (
+        _mmdocir_row(files, _PAGES, document, row, f"page {row - first} of {document}")
+        for row in range(first, last + 1)
+    )
+    return [row["vlm_text"] or row["ocr_text"] or "" for row in rows]
+
+
+def _mmdocir_layouts(files: Files, document: str, first: int, last: int) -> list[dict[str, Any]]:
+    """All layouts of a document that have an area, in points of their pages, with their texts."""
+    found = []
+    for number in range(first, last + 1):
+        row = _mmdocir_row(files, _LAYOUTS, document, number, f"layout {number - first} of {document}")
+        size = [float(side) for side in row["page_size"]]
+        box = clipped([float(edge) for edge in row["bbox"]], size)
+        if box is not None:
+            said = row["text"] or row["vlm_text"] or row["ocr_text"] or ""
+            found.append({"page": int(row["page_id"]), "box": list(box), "page_size": size, "text": said})
+    return found
+
+
+def _on_pages(layouts: Sequence[Mapping[str, Any]], shown: Sequence[int]) -> list[dict[str, Any]]:
+    """The layouts of the pages that are shown, by the numbers that these have among the images."""
+    return [{**layout, "page": shown.index(layout["page"])} for layout in layouts if layout["page"] in shown]
 
 
 def _mmdocir_evidence(
@@ -124,8 +164,9 @@ MMDOCIR = EvidenceData(
     notes="A row is a document. Pages count from 0, rows page_indices[0] to page_indices[1] of "
     "MMDocIR_pages.parquet, the last among them. A page without a layout counts whole. Of the 2,638 boxes, "
     "five leave their page, and are cut at its edge (one by 204 points, the others by less than one); one has "
-    "no width, and its page counts whole. 134 of the 135 documents of MMLongBench-Doc are in it."
-    + _MAX_PAGES,
+    "no width, and its page counts whole. 134 of the 135 documents of MMLongBench-Doc are in it. "
+    "texts=True gives what was read on each page, layouts=True all layouts of a document but those without an area "
+    "(from MMDocIR_layouts.parquet), by which pages and layouts are ranked (mmlens.data.pages)." + _MAX_PAGES,
 )
 
 
