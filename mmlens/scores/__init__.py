@@ -2,12 +2,16 @@
 
 from mmlens.head_scores import half_mass_share as half_mass_share
 from mmlens.model.cross_attention import CrossAttentionError as CrossAttentionError
+from mmlens.scores.attention import FIVE_NULLS as FIVE_NULLS
+from mmlens.scores.attention import NULL_QUESTION as NULL_QUESTION
 from mmlens.scores.attention import gaze_score as gaze_score
 from mmlens.scores.attention import null_calibrated_ram as null_calibrated_ram
 from mmlens.scores.attention import query_focused_score as query_focused_score
 from mmlens.scores.attention import ram_per_token as ram_per_token
 from mmlens.scores.decoding import copy_score as copy_score
 from mmlens.scores.decoding import visual_head_score as visual_head_score
+from mmlens.scores.documents import document_ndcg as document_ndcg
+from mmlens.scores.documents import document_scores as document_scores
 from mmlens.scores.lift import fake_region as fake_region
 from mmlens.scores.lift import ram_lift as ram_lift
 from mmlens.scores.logits import logit_contribution as logit_contribution
@@ -40,5 +44,6 @@ from mmlens.scores.retrieval import vision_mass as vision_mass
 from mmlens.scores.score import HeadScore as HeadScore
 from mmlens.scores.significance import RamSignificance as RamSignificance
 from mmlens.scores.significance import ram_significance as ram_significance
+from mmlens.scores.spans import question_to_end as question_to_end
 from mmlens.scores.spatial import localization_score as localization_score
 from mmlens.scores.spatial import spatial_entropy as spatial_entropy

@@ -7,15 +7,17 @@ Where a source's code was read, "stated" is what paper or code says and "our rea
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mmlens.arguments import BATCH_SIZE, number, one_of, text
+from mmlens.arguments import BATCH_SIZE, flag, number, one_of, shown, text
 from mmlens.data.chats import exchanged
+from mmlens.data.examples import Example
 from mmlens.errors import InvalidValueError
 from mmlens.head_scores import HeadScores
 from mmlens.model.batches import Prompts
@@ -27,10 +29,13 @@ from mmlens.model.prompt_making import UnknownWordWarning
 from mmlens.scores.retrieval import attention_mass, evidence_tokens
 from mmlens.scores.rows import Rows, mean_of_rows, of_layers, read_rows
 from mmlens.scores.score import HeadScore, known_examples
+from mmlens.scores.spans import marks_of_evidence, question_with_images
 from mmlens.token_map import NO_PATCH, BoxMapping, mapping_of
 
 NULL_QUESTION = "N/A"
-"""The null query of arXiv 2605.27243 and 2506.09944."""
+"""The null query of arXiv 2506.09944, and of the text of arXiv 2605.27243."""
+FIVE_NULLS = "N/A N/A N/A N/A N/A"
+"""The null query of the code of arXiv 2605.27243."""
 
 Region = Literal["evidence", "images"]
 """The evidence itself (boxes), or every token of the images that hold it."""
@@ -42,16 +47,29 @@ def null_calibrated_ram(
     *,
     queries: Positions = "question",
     null_question: str = NULL_QUESTION,
+    choices: bool = False,
+    marks: bool = False,
     batch_size: int = BATCH_SIZE,
     mapping: BoxMapping = "merged",
     progress: bool = True,
 ) -> HeadScores:
     """The multimodal retrieval head's score: RAM minus RAM with `null_question` in the question's place.
 
-    Source: arXiv 2605.27243 ("N/A" is stated; that the null's own tokens are the queries then is our reading). What a
-    head gives the evidence whatever is asked is taken away, so scores lie in -1 to 1. Two forward passes; the
-    evidence of the null prompt is found in its own token map. A tokenizer may not know "N/A", or read it as words
-    that are in the images: look at model.to_str_tokens("N/A") first.
+    What a head gives the evidence whatever is asked is taken away, so scores lie in -1 to 1. Two forward passes; the
+    queries of the null prompt are the null question's own tokens, and its evidence is found in its own token map. A
+    tokenizer may not know "N/A", or read it as words that are in the images: look at model.to_str_tokens("N/A") first.
+
+    Source: arXiv 2605.27243, whose text says "N/A". Its code differs from the text, and from our defaults, in three
+    ways, each with an option here; `SCORES["null_calibrated_ram"].variant("published")` takes all three:
+
+    - null_question=FIVE_NULLS: the null query is "N/A" five times.
+    - choices=True: the queries go on through the images that the question's turn shows after its text, the images to
+      choose from, both when asked and under the null. Ours are the question's tokens: an image that is an answer to
+      choose asks for nothing. Not for chats that show the evidence after the question.
+    - marks=True: the evidence takes in the tokens that mark where an image begins and ends, where the evidence is a
+      whole image. Ours is what shows the image: attention to a mark is attention to no place in it.
+
+    Raises ValueError as `ram`, and for `choices` with other queries than the question.
 
     >>> import mmlens
     >>> model = mmlens.HookedVLM.from_pretrained("micro")
@@ -60,16 +78,27 @@ def null_calibrated_ram(
     HeadScores(null-calibrated RAM: 8 layers x 8 heads, 2 examples)
     """
     text("null_question", null_question)
+    choices, marks = flag("choices", choices), flag("marks", marks)
+    if choices and not (isinstance(queries, str) and queries == "question"):
+        raise InvalidValueError(
+            "choices=True takes the images to choose from for a part of the question, and queries is "
+            f"{shown(queries)}; expected 'question'"
+        )
     mapping_of(mapping)
+
+    def mass(
+        model: HookedVLM, prompt: Prompt, examples: Sequence[Example]
+    ) -> Float[Tensor, "batch layer head"]:
+        evidence = prompt.token_map.evidence(examples, mapping=mapping)
+        if marks:
+            evidence = evidence | marks_of_evidence(model, prompt, examples)
+        asking = question_with_images(model, prompt) if choices else queries
+        return attention_mass(model, prompt, asking, evidence)
 
     def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
         null = as_continued(_null_prompt(model, prompt, null_question), prompt)
         examples = known_examples(prompt)
-        asked, unasked = (
-            attention_mass(model, each, queries, each.token_map.evidence(examples, mapping=mapping))
-            for each in (prompt, null)
-        )
-        return asked - unasked
+        return mass(model, prompt, examples) - mass(model, null, examples)
 
     score = HeadScore("null-calibrated RAM", of_batch, needs=("evidence",))
     return score(model, prompts, batch_size=batch_size, progress=progress)
@@ -94,7 +123,9 @@ def query_focused_score(
     dropped; the rest is summed over the documents that hold evidence.
 
     Source: arXiv 2506.09944, formula and published code. Our reading: a document is an image (page, frame), learnt
-    separators included; its query span also holds the instruction and the template's end, ours the question alone.
+    separators included; its query span also holds the instruction and the template's end, ours the question alone
+    (queries=`question_to_end`, the variant "published", goes on to the end of the prompt). Lists of heads that are
+    named NQ were ranked otherwise: `document_ndcg`.
     region="evidence" sums over the evidence's tokens only, which makes a difference where one image holds evidence and
     distractors.
 
@@ -112,22 +143,13 @@ def query_focused_score(
 
     def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head"]:
         keys = _region_tokens(prompt, region, mapping).cpu()
-        image, video = prompt.token_map.image.cpu(), prompt.token_map.video.cpu()
-        images = torch.where(video == NO_PATCH, image, NO_PATCH - 1 - video)
-        null = None if null_question is None else _null_prompt(model, prompt, null_question)
-        asked = _attention_to_images(model, prompt, queries)
-        unasked = None
-        if null is not None:
-            unasked = _attention_to_images(model, as_continued(null, prompt), queries)
+        documents = documents_of(prompt)
         scores = {}
-        for layer, of_layer in asked.items():
+        for layer, of_layer in calibrated_attention(model, prompt, queries, null_question).items():
             rows = []
             for row, attention in enumerate(of_layer):
-                calibrated = attention if unasked is None else attention - unasked[layer][row]
                 is_image = prompt.token_map.is_image[row].cpu()
-                rows.append(
-                    _sum_of_documents(calibrated, images[row][is_image], keys[row][is_image], cut=cut)
-                )
+                rows.append(_sum_of_documents(attention, documents[row], keys[row][is_image], cut=cut))
             scores[layer] = torch.stack(rows)
         return of_layers(model, scores)
 
@@ -224,9 +246,45 @@ def _attention_to_images(
     return read
 
 
+def calibrated_attention(
+    model: HookedVLM, prompt: Prompt, queries: Positions, null_question: str | None
+) -> dict[int, list[Float[Tensor, "head image_token"]]]:
+    """Layer -> for each example, the queries' mean attention to every visual token minus that of the null question."""
+    null = None if null_question is None else _null_prompt(model, prompt, null_question)
+    asked = _attention_to_images(model, prompt, queries)
+    if null is None:
+        return asked
+    unasked = _attention_to_images(model, as_continued(null, prompt), queries)
+    return {
+        layer: [one - other for one, other in zip(of_layer, unasked[layer], strict=True)]
+        for layer, of_layer in asked.items()
+    }
+
+
+def documents_of(prompt: Prompt) -> list[Int[Tensor, " image_token"]]:
+    """Of each visual token of each example, the number of its image, those of videos after all images."""
+    token_map, found = prompt.token_map, []
+    for image, video, is_image in zip(
+        token_map.image.cpu(), token_map.video.cpu(), token_map.is_image.cpu(), strict=True
+    ):
+        n_images = int(image.max()) + 1
+        found.append(torch.where(video == NO_PATCH, image, n_images + video)[is_image])
+    return found
+
+
+def sum_of_document(
+    attention: Float[Tensor, "head token"], cut: float | None, keys: Bool[Tensor, " token"] | None = None
+) -> Float[Tensor, " head"]:
+    """Sum over a document's tokens (`keys` of them), those below mean - `cut` standard deviations left out."""
+    if cut is not None and attention.shape[1] > 1:
+        low = attention.mean(-1, keepdim=True) - cut * attention.std(-1, keepdim=True)
+        attention = attention.masked_fill(attention < low, 0)
+    return (attention if keys is None else attention * keys).sum(-1)
+
+
 def _sum_of_documents(
     attention: Float[Tensor, "head image_token"],
-    document: Tensor,
+    document: Int[Tensor, " image_token"],
     keys: Bool[Tensor, " image_token"],
     *,
     cut: float | None,
@@ -234,11 +292,7 @@ def _sum_of_documents(
     total = attention.new_zeros(len(attention))
     for page in document[keys].unique().tolist():
         inside = document == page
-        tokens = attention[:, inside]
-        if cut is not None and tokens.shape[1] > 1:
-            low = tokens.mean(-1, keepdim=True) - cut * tokens.std(-1, keepdim=True)
-            tokens = tokens.masked_fill(tokens < low, 0)
-        total += (tokens * keys[inside]).sum(-1)
+        total += sum_of_document(attention[:, inside], cut, keys[inside])
     return total
 
 

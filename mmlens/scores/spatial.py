@@ -27,6 +27,7 @@ def localization_score(
     n_lowest: int = 10,
     first_layer: int = 0,
     last_row: float | None = None,
+    above: float = 2.0,
     batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> HeadScores:
@@ -38,11 +39,16 @@ def localization_score(
        row more than `last_row` of their attention (None: none are; the source's code has 2 and .05, against heads
        that look there whatever is shown). In models of few layers 2 would leave out where retrieval is.
     3. Of each example, 1 for the `n_lowest` of these heads with the lowest `spatial_entropy` (of equal ones that with
-       more attention on the image first), 0 for all others. The mean over examples is the selection frequency.
+       more attention on the image first), 0 for all others. The mean over examples is the selection frequency. A cell
+       counts as attended where it has more than `above` times the map's mean.
 
-    It asks for compact attention anywhere, so it needs no evidence. Source: arXiv 2503.06287 and its code (10 heads
-    of each example, of 1,024). Our reading: the cut is on means over examples; several images, or tiles of one, are
-    maps side by side with components of their own; learnt separators are left out.
+    It asks for compact attention anywhere, so it needs no evidence. Source: arXiv 2503.06287 (10 heads of each
+    example, of 1,024) and its code, of which there are two states that differ. That of June 2025 cuts at 1 x the mean
+    and leaves no layer and no last row out, that of August 2025 cuts at 2 x the mean; both have top_k 5 in place of 10.
+    Our default is the cut of August with the paper's 10; `SCORES["localization_score"].variant("june 2025")` and
+    `"august 2025"` take each state's options. Our reading: the cut on the sum is on means over examples (both states
+    take the elbow of each example, and June's compares heads' numbers with it, not their sums); several images, or
+    tiles of one, are maps side by side with components of their own; learnt separators are left out.
 
     Raises ValueError for examples without images, n_lowest below 1 and a first_layer that there is not, TypeError
     where visual tokens are learnt queries without a place on a grid.
@@ -57,6 +63,7 @@ def localization_score(
     first_layer = whole_number("first_layer", first_layer, least=0, most=model_of(model).cfg.n_layers - 1)
     cut = None if cut is None else number("cut", cut)
     last_row = None if last_row is None else number("last_row", last_row)
+    above = number("above", above, least=0)
 
     def of_all(read: Float[Tensor, "example layer head read=3"]) -> Float[Tensor, "example layer head"]:
         mass, entropy, lowest_row = read.unbind(-1)
@@ -70,11 +77,14 @@ def localization_score(
         per_example[:, exists] = torch.from_numpy(selected)
         return per_example
 
-    score = HeadScore("localization score", _read_maps, needs=("images",), of_all=of_all)
+    def of_batch(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head read=3"]:
+        return _read_maps(model, prompt, above)
+
+    score = HeadScore("localization score", of_batch, needs=("images",), of_all=of_all)
     return score(model, prompts, batch_size=batch_size, progress=progress)
 
 
-def _read_maps(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer head read=3"]:
+def _read_maps(model: HookedVLM, prompt: Prompt, above: float) -> Float[Tensor, "batch layer head read=3"]:
     """Of the last token's attention: its mass on the image, its entropy there, the most that a last row's cell gets."""
     canvases = [_canvas(prompt.token_map, row) for row in range(len(prompt))]
     last_rows = [_last_rows(canvas) for canvas in canvases]
@@ -82,7 +92,7 @@ def _read_maps(model: HookedVLM, prompt: Prompt) -> Float[Tensor, "batch layer h
     def of_layer(rows: Rows, real: Bool[Tensor, "batch query"]) -> Float[Tensor, "batch head read=3"]:
         last = rows[:, :, 0].cpu()
         maps = [(a.numpy()[:, canvas], canvas >= 0) for a, canvas in zip(last, canvases, strict=True)]
-        entropies = [torch.from_numpy(spatial_entropy(*of_example)) for of_example in maps]
+        entropies = [torch.from_numpy(spatial_entropy(*of_example, above=above)) for of_example in maps]
         most = [a[:, cells].amax(-1) for a, cells in zip(last, last_rows, strict=True)]
         reads = mean_to(last, prompt.token_map.is_image), torch.stack(entropies).float(), torch.stack(most)
         return torch.stack(reads, dim=-1)

@@ -94,7 +94,7 @@ def _scores(w: World) -> list[Call]:
         mmlens.scores.ram_per_token: {},
         mmlens.scores.ram_lift: {"shape": "choice"},
         mmlens.scores.gaze_score: {"region": "choice"},
-        mmlens.scores.null_calibrated_ram: {"null_question": "text"},
+        mmlens.scores.null_calibrated_ram: {"null_question": "text", "choices": "flag", "marks": "flag"},
         mmlens.scores.query_focused_score: {"region": "choice"},
         mmlens.scores.visual_head_score: {"max_new_tokens": "count"},
         mmlens.scores.logit_contribution: {"final_norm": "choice"},
@@ -134,7 +134,7 @@ def _scores(w: World) -> list[Call]:
             "localization_score",
             mmlens.scores.localization_score,
             given,
-            SHARED | {"n_lowest": "count", "first_layer": "count or none"},
+            SHARED | {"n_lowest": "count", "first_layer": "count or none", "above": "number"},
         ),
         Call("vision_mass", mmlens.scores.vision_mass, given, SHARED),
         Call(
@@ -796,7 +796,21 @@ def _published_heads(w: World) -> list[Call]:
         (mmlens.scores.read_gaze_heads, "gaze.json", True),
     ]
     gates = mmlens.scores.KeyValueScores(torch.rand(2, 4), "gate")
+    images = mmlens.scene_examples("images", 2, seed=0)
     return [
+        Call(
+            "document_scores",
+            mmlens.scores.document_scores,
+            {"model": w.model, "prompts": images, "null_question": "?", "progress": False},
+            {name: f"{kind}!" for name, kind in SHARED.items()} | {"null_question": "null question"},
+        ),
+        Call(
+            "document_ndcg",
+            mmlens.scores.document_ndcg,
+            {"documents": [torch.rand(3, 2, 2)], "gold": [[1]]},
+            {"documents": "document scores", "gold": "gold", "k": "count"},
+        ),
+        Call("question_to_end", mmlens.scores.question_to_end, {"prompt": w.prompt}, {"prompt": "prompt"}),
         *(
             Call(
                 function.__name__,

@@ -73,10 +73,11 @@ def test_elbow_by_hand() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision"])
 @pytest.mark.parametrize(
-    ("cut", "first_layer", "last_row"), [(None, 0, None), (0.0, 0, None), (0.0, 1, None), (0.0, 0, 0.03)]
+    ("cut", "first_layer", "last_row", "above"),
+    [(None, 0, None, 2.0), (0.0, 0, None, 1.0), (0.0, 1, None, 2.0), (0.0, 0, 0.03, 2.0)],
 )
 def test_selection_frequency_from_full_patterns(
-    family: str, cut: float | None, first_layer: int, last_row: float | None
+    family: str, cut: float | None, first_layer: int, last_row: float | None, above: float
 ) -> None:
     """Several images and tiles; each example alone in the plain eager model."""
     model = hooked(family)
@@ -87,6 +88,7 @@ def test_selection_frequency_from_full_patterns(
         Example("Where?", "left", (d,)),
     ]
     options: dict[str, Any] = {"cut": cut, "first_layer": first_layer, "last_row": last_row, "n_lowest": 3}
+    options["above"] = above
     scores = localization_score(model, examples, batch_size=2, progress=False, **options)
     plain: Any = tiny_model(family, attn_implementation="eager")
     mass, entropy, n_passed_over = [], [], 0
@@ -115,7 +117,7 @@ def test_selection_frequency_from_full_patterns(
             lowest = max(picture[-1].max() for picture in maps)
             passed_over = layer < first_layer or (last_row is not None and lowest > last_row)
             n_passed_over += passed_over
-            own[layer, head] = np.inf if passed_over else slow_entropy(maps)
+            own[layer, head] = np.inf if passed_over else slow_entropy(maps, above)
         entropy.append(own)
     assert n_passed_over < 3 * mass[0].size and bool(n_passed_over) == bool(first_layer or last_row)
     means = np.mean(mass, axis=0)
