@@ -18,6 +18,7 @@ PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT /
         "docs/hybrid.md",
         "docs/interventions.md",
         "docs/prompts.md",
+        "docs/published-heads.md",
         "experiments/README.md",
     ],
 )
