@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from mmlens.arguments import file_to_write, unknown_name_message, whole_number
+from mmlens.data.rows import BOX_FORMATS, PAGES
 from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.core_heads_claim import EXPERIMENT as CORE_HEADS
@@ -29,6 +30,7 @@ from mmlens.hybrid.speed import PARTS
 from mmlens.interventions.ablation import MODES
 from mmlens.model.loading import shipped_models
 from mmlens.model.support import support_table
+from mmlens.runs.data_command import COLUMNS, convert, description, listing, show
 from mmlens.runs.folder import check_folder
 from mmlens.runs.paper import run_all
 from mmlens.runs.prefill_speed import RECORD as PREFILL_SPEED_RECORD
@@ -368,6 +370,33 @@ def _published(options: argparse.Namespace) -> int:
     return int(n_differ > 0)
 
 
+def _data(options: argparse.Namespace) -> None:
+    given: set[str] = getattr(options, "given", set())
+    converts = options.what == "convert"
+    if converts and (options.source is None or options.out is None):
+        raise InvalidTypeError("mmlens data convert takes what to convert and --out, the folder to write to")
+    if not converts and options.source is not None:
+        raise InvalidValueError(unknown_name_message("action", options.what, ["convert"]))
+    fit = {*DATA_OPTIONS, "out", "n"} | ({*COLUMNS, "config"} if converts else set())
+    if options.what is None or (not converts and options.n is None):
+        fit = set()
+    if given - fit:
+        needs = "--n, rows to show" if given & {*DATA_OPTIONS, "out"} else "convert"
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given - fit))
+        raise InvalidTypeError(f"{names} needs {needs}: mmlens data --help")
+    if options.what is None:
+        print(listing())
+    elif converts:
+        print(_printable(_called(convert, options, **{name: getattr(options, name) for name in COLUMNS})))
+    elif options.n is None:
+        print(description(options.what))
+    else:
+        print(_printable(_called(show, options, name=options.what)))
+
+
+DATA_OPTIONS = ("split", "data_dir", "revision", "streaming", "on_error")
+
+
 def _core_heads(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("counts", "modes", "n_draws", "mapping")}
     request = _called(Request, options, experiment="core-heads", settings=settings)
@@ -548,6 +577,49 @@ COMMANDS = {
             "folder": _option("a folder with their files, or one file", Path),
             "--csv": _option("write the table to this file too", Path),
         },
+    ),
+    "data": Command(
+        _data,
+        "list published data sets, show rows of one with their boxes drawn, or convert rows to our own format "
+        "(docs/data.md)",
+        {
+            "what": _option("a data set, or a folder of examples: all about it; or `convert`", nargs="?"),
+            "source": _option(
+                "with convert: a data set, a file (parquet, jsonl, csv), a folder, or a hub id", nargs="?"
+            ),
+            "--n": _option("rows to show, the first ones; with convert: at most so many examples", _whole(1)),
+            "--out": _option("the picture of the rows shown (NAME.png); with convert: the folder", Path),
+            "--split": _option("which split of it (default: its first)"),
+            "--data-dir": _option(
+                "the folder with its published files, if they are not to come from the hub", Path
+            ),
+            "--revision": _option("a commit on the hub, if not the one that the list names"),
+            "--streaming": _flag("read rows as they come, and write nothing to the disk"),
+            "--on-error": _option(
+                "rows that cannot be read: raise or skip", _name_of("on_error", ("raise", "skip"))
+            ),
+            "--config": _option("with convert: its configuration on the hub"),
+            "--question": _option("the column of questions"),
+            "--answer": _option("the column of answers"),
+            "--images": _several("the column of images, or several columns"),
+            "--evidence": _option("the column of boxes, or of numbers of pages"),
+            "--box-format": _option(
+                f"how evidence is written: {', '.join((*BOX_FORMATS, PAGES))}",
+                _name_of("box format", (*BOX_FORMATS, PAGES)),
+            ),
+            "--box-pages": _option("the column of the numbers of the images that boxes lie in"),
+            "--first-page": _option("what the first image is counted as: 0 or 1", _whole(0, 1)),
+            "--candidates": _several("the column of candidates, or the candidates of all rows"),
+            "--group": _option("the column of what must not be split, such as a document"),
+            "--id": _option("the column of names of rows"),
+            "--kind": _option("the column of kinds of tasks"),
+            "--messages": _option("the column of chats, in place of --question"),
+            "--metadata": _several("columns to keep beside"),
+            "--image-folder": _option(
+                "where paths of images are relative to (default: the file's folder)", Path
+            ),
+        },
+        (show,),
     ),
     "families": Command(
         _families,

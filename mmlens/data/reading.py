@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -55,12 +56,20 @@ class _Reading:
             found = list(self.read(number, row))
             if self.skips:
                 for example in found:
-                    example.check_images()
+                    self._check_images(number, example)
             return found
         except RowError:
             raise
         except (MmlensError, OSError, ValueError, LookupError, TypeError) as error:
             raise RowError(self.rows.name, number, "", said(error)) from error
+
+    def _check_images(self, number: int, example: Example) -> None:
+        try:
+            example.check_images()
+        except (MmlensError, OSError) as error:
+            # Images are named by their row, which is said in front.
+            named = rf"^{re.escape(self.rows.name)}, row {number}( \(id '.*?'\))?, "
+            raise RowError(self.rows.name, number, example.id, re.sub(named, "", said(error))) from error
 
     def through(self) -> Iterator[tuple[int, Example]]:
         """(number of the row, example) of every row, in one pass; two of one id are an error."""

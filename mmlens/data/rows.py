@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
 import hashlib
@@ -76,7 +77,8 @@ def examples_from(
       `box_format="pages"` evidence is the number of an image, or a list of them: each whole. `first_page`, 0 or 1, is
       what the first image is counted as. A function may give `Evidence`, or a list of it, without a format. None, or an
       empty list: none.
-    - `candidates`: a list of texts in every row, or one list for all: ("yes", "no").
+    - `candidates`: a list of texts in every row, or one list for all: ("yes", "no"). Lists of evidence and candidates
+      may be written as texts, "[5, 6]".
     - `group`: what must not be split, such as a document. `id`: unique; without it a hash of what the row holds.
     - `metadata`: columns that are kept beside.
 
@@ -288,18 +290,13 @@ class _Regions:
 
     def of(self, value: Any, pages: Any, images: Sequence[Any]) -> tuple[Evidence, ...]:
         """The evidence of a row with these images."""
-        value = _plain_list(value)
+        value = _written_list(_plain_list(value))
         if value is None:
             return ()
         if isinstance(value, Evidence):
             return (value,)
         if isinstance(value, (str, bytes)):
-            hint = ""
-            if isinstance(value, str) and value.strip().startswith("["):
-                hint = "; a text that holds a list is read by a function: lambda row: json.loads(row[...])"
-            raise InvalidTypeError(
-                f"the evidence is {shown(value)}, a text; expected {self._expected()}{hint}"
-            )
+            raise InvalidTypeError(f"the evidence is {shown(value)}, a text; expected {self._expected()}")
         if isinstance(value, Mapping):
             raise InvalidTypeError(
                 f"the evidence is {shown(value)}, with the fields {list(value)}; expected {self._expected()}: name "
@@ -341,7 +338,7 @@ class _Regions:
                     "box_pages=, or by a function that gives Evidence(image, box)"
                 )
             return [0] * n_boxes
-        pages = _plain_list(pages)
+        pages = _written_list(_plain_list(pages))
         numbered = list(pages) if isinstance(pages, (list, tuple)) else [pages] * n_boxes
         if len(numbered) != n_boxes:
             raise InvalidValueError(
@@ -376,6 +373,16 @@ def _plain_list(value: Any) -> Any:
         return [_plain_list(each) for each in value.tolist()] if value.ndim else value.item()
     if isinstance(value, (list, tuple)):
         return [_plain_list(each) for each in value]
+    return value
+
+
+def _written_list(value: Any) -> Any:
+    """The list that a text holds, "[3, 4]", as tables of plain text and not a few published ones have it."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            return ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return value
     return value
 
 
@@ -576,14 +583,9 @@ def _text(argument: str, value: Any) -> str:
 
 
 def _texts(argument: str, value: Any) -> list[str]:
-    value = _plain_list(value)
+    value = _written_list(_plain_list(value))
     if value is None:
         return []
-    if isinstance(value, str):
-        hint = "; a text that holds a list is read by a function: lambda row: json.loads(row[...])"
-        raise InvalidTypeError(
-            f"the {argument} are {shown(value)}; expected a list of texts{hint if value.strip()[:1] == '[' else ''}"
-        )
     given = listed(f"the {argument}", value, "a list of texts")
     return [_text(f"candidate {at}", each) for at, each in enumerate(given)]
 

@@ -2,6 +2,7 @@
 
 from mmlens.viz.ablation_curves import plot_ablation_curves as plot_ablation_curves
 from mmlens.viz.ablation_curves import plot_ablation_panels as plot_ablation_panels
+from mmlens.viz.examples import plot_examples as plot_examples
 from mmlens.viz.head_map import plot_head_map as plot_head_map
 from mmlens.viz.intervals import plot_curves as plot_curves
 from mmlens.viz.intervals import plot_intervals as plot_intervals

@@ -38,6 +38,7 @@ from mmlens.scores.logits import position_contributions
 from mmlens.scores.significance import region_permutation_test
 from mmlens.scores.spatial import elbow, spatial_entropy
 from mmlens.viz.ablation_curves import plot_ablation_curves, plot_ablation_panels
+from mmlens.viz.examples import plot_examples
 from mmlens.viz.head_map import plot_head_map
 from mmlens.viz.intervals import plot_curves, plot_intervals, plot_trade_off
 from mmlens.viz.matrix import plot_matrix
@@ -994,6 +995,12 @@ def _figures(w: World) -> list[Call]:
     curves = pd.DataFrame(rows, columns=columns)
     said = {"xlabel": "x", "ylabel": "y"}
     return [
+        Call(
+            "plot_examples",
+            plot_examples,
+            {"examples": w.examples[:1]},
+            {"examples": "examples", "n_images": "count"},
+        ),
         Call(
             "plot_head_map",
             plot_head_map,

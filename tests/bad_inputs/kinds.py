@@ -1065,7 +1065,7 @@ WORDS: dict[str, str] = {
     "values": "number|finite|shape",
     "rows": "datasets.Dataset|list of dicts|no rows|dict of its columns",
     "row column": "name of a column|there is no column|function of the row|none of the candidates",
-    "name of a data set": "name of a data set|there is no data set",
+    "name of a data set": "name of a data set|there is no data set|is the hub id of",
     "folder of a data set": "no such folder|expected a path|cannot be read as its split",
     "choice or none": "one of|there is no|there are|is '",
     "revision": "a text",

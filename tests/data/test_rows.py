@@ -248,6 +248,25 @@ def test_pages_by_their_numbers() -> None:
         examples_from([row], **given, evidence="at")
 
 
+def test_lists_that_are_written_as_texts() -> None:
+    row = {
+        "q": "What?",
+        "a": "x",
+        "pages": [picture(i) for i in range(4)],
+        "at": "[2, 4]",
+        "of": "['x', 'y']",
+    }
+    given: dict[str, Any] = {"question": "q", "answer": "a", "images": "pages", "candidates": "of"}
+    example = examples_from([row], **given, evidence="at", box_format="pages", first_page=1)[0]
+    assert example.evidence == (Evidence(1), Evidence(3))
+    assert example.candidates == ("x", "y")
+    box = {"q": "What?", "a": "x", "image": picture(0), "box": "[1, 2, 3.5, 4]"}
+    example = examples_from(
+        [box], question="q", answer="a", images="image", evidence="box", box_format="xyxy"
+    )[0]
+    assert example.evidence == (Evidence(0, (1, 2, 3.5, 4)),)
+
+
 def test_boxes_on_pages() -> None:
     row = {
         "q": "What?",
@@ -376,7 +395,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "a reversed box": ({"bbox": [10, 2, -5, 5]}, "width of -5"),
     "a box left of the image": ({"bbox": [-3, 2, 5, 5]}, "outside or reversed"),
     "a box of three numbers": ({"bbox": [1, 2, 3]}, "a box is"),
-    "a box that is a text": ({"bbox": "[1, 2, 3, 4]"}, "json.loads"),
+    "a box that is a text": ({"bbox": "left"}, "evidence is 'left' .*a text"),
+    "a box that is a broken text": ({"bbox": "[1, 2, 3, 4"}, "a text"),
     "a box with NaN": ({"bbox": [1, 2, float("nan"), 4]}, "finite"),
     "another row's id": ({"qid": "q0"}, "id is that of row 0 too"),
     "no id": ({"qid": None}, "id is missing"),

@@ -55,9 +55,9 @@ def load_data(
     read = inspect.signature(data_set.read).parameters
     known_keywords(f"load_data({name!r})", options, [*_OPTIONS, *list(read)[2:]])
     opened = (
-        _from_folder(data_set, split, path_of("data_dir", data_dir), streaming)
+        from_folder(data_set, split, path_of("data_dir", data_dir), streaming)
         if data_dir is not None
-        else _from_hub(data_set, split, revision, streaming)
+        else from_hub(data_set, split, revision, streaming)
     )
     rows = rows_of(opened.table, f"{data_set.name} {split}")
     if rows.columns is not None:
@@ -89,7 +89,7 @@ def data_set_named(name: object) -> EvidenceData:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
     """The rows of a split, as `datasets` gives them, and the files beside them."""
 
     table: Any
@@ -99,9 +99,9 @@ class _Opened:
     """Whether the files are the authors' own, whose columns may have other names."""
 
 
-def _from_folder(
+def from_folder(
     data_set: EvidenceData, split: str, folder: Path, streaming: bool, commit: str | None = None
-) -> _Opened:
+) -> Opened:
     """Rows of a folder with the published files."""
     files = PublishedFiles(data_set, split, folder, commit)
     if not folder.is_dir():
@@ -116,7 +116,7 @@ def _from_folder(
         if found:
             own = pattern == data_set.own_files.get(split)
             table = loaded(builder_of(found), data_files={split: found})
-            return _Opened(table, files, repr(str(folder)), own)
+            return Opened(table, files, repr(str(folder)), own)
     if split in data_set.files:
         raise DataError(
             f"{str(folder)!r} has no file {' or '.join(map(repr, patterns))}, which holds the split {split!r} of "
@@ -126,7 +126,7 @@ def _from_folder(
     if config is not None and not (folder / "README.md").is_file() and (folder / config).is_dir():
         # Without the card, the folder of a configuration is all that tells of it.
         config, path = None, str(folder / config)
-    return _Opened(loaded(path, config), files, repr(str(folder)))
+    return Opened(loaded(path, config), files, repr(str(folder)))
 
 
 _ALSO_CALLED = {"val": ("validation",), "dev": ("validation",)}
@@ -151,7 +151,7 @@ def _loaded(files: PublishedFiles, path: str, config: str | None = None, *, spli
         ) from error
 
 
-def _from_hub(data_set: EvidenceData, split: str, revision: str | None, streaming: bool) -> _Opened:
+def from_hub(data_set: EvidenceData, split: str, revision: str | None, streaming: bool) -> Opened:
     """Rows of a repository on the hub, at one commit, or of a cache of it where the hub cannot be reached.
 
     DataError, with what to do, for what is not there, closed, or out of reach.
@@ -200,7 +200,7 @@ def _from_hub(data_set: EvidenceData, split: str, revision: str | None, streamin
         data_files=None if pattern is None else {split: pattern},
     )
     _check_commit(at_commit, table)
-    return _Opened(table, at_commit, f"{hub} at revision {commit}")
+    return Opened(table, at_commit, f"{hub} at revision {commit}")
 
 
 def _check_commit(files: PublishedFiles, table: Any) -> str:
@@ -232,7 +232,7 @@ def _commit(hub: str, revision: str | None) -> str:
         return str(huggingface_hub.HfApi().dataset_info(hub, revision=revision).sha)
 
 
-def _from_caches(files: PublishedFiles, streaming: bool, reason: Exception) -> _Opened:
+def _from_caches(files: PublishedFiles, streaming: bool, reason: Exception) -> Opened:
     """Rows of what earlier calls left on this machine: `hf download` a snapshot, `datasets` its tables."""
     import datasets
     import huggingface_hub
@@ -243,7 +243,7 @@ def _from_caches(files: PublishedFiles, streaming: bool, reason: Exception) -> _
         snapshot = huggingface_hub.snapshot_download(
             data_set.hub, repo_type="dataset", revision=revision, local_files_only=True
         )
-        return _from_folder(data_set, split, Path(snapshot), streaming, Path(snapshot).name)
+        return from_folder(data_set, split, Path(snapshot), streaming, Path(snapshot).name)
     kept = Path(datasets.config.HF_DATASETS_CACHE)
     # Without one, datasets would wait for the hub once more.
     if kept.is_dir() and any(kept.glob(f"{data_set.hub.split('/')[0]}___*")):
@@ -258,13 +258,14 @@ def _from_caches(files: PublishedFiles, streaming: bool, reason: Exception) -> _
             )
         if table is not None:
             commit = _check_commit(files, table)
-            return _Opened(
+            return Opened(
                 table.to_iterable_dataset() if streaming else table,
                 PublishedFiles(data_set, split, None, commit),
                 f"{data_set.hub} at revision {commit}",
             )
+    why = "HF_HUB_OFFLINE is set" if huggingface_hub.is_offline_mode() else type(reason).__name__
     raise DataError(
-        f"{data_set.name}: the hub cannot be reached ({first_line(reason)}), and no cache holds {data_set.hub}"
+        f"{data_set.name}: the hub cannot be reached ({why}), and no cache holds {data_set.hub}"
         f"{files.to_fetch()}"
     ) from reason
 
@@ -272,7 +273,7 @@ def _from_caches(files: PublishedFiles, streaming: bool, reason: Exception) -> _
 # ------------------------------------------------------------------------------ rows
 
 
-def _check_columns(opened: _Opened, columns: Sequence[str]) -> None:
+def _check_columns(opened: Opened, columns: Sequence[str]) -> None:
     data_set = opened.files.data_set
     called = data_set.other_names if opened.own else {}
     needed = [called.get(column, column) for column in data_set.columns]
@@ -289,9 +290,7 @@ def _check_columns(opened: _Opened, columns: Sequence[str]) -> None:
         )
 
 
-def _read(
-    opened: _Opened, rows: Rows, options: Mapping[str, Any], number: int, row: Row
-) -> Iterable[Example]:
+def _read(opened: Opened, rows: Rows, options: Mapping[str, Any], number: int, row: Row) -> Iterable[Example]:
     """The examples of a row; RowError, with its number and what names it, where it cannot be read."""
     data_set = opened.files.data_set
     if number == 0 and rows.columns is None:
