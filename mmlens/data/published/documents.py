@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmlens.data.examples import DataError, Evidence, Example
 from mmlens.data.images import LateImage
 from mmlens.data.published.parts import (
+    NOT_ANSWERABLE,
     clipped,
     document_name,
     example,
+    letters,
+    picture,
     questions,
     scaled,
     shown_pages,
@@ -22,9 +26,8 @@ from mmlens.data.tables import key_of_image
 Row = Mapping[str, Any]
 
 _MAX_PAGES = (
-    " max_pages= shows fewer pages: those with evidence and their neighbours, never fewer than the former; all "
-    "are shown "
-    "otherwise, each opened when it is used."
+    " max_pages= shows fewer pages: those with evidence and their neighbours, never fewer than the former. All are "
+    "shown otherwise, each opened when it is used."
 )
 
 
@@ -158,7 +161,7 @@ MMDOCIR = EvidenceData(
     cite="dong2025mmdocir",
     source="MMDocRAG/MMDocIR @ 394d84d, dataset/README.md and all rows of dataset/MMDocIR_annotations.jsonl",
     checked="published rows",
-    overlaps=("mmlongbench-doc",),
+    overlaps=("mmlongbench-doc", "mmlongbench"),
     fetch="hf download --repo-type dataset MMDocIR/MMDocIR_Evaluation_Dataset MMDocIR_annotations.jsonl "
     "MMDocIR_pages.parquet --local-dir FOLDER",
     notes="A row is a document. Pages count from 0, rows page_indices[0] to page_indices[1] of "
@@ -233,10 +236,257 @@ MMLONGBENCH_DOC = EvidenceData(
     source="mayubo2333/MMLongBench-Doc @ d73f0dc, 400 rows of data/samples.json; lmms-eval @ 75571cf, "
     "tasks/mmlongbench_doc",
     checked="published rows",
-    overlaps=("mmdocir",),
+    overlaps=("mmdocir", "mmlongbench"),
     own_files={"train": "data/samples.json"},
     notes='Two of 400 rows name page 0, which is read as the first page. "[]" stands for questions that '
     'cannot be answered ("Not answerable", but for a few that have an answer); they make a kind of their own, '
     "without evidence. Pages are drawn from the PDF files of the folder documents, 144 pixels an inch (the "
     "extra pdf)." + _MAX_PAGES,
+)
+
+
+# ------------------------------------------------------------------------------ SlideVQA, DocVQA
+
+
+def read_slidevqa(row: Row, files: Files, max_pages: int | None = None) -> Iterator[Example]:
+    """The example of a question on a deck of slides; its evidence are whole slides."""
+    columns = [f"page_{number}" for number in range(1, 21) if row.get(f"page_{number}") is not None]
+    counted_from_one = [int(page) for page in texts_in(row["evidence_pages"])]
+    wrong = [page for page in counted_from_one if f"page_{page}" not in columns]
+    if wrong:
+        raise DataError(f"evidence_pages names {wrong}, counted from 1; the deck has {len(columns)} slides")
+    with_evidence = [columns.index(f"page_{page}") for page in dict.fromkeys(counted_from_one)]
+    shown = shown_pages(len(columns), with_evidence, max_pages)
+    deck = str(row["deck_name"])
+    yield example(
+        "slidevqa",
+        row["qa_id"],
+        question=row["question"].strip(),
+        answer=NOT_ANSWERABLE if row["answer"] is None else str(row["answer"]).strip(),
+        images=tuple(picture(row[columns[page]], f"{columns[page]} of {deck}", files) for page in shown),
+        evidence=tuple(Evidence(shown.index(page)) for page in with_evidence),
+        group=deck,
+        metadata={"pages": shown, "n_pages": len(columns)},
+    )
+
+
+SLIDEVQA = EvidenceData(
+    name="slidevqa",
+    title="SlideVQA",
+    hub="NTT-hil-insight/SlideVQA",
+    splits=("val", "test", "train"),
+    revision="e780ea258d734958befbfaed19fa059584642ca8",
+    columns={
+        "deck_name": "string",
+        "qa_id": "int64",
+        "question": "string",
+        "answer": "string",
+        "evidence_pages": "list of int64",
+        "page_1": "image, and so to page_20",
+    },
+    read=read_slidevqa,
+    one_each=True,
+    evidence="numbers of slides, from 1 to 20",
+    group="deck of slides",
+    licence="NTT's, for evaluation alone",
+    size="1,652 (val), 2,215 (test), 10,617 (train) questions on 2,619 decks; 10.9 GB",
+    cite="tanaka2023slidevqa",
+    source="nttmdlab-nlp/SlideVQA @ e1f0bd9, README; of the hub's copy lmms-eval @ 75571cf, tasks/slidevqa",
+    checked="card",
+    overlaps=("mmlongbench",),
+    notes="Gated. The boxes that the authors publish beside it are of everything on a slide, not of answers: "
+    "whole slides are the evidence." + _MAX_PAGES,
+)
+
+
+def read_docvqa(row: Row, files: Files) -> Iterator[Example]:
+    """The example of a question on one page."""
+    answers = list(dict.fromkeys(answer for answer in row["answers"] or () if answer.strip()))
+    if not answers:
+        raise DataError("there is no answer: the list is empty. Splits for a leaderboard hold none")
+    yield example(
+        "docvqa",
+        row["questionId"],
+        question=row["question"].strip(),
+        answer=answers[0],
+        answers=answers,
+        images=(
+            picture(row["image"], f"page {row['ucsf_document_page_no']} of {row['ucsf_document_id']}", files),
+        ),
+        group=str(row["ucsf_document_id"]),
+        metadata={"question_types": list(row.get("question_types") or ())},
+    )
+
+
+DOCVQA = EvidenceData(
+    name="docvqa",
+    title="DocVQA",
+    hub="lmms-lab/DocVQA",
+    config="DocVQA",
+    splits=("validation", "train"),
+    revision="59fed3cdc38662abeef8f363171b2ec7c95c165c",
+    columns={
+        "questionId": "string",
+        "question": "string",
+        "image": "image",
+        "ucsf_document_id": "string",
+        "ucsf_document_page_no": "string",
+        "answers": "list of string",
+    },
+    read=read_docvqa,
+    one_each=True,
+    evidence="none",
+    group="document",
+    licence="Apache-2.0 by the card of the hub's copy",
+    size="5,349 (validation), 39,463 (train) questions; 2.5 and 5.7 GB",
+    cite="mathew2021docvqa",
+    source="the data set's card (columns, types, splits); two rows of the authors' files",
+    checked="published rows",
+    notes="The first answer is the answer; all stand in metadata['answers']. The split test holds no answers.",
+)
+
+
+# ------------------------------------------------------------------------------ MMLongBench
+
+
+def read_mmlongbench(row: Row, files: Files) -> Iterator[Example]:
+    """The example of a question on documents, or on a text with pictures (the needle), by what the row holds."""
+    yield (_mmlongbench_pages if "page_list" in row else _mmlongbench_needle)(row, files)
+
+
+_MMLONGBENCH_IMAGES = "mmlb_image/"
+
+
+def _mmlongbench_pages(row: Row, files: Files) -> Example:
+    names = list(row["page_list"])
+    document = str(row["doc_name"])
+    with_evidence = _mmlongbench_answer_pages(row, names, document)
+    parts: list[dict[str, Any]] = []
+    for name in names:
+        parts.append({"type": "text", "text": f"A page of document {_folder_of(name)}:"})
+        parts.append({"type": "image", "image": picture(_MMLONGBENCH_IMAGES + name, name, files)})
+    parts.append({"type": "text", "text": f"A question on document {document}:"})
+    parts.append({"type": "text", "text": row["question"].strip(), "question": True})
+    given = row["answer"]
+    answers = (
+        [str(each).strip() for each in given] if isinstance(given, (list, tuple)) else [str(given).strip()]
+    )
+    return example(
+        "mmlongbench" if with_evidence else "mmlongbench, no evidence",
+        f"{files.split}-{row['id']}",
+        answer=answers[0],
+        answers=answers,
+        messages=[{"role": "user", "content": parts}],
+        evidence=tuple(map(Evidence, with_evidence)),
+        group=document_name(document),
+        metadata={"answer_format": row.get("answer_format")},
+    )
+
+
+def _folder_of(name: str) -> str:
+    return name.rsplit("/", 2)[-2] if "/" in name else name
+
+
+_PAGE_NUMBER = re.compile(r"(?:_page(\d+)|-(\d+)-\d+)\.\w+$")
+
+
+def _mmlongbench_answer_pages(row: Row, names: list[str], document: str) -> list[int]:
+    """Which pages hold the answer, by their names, or by the numbers that their names end in."""
+    named = row.get("ans_page_path_list") or ()
+    if not named:
+        numbers = {int(page) for page in texts_in(row.get("ans_page_list"))}
+        of_document = [name for name in names if document_name(_folder_of(name)) == document_name(document)]
+        found = {name: _PAGE_NUMBER.search(name) for name in of_document or names}
+        named = [name for name, at in found.items() if at and int(at[1] or at[2]) in numbers]
+        if numbers and not named:
+            raise DataError(
+                f"ans_page_list names the pages {sorted(numbers)} of {document}, none of which is in page_list"
+            )
+    missing = sorted(set(named) - set(names))
+    if missing:
+        raise DataError(f"the page {missing[0]!r} holds the answer and is not in page_list")
+    return [number for number, name in enumerate(names) if name in set(named)]
+
+
+def _mmlongbench_needle(row: Row, files: Files) -> Example:
+    text = "\n\n".join(paragraph["text"] for paragraph in row["ctxs"])
+    pieces, names, choices = text.split("<image>"), list(row["image_list"]), list(row["choices_image"])
+    if len(pieces) != len(names) + 1:
+        raise DataError(f"the text has {len(pieces) - 1} places for images, and image_list has {len(names)}")
+    needles = {f"mm-niah/{needle['image']}" for needle in row["positive_ctxs"]}
+    with_evidence = [number for number, name in enumerate(names) if name in needles]
+    if not with_evidence:
+        raise DataError(f"the image that is looked for, {sorted(needles)}, is not in image_list")
+    marks = letters(len(choices))
+    asked = [
+        part
+        for mark, name in zip(marks, choices, strict=True)
+        for part in ({"type": "text", "text": f"{mark}."}, _mmlongbench_image(name, files))
+    ]
+    parts = [
+        part
+        for piece, name in zip(pieces, [*names, None], strict=True)
+        for part in (
+            *([{"type": "text", "text": piece.strip()}] if piece.strip() else ()),
+            *([_mmlongbench_image(name, files)] if name is not None else ()),
+        )
+    ]
+    question = {"type": "text", "text": row["question"].strip(), "question": True}
+    ask = {"type": "text", "text": "Answer with the letter of one of these:"}
+    return example(
+        "mmlongbench",
+        f"{files.split}-{row['id']}",
+        answer=marks[int(row["answer"])],
+        candidates=marks,
+        messages=[{"role": "user", "content": [*parts, question, ask, *asked]}],
+        evidence=tuple(map(Evidence, with_evidence)),
+        group=str(row["id"]),
+    )
+
+
+def _mmlongbench_image(name: str, files: Files) -> dict[str, Any]:
+    return {"type": "image", "image": picture(_MMLONGBENCH_IMAGES + name, name, files)}
+
+
+_LENGTHS = ("K8", "K16", "K32", "K64", "K128")
+_MMLONGBENCH_FILES = {
+    **{
+        f"{task}_{length}": f"mmlb_data/documentQA/{task}_{length}.jsonl"
+        for task in ("mmlongdoc", "longdocurl", "slidevqa")
+        for length in _LENGTHS
+    },
+    **{
+        f"retrieval_image_{length}": f"mmlb_data/NIAH/retrieval-image_test_{length}_dep6.jsonl"
+        for length in _LENGTHS
+    },
+}
+
+MMLONGBENCH = EvidenceData(
+    name="mmlongbench",
+    title="MMLongBench, document QA and images as needles",
+    hub="ZhaoweiWang/MMLongBench",
+    splits=tuple(_MMLONGBENCH_FILES),
+    files=_MMLONGBENCH_FILES,
+    columns={
+        "id": "string",
+        "question": "string",
+        "answer": "string, or int of a choice",
+    },
+    read=read_mmlongbench,
+    one_each=True,
+    evidence="pages that hold the answer, or the image that is looked for; whole",
+    group="document, or question",
+    licence="MIT (code); of the documents their own",
+    size="about 1,000 questions a split of documents, at 8,000 to 128,000 tokens",
+    cite="wang2025mmlongbench",
+    source="EdinburghNLP/MMLongBench @ 22b9f27, data.py and README; ab-cli/MMRetHead @ 126112d, "
+    "src/mmrethead/data.py",
+    checked="card",
+    overlaps=("mmlongbench-doc", "mmdocir", "slidevqa"),
+    fetch="hf download --repo-type dataset ZhaoweiWang/MMLongBench --local-dir FOLDER, then in FOLDER tar "
+    "-xzf of 0_mmlb_data.tar.gz, and of the others into FOLDER/mmlb_image",
+    notes="Published as archives: unpack them, mmlb_data and mmlb_image side by side in data_dir=. Of "
+    "documents the rows have page_list, ans_page_list (or ans_page_path_list) and doc_name, of needles ctxs, "
+    "image_list, positive_ctxs and choices_image. Every page is preceded by the name of its document. The "
+    "summaries, many-shot and text tasks hold no evidence in an image and are not read.",
 )

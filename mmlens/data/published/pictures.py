@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmlens.data.examples import DataError, Example
+from mmlens.data.images import LateImage
 from mmlens.data.published.parts import (
     SIDES,
     YES_NO,
@@ -27,6 +30,7 @@ from mmlens.data.published.parts import (
 )
 from mmlens.data.published.record import EvidenceData, Files
 from mmlens.data.tables import key_of_image
+from mmlens.errors import MissingFileError
 
 Row = Mapping[str, Any]
 
@@ -219,7 +223,7 @@ NLVR = EvidenceData(
     evidence="boxes of all shapes, by the structured representation",
     group="the four images that a sentence was written for",
     licence="CC BY 4.0",
-    size="3,163 sentences (train), 267 (dev), 266 (test) and their images",
+    size="989 (dev), 989 (test), about 12,400 (train) pairs of a sentence and a picture",
     cite="suhr2017corpus",
     source="lil-lab/nlvr @ 1892484, nlvr/README.md and rows of dev",
     checked="published rows",
@@ -324,23 +328,58 @@ VSR = EvidenceData(
 
 
 def read_pope(row: Row, files: Files) -> Iterator[Example]:
-    """The example of a question whether an object is in the image."""
-    source = row.get("image_source") or row["image"]
-    name = source if isinstance(source, str) else str(row["question_id"])
+    """The example of a question whether an object is in the image; of what is there, its boxes, where COCO's are."""
     given = row["image"]
+    source = row.get("image_source") or (given if isinstance(given, str) else None)
+    if source is None:
+        raise DataError("the row names no image of COCO: image_source is empty")
+    name = f"{source}.jpg" if "." not in source else source
     if isinstance(given, str):
         given = files.first(f"val2014/{given}", f"images/{given}", given)
     category = row.get("category") or files.split
+    question, answer = (
+        first_of(row, "question", "text"),
+        str(first_of(row, "answer", "label")).strip().lower(),
+    )
+    image = picture(given, name, files)
+    boxes = _coco_boxes(name, question, answer, files)
     yield example(
-        "pope",
+        "pope" if boxes != [] else "pope, no evidence",
         f"{category}-{row['question_id']}",
-        question=first_of(row, "question", "text"),
-        answer=str(first_of(row, "answer", "label")).strip().lower(),
+        question=question,
+        answer=answer,
         candidates=YES_NO,
-        images=(picture(given, name, files),),
+        images=(image,),
+        evidence=regions(_inside(xywh(box), image, name) for box in boxes or ()),
         group=coco_image(name),
         metadata={"category": category},
     )
+
+
+_ASKED_OBJECT = re.compile(r"is there an? (.+?) in the im", re.IGNORECASE)
+
+
+def _coco_boxes(name: str, question: str, answer: str, files: Files) -> list[list[float]] | None:
+    """The boxes, (left, top, width, height), of the object that is asked for; None without COCO's annotations."""
+    path = files.find("instances_val2014.json")
+    if path is None:
+        return None
+    asked = _ASKED_OBJECT.search(question)
+    if asked is None:
+        raise DataError(f"{question!r} names no object")
+    return _coco_instances(path).get((coco_image(name), asked[1].lower()), []) if answer == "yes" else []
+
+
+@functools.lru_cache(maxsize=1)
+def _coco_instances(path: Path) -> dict[tuple[str, str], list[list[float]]]:
+    """Boxes by image and category, of COCO's own annotations."""
+    told = json.loads(path.read_text(encoding="utf-8"))
+    categories = {each["id"]: each["name"] for each in told["categories"]}
+    found: dict[tuple[str, str], list[list[float]]] = {}
+    for each in told["annotations"]:
+        key = (coco_image(each["image_id"]), categories[each["category_id"]])
+        found.setdefault(key, []).append(each["bbox"])
+    return found
 
 
 POPE = EvidenceData(
@@ -364,7 +403,7 @@ POPE = EvidenceData(
     other_names={"question": "text", "answer": "label", "image_source": None, "category": None},
     read=read_pope,
     one_each=True,
-    evidence="none",
+    evidence="none; with COCO's annotations, the boxes of the object that is there",
     group="image of COCO",
     licence="MIT (questions); the images are COCO's",
     size="9,000 questions, 3,000 each random, popular and adversarial, of 500 images; 255 MB",
@@ -374,7 +413,9 @@ POPE = EvidenceData(
     checked="published rows",
     overlaps=("refcocog", "vqav2", "vsr", "visual-genome", "gqa"),
     notes="Images are in the hub's copy. The authors' own files, coco_pope_random.json and the like in "
-    "data_dir=, name files of COCO val2014, to be put into a folder val2014 beside them.",
+    "data_dir=, name files of COCO val2014, to be put into a folder val2014 beside them. With COCO's "
+    "instances_val2014.json in data_dir= questions that are answered yes have the boxes of the object as "
+    "evidence, and the others make a kind of their own.",
     own_files={split: f"*{split}*.json" for split in ("random", "popular", "adversarial")},
 )
 
@@ -666,39 +707,72 @@ CHARTQA = EvidenceData(
 
 
 def read_gqa(row: Row, files: Files) -> Iterator[Example]:
-    """The example of a question; where its scene graph is at hand, the boxes of the objects that it is about."""
+    """The example of a question; where the scene graphs are at hand, the boxes of the objects that it is about."""
     number = str(row["imageId"])
-    image = picture(files.first(f"images/{number}.jpg", f"{number}.jpg"), f"image {number}", files)
-    answer = row["answer"].strip()
+    image = LateImage(functools.partial(_gqa_image, number, files), f"image {number}")
+    boxes = _gqa_boxes(row, number, files)
     yield example(
-        "gqa",
+        "gqa" if boxes != [] else "gqa, no evidence",
         row["id"],
         question=row["question"].strip(),
-        answer=answer,
+        answer=row["answer"].strip(),
         images=(image,),
+        evidence=regions(_inside(xywh(box), image, number) for box in boxes or ()),
         group=f"Visual Genome {number}",
         metadata={"full_answer": row["fullAnswer"]} if row.get("fullAnswer") else None,
     )
+
+
+def _gqa_image(number: str, files: Files) -> Any:
+    """An image by its number: a row of the table of images, or a file."""
+    try:
+        table = files.table(f"{files.split}_balanced_images/*.parquet")
+        row = files.row_numbers(f"{files.split}_balanced_images/*.parquet", "id").get(number)
+    except MissingFileError:
+        return files.first(f"images/{number}.jpg", f"{number}.jpg")
+    if row is None:
+        raise DataError(f"the table of images has none of the id {number!r}")
+    assert table.at is not None
+    return table.at(row)["image"].open()
+
+
+def _gqa_boxes(row: Row, number: str, files: Files) -> list[list[float]] | None:
+    """The boxes of the objects that the question's program names; None without scene graphs."""
+    path = files.find(f"{files.split}_sceneGraphs.json")
+    if path is None:
+        return None
+    objects = _scene_graphs(path).get(number, {}).get("objects", {})
+    steps = row.get("semantic") or ()
+    named = dict.fromkeys(name for step in steps for name in re.findall(r"\((\d+)\)", str(step["argument"])))
+    return [[objects[name][edge] for edge in "xywh"] for name in named if name in objects]
+
+
+@functools.lru_cache(maxsize=1)
+def _scene_graphs(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 GQA = EvidenceData(
     name="gqa",
     title="GQA, balanced questions",
     hub="lmms-lab/GQA",
-    config="testdev_balanced_instructions",
-    splits=("testdev",),
+    splits=("testdev", "val"),
+    files={split: f"{split}_balanced_instructions/*.parquet" for split in ("testdev", "val")},
     revision="78e9ec37481de666feb0180c7b5a773741cb47ca",
     columns={"id": "string", "imageId": "string", "question": "string", "answer": "string"},
     read=read_gqa,
     one_each=True,
-    evidence="none",
-    group="image",
-    licence="MIT (the hub's copy)",
-    size="12,578 questions on 398 images",
+    evidence="none; of val, with the scene graphs, the boxes of the objects that the question is about",
+    group="image of Visual Genome",
+    licence="MIT by the card of the hub's copy",
+    size="12,578 questions on 398 images (testdev), 132,062 on 10,234 (val)",
     cite="hudson2019gqa",
-    source="the data set's card and commits; lmms-eval, tasks/gqa (images by imageId in a second "
-    "configuration)",
+    source="the data set's card and commits (its configurations); lmms-eval @ 75571cf, tasks/gqa (images by "
+    "imageId in a second table); the format of scene graphs and programs by GQA's site",
     checked="card",
     overlaps=("visual-genome", "refcocog", "pope", "vqav2", "vsr"),
-    notes="Scene graphs, which have boxes, are published of train and val alone, not of testdev.",
+    notes="Scene graphs are published of train and val alone: val_sceneGraphs.json, in whatever folder of "
+    "data_dir=. The evidence are the objects that the question's program (the column semantic) names; a "
+    "question that names none makes a kind of its own. About half of Visual Genome's images are COCO's under "
+    "other numbers.",
 )

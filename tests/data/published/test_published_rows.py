@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clips import made_clip, written_clip
 from PIL import Image
 
-from mmlens.data.examples import Example
+from mmlens.data.examples import DataError, Example
 from mmlens.data.images import LateImage
 from mmlens.data.published.catalog import CATALOG
 from mmlens.data.splits import shared_groups
@@ -263,3 +264,65 @@ def test_visual_genome_regions(tmp_path: Path) -> None:
     assert [example.evidence[0].box for example in examples] == [(421, 57, 503, 196), (194, 372, 376, 481)]
     assert [example.answer for example in examples] == ["right", "left"]
     assert examples[0].question.endswith('"the clock is green in colour"?')
+
+
+# ------------------------------------------------------------------------------ videos
+
+
+def test_vidstg_spans_lie_in_their_segments() -> None:
+    rows = rows_in("VidSTG/val_first150.json")
+
+    class Videos(Blank):
+        def find(self, name: str) -> Path | None:
+            return Path(name) if name.endswith(".mp4") else None
+
+    examples = read("vidstg", rows, Videos("val"))
+    assert len(examples) == sum(len(row["questions"]) for row in rows) and all_differ(examples)
+    assert sum(not row["questions"] for row in rows) == 6
+    asked = [row for row in rows for _ in row["questions"]]
+    for row, example in zip(asked, examples, strict=True):
+        frames, span = example.metadata["frames"], tuple(row["temporal_gt"].values())
+        assert example.group == f"VidOR {row['vid']}"
+        assert row["used_segment"]["begin_fid"] <= frames[0] < frames[-1] <= row["used_segment"]["end_fid"]
+        assert frames[-1] < row["frame_count"] and len(frames) == len(example.images) <= 16
+        shown = {frames[region.of_image] for region in example.evidence}
+        assert shown == {frame for frame in frames if span[0] <= frame < span[1]} and shown
+        categories = {each["tid"]: each["category"] for each in row["subject/objects"]}
+        assert example.answer == categories[example.metadata["target"]].split("/")[0].replace("_", " ")
+
+
+@pytest.mark.parametrize(("task", "n"), [("2_needle", 355), ("4_count", 206)])
+def test_mlvu_answers_are_options(tmp_path: Path, task: str, n: int) -> None:
+    rows = rows_in(f"MLVU/{task}.json")
+    path = written_clip(tmp_path / "clip.mp4", made_clip(3, (32, 32)), fps=1)
+
+    class Videos(Blank):
+        def find(self, name: str) -> Path | None:
+            return path
+
+    # The answer of two is none of their options.
+    odd = [row for row in rows if row["answer"] not in row["candidates"]]
+    assert len(rows) == n and len(odd) == {"2_needle": 2, "4_count": 0}[task]
+    for row in odd:
+        with pytest.raises(DataError, match="is none of the candidates"):
+            read("mlvu", [row], Videos("needle"))
+    rows = [row for row in rows if row not in odd]
+    examples = read("mlvu", rows, Videos("needle"))
+    assert all_differ(examples)
+    for row, example in zip(rows, examples, strict=True):
+        assert row["candidates"]["ABCDEFGH".index(example.answer)] == row["answer"]
+        assert not example.evidence and len(example.candidates) == len(row["candidates"])
+
+
+# ------------------------------------------------------------------------------ rows of which a few are at hand
+
+
+def test_chartqa_and_docvqa_of_their_authors() -> None:
+    rows = rows_in("ChartQA/test_human_8rows.json")
+    examples = read("chartqa", rows, Blank("test"))
+    assert [example.answer for example in examples] == [row["label"] for row in rows] and all_differ(examples)
+    assert {example.group for example in examples} == {row["imgname"] for row in rows}
+    told = json.loads((FOLDER / "DocVQA" / "two_rows.json").read_text(encoding="utf-8"))["data"]
+    first, second = read("docvqa", told, Blank("validation"))
+    assert (first.id, first.answer, first.group) == ("49153", "0.28", "pybv0228")
+    assert second.metadata == {"question_types": ["handwritten", "form"]}
