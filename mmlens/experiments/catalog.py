@@ -12,6 +12,7 @@ from mmlens.experiments import (
     masking,
     modes,
     overlays,
+    page_ranking,
     prediction,
     score_comparison,
     self_repair,
@@ -39,6 +40,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         sufficiency.EXPERIMENT,
         transfer.EXPERIMENT,
         score_comparison.EXPERIMENT,
+        page_ranking.EXPERIMENT,
         hybrid.EXPERIMENT,
         emergence.EXPERIMENT,
     )

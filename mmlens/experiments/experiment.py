@@ -122,6 +122,7 @@ _SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "null_questions": lambda name, value: [
         text(name, one) for one in texts(name, value, "a list of questions")
     ],
+    "pages_per_prompt": lambda name, value: None if value is None else whole_number(name, value, least=1),
     "checkpoints": lambda name, value: str(path_of(name, value)),
 }
 """What is checked of a setting, by its name: the same in all experiments."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -99,7 +100,7 @@ def page_scores(
     (PageScores(2 examples, 7 pages, 26 layouts), torch.Size([3]))
     """
     named = {"": as_head_set(heads, model_of(model).grid)}
-    options = {
+    options: dict[str, Any] = {
         "queries": queries,
         "pages_per_prompt": pages_per_prompt,
         "layouts": layouts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from mmlens.scores.ranking import (
 )
 
 PAGE = Image.new("RGB", (100, 200), "white")
-LAYOUTS = [
+LAYOUTS: list[dict[str, Any]] = [
     {"page": 0, "box": [0, 0, 100, 50]},
     {"page": 0, "box": [0, 50, 100, 60]},
     {"page": 1, "box": [10, 10, 30, 30]},
