@@ -359,10 +359,13 @@ def _published(options: argparse.Namespace) -> int:
         print(_printable(f"{source}, {model}"))
         for row in rows.itertuples():
             judged = {True: "  agrees", False: "  DIFFERS"}.get(row.agrees, "")
-            numbers = f": stated {row.stated or '-'}, recomputed {row.recomputed}" if row.recomputed else ""
-            print(
-                _printable(f"    {row.what}{numbers}{judged}" + (f"\n        {row.note}" if row.note else ""))
-            )
+            lines = [row.what]
+            if len(row.stated + row.recomputed) > 80:
+                lines += [f"    stated {row.stated}", f"    recomputed {row.recomputed}{judged}"]
+            elif row.recomputed:
+                lines = [f"{row.what}: stated {row.stated or '-'}, recomputed {row.recomputed}{judged}"]
+            lines += [f"    {row.note}"] if row.note else []
+            print(_printable("\n".join(f"    {line}" for line in lines)))
     n_agree, n_differ = (sum(each is value for each in table["agrees"]) for value in (True, False))
     print(
         f"\n{len(table)} rows: {n_agree} agree, {n_differ} differ, {len(table) - n_agree - n_differ} not judged"
