@@ -96,6 +96,19 @@ def ablation_outcomes(
     return ablated(setup, examples, sets, references(setup, modes), metrics, names=("arm", "draw", "n_heads"))
 
 
+def read_null(setup: Setup, question: str) -> list[str]:
+    """A warning where the tokenizer does not know the null question."""
+    tokenizer = setup.model.tokenizer
+    unknown = None if tokenizer is None else tokenizer.unk_token_id
+    if tokenizer is None or unknown is None:
+        return []
+    ids = tokenizer(question, add_special_tokens=False)["input_ids"]
+    if unknown not in ids:
+        return []
+    read = " ".join(tokenizer.convert_ids_to_tokens(ids))
+    return [f"the model reads the null question {question!r} as {read}, so it may name what the images show"]
+
+
 # ---------------------------------------------------------------------- summaries of outcomes
 
 

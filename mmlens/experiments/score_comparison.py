@@ -33,6 +33,7 @@ from mmlens.experiments.common import (
     matched_controls,
     plain,
     ranged,
+    read_null,
     resampled_means,
     summarised,
 )
@@ -214,7 +215,7 @@ def _scores(setup: Setup, fraction: float, null_questions: Sequence[str], n_per_
         name = f"null-calibrated ({question})"
         with _told_in_the_notes(question):
             found.add(name, null_calibrated_ram(model, examples, null_question=question, **options))
-        found.notes += _read_null(setup, question)
+        found.notes += read_null(setup, question)
     with _told_in_the_notes(null_questions[0]):
         focused = query_focused_score(model, examples, null_question=null_questions[0], **options)
     found.add("query-focused", focused)
@@ -260,19 +261,6 @@ def _told_in_the_notes(question: str) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", f".* in the question {re.escape(repr(question))}", MmlensWarning)
         yield
-
-
-def _read_null(setup: Setup, question: str) -> list[str]:
-    """A warning where the tokenizer does not know the null question."""
-    tokenizer = setup.model.tokenizer
-    unknown = None if tokenizer is None else tokenizer.unk_token_id
-    if tokenizer is None or unknown is None:
-        return []
-    ids = tokenizer(question, add_special_tokens=False)["input_ids"]
-    if unknown not in ids:
-        return []
-    read = " ".join(tokenizer.convert_ids_to_tokens(ids))
-    return [f"the model reads the null question {question!r} as {read}, so it may name what the images show"]
 
 
 def _per_example(name: str, scores: HeadScores) -> pd.DataFrame:

@@ -210,11 +210,11 @@ class _Documents:
         for row, example in enumerate(prompt.examples or ()):
             window: _Window = example.metadata[_WINDOW]
             for at, page in enumerate(window.pages):
-                here = token_map.image_tokens(at, example=row)[row]
+                here = token_map.image_tokens(at, example=row)[row].cpu()
                 self.pages[window.example][page] = tokens[row][:, here].sum(-1)
             for number, layout in window.layouts:
                 at = layout.page - window.pages.start
-                here = token_map.box(at, layout.box, example=row, mapping=mapping)[row]
+                here = token_map.box(at, layout.box, example=row, mapping=mapping)[row].cpu()
                 self.layouts[window.example][number] = tokens[row][:, here].sum(-1)
 
     def scores(self, at: int) -> PageScores:
