@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmlens.attribution import attribute as attribute
 from mmlens.data import Evidence as Evidence
 from mmlens.data import Example as Example
+from mmlens.data import examples_from as examples_from
 from mmlens.data import load_examples as load_examples
 from mmlens.data import scene_examples as scene_examples
 from mmlens.data import split_examples as split_examples

@@ -36,11 +36,9 @@ from mmlens.runs.paper import run_all
 from mmlens.runs.prefill_speed import RECORD as PREFILL_SPEED_RECORD
 from mmlens.runs.prefill_speed import load_scores, time_prefill
 from mmlens.runs.record import read_record
+from mmlens.runs.request import MOST_SEED, MOST_THREADS, Request
 from mmlens.runs.rerun import rerun, runs_in
 from mmlens.runs.run import (
-    MOST_SEED,
-    MOST_THREADS,
-    Request,
     experiment_named,
     load_model,
     model_folders,
@@ -471,11 +469,22 @@ _LOADING = {
 }
 # The fields of `Request`, but for the experiment, the model and the settings.
 _REQUEST = {
-    "--data": _option("a folder of examples (docs/data.md); shipped models have their own"),
+    "--data": _several(
+        "a folder of examples (docs/data.md), or data sets by name (`mmlens data` lists them), each then a kind of "
+        "task; shipped models have their own"
+    ),
     **_OUTSIDE,
-    "--n-selection": _option("generated examples of each kind to choose heads on", _whole(1)),
-    "--n-evaluation": _option("generated examples of each kind to judge heads on", _whole(1)),
-    "--selection-share": _option("with --data: share of it to choose heads on", float),
+    "--data-dir": _option("a folder with the published files of --data NAME, or with a folder NAME of them"),
+    "--data-options": _option(
+        'of load_data, as JSON: \'{"split": "val", "streaming": true}\'', _json_object, metavar="JSON"
+    ),
+    "--n-selection": _option(
+        "examples to choose heads on: scenes of each kind, or of each data set by name", _whole(1)
+    ),
+    "--n-evaluation": _option(
+        "examples to judge heads on: scenes of each kind, or of each data set by name", _whole(1)
+    ),
+    "--selection-share": _option("with --data: share of its groups to choose heads on", float),
     "--seed": _option("seed of examples and of all random choices", _SEED),
     "--batch-size": _option("examples in a forward pass", _whole(1)),
     "--answers": _option(
@@ -533,6 +542,7 @@ COMMANDS = {
             "--tolerance": _option("relative difference at which floats still agree", float),
             "--model": _option("where the model lies now, if not where it lay"),
             "--data": _option("where the folder of examples lies now, if not where it lay"),
+            "--data-dir": _option("where the published files lie now, if not where they lay"),
             **_OUTSIDE,
             "--threads": _option("torch threads, if not those of the run", _THREADS),
             "--trust-remote-code": _flag("run code that lies in the model's folder, where the run did"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mmlens.arguments import seed_of
 from mmlens.data.examples import DataError, Example
 from mmlens.data.many import Examples, ExampleStream
 from mmlens.data.tables import Row, Rows
@@ -42,8 +44,8 @@ class Skipped:
 class _Reading:
     """Rows, how they are read, and which of them were left out in the last pass."""
 
-    def __init__(self, rows: Rows, read: Read, skips: bool) -> None:
-        self.rows, self.read, self.skips = rows, read, skips
+    def __init__(self, rows: Rows, read: Read, skips: bool, order: Sequence[int] | None = None) -> None:
+        self.rows, self.read, self.skips, self.order = rows, read, skips, order
         self.skipped: tuple[Skipped, ...] = ()
         self._told = 0
 
@@ -92,7 +94,7 @@ class _Reading:
 
     def _numbered(self) -> Iterator[tuple[int, Row | None]]:
         if self.rows.n is not None:
-            yield from ((number, None) for number in range(self.rows.n))
+            yield from ((number, None) for number in self.order or range(self.rows.n))
             return
         number = -1
         try:
@@ -173,9 +175,18 @@ class RowStream(ExampleStream):
     `skipped` are the rows that were left out in the last pass, which a warning at its end counts.
     """
 
-    def __init__(self, rows: Rows, read: Read, *, skips: bool) -> None:
-        self._reading = _Reading(rows, read, skips)
+    def __init__(self, rows: Rows, read: Read, *, skips: bool, order: Sequence[int] | None = None) -> None:
+        self._reading = _Reading(rows, read, skips, order)
         super().__init__(self._all, rows.name)
+
+    def shuffled(self, seed: int) -> RowStream:
+        """Rows in a random order, the examples of one after each other; rows of a stream stay as they come."""
+        reading = self._reading
+        if reading.rows.n is None:
+            return self
+        order = list(range(reading.rows.n))
+        random.Random(seed_of(seed)).shuffle(order)
+        return RowStream(reading.rows, reading.read, skips=reading.skips, order=order)
 
     def _all(self) -> Iterator[Example]:
         n = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -158,6 +160,7 @@ class Batches:
         while window := list(itertools.islice(rest, WINDOW * self.batch_size)):
             yield first, window
             first += len(window)
+            _give_back_freed_memory()
 
     def _prompt(
         self, maker: InputMethods, index: list[int], batch: list[Example]
@@ -166,6 +169,16 @@ class Batches:
             return index, maker.prompt_examples(batch)
         prompt = maker.prompt(*chats_of_examples(batch))
         return index, replace(prompt, examples=tuple(batch))
+
+
+def _give_back_freed_memory() -> None:
+    """Give what was freed back to the system, where the C library is glibc.
+
+    Tensors and images of every size come and go in two threads, and glibc keeps the pages between them: a pass over
+    20,000 examples would end with a third more memory than it uses.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_order(parts: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:

@@ -63,6 +63,20 @@ def filled_method(experiment: Experiment, settings: Mapping[str, Any]) -> str:
         ) from error
 
 
+def _of_source(source: Mapping[str, Any]) -> str:
+    """Where examples are from: a folder, or a published data set."""
+    if "hub" not in source:
+        return (
+            f"the folder {source['source']}, split by group within each kind (share for selection "
+            f"{source['selection_share']:g}, seed {source['split_seed']})"
+        )
+    return (
+        f"{source['title']} [@{source['cite']}] ({source['hub']}, revision {source['revision']}, licence "
+        f"{source['licence']}), split by {source['group']} (share for selection {source['selection_share']:g}, seed "
+        f"{source['split_seed']})"
+    )
+
+
 def methods_text(record: Mapping[str, Any]) -> str:
     """The methods paragraph of a run as Markdown, citations as [@key]; `record` is its run.json."""
     record = _escaped(record)
@@ -85,10 +99,7 @@ def methods_text(record: Mapping[str, Any]) -> str:
             f"{data['evaluation_seed']} (evaluation)"
         )
     else:
-        drawn = (
-            f"the folder {data['source']}, split by group within each kind (share for selection "
-            f"{data['selection_share']:g}, seed {data['split_seed']})"
-        )
+        drawn = " and ".join(map(_of_source, data.get("parts", [data])))
     controls = sorted({kind for split in splits.values() for kind in split["controls"]})
     prints = " and ".join(f"{split['fingerprint']} ({name})" for name, split in splits.items())
     settings = "; ".join(f"{name} {_words(value)}" for name, value in request["settings"].items())

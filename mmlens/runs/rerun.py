@@ -67,6 +67,7 @@ def rerun(
     tolerance: float = TOLERANCE,
     model: str | None = None,
     data: str | None = None,
+    data_dir: str | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
     images_outside: bool = False,
@@ -75,7 +76,8 @@ def rerun(
 ) -> Comparison:
     """Run again what a folder's `run.json` says, with the same settings, seed and threads, and compare the results.
 
-    The new run is kept where `out` is given. `model` and `data` say where these lie now, if not where they lay.
+    The new run is kept where `out` is given. `model` and `data` say where these lie now, if not where they lay, and
+    `data_dir` where the published files of a data set by name do.
     A record is a file that anybody may have written, so some things count only where they are given here:
     `trust_remote_code` (code that lies in the model's folder), `images_outside` (images anywhere), `threads` beyond
     the cores of this machine, and `settings` above a million, which take the place of the record's.
@@ -100,6 +102,7 @@ def rerun(
         request,
         model=model or request.model,
         data=data or request.data,
+        data_dir=data_dir or request.data_dir,
         threads=threads_of(record) if threads is None else threads,
         trust_remote_code=trust_remote_code,
         images_outside=images_outside,

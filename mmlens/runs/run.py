@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import math
 import numbers
-import os
 import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,103 +21,23 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mmlens.arguments import flag, instance_of, number, one_of, unknown_name_message, whole_number
-from mmlens.data.examples import DataError, Example, load_examples
-from mmlens.data.scenes import scene_examples
-from mmlens.data.splits import split_examples
+from mmlens.arguments import flag, instance_of, number, unknown_name_message, whole_number
+from mmlens.data.examples import Example
 from mmlens.errors import InvalidTypeError, InvalidValueError
 from mmlens.experiments.catalog import EXPERIMENTS
 from mmlens.experiments.experiment import Experiment, Findings, Setup, check_answers
-from mmlens.experiments.judging import FIRST_TOKEN, JUDGES
 from mmlens.files import path_within, read_json, read_parquet
 from mmlens.model.hooked_vlm import HookedVLM
-from mmlens.model.loading import model_source, scene_kinds, shipped_models
-from mmlens.provenance import code_fingerprint, data_fingerprint, describe_model, machine, versions
+from mmlens.model.loading import shipped_models
+from mmlens.provenance import code_fingerprint, describe_model, machine, versions
+from mmlens.runs.data import cites, is_published, splits
 from mmlens.runs.folder import check_folder, written_at_once
 from mmlens.runs.methods import bibliography, filled_method, methods_text
 from mmlens.runs.record import SCHEMA, RunError
 from mmlens.runs.record import read_record as read_record
 from mmlens.runs.report import pictures_of, write_findings_report
+from mmlens.runs.request import Request
 from mmlens.viz.pictures import picture_files
-
-# Scenes are drawn from their seed: these differ from each other and from the training's, 2**20 and up.
-SELECTION_SEED, EVALUATION_SEED = 100_000, 200_000
-
-MOST_SEED = 2**62
-"""Seeds are added up, and torch and NumPy take no more than 2^63 - 1."""
-
-MOST_THREADS = max(1024, os.cpu_count() or 1)
-"""More threads than any machine has cores: a number above it is a slip, and would stop the machine."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to run: an experiment with its settings on a model and its examples. Plain JSON.
-
-    `data` is a folder of examples, split by `selection_share` and `seed`, whose images lie in it unless
-    `images_outside`; None draws `n_selection` and
-    `n_evaluation` scenes of every kind that a shipped model was trained on. `threads` 0 is torch's own choice.
-    `settings` are the experiment's keywords; those left out have their defaults.
-    """
-
-    experiment: str
-    model: str
-    data: str | None = None
-    n_selection: int = 40
-    n_evaluation: int = 30
-    selection_share: float = 0.5
-    seed: int = 0
-    batch_size: int = 30
-    dtype: str | None = None
-    device_map: str | None = None
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    threads: int = 0
-    images_outside: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)
-    prompt_options: dict[str, Any] | None = None
-    """Options of every prompt, of the chat template or the processor: `HookedVLM.prompt_options`."""
-    answers: str = FIRST_TOKEN
-    """How answers are judged: `mmlens.experiments.judging.JUDGES`."""
-
-    def __post_init__(self) -> None:
-        for name in ("experiment", "model"):
-            instance_of(name, getattr(self, name), str, "a name")
-        for name in ("data", "device_map", "attn_implementation"):
-            instance_of(name, getattr(self, name), (str, type(None)), "a text, or None")
-        for name in ("n_selection", "n_evaluation", "batch_size"):
-            whole_number(name, getattr(self, name), least=1)
-        number("selection_share", self.selection_share, above=0, below=1)
-        whole_number("seed", self.seed, least=0, most=MOST_SEED)
-        if self.dtype is not None:
-            checked_dtype("dtype", self.dtype)
-        flag("trust_remote_code", self.trust_remote_code)
-        flag("images_outside", self.images_outside)
-        one_of("answers", self.answers, tuple(JUDGES))
-        whole_number("threads", self.threads, least=0, most=MOST_THREADS)
-        instance_of("settings", self.settings, Mapping, "a dict of the experiment's settings")
-        instance_of(
-            "prompt_options", self.prompt_options, (dict, type(None)), "a dict of options of model.prompt"
-        )
-
-
-def checked_dtype(name: str, value: object) -> str:
-    """The name of one of torch's dtypes, or "auto", as transformers takes it.
-
-    >>> checked_dtype("dtype", "bfloat17")
-    Traceback (most recent call last):
-        ...
-    mmlens.errors.InvalidValueError: there is no dtype 'bfloat17'; the nearest: 'bfloat16', 'float16', 'float'
-    """
-    known = [
-        "auto",
-        *(
-            key
-            for key, found in vars(torch).items()
-            if isinstance(found, torch.dtype) and found.is_floating_point
-        ),
-    ]
-    return one_of(name, value, known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,31 +98,6 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
-def splits(request: Request) -> tuple[list[Example], list[Example]]:
-    """The examples to choose heads on, and those to judge them on.
-
-    Raises DataError where a model that does not come with the package is given no data, ModelNotFoundError for a name
-    that is none.
-    """
-    if request.data is not None:
-        examples = load_examples(request.data, images_outside=request.images_outside)
-        return split_examples(examples, request.selection_share, request.seed)
-    trained_on = scene_kinds(request.model)
-    if trained_on is None:
-        # A name that is misspelt is no model without data.
-        model_source(request.model)
-        raise DataError(
-            f"--model {request.model} needs --data FOLDER, a folder of examples (docs/data.md); generated scenes "
-            f"are for models trained on them, such as the shipped ones: {', '.join(shipped_models())}"
-        )
-    kinds = (*trained_on["visual"], *trained_on["text"])
-
-    def scenes(n: int, seed: int) -> list[Example]:
-        return [example for kind in kinds for example in scene_examples(kind, n, seed + request.seed)]
-
-    return scenes(request.n_selection, SELECTION_SEED), scenes(request.n_evaluation, EVALUATION_SEED)
-
-
 def load_model(request: Request) -> HookedVLM:
     """The request's model, loaded as it asks."""
     options = {name: getattr(request, name) for name in ("dtype", "device_map", "attn_implementation")}
@@ -220,14 +114,10 @@ def prepare(request: Request) -> Prepared:
     """Load the examples, then the model, and take their fingerprints."""
     if request.threads:
         torch.set_num_threads(request.threads)
-    selection, evaluation = splits(request)
+    data = splits(request)
     model = load_model(request)
     return Prepared(
-        model,
-        selection,
-        evaluation,
-        describe_model(model, request.model),
-        _describe_data(request, selection, evaluation),
+        model, data.selection, data.evaluation, describe_model(model, request.model), data.record()
     )
 
 
@@ -252,7 +142,7 @@ def run(
     experiment = experiment_named(request.experiment)
     check_answers(experiment.name, experiment.run, request.answers)
     request = replace(request, settings=full_settings(experiment, request.settings))
-    references = bibliography(experiment.cites)
+    references = bibliography((*experiment.cites, *cites(request)))
     out = Path(out)
     check_folder(out)
     with written_at_once(out, "run.json") as (folder, record):
@@ -297,11 +187,14 @@ def request_of(record: Mapping[str, Any]) -> Request:
 def request_record(request: Request, experiment: Experiment) -> dict[str, Any]:
     """A request in plain JSON with all its settings, the folders in it wherever one stands when it is repeated."""
     settings = full_settings(experiment, request.settings)
-    places = {
+    places: dict[str, Any] = {
         name: str(Path(place).resolve())
-        for name, place in (("model", request.model), ("data", request.data))
+        for name, place in (("model", request.model), ("data_dir", request.data_dir))
         if place is not None and place not in shipped_models() and Path(place).is_dir()
     }
+    data = [name if is_published(name) else str(Path(name).resolve()) for name in request.data_names]
+    if data:
+        places["data"] = data[0] if len(data) == 1 else data
     return _plain(asdict(replace(request, settings=settings)) | places, "request")
 
 
@@ -494,30 +387,3 @@ def _record(request: Request, experiment: Experiment, prepared: Prepared, comman
         "machine": machine(prepared.model),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _describe_data(
-    request: Request, selection: Sequence[Example], evaluation: Sequence[Example]
-) -> dict[str, Any]:
-    def describe(split: Sequence[Example]) -> dict[str, Any]:
-        return {
-            "n": len(split),
-            "n_by_kind": dict(sorted(Counter(example.kind for example in split).items())),
-            "controls": sorted(
-                {e.kind for e in split if not e.evidence} - {e.kind for e in split if e.evidence}
-            ),
-            "fingerprint": data_fingerprint(split),
-            "ids": [example.id for example in split],
-        }
-
-    source: dict[str, Any]
-    if request.data is None:
-        seeds = (SELECTION_SEED + request.seed, EVALUATION_SEED + request.seed)
-        source = {"source": "generated scenes", "selection_seed": seeds[0], "evaluation_seed": seeds[1]}
-    else:
-        source = {
-            "source": str(Path(request.data).resolve()),
-            "selection_share": request.selection_share,
-            "split_seed": request.seed,
-        }
-    return {**source, "selection": describe(selection), "evaluation": describe(evaluation)}

@@ -17,9 +17,10 @@ from mmlens.cli import main
 from mmlens.data.scenes import KINDS, TEXT_KINDS
 from mmlens.experiments.common import POOLED
 from mmlens.experiments.core_heads_claim import ARMS, EXPERIMENT, CoreHeads, across, core_heads
+from mmlens.runs.data import EVALUATION_SEED, SELECTION_SEED
 from mmlens.runs.record import read_record
 from mmlens.runs.rerun import is_current
-from mmlens.runs.run import EVALUATION_SEED, SELECTION_SEED, read_findings
+from mmlens.runs.run import read_findings
 
 SETTINGS = {"counts": [2], "modes": ("zero", "mean"), "n_draws": 2, "batch_size": 10, "progress": False}
 

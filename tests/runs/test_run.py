@@ -24,10 +24,9 @@ from mmlens.experiments import catalog
 from mmlens.experiments.experiment import Findings, Setup
 from mmlens.model.loading import scene_kinds
 from mmlens.provenance import data_fingerprint, fingerprint, versions
+from mmlens.runs.data import EVALUATION_SEED, SELECTION_SEED
 from mmlens.runs.rerun import compare, rerun, runs_in
 from mmlens.runs.run import (
-    EVALUATION_SEED,
-    SELECTION_SEED,
     Prepared,
     Request,
     RunError,

@@ -66,7 +66,7 @@ def load_data(
     return made(rows, functools.partial(_read, opened, rows, options), skips=skips)
 
 
-_OPTIONS = ("data_dir", "revision", "streaming", "on_error")
+_OPTIONS = ("split", "data_dir", "revision", "streaming", "on_error")
 
 
 def data_set_named(name: object) -> EvidenceData:
