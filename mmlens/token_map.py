@@ -262,6 +262,8 @@ class TokenMap(BoxScales):
     def to(self, device: torch.device | str) -> TokenMap:
         """The same map with its arrays on `device`."""
         device = device_of(device)
+        if device == self.device:
+            return self
         moved: dict[str, Any] = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)

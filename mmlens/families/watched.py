@@ -123,6 +123,9 @@ def _through(
     text: str,
 ) -> Characters | None:
     """Characters of the expanded text as those of the text given; None where what was done between is not known."""
+    has_any = offsets[:, 1] > offsets[:, 0]
+    if expanded == text and not replacements:
+        return np.where(has_any[:, None], offsets, NOWHERE)
     where = np.full((len(expanded) + 1, 2), NOWHERE)
     """Of each character of the expanded text: the characters of `text` that it stands for."""
     in_text = _in_text(before, text)
@@ -142,7 +145,6 @@ def _through(
         return None
     where[new_last : len(expanded)] = plain[last:]
     found = np.stack([where[offsets[:, 0], 0], where[np.maximum(offsets[:, 1] - 1, 0), 1]], axis=1)
-    has_any = offsets[:, 1] > offsets[:, 0]
     # Of some tokens the processor wrote a part, such as the space before a word.
     for token in np.flatnonzero(has_any & (found < 0).any(1)):
         inside = where[offsets[token, 0] : offsets[token, 1]]

@@ -7,8 +7,9 @@ meanwhile (`families.watched`), and mapped: every token has its characters in th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -84,7 +85,7 @@ def make_prompt(
     _warn_of_dropped_alpha(own, chats)
     rendered = [render(own, chat, template, f"example {number}") for number, chat in enumerate(chats)]
     layouts = Layouts(layout, video_layout)
-    prompt = replace(_assembled(own, layouts, chats, rendered, padding_side, options), options=dict(options))
+    prompt = _assembled(own, layouts, chats, rendered, padding_side, options)
     return prompt if device is None else prompt.to(device)
 
 
@@ -101,7 +102,7 @@ def _assembled(
     chats: list[Chat],
     rendered: list[Rendered],
     padding_side: str,
-    options: Collection[str] = (),
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Prompt:
     text = [each.text for each in rendered]
     images = [chat.images for chat in chats]
@@ -136,6 +137,7 @@ def _assembled(
         processor,
         layouts,
         inputs,
+        is_image,
         sizes,
         torch.stack([each.is_question for each in marks]),
         reader.seen,
@@ -155,6 +157,7 @@ def _assembled(
         images=images,
         text=text,
         messages=[chat.messages for chat in chats],
+        options=dict(options),
         offsets=torch.from_numpy(np.stack(characters)),
         processor=processor_fingerprint(processor),
         pad_id=processor.tokenizer.pad_token_id,
@@ -219,20 +222,26 @@ def _mapped(
 ) -> _Marks:
     """Which text each position belongs to: a token that covers characters of two, to the first."""
     is_text = ~is_image.numpy()
-    turn, part = (np.full(len(ids), NO_PATCH) for _ in range(2))
-    missing = _missing(characters, rendered.text)
-    unknown_id = processor.tokenizer.unk_token_id
-    unknown = np.zeros(len(ids), dtype=bool) if unknown_id is None else ids.numpy() == unknown_id
-    for span in reversed(rendered.spans):
-        covered = covered_by(characters, span.start, span.stop) & is_text
-        if not covered.any() or missing[span.start : span.stop].any():
+    spans = sorted(rendered.spans, key=lambda span: span.start)
+    # After them one that begins nowhere: of the tokens beyond the last.
+    starts, stops, turns, parts = np.array(
+        [*((span.start, span.stop, *span.place) for span in spans), (len(rendered.text) + 1, 0, 0, 0)]
+    ).T
+    first = np.searchsorted(stops[:-1], characters[:, 0], side="right")
+    covered = (characters[:, 0] >= 0) & (characters[:, 1] > starts[first]) & is_text
+    turn, part = (np.where(covered, of_spans[first], NO_PATCH) for of_spans in (turns, parts))
+    n_missing = np.concatenate([[0], np.cumsum(_missing(characters, rendered.text))])
+    is_lost = n_missing[stops] > n_missing[np.minimum(starts, len(rendered.text))]
+    is_alone = np.bincount(first[covered], minlength=len(starts)) > 0
+    for span, lost, alone in zip(spans, is_lost, is_alone, strict=False):
+        if lost or not (alone or (covered_by(characters, span.start, span.stop) & is_text).any()):
             raise PromptError(
                 f"example {row}: the text of {chat.named(span.place)} was not found among the prompt's tokens; the "
                 "processor changed the text after the chat template in a way other than expanding images"
             )
-        turn[covered], part[covered] = span.place.turn, span.place.part
-        if (covered & unknown).any():
-            _warn_of_unknown_words(processor, characters[unknown], rendered.text, span, row)
+    unknown = ids.numpy() == processor.tokenizer.unk_token_id
+    for at in sorted(set(first[covered & unknown].tolist()), reverse=True) if unknown.any() else ():
+        _warn_of_unknown_words(processor, characters[unknown], rendered.text, spans[at], row)
     asked = np.zeros(len(ids), dtype=bool)
     for start, stop in _question_spans(chat, rendered):
         asked |= covered_by(characters, start, stop) & is_text
@@ -350,9 +359,11 @@ def _unread(
                 )
             is_question[row] = torch.from_numpy(covered_by(characters[row], *found[0]))
     sizes = [[image.size for image in own] for own in images]
+    layouts = Layouts(layout)
+    is_image = _visual(processor, layouts, inputs)
     return Prompt(
         inputs=inputs,
-        token_map=_token_map(processor, Layouts(layout), inputs, sizes, is_question).to(ids.device),
+        token_map=_token_map(processor, layouts, inputs, is_image, sizes, is_question).to(ids.device),
         questions=[each or "" for each in questions],
         images=images,
         text=texts,
@@ -444,6 +455,7 @@ def _token_map(
     processor: ProcessorMixin,
     layouts: Layouts,
     inputs: Mapping[str, Tensor],
+    is_image: Bool[Tensor, "batch pos"],
     sizes: Sequence[Sequence[tuple[int, int]]],
     is_question: Bool[Tensor, "batch pos"],
     videos: Sequence[SeenVideo] = (),
@@ -457,7 +469,7 @@ def _token_map(
     }
     kinds = [["image"] * len(own) for own in sizes] if order is None else order
     return TokenMap.from_grids(
-        _visual(processor, layouts, inputs),
+        is_image,
         inputs["attention_mask"],
         is_question,
         [[next(grids[kind]) for kind in own] for own in kinds],
@@ -472,6 +484,8 @@ def _visual(
 
 def _order(processor: ProcessorMixin, chat: Chat, text: str) -> list[str]:
     """The kinds of the chat's images and videos as they stand in its text."""
+    if not chat.videos:
+        return ["image"] * len(chat.images)
     found = example_order(text, placeholders_of(processor))
     counts = {"image": len(chat.images), "video": len(chat.videos)}
     if {kind: found.count(kind) for kind in counts} == counts:

@@ -11,7 +11,7 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,8 +282,12 @@ def _aligned(
     closing = {right: place for place, (_, right) in around.items()}
     if not opening:
         return [] if not marked or marked == text else None
-    pieces = re.split(f"([{''.join(map(re.escape, (*opening, *closing)))}])", marked)
     # Literal text and marks in turn. What stands between a text's two marks is the text.
+    pieces = re.split(f"([{''.join((*opening, *closing))}])", marked)
+    if "".join(pieces[::2]) == text:
+        as_it_is = _between_marks(pieces, opening, closing)
+        if as_it_is is not None:
+            return as_it_is
     pattern, places, at = [], [], 0
     while at < len(pieces):
         piece = pieces[at]
@@ -317,6 +321,23 @@ def _aligned(
         for group, place in enumerate(places, start=1)
         if match.group(group).strip()
     ]
+
+
+def _between_marks(
+    pieces: Sequence[str], opening: Mapping[str, Place], closing: Mapping[str, Place]
+) -> list[TextSpan] | None:
+    """Where the texts stand once the marks are taken out; None where a text is not between its two marks."""
+    spans = []
+    at = len(pieces[0])
+    for number in range(1, len(pieces) - 3, 4):
+        left, inside, right, after = pieces[number : number + 4]
+        place = opening.get(left)
+        if place is None or closing.get(right) != place:
+            return None
+        if inside.strip():
+            spans.append(TextSpan(place, at, at + len(inside)))
+        at += len(inside) + len(after)
+    return spans if len(pieces) % 4 == 1 else None
 
 
 def _common_start(one: str, other: str) -> str:
@@ -370,6 +391,8 @@ def _check_media(
 ) -> None:
     """Raise PromptError where placeholders are not as many as images; warn where they stand among other texts."""
     placeholders = placeholders_of(processor)
+    if not (chat.images or chat.videos) and not any(each in rendered.text for each in placeholders.values()):
+        return
     unplaced = sum(len(message.get(UNPLACED, ())) for message in chat.messages)
     for kind, placeholder in placeholders.items():
         given = len(chat.parts(kind)) + (unplaced if kind == "image" else 0)
