@@ -88,6 +88,21 @@ def processor_class_named(name: str) -> type[ProcessorMixin]:
 # ---------------------------------------------------------------------- transformers: renamed keywords
 
 
+_IMAGE_DEFAULTS: dict[type[ProcessorMixin], dict[str, Any]] = {}
+
+
+def image_defaults(processor: ProcessorMixin) -> dict[str, Any]:
+    """The options of images that a processor's call gives its image half; of its class, unless it has its own."""
+    kind = type(processor)
+    if kind in _IMAGE_DEFAULTS and not getattr(processor, "images_kwargs", None):
+        return dict(_IMAGE_DEFAULTS[kind])
+    # transformers checks every option's type here, which takes longer than the layout of an image.
+    defaults = processor._merge_kwargs()["images_kwargs"]
+    if not getattr(processor, "images_kwargs", None):
+        _IMAGE_DEFAULTS[kind] = defaults
+    return dict(defaults)
+
+
 def template_variables(template: str) -> set[str]:
     """The variables that a chat template reads, messages and the special tokens' names among them."""
     return set(_get_template_variables(template)) if template else set()

@@ -202,9 +202,16 @@ def attribute(
     _check_method(model, prompt, method, names)
     fixed = fixed_layers(model, names) if method in ("qk_fix", "atp_star") else {}
     if len(parts) > 1 and (by_position or method in UNSIGNED):
+        why = (
+            "and after the prompt each has another answer at its positions, which have no score in common: take "
+            "by_position=False"
+            if by_position
+            else f"and {method!r} gives sizes without signs, whose sum over runs is of no difference: take "
+            "method='gradient', 'integrated' or 'qk_fix'"
+        )
         raise InvalidValueError(
-            f"metric {metric_name(metric)} depends on {len(parts)} runs, one for each candidate: these have no "
-            f"positions in common, and {' and '.join(map(repr, UNSIGNED))} no signs to sum them by"
+            f"metric {metric_name(metric)} depends on {len(parts)} runs, one for each candidate, {why}; or a metric of "
+            "the answer alone: mmlens.metrics.whole_answer_log_probability"
         )
     scores: dict[str, Tensor] = {}
     for part in parts:

@@ -73,7 +73,7 @@ class Chat:
             for number, part in enumerate(parts_of(message))
         ]
 
-    @property
+    @functools.cached_property
     def images(self) -> list[Any]:
         """The images in order, those that no part places last; in an example they may be late."""
         unplaced = [image for message in self.messages for image in message.get(UNPLACED, ())]
@@ -481,20 +481,16 @@ def exchanged(
 ) -> list[Message]:
     """A loaded chat with another text for its question, or with other images, in order.
 
-    Raises PromptError for a chat whose question stands in several parts, and for images in another number.
+    Of a question in several parts the other one has all texts but one, joined by spaces. Raises PromptError where that
+    is not so, and for images in another number.
     """
     chat = Chat(list(messages))
     made = list(chat.messages)
     if question is not None and not question.strip():
         raise PromptError(f"the question is empty ({question!r})")
     if question is not None:
-        places = asked_texts(chat)
-        if len(places) != 1:
-            raise PromptError(
-                f"the question of the chat stands in {len(places)} parts, so it cannot be exchanged: mark one, "
-                "{'type': 'text', 'text': ..., 'question': True}"
-            )
-        made = _with_text(made, *places[0], question)
+        place, said, other = _exchanged_part(chat, question)
+        made = _with_text(made, place, said, other)
     if images is not None:
         n_own = len(chat.images)
         if len(images) != n_own:
@@ -508,6 +504,29 @@ def exchanged(
             for message in made
         ]
     return made
+
+
+def _exchanged_part(chat: Chat, question: str) -> tuple[Place, str | None, str]:
+    """Where the question is to be another text, what stands there (None: the whole part), and that other text."""
+    places = asked_texts(chat)
+    if len(places) == 1:
+        return *places[0], question
+    whole = {place: part["text"] for place, part in chat.parts("text")}
+    texts = [whole[place] if said is None else said for place, said in places]
+    found = []
+    for number, (place, said) in enumerate(places):
+        before = "".join(f"{text} " for text in texts[:number])
+        after = "".join(f" {text}" for text in texts[number + 1 :])
+        middle = question.removeprefix(before).removesuffix(after)
+        if middle.strip() and f"{before}{middle}{after}" == question:
+            found.append((place, said, middle))
+    if len(found) != 1:
+        raise PromptError(
+            f"the question of the chat stands in {len(places)} parts, {texts}, and {question!r} is not these, joined "
+            "by spaces, with one of them another: mark the part to exchange, "
+            "{'type': 'text', 'text': ..., 'question': True}, or take other_text(turn=, part=)"
+        )
+    return found[0]
 
 
 def _with_text(messages: list[Message], place: Place, said: str | None, question: str) -> list[Message]:

@@ -452,6 +452,11 @@ def _check_equal_layout(
                 f"{hook}: this prompt and the source's are laid out differently: {difference}; {remedy}"
             )
     if tuple(values.shape[:2]) != tuple(prompt.shape):
+        if prompt.continuation is not None and origin.prompt is None:
+            remedy = (
+                "an answer follows this prompt, and activations have none after theirs: give the Prompt they are of "
+                "as the source, which is then run with the same answer"
+            )
         raise InvalidValueError(
             f"{hook}: the source's activation {list(origin.value.shape)} does not run over this prompt's "
             f"[batch, pos] = {list(prompt.shape)}; {remedy}"

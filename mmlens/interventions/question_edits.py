@@ -36,7 +36,8 @@ def other_question(
     """Exchange the question; images, answer and candidates stay those of the clean prompt.
 
     `questions` is one question, a list of questions or `Example`s to draw from by `seed`, or a function (prompt,
-    example's index) that gives one. Where layouts must be equal, a question of as many tokens is drawn. What an
+    example's index) that gives one. Of a question in several texts of a turn, joined by spaces, one may be another.
+    Where layouts must be equal, a question of as many tokens is drawn. What an
     example gets depends on `seed`, its question and its images, not on the batch.
 
     Raises, when applied, CorruptionError where there is no other question (of as many tokens) to draw, and as
@@ -164,6 +165,9 @@ def _n_tokens(
     said, characters = prompt.text[example], prompt.offsets
     first = 0 if characters is None or not bool(at.any()) else int(characters[example][at][:, 0].min())
     start = said.find(own.strip(), max(first, 0))
+    if start < 0:
+        # It stands in several parts, with something between them.
+        start = len(said)
     before, after = said[:start], said[start + len(own.strip()) :]
     tokenizer: Any = model.tokenizer
     return len(tokenizer(f"{before}{text.strip()}{after}", add_special_tokens=False)["input_ids"])

@@ -173,8 +173,15 @@ def test_a_question_in_several_parts_is_exchanged_by_its_parts() -> None:
     model = hooked("llava")
     image = {"type": "image", "image": IMAGES[0]}
     prompt = model.prompt([says("user", "Look:", image, "Who?")])
-    with pytest.raises(CorruptionError, match="stands in 2 parts"):
+    with pytest.raises(CorruptionError, match=r"stands in 2 parts, \['Look:', 'Who\?'\], .*mark the part"):
         other_question("What?")(model, prompt)
+    # All but one of the texts stay: then it is clear which is another.
+    for other in ("Look: When?", lambda prompt, row: prompt.questions[row].replace("Who", "When")):
+        exchanged = other_question(other, equal_layout=False)(model, prompt)
+        assert [part.get("text") for part in exchanged.messages[0][0]["content"]] == ["Look:", None, "When?"]
+    twice = model.prompt([says("user", "Who", image, "Who?")])
+    with pytest.raises(CorruptionError, match="stands in 2 parts"):
+        other_question("Who Who Who?")(model, twice)
     made = other_text("When?", turn=0, part=2, equal_layout=False)(model, prompt)
     assert made.questions == ["Look: When?"]
 

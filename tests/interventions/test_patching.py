@@ -590,6 +590,13 @@ def test_other_layouts_are_errors() -> None:
         patch(z, cache)(model, prompt)
     with pytest.raises(ValueError, match=r"does not run over this prompt's \[batch, pos\] = \[1, "):
         patch(z, dict(cache.items()))(model, one(model, 1))
+    plain = one(model, 1)
+    _, own = model.run_with_cache(plain)
+    for activations in (own, dict(own.items())):
+        with pytest.raises(
+            ValueError, match=r"an answer follows this prompt, .* give the Prompt they are of"
+        ):
+            patch(z, activations)(model, plain.continued([[7, 8]]))
     # As long, and as many image tokens, but elsewhere.
     words, images = "What colour is the letter K? Where is it?", tiny.tiny_images(2, seed=0)
     moved = model.prompt([words, words], images=[images[:1], images[1:]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def whole_view(size: Size, counts: Size, cell: float, canvas: Size) -> View:
     return WHOLE_IMAGE_TILE, columns, rows
 
 
+@functools.lru_cache(maxsize=64)
 def whole_grid(
     size: Size,
     counts: Size,
@@ -136,7 +138,11 @@ def image_grid(
         boxes = np.stack([columns[column, 0], rows[row, 0], columns[column, 1], rows[row, 1]], axis=-1)
         shown = resized if len(views) == 1 else None
         parts.append(ImageGrid(size, np.full(len(row), tile), row, column, boxes, patches, shown))
-    return parts[0] if len(parts) == 1 else joined(size, parts, patches)
+    grid = parts[0] if len(parts) == 1 else joined(size, parts, patches)
+    # Images of one size share it.
+    for array in (grid.tile, grid.row, grid.column, grid.boxes):
+        array.flags.writeable = False
+    return grid
 
 
 def newlined(size: Size, columns: Intervals, rows: Intervals) -> ImageGrid:
@@ -164,6 +170,7 @@ def still_patches(inputs: Inputs) -> list[tuple[int, int]]:
     return [(rows, columns) for _, rows, columns in counts]
 
 
+@functools.lru_cache(maxsize=64)
 def stretched_grid(size: Size, across: int, down: int, tile: Size, side: int) -> ImageGrid:
     """One token per cell of the views that `tiled` gives."""
     return image_grid(size, tiled(size, across, down, tile, side), resized=whole_image(size, tile))

@@ -50,7 +50,7 @@ def idefics2(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[Im
 
 def aria(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[ImageGrid]:
     """Aria: as many queries for an image as size_conversion says for the edge of its view."""
-    if processor._merge_kwargs()["images_kwargs"].get("split_image"):
+    if internals.image_defaults(processor).get("split_image"):
         raise TokenMapError("split_image is not laid out for aria")
     n_queries = processor.size_conversion[inputs["pixel_values"].shape[2]]
     return [query_grid(size, n_queries) for size in sizes]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import ProcessorMixin
 
+from mmlens import internals
 from mmlens.families.layouts.grids import (
     Inputs,
     Size,
@@ -37,7 +38,7 @@ def gemma3(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> list[Imag
     With do_pan_and_scan, an elongated image is also cut across its longer edge into crops (tiles 1..), each
     stretched to the square in its turn.
     """
-    options = processor._merge_kwargs()["images_kwargs"]
+    options = internals.image_defaults(processor)
     image_processor = processor.image_processor
     side = _side(processor)
     grids = []

@@ -14,6 +14,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 from transformers.models.idefics3.image_processing_pil_idefics3 import get_resize_output_image_size
 from transformers.models.ovis2 import image_processing_pil_ovis2 as ovis2_images
 
+from mmlens import internals
 from mmlens.families.layouts.grids import (
     Inputs,
     SeenVideo,
@@ -83,7 +84,7 @@ def stretched_tiles(
 
 def image_options(processor: ProcessorMixin) -> Callable[[str], Any]:
     """An image option by name: the processor's own default for it, else the image processor's attribute."""
-    defaults = processor._merge_kwargs()["images_kwargs"]
+    defaults = internals.image_defaults(processor)
     return lambda name: defaults.get(name, getattr(processor.image_processor, name, None))
 
 
@@ -110,7 +111,7 @@ def granite_docling(processor: ProcessorMixin, inputs: Inputs, sizes: Sizes) -> 
 
     On the fine route (tile_fine_mask among the inputs) a tile has four times as many tokens.
     """
-    defaults = processor._merge_kwargs()["images_kwargs"]
+    defaults = internals.image_defaults(processor)
     image_processor = processor.image_processor
     tile = square_edge(image_processor.size)
     side = grid_side(processor.image_seq_len, "image_seq_len") * (2 if "tile_fine_mask" in inputs else 1)
