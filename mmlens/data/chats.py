@@ -87,12 +87,14 @@ class Chat:
 
     @property
     def videos(self) -> list[Video]:
-        return [part["video"] for _, part in self.parts("video")]
+        unplaced = [video for message in self.messages for video in message.get(UNPLACED_VIDEOS, ())]
+        return [part["video"] for _, part in self.parts("video")] + unplaced
 
     @property
     def video_places(self) -> list[tuple[int, int]]:
-        """(turn, part) of each video."""
-        return [(place.turn, place.part) for place, _ in self.parts("video")]
+        """(turn, part) of each video; (-1, -1) where no part places it."""
+        placed = [(place.turn, place.part) for place, _ in self.parts("video")]
+        return placed + [(-1, -1)] * (len(self.videos) - len(placed))
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -267,6 +269,8 @@ WAS_TRANSPARENT = "was transparent"
 
 UNPLACED = "unplaced"
 """The key of images that no part places: placeholders in the chat's own texts do."""
+UNPLACED_VIDEOS = "unplaced_videos"
+"""The same of videos, in a chat of which only the rendered text is known."""
 
 
 def images_beside(images: Any, n: int) -> list[list[Image.Image]]:
@@ -288,7 +292,25 @@ def images_beside(images: Any, n: int) -> list[list[Image.Image]]:
     ]
 
 
-def rendered_chat(text: str, images: list[Image.Image], question: str | None, where: str) -> Chat:
+def videos_beside(videos: Any, n: int) -> list[list[Video]]:
+    """The videos of each of `n` prompts: for one prompt a flat list, for several a list of lists."""
+    expected = "a list of videos" if n == 1 else "a list of videos for each prompt"
+    given = listed("videos", () if videos is None else videos, expected)
+    lists = [given] if n == 1 else given or [[]] * n
+    if len(lists) != n:
+        raise PromptError(f"{len(given)} lists of videos for inputs of {n} prompt(s); expected one for each")
+    return [
+        [
+            video_of(video, where=f"video {number} of example {row}")
+            for number, video in enumerate(listed(f"the videos of example {row}", own, "a list of videos"))
+        ]
+        for row, own in enumerate(lists)
+    ]
+
+
+def rendered_chat(
+    text: str, images: list[Image.Image], videos: list[Video], question: str | None, where: str
+) -> Chat:
     """What stands for a chat of which only the rendered text is known.
 
     Raises PromptError where the question does not stand in the text once.
@@ -298,7 +320,8 @@ def rendered_chat(text: str, images: list[Image.Image], question: str | None, wh
         raise PromptError(
             f"the question {question!r} stands {times} times in the prompt of {where}, {text!r}; expected once"
         )
-    return Chat([{"role": RENDERED, "content": text, QUESTION: question, UNPLACED: images}])
+    said = {"role": RENDERED, "content": text, QUESTION: question}
+    return Chat([{**said, UNPLACED: images, UNPLACED_VIDEOS: videos}])
 
 
 def _with_unplaced(messages: list[Message], images: list[Image.Image]) -> list[Message]:

@@ -71,17 +71,18 @@ def video_token(config: Any) -> int | None:
     return next((token_id for token_id in found if isinstance(token_id, int)), None)
 
 
-def media_of(processor: ProcessorMixin, image_ids: Tensor) -> OtherMedia:
-    """The video and audio that a processor knows, where `image_ids` are those of its images."""
+def media_of(processor: ProcessorMixin, image_ids: Tensor, mapped: Collection[str] = ()) -> OtherMedia:
+    """The video and audio that a processor knows, but what is `mapped`; `image_ids` are those of its images."""
     ids: dict[str, int] = {}
-    for medium in _MEDIA:
+    unmapped = [medium for medium in _MEDIA if medium not in mapped]
+    for medium in unmapped:
         token_id = getattr(processor, f"{medium}_token_id", None)
         token = getattr(processor, f"{medium}_token", None)
         if token_id is None and token is not None:
             token_id = processor.tokenizer.convert_tokens_to_ids(str(token))
         if isinstance(token_id, int) and not bool((image_ids == token_id).any()):
             ids[f"{medium}_token_id"] = token_id
-    return OtherMedia(ids)
+    return OtherMedia(ids, types=frozenset(_TYPES[medium] for medium in unmapped))
 
 
 def unmapped_message(held: str, purpose: str) -> str:

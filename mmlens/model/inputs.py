@@ -92,6 +92,7 @@ class InputMethods:
         inputs: Mapping[str, Tensor],
         images: Sequence[Any] | None = (),
         *,
+        videos: Sequence[Any] | None = (),
         text: str | Sequence[str] | None = None,
         question: str | Sequence[str | None] | None = None,
         examples: Iterable[Example] | None = None,
@@ -102,16 +103,23 @@ class InputMethods:
         images and questions where these are left out.
         """
         makers = self._prompt_makers("inputs")
-        if examples is None:
-            return prompt_from_inputs(*makers, inputs, images, text=text, question=question).to(self.device)
-        batch = examples_of(examples)
+        batch = None if examples is None else examples_of(examples)
+        if batch is not None:
+            images = images or [list(example.images) for example in batch]
+            of_each = [list(example.videos) for example in batch]
+            videos = videos or (of_each[0] if len(batch) == 1 else of_each)
+            question = question or [example.question or None for example in batch]
         made = prompt_from_inputs(
             *makers,
             inputs,
-            images or [list(example.images) for example in batch],
+            images,
+            videos=videos,
             text=text,
-            question=question or [example.question or None for example in batch],
+            question=question,
+            video_layout=self.family.video_layout,
         )
+        if batch is None:
+            return made.to(self.device)
         return with_answers(made.to(self.device), self.processor, batch)
 
     def _prompt_makers(self, what: str) -> tuple[Any, Any]:

@@ -28,7 +28,9 @@ from mmlens.data.chats import (
     images_beside,
     question_of,
     rendered_chat,
+    videos_beside,
 )
+from mmlens.data.videos import Video
 from mmlens.errors import MmlensError, MmlensWarning, PromptError, UnsupportedError, warn
 from mmlens.families.layouts.grids import Layout, SeenVideo, VideoLayout
 from mmlens.families.media import media_of, unmapped_message
@@ -283,28 +285,38 @@ def prompt_from_inputs(
     inputs: Mapping[str, Tensor],
     images: Sequence[Any] | None = (),
     *,
+    videos: Sequence[Any] | None = (),
     text: str | Sequence[str] | None = None,
     question: str | Sequence[str | None] | None = None,
+    video_layout: VideoLayout | None = None,
 ) -> Prompt:
     """A prompt of inputs that a call of the processor has given, as it is, images and texts included.
 
-    `images` are those of the call, for one prompt a list and for a batch a list of lists: boxes are pixels of theirs.
+    `images` and `videos` are those of the call, for one prompt a list and for a batch a list of lists: boxes are pixels
+    of theirs. Which frames of a video were taken, the call says (return_metadata=True), or the call that is made with
+    `text`; else it is all of them.
     `text` is what the call was given, for which the processor is called once more, to see that it gives these inputs:
     then the prompt can be made again by corruptions. Without it positions are found in the tokens' own text. `question`
     is a text that stands there once; without it no position is the question's.
 
     Raises PromptError where a batch is not padded on the left, the question is not there once, or the call gives other
     inputs for this text and these images; TokenMapError where input_ids hold another number of image tokens than the
-    layout predicts; UnsupportedError where they hold video or audio: a video is given in a chat (`make_prompt`).
+    layout predicts; UnsupportedError where they hold audio, or a video that is not given or not laid out.
     """
     if not isinstance(inputs, Mapping) or not isinstance(inputs.get("input_ids"), Tensor):
         raise PromptError(
             f"inputs is {shown(inputs)}; expected what a processor gives, with input_ids [batch, pos]"
         )
     ids = inputs["input_ids"]
-    held = media_of(processor, ids[image_positions(processor, layout, inputs).to(ids.device)]).held(inputs)
+    layouts, clips = Layouts(layout, video_layout), videos_beside(videos, len(ids))
+    mapped = ["video"] if video_layout is not None and any(clips) else []
+    image_ids = ids[image_positions(processor, layout, inputs).to(ids.device)]
+    held = media_of(processor, image_ids, mapped).held(inputs)
     if held is not None:
-        raise UnsupportedError(unmapped_message(held, "a token map"))
+        raise UnsupportedError(
+            ("" if video_layout is None or mapped else "give the videos of the call too, videos=[...]; ")
+            + unmapped_message(held, "a token map")
+        )
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     check_left_padding(mask)
     loaded = images_beside(images, len(ids))
@@ -315,15 +327,15 @@ def prompt_from_inputs(
             raise PromptError(
                 f"{len(given)} {name}(s) for inputs of {len(ids)} prompt(s); expected one for each"
             )
-    own = {**inputs, "attention_mask": mask}
+    own = {name: value for name, value in inputs.items() if name != METADATA} | {"attention_mask": mask}
     if texts is None:
-        return _unread(processor, layout, own, loaded, questions)
+        return _unread(processor, layouts, own, loaded, _seen(clips, inputs.get(METADATA)), questions)
     chats = [
-        rendered_chat(each, images, asked, f"example {row}")
-        for row, (each, images, asked) in enumerate(zip(texts, loaded, questions, strict=True))
+        rendered_chat(each, images, shown, asked, f"example {row}")
+        for row, (each, images, shown, asked) in enumerate(zip(texts, loaded, clips, questions, strict=True))
     ]
     rendered = [render(processor, chat, {}) for chat in chats]
-    again = _assembled(processor, Layouts(layout), chats, rendered, "left")
+    again = _assembled(processor, layouts, chats, rendered, "left")
     for name, value in again.inputs.items():
         called_with = inputs.get(name)
         if isinstance(value, Tensor) and isinstance(called_with, Tensor):
@@ -336,15 +348,43 @@ def prompt_from_inputs(
     return replace(again, inputs=own).to(ids.device)
 
 
+METADATA = "video_metadata"
+"""What processors say of their videos where they are asked to: no input of a model."""
+
+
+def _seen(videos: list[list[Video]], metadata: Any) -> list[list[SeenVideo]]:
+    """Which frames of each video were taken: what the call says, or all of them."""
+    flat = [video for own in videos for video in own]
+    said = [None] * len(flat) if metadata is None else list(metadata)
+    if len(said) != len(flat):
+        raise PromptError(f"the inputs are of {len(said)} video(s), and {len(flat)} were given")
+    taken = iter(
+        tuple(range(video.n_frames) if numbers is None else map(int, numbers))
+        for video, numbers in zip(flat, (getattr(each, "frames_indices", None) for each in said), strict=True)
+    )
+    return [[SeenVideo(video.size, video.n_frames, next(taken)) for video in own] for own in videos]
+
+
 def _unread(
     processor: ProcessorMixin,
-    layout: Layout,
+    layouts: Layouts,
     inputs: dict[str, Any],
     images: list[list[Image.Image]],
+    videos: list[list[SeenVideo]],
     questions: Sequence[str | None],
 ) -> Prompt:
     """The prompt of inputs whose text is known by their tokens alone."""
     ids = inputs["input_ids"]
+    for row, (pictures, clips) in enumerate(zip(images, videos, strict=True)):
+        if pictures and clips:
+            raise PromptError(
+                f"example {row} has images and videos, whose order is not known without the text: give text=..., what "
+                "the processor's call was given"
+            )
+    order = [
+        ["image"] * len(pictures) + ["video"] * len(clips)
+        for pictures, clips in zip(images, videos, strict=True)
+    ]
     texts, characters = _written_out(processor, ids, inputs["attention_mask"])
     is_question = torch.zeros(ids.shape, dtype=torch.bool)
     for row, asked in enumerate(questions):
@@ -359,11 +399,12 @@ def _unread(
                 )
             is_question[row] = torch.from_numpy(covered_by(characters[row], *found[0]))
     sizes = [[image.size for image in own] for own in images]
-    layouts = Layouts(layout)
     is_image = _visual(processor, layouts, inputs)
+    seen = [clip for own in videos for clip in own]
+    token_map = _token_map(processor, layouts, inputs, is_image, sizes, is_question, seen, order)
     return Prompt(
         inputs=inputs,
-        token_map=_token_map(processor, layouts, inputs, is_image, sizes, is_question).to(ids.device),
+        token_map=token_map.to(ids.device),
         questions=[each or "" for each in questions],
         images=images,
         text=texts,
@@ -458,21 +499,20 @@ def _token_map(
     is_image: Bool[Tensor, "batch pos"],
     sizes: Sequence[Sequence[tuple[int, int]]],
     is_question: Bool[Tensor, "batch pos"],
-    videos: Sequence[SeenVideo] = (),
-    order: Sequence[Sequence[str]] | None = None,
+    videos: Sequence[SeenVideo],
+    order: Sequence[Sequence[str]],
 ) -> TokenMap:
-    """`order`: the kinds of each example's images and videos as they stand in its text; without it all are images."""
+    """`order`: the kinds of each example's images and videos as they stand in its text."""
     flat = [size for own in sizes for size in own]
     grids: dict[str, Iterator[ImageGrid]] = {
         "image": iter(layouts.images(processor, inputs, flat) if flat else []),
         "video": iter(layouts.videos(processor, inputs, videos) if layouts.videos and videos else []),
     }
-    kinds = [["image"] * len(own) for own in sizes] if order is None else order
     return TokenMap.from_grids(
         is_image,
         inputs["attention_mask"],
         is_question,
-        [[next(grids[kind]) for kind in own] for own in kinds],
+        [[next(grids[kind]) for kind in own] for own in order],
     )
 
 

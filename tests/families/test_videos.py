@@ -18,7 +18,7 @@ from transformers.utils import is_torchvision_available
 
 import mmlens
 from mmlens.data.videos import Video
-from mmlens.errors import PromptError, UnsupportedError
+from mmlens.errors import MmlensError, PromptError, UnsupportedError
 from mmlens.families.catalog import FAMILIES
 from mmlens.model.hooked_vlm import HookedVLM
 
@@ -293,6 +293,64 @@ def test_examples_with_videos_are_scored_intervened_on_and_continued(family: str
     plain = model.hf_model.generate(**prompt.inputs, max_new_tokens=3, do_sample=False)
     assert torch.equal(continued.inputs["input_ids"][:, -3:], plain[:, -3:])
     assert int(continued.token_map.is_answer.sum()) == 6
+
+
+@needs_torchvision
+@every_family
+def test_inputs_of_a_call_of_ones_own_are_mapped_as_the_chat_is(family: str) -> None:
+    model, processor, few = _model(family), tiny.tiny_processor(family), FEW.get(family, {})
+    clip = Video(made_clip(8, SIZE), fps=4)
+    metadata, chat = [_metadata(clip.source, 4)], _chat(clip.source, fps=None)
+    call = _by_transformers(processor, chat, metadata, return_metadata=True, **few)
+    expected = model.prompt(_chat(clip, fps=None), **few)
+    asked = {"question": "Where is the letter?"}
+    # SmolVLM's chat chooses frames, and its metadata do not say which.
+    again = [model.prompt_from_inputs(call, videos=[clip], **asked)] if family != "smolvlm" else []
+    if not few:
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        plain = _by_transformers(processor, chat, metadata)
+        read = model.prompt_from_inputs(plain, videos=[clip], text=text, **asked)
+        read_again = model.prompt(read.messages[0])
+        _assert_same(read_again.inputs, read.inputs)
+        again.append(read)
+    for made in again:
+        for name in ("is_image", "video", "frames", "row", "col"):
+            assert torch.equal(getattr(made.token_map, name), getattr(expected.token_map, name)), name
+        torch.testing.assert_close(made.token_map.boxes, expected.token_map.boxes, equal_nan=True)
+        assert made.token_map.videos[0][0].shown == expected.token_map.videos[0][0].shown
+        _assert_same(made.inputs, {name: call[name] for name in made.inputs})
+    # InternVL and SmolVLM show videos at the token of images.
+    with pytest.raises(MmlensError, match=r"give the videos of the call too, videos=\[\.\.\.\]|predicts 0"):
+        model.prompt_from_inputs(call)
+
+
+@needs_torchvision
+def test_a_batch_of_ones_own_with_videos_and_what_does_not_fit() -> None:
+    model = _model("qwen2_5_vl")
+    clips = [made_clip(4, SIZE, seed=1), made_clip(6, SIZE, seed=2)]
+    examples = [
+        mmlens.Example(
+            messages=[{"role": "user", "content": _chat(clip)[0]["content"][1:]}],
+            answer="red",
+            id=str(len(clip)),
+        )
+        for clip in clips
+    ]
+    made = model.prompt_examples(examples)
+    again = model.prompt_from_inputs(made.inputs, examples=examples)
+    assert torch.equal(again.token_map.frames, made.token_map.frames) and again.answers == ["red", "red"]
+    with pytest.raises(MmlensError, match="are not the 2 temporal patches"):
+        model.prompt_from_inputs(made.inputs, videos=[[clips[1]], [clips[0]]])
+    with pytest.raises(PromptError, match="3 lists of videos for inputs of 2 prompt"):
+        model.prompt_from_inputs(made.inputs, videos=[[clips[0]]] * 3)
+    image = {"type": "image", "image": tiny.tiny_images(1)[0]}
+    both = model.prompt(_chat(clips[0], before=(image,)))
+    with pytest.raises(PromptError, match=r"whose order is not known without the text"):
+        model.prompt_from_inputs(both.inputs, [image["image"]], videos=[clips[0]])
+    text = model.prompt_from_inputs(
+        both.inputs, [image["image"]], videos=[Video(clips[0], 2)], text=both.text
+    )
+    assert torch.equal(text.token_map.video, both.token_map.video)
 
 
 # ---------------------------------------------------------------------- refused

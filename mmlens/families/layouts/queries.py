@@ -9,6 +9,7 @@ from operator import attrgetter
 import numpy as np
 from transformers import ProcessorMixin
 
+from mmlens import internals
 from mmlens.families.layouts.grids import Inputs, Layout, Size, Sizes, joined, separator, visual_token
 from mmlens.token_map import NO_PATCH, WHOLE_IMAGE_TILE, ImageGrid, TokenMapError
 
