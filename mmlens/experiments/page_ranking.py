@@ -35,7 +35,7 @@ from mmlens.scores.ranking import (
     page_recall,
 )
 from mmlens.scores.retrieval import ram
-from mmlens.statistics import interval_of, percentile_interval
+from mmlens.statistics import difference_interval_of, interval_of, is_binary, percentile_interval
 from mmlens.viz.intervals import plot_intervals
 
 SOURCE = "arXiv 2605.27243"
@@ -305,12 +305,18 @@ class _Resampling:
     seed: int
 
     def __call__(self, part: pd.DataFrame) -> dict[str, float]:
-        """Of one value for each question, in the column `recall`."""
+        """Of one value for each question, in the column `recall`; where it is a difference, `other` is from what."""
         values = part["recall"].to_numpy(float)
         found = {"micro": float(values.mean()), "macro": macro_mean(values, part["domain"].tolist())}
         if np.ptp(values) == 0:
-            # No resample differs then; shares of 0 or 1 have an interval all the same.
+            # No resample differs then; shares of 0 or 1 have an interval all the same, and differences of them.
             low, high = interval_of(values, self.seed)
+            if "other" in part:
+                other = part["other"].to_numpy(float)
+                of_shares = is_binary(other) and is_binary(values + other)
+                low = high = float(values.mean())
+                if of_shares:
+                    low, high = difference_interval_of(values + other, other, self.seed)
             return found | {"low": low, "high": high, "macro_low": low, "macro_high": high}
         rng = np.random.default_rng(self.seed)
         sums, counts = [], []
@@ -366,7 +372,8 @@ def _differences(
                 if not len(theirs):
                     theirs = first[(first["arm"] == other) & (first["calibration"] == NONE)]
                 mine, draws = _of_questions(top), theirs.groupby("draw")["recall"].mean()
-                difference = mine.assign(recall=mine["recall"] - _of_questions(theirs)["recall"])
+                other_recall = _of_questions(theirs)["recall"]
+                difference = mine.assign(recall=mine["recall"] - other_recall, other=other_recall)
                 row = interval(difference)
                 as_good = int((draws >= mine["recall"].mean()).sum())
                 rows.append(

@@ -7,6 +7,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from plain_attention import seen_by_plain_model
 from plain_runs import scenes
@@ -106,8 +107,6 @@ def test_it_is_told_with_what_the_source_found(found: Findings) -> None:
 
 def test_intervals_are_over_documents_within_domains() -> None:
     """Questions of one document are drawn together: ten alike say no more than one."""
-    import pandas as pd
-
     one = pd.DataFrame(
         {"recall": [0.0, 1.0, 1.0, 0.0], "domain": ["a", "a", "b", "b"], "group": list("wxyz")}
     )
@@ -119,6 +118,16 @@ def test_intervals_are_over_documents_within_domains() -> None:
     # Within a domain the mean of two documents is 0, .5 or 1, so that of two domains has quarters.
     assert (alone["low"], alone["high"], alone["macro"]) == (0.0, 1.0, 0.5)
     assert not math.isnan(_Resampling(10, 0)(one.assign(recall=1.0))["low"])
+
+
+def test_differences_that_are_all_alike_have_the_interval_of_a_difference() -> None:
+    none = pd.DataFrame(
+        {"recall": [0.0] * 4, "domain": "a", "group": list("wxyz"), "other": [0.0, 1.0, 1.0, 0.0]}
+    )
+    found = _Resampling(10, 0)(none)
+    assert found["low"] < 0 < found["high"]
+    found = _Resampling(10, 0)(none.assign(other=0.25))
+    assert (found["low"], found["high"]) == (0, 0)
 
 
 def test_without_documents_it_is_refused(setup: Setup) -> None:
