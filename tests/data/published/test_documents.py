@@ -13,10 +13,13 @@ from datasets import List, Value
 from PIL import Image
 from published_files import cell, png, write_image, write_json, write_parquet
 
+import mmlens
 from mmlens import Evidence
 from mmlens.data.examples import DataError, Example
 from mmlens.data.published.loading import load_data
 from mmlens.data.splits import shared_groups
+from mmlens.errors import InvalidValueError
+from mmlens.experiments.experiment import Setup
 
 STRING, INT, IMAGE = Value("string"), Value("int64"), datasets.Image()
 
@@ -203,11 +206,16 @@ def test_a_document_that_is_no_pdf(tmp_path: Path) -> None:
         list(load_data("mmlongbench-doc", data_dir=tmp_path))
 
 
-def test_selecting_on_one_set_and_judging_on_the_other_shares_documents(tmp_path: Path) -> None:
+def test_selecting_on_one_set_and_judging_on_the_other_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
     mmdocir(tmp_path / "a", [question("How many?", [4], layout(4, 61.2, 79.2, 122.4, 396))])
     selection = list(load_data("mmdocir", data_dir=tmp_path / "a"))
-    evaluation = mmlongbench_doc(tmp_path / "b" if (tmp_path / "b").mkdir() is None else tmp_path, {})
+    evaluation = mmlongbench_doc(tmp_path / "b", {})
     assert shared_groups(selection, evaluation) == ["report"]
+    model = mmlens.HookedVLM.from_pretrained("micro")
+    with pytest.raises(InvalidValueError, match=r"share 1 example\(s\) or group\(s\) \(report\)"):
+        Setup(model, selection, evaluation)
+    assert Setup(model, selection[:1], evaluation).leak == ""
 
 
 # ------------------------------------------------------------------------------ SlideVQA, DocVQA
