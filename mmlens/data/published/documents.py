@@ -167,9 +167,9 @@ MMDOCIR = EvidenceData(
     notes="A row is a document. Pages count from 0, rows page_indices[0] to page_indices[1] of "
     "MMDocIR_pages.parquet, the last among them. A page without a layout counts whole. Of the 2,638 boxes, "
     "five leave their page, and are cut at its edge (one by 204 points, the others by less than one); one has "
-    "no width, and its page counts whole. 134 of the 135 documents of MMLongBench-Doc are in it. "
-    "texts=True gives what was read on each page, layouts=True all layouts of a document but those without an area "
-    "(from MMDocIR_layouts.parquet), by which pages and layouts are ranked (mmlens.data.pages)." + _MAX_PAGES,
+    "no width, and its page counts whole. 134 of the 135 documents of MMLongBench-Doc are in it. texts=True "
+    "gives what was read on each page, layouts=True all layouts of a document but those without an area (from "
+    "MMDocIR_layouts.parquet), by which pages and layouts are ranked (mmlens.data.pages)." + _MAX_PAGES,
 )
 
 
@@ -483,8 +483,8 @@ MMLONGBENCH = EvidenceData(
     "src/mmrethead/data.py",
     checked="card",
     overlaps=("mmlongbench-doc", "mmdocir", "slidevqa"),
-    fetch="hf download --repo-type dataset ZhaoweiWang/MMLongBench --local-dir FOLDER, then in FOLDER tar "
-    "-xzf of 0_mmlb_data.tar.gz, and of the others into FOLDER/mmlb_image",
+    fetch="hf download --repo-type dataset ZhaoweiWang/MMLongBench --local-dir FOLDER && cd FOLDER && for "
+    'archive in *.tar.gz; do tar -xzf "$archive"; done',
     notes="Published as archives: unpack them, mmlb_data and mmlb_image side by side in data_dir=. Of "
     "documents the rows have page_list, ans_page_list (or ans_page_path_list) and doc_name, of needles ctxs, "
     "image_list, positive_ctxs and choices_image. Every page is preceded by the name of its document. The "

@@ -165,7 +165,7 @@ def from_hub(data_set: EvidenceData, split: str, revision: str | None, streaming
     if not hub:
         raise DataError(
             f"{data_set.name} is not on the hub in a form that datasets reads: give data_dir= (--data-dir) a folder "
-            f"with its published files. Source: {data_set.source}. {data_set.notes}".strip()
+            f"with its published files{files.to_fetch()}. {data_set.notes}".rstrip()
         )
     try:
         commit = _commit(hub, revision)

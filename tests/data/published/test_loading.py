@@ -239,7 +239,7 @@ def test_folders_that_hold_something_else(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(DataError, match=rf"has no file 'val.jsonl', which holds the split 'val'.*{command}"):
         load_data("made-up", data_dir=tmp_path)
     entry(monkeypatch, hub="")
-    with pytest.raises(DataError, match="is not on the hub.*data_dir=.*Source: nowhere"):
+    with pytest.raises(DataError, match="is not on the hub.*data_dir=.*nowhere"):
         load_data("made-up")
 
 
