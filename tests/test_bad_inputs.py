@@ -23,12 +23,17 @@ Rows = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     root = Path(mmlens.__file__).parents[1]
     paths = [str(root), str(FOLDER), str(root / "experiments" / "validation")]
     done = subprocess.run(
         [sys.executable, str(FOLDER / "run.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+            "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("datasets")),
+        },
         capture_output=True,
         text=True,
     )

@@ -183,8 +183,11 @@ def _column(argument: str, given: Any, rows: Rows) -> Callable[[Row], Any]:
     labels = rows.labels.get(given)
 
     def read(row: Row) -> Any:
-        _check_column(argument, given, list(row), "the row")
-        value = row[given] if given in row else _within(row, given.split("."), argument, given)
+        if given in row:
+            value = row[given]
+        else:
+            _check_column(argument, given, list(row), "the row")
+            value = _within(row, given.split("."), argument, given)
         if labels is not None and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return labels[value]
         return value

@@ -140,6 +140,9 @@ class _ArrowRow(Mapping[str, Any]):
             raise KeyError(column)
         return _late(self._features.get(column), self._table.column(column)[0], f"column {column!r}")
 
+    def __contains__(self, column: object) -> bool:
+        return column in self._table.column_names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._table.column_names)
 

@@ -13,7 +13,7 @@ chosen and judged on different examples, intervals, several ablation modes, a co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,8 +105,8 @@ class CoreHeads:
 
 def core_heads(
     model: HookedVLM,
-    selection: Sequence[Example],
-    evaluation: Sequence[Example],
+    selection: Iterable[Example],
+    evaluation: Iterable[Example],
     *,
     counts: Sequence[int] | None = None,
     modes: Sequence[str] = MODES,

@@ -13,12 +13,13 @@ from typing import Any
 
 from mmlens.arguments import flag, instance_of, known_keywords, one_of, path_of, unknown_name_message
 from mmlens.data.examples import DataError, Example
+from mmlens.data.images import LateImage
 from mmlens.data.published.catalog import CATALOG
 from mmlens.data.published.files import PublishedFiles, builder_of, first_line, matches
 from mmlens.data.published.record import EvidenceData
 from mmlens.data.reading import RowError, RowExamples, RowStream, said
 from mmlens.data.tables import Row, Rows, rows_of
-from mmlens.errors import MissingFileError, UnknownNameError
+from mmlens.errors import MissingFileError, MmlensError, UnknownNameError
 
 
 def load_data(
@@ -125,7 +126,7 @@ def from_folder(
     config, path = data_set.config, str(folder)
     if config is not None and not (folder / "README.md").is_file() and (folder / config).is_dir():
         # Without the card, the folder of a configuration is all that tells of it.
-        config, path = None, str(folder / config)
+        path, config = str(folder / config), None
     return Opened(loaded(path, config), files, repr(str(folder)))
 
 
@@ -296,7 +297,16 @@ def _read(opened: Opened, rows: Rows, options: Mapping[str, Any], number: int, r
     if number == 0 and rows.columns is None:
         _check_columns(opened, list(row))
     try:
-        return list(data_set.read(row, opened.files, **options))
+        found = list(data_set.read(row, opened.files, **options))
+        for example in found:
+            for image in example.images.given:
+                if isinstance(image, LateImage):
+                    # What is wrong with an image is found when it opens, and is told of its row too.
+                    image.name = f"{rows.name}, row {number} (id {example.id!r}), {image.name}"
+                    image.check = functools.partial(
+                        _check_image, image.check, (rows.name, number, example.id)
+                    )
+        return found
     except RowError:
         raise
     # Whatever a row holds that the reader does not expect.
@@ -305,6 +315,13 @@ def _read(opened: Opened, rows: Rows, options: Mapping[str, Any], number: int, r
         if type(error) is KeyError and error.args and error.args[0] not in row:
             reason = unknown_name_message("column", error.args[0], row)
         raise RowError(rows.name, number, _id_of(data_set, row), reason) from error
+
+
+def _check_image(check: Any, row: tuple[str, int, str], size: tuple[int, int]) -> None:
+    try:
+        check(size)
+    except MmlensError as error:
+        raise RowError(*row, said(error)) from error
 
 
 def _id_of(data_set: EvidenceData, row: Row) -> str:

@@ -201,6 +201,23 @@ def test_rows_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         list(load_data("made-up", data_dir=tmp_path))
 
 
+def test_images_tell_their_row_when_they_do_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = rows()
+    given[1]["image"]["bytes"] = b"no image"
+    given[2]["bbox"] = [30, 0, 45, 9]
+    entry(monkeypatch)
+    write_parquet(tmp_path / "val.parquet", given)
+    examples = list(load_data("made-up", data_dir=tmp_path))
+    with pytest.raises(MmlensError, match=r"made-up val, row 1 \(id 'q1'\), column 'image' is no image"):
+        examples[1].images[0]
+    with pytest.raises(DataError, match=r"made-up val, row 2 \(id 'q2'\): .*inside the image of 40 x 20"):
+        examples[2].images[0]
+    with pytest.warns(
+        MmlensWarning, match=r"2 row\(s\) were skipped: row 1 \(id 'q1'\): .*; row 2 \(id 'q2'\): "
+    ):
+        assert len(list(load_data("made-up", data_dir=tmp_path, on_error="skip"))) == N - 2
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_columns_that_are_missing_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
