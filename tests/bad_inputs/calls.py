@@ -1126,6 +1126,7 @@ SETTINGS = {
     "coverage_shares": "fractions",
     "n_per_kind": "count or all",
     "n_per_kind_single": "count or all",
+    "pages_per_prompt": "count or the default",
     "null_questions": "questions to ask",
     "tags": "tags",
     "fallback_tags": "tags",
