@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="the published rows 
 class Blank:
     """Files of which there are none: every image is blank, every document has pages enough."""
 
-    def __init__(self, split: str, size: tuple[int, int] = (640, 480), n_pages: int = 500) -> None:
+    def __init__(self, split: str, size: tuple[int, int] = (640, 480), n_pages: int = 140) -> None:
         self.split, self.size, self.n_pages = split, size, n_pages
 
     def path(self, name: str) -> Path:
@@ -97,6 +97,18 @@ class TwiceAsLarge(Blank):
         return Rows(pattern, n=20_395, at=at)
 
 
+@functools.cache
+def of_mmlongbench_doc() -> list[Example]:
+    return read("mmlongbench-doc", rows_in("MMLongBench-Doc/samples_first400.json"), Blank("train"))
+
+
+@functools.cache
+def of_mmdocir() -> list[Example]:
+    """With the pages that have evidence alone."""
+    rows = rows_in("MMDocIR/annotations_first.jsonl")
+    return read("mmdocir", rows, TwiceAsLarge(rows, {}), max_pages=1)
+
+
 def test_mmdocir_boxes_are_points_of_the_page() -> None:
     rows = rows_in("MMDocIR/annotations_first.jsonl")
     layouts = [
@@ -149,7 +161,7 @@ def test_few_pages_of_mmdocir_hold_the_evidence() -> None:
 
 def test_mmlongbench_doc_counts_pages_from_one() -> None:
     rows = rows_in("MMLongBench-Doc/samples_first400.json")
-    examples = read("mmlongbench-doc", rows, Blank("train"))
+    examples = of_mmlongbench_doc()
     assert len(rows) == len(examples) == 400 and all_differ(examples)
     n_of_page_0 = 0
     for row, example in zip(rows, examples, strict=True):
@@ -159,7 +171,7 @@ def test_mmlongbench_doc_counts_pages_from_one() -> None:
         assert [region.image for region in example.evidence] == list(
             dict.fromkeys(max(page - 1, 0) for page in pages)
         )
-        assert example.metadata["pages"] == list(range(500))
+        assert example.metadata["pages"] == list(range(140))
     assert n_of_page_0 == 2
     without = [example for example in examples if not example.evidence]
     assert Counter(example.kind for example in without) == {
@@ -172,16 +184,13 @@ def test_mmlongbench_doc_counts_pages_from_one() -> None:
 
 def test_the_two_sets_of_documents_count_pages_alike() -> None:
     """Of the questions that are in both, nine of ten have the same pages; counted otherwise, hardly one would."""
-    rows = rows_in("MMDocIR/annotations_first.jsonl")
     first = {
-        (each.group, each.question): {region.image for region in each.evidence}
-        for each in read("mmdocir", rows, TwiceAsLarge(rows, {}))
+        (each.group, each.question): {each.metadata["pages"][region.image] for region in each.evidence}
+        for each in of_mmdocir()
     }
     both = [
         (first[example.group, example.question], {region.image for region in example.evidence})
-        for example in read(
-            "mmlongbench-doc", rows_in("MMLongBench-Doc/samples_first400.json"), Blank("train")
-        )
+        for example in of_mmlongbench_doc()
         if (example.group, example.question) in first
     ]
     assert len(both) > 150
@@ -189,10 +198,7 @@ def test_the_two_sets_of_documents_count_pages_alike() -> None:
 
 
 def test_the_two_sets_of_documents_share_groups() -> None:
-    rows = rows_in("MMDocIR/annotations_first.jsonl")
-    first = read("mmdocir", rows, TwiceAsLarge(rows, {}))
-    second = read("mmlongbench-doc", rows_in("MMLongBench-Doc/samples_first400.json"), Blank("train"))
-    shared = shared_groups(first, second)
+    shared = shared_groups(of_mmdocir(), of_mmlongbench_doc())
     assert len(shared) > 20 and "Independents-Report" in shared
     assert (
         "mmdocir" in CATALOG["mmlongbench-doc"].overlaps and "mmlongbench-doc" in CATALOG["mmdocir"].overlaps
