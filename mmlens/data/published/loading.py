@@ -299,7 +299,8 @@ def _read(opened: Opened, rows: Rows, options: Mapping[str, Any], number: int, r
     try:
         found = list(data_set.read(row, opened.files, **options))
         for example in found:
-            for image in example.images.given:
+            images: Any = example.images
+            for image in images.given:
                 if isinstance(image, LateImage):
                     # What is wrong with an image is found when it opens, and is told of its row too.
                     image.name = f"{rows.name}, row {number} (id {example.id!r}), {image.name}"
