@@ -20,9 +20,9 @@ def png(width: int = 200, height: int = 100, colour: str | tuple[int, int, int] 
     return file.getvalue()
 
 
-def cell(*size: int) -> dict[str, Any]:
+def cell(width: int = 200, height: int = 100) -> dict[str, Any]:
     """What a column of images holds."""
-    return {"bytes": png(*size), "path": None}
+    return {"bytes": png(width, height), "path": None}
 
 
 def write_parquet(path: Path, features: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
