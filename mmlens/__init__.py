@@ -13,6 +13,7 @@ from mmlens.attribution import attribute as attribute
 from mmlens.data import Evidence as Evidence
 from mmlens.data import Example as Example
 from mmlens.data import examples_from as examples_from
+from mmlens.data import load_data as load_data
 from mmlens.data import load_examples as load_examples
 from mmlens.data import scene_examples as scene_examples
 from mmlens.data import split_examples as split_examples

@@ -15,6 +15,7 @@ PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT /
     "page",
     [
         pytest.param("README.md", marks=pytest.mark.slow),
+        "docs/data.md",
         "docs/hybrid.md",
         "docs/interventions.md",
         "docs/prompts.md",
