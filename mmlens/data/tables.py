@@ -54,7 +54,7 @@ def rows_of(given: object, name: str | None = None) -> Rows:
         rows = read(given, name)
         if rows is not None:
             if rows.n == 0:
-                raise InvalidValueError(f"{rows.name} has no rows")
+                raise InvalidValueError(f"{rows.name} has no rows; expected at least one")
             return rows
     raise InvalidTypeError(f"rows is {shown(given)}; expected {_EXPECTED}{_way_out(given)}")
 

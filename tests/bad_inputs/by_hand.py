@@ -29,6 +29,41 @@ def bad_rows(w: World) -> list[Row]:
     means = mmlens.mean_activations(w.model, w.examples[:2], hooks=["blocks.0.attn.hook_z"])
     return [
         (
+            "LateImage",
+            "a number as its file",
+            3,
+            lambda: mmlens.data.LateImage(3),
+            "expected a path, the bytes of an image file",
+        ),
+        (
+            "LateImage",
+            "a row's dict itself",
+            {"bytes": b"", "path": None},
+            lambda: mmlens.data.LateImage({"bytes": b"", "path": None}),
+            "expected a path, the bytes of an image file",
+        ),
+        (
+            "ExampleStream",
+            "a list in the place of a function",
+            w.examples,
+            lambda: mmlens.data.ExampleStream(w.examples),  # type: ignore[arg-type]
+            "expected a function that gives an iterator",
+        ),
+        (
+            "Examples",
+            "a list in the place of a function",
+            w.examples,
+            lambda: mmlens.data.Examples(3, w.examples),  # type: ignore[arg-type]
+            "expected a function from a number",
+        ),
+        (
+            "Examples",
+            "a fraction for their number",
+            1.5,
+            lambda: mmlens.data.Examples(1.5, w.examples.__getitem__),  # type: ignore[arg-type]
+            "whole number",
+        ),
+        (
             "ram",
             "arguments swapped",
             w.examples,

@@ -1131,6 +1131,7 @@ SETTINGS = {
     "tags": "tags",
     "fallback_tags": "tags",
     "checkpoints": "folder to read",
+    "pages_per_prompt": "count or the default",
 }
 
 
