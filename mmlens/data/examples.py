@@ -128,7 +128,7 @@ class Example:
 
     question: str = ""
     answer: str = ""
-    images: Sequence[Any] = ()
+    images: Any = ()
     evidence: tuple[Evidence, ...] = ()
     kind: str = ""
     candidates: tuple[str, ...] = ()

@@ -241,7 +241,7 @@ def test_a_stream_of_nothing_is_an_error(micro: mmlens.HookedVLM) -> None:
     with pytest.raises(InvalidValueError, match=r"ExampleStream\(mine\) holds no example"):
         mmlens.ram(micro, nothing, progress=False)
     with pytest.raises(InvalidValueError, match="holds no example"):
-        mmlens.effect(micro, Examples(0, lambda at: examples[at]), None, mmlens.accuracy)
+        mmlens.effect(micro, Examples(0, [].__getitem__), None, mmlens.accuracy)
 
 
 def test_examples_by_their_numbers() -> None:
