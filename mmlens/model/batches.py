@@ -28,7 +28,7 @@ T = TypeVar("T")
 Prompts = Prompt | Sequence[Prompt] | Sequence[Example] | ExampleStream
 """A Prompt, a list of them, each one batch, or examples, which are made into prompts some at a time."""
 
-WINDOW = 64
+WINDOW = 16
 """So many batches of a stream are looked at at a time, to put images of like size together."""
 
 

@@ -1131,7 +1131,6 @@ SETTINGS = {
     "tags": "tags",
     "fallback_tags": "tags",
     "checkpoints": "folder to read",
-    "pages_per_prompt": "count or the default",
 }
 
 
