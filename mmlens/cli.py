@@ -218,7 +218,8 @@ def parsed_settings(experiment: Experiment, given: Sequence[str]) -> dict[str, A
         if name not in defaults:
             raise InvalidValueError(unknown_name_message(f"{experiment.name} setting", name, defaults))
         try:
-            settings[name] = _parsed(text, defaults[name])
+            is_none = text.lower() in ("none", "null") and name in experiment.may_be_none
+            settings[name] = None if is_none else _parsed(text, defaults[name])
         except ValueError as error:
             raise InvalidValueError(
                 f"the setting {name} is like its default {defaults[name]!r}, which {text!r} is not: {error}"

@@ -240,3 +240,11 @@ class Experiment:
             for name, parameter in inspect.signature(self.run).parameters.items()
             if parameter.kind is parameter.KEYWORD_ONLY
         }
+
+    @property
+    def may_be_none(self) -> frozenset[str]:
+        """The settings that may be None whatever their default is, by their annotations."""
+        parameters = inspect.signature(self.run).parameters
+        return frozenset(
+            name for name in self.settings if "None" in str(parameters[name].annotation).split(" | ")
+        )

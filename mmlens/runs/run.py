@@ -74,10 +74,27 @@ def full_settings(experiment: Experiment, given: Mapping[str, Any]) -> dict[str,
     for name, value in given.items():
         if name not in defaults:
             raise InvalidValueError(unknown_name_message(f"{experiment.name} setting", name, defaults))
-        _check_kind(f"the setting {name}", value, defaults[name])
+        if value is not None or name not in experiment.may_be_none:
+            _check_kind(f"the setting {name}", value, defaults[name])
     return defaults | {
         name: value if isinstance(defaults[name], list) else _frozen(value) for name, value in given.items()
     }
+
+
+def settings_of(request: Request, experiment: Experiment) -> dict[str, Any]:
+    """All settings of a request's experiment. Raises as `full_settings` does.
+
+    Of published data sets every example that was asked for is used: the limit of so many of each kind, which keeps runs
+    on generated scenes short, is off unless it is given.
+    """
+    given = dict(request.settings)
+    if LIMIT in experiment.settings and any(map(is_published, request.data_names)):
+        given = {LIMIT: None} | given
+    return full_settings(experiment, given)
+
+
+LIMIT = "n_per_kind"
+"""The setting that limits the examples of each kind."""
 
 
 def _check_kind(name: str, value: Any, default: Any) -> None:
@@ -141,7 +158,7 @@ def run(
     """
     experiment = experiment_named(request.experiment)
     check_answers(experiment.name, experiment.run, request.answers)
-    request = replace(request, settings=full_settings(experiment, request.settings))
+    request = replace(request, settings=settings_of(request, experiment))
     references = bibliography((*experiment.cites, *cites(request)))
     out = Path(out)
     check_folder(out)
@@ -186,7 +203,7 @@ def request_of(record: Mapping[str, Any]) -> Request:
 
 def request_record(request: Request, experiment: Experiment) -> dict[str, Any]:
     """A request in plain JSON with all its settings, the folders in it wherever one stands when it is repeated."""
-    settings = full_settings(experiment, request.settings)
+    settings = settings_of(request, experiment)
     places: dict[str, Any] = {
         name: str(Path(place).resolve())
         for name, place in (("model", request.model), ("data_dir", request.data_dir))

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_model, tiny_processor
 
-from mmlens.cli import main
+from mmlens.cli import main, parsed_settings
 from mmlens.data.examples import DataError, save_examples
 from mmlens.data.scenes import scene_examples
 from mmlens.data.splits import group_of, is_in_first
@@ -24,7 +24,7 @@ from mmlens.runs.data import splits
 from mmlens.runs.record import read_record
 from mmlens.runs.request import Request
 from mmlens.runs.rerun import rerun
-from mmlens.runs.run import request_of
+from mmlens.runs.run import experiment_named, full_settings, request_of, settings_of
 
 WORDS = ("red", "green", "blue", "left", "right", "cup", "cat", "tree")
 
@@ -247,3 +247,14 @@ def test_stability_across_data_sets(
     (pair,) = numbers["spearman"]
     assert {pair["one"], pair["other"]} == {"refcocog", "mmdocir"}
     assert rerun(tmp_path / "out" / "small", progress=False).same
+
+
+def test_all_examples_that_were_asked_for_are_used(published: Path) -> None:
+    """The limit of so many of each kind is for generated scenes, unless it is given."""
+    masking = experiment_named("masking")
+    assert settings_of(asked(published), masking)["n_per_kind"] is None
+    assert settings_of(asked(published, settings={"n_per_kind": 4}), masking)["n_per_kind"] == 4
+    assert settings_of(Request("masking", "micro"), masking)["n_per_kind"] == 10
+    assert parsed_settings(masking, ["n_per_kind=none"]) == {"n_per_kind": None}
+    assert full_settings(masking, {"n_per_kind": None})["n_per_kind"] is None
+    assert "n_draws" not in masking.may_be_none
