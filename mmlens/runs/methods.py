@@ -55,6 +55,8 @@ def filled_method(experiment: Experiment, settings: Mapping[str, Any]) -> str:
         name: value if isinstance(value, int | float | str) and not isinstance(value, bool) else _words(value)
         for name, value in settings.items()
     }
+    # Limits of so many examples of each kind: None is no limit.
+    words |= {name: "all" for name in words if name.startswith("n_per_kind") and settings[name] is None}
     try:
         return experiment.method.format(**words)
     except KeyError as error:

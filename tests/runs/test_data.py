@@ -21,6 +21,7 @@ from mmlens.data.scenes import scene_examples
 from mmlens.data.splits import group_of, is_in_first
 from mmlens.errors import InvalidValueError, MmlensWarning
 from mmlens.runs.data import splits
+from mmlens.runs.methods import filled_method
 from mmlens.runs.record import read_record
 from mmlens.runs.request import Request
 from mmlens.runs.rerun import rerun
@@ -258,3 +259,4 @@ def test_all_examples_that_were_asked_for_are_used(published: Path) -> None:
     assert parsed_settings(masking, ["n_per_kind=none"]) == {"n_per_kind": None}
     assert full_settings(masking, {"n_per_kind": None})["n_per_kind"] is None
     assert "n_draws" not in masking.may_be_none
+    assert "on all evaluation examples" in filled_method(masking, settings_of(asked(published), masking))
