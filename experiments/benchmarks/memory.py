@@ -52,7 +52,7 @@ def masking(model: mmlens.HookedVLM, examples: Examples) -> Any:
     """An experiment, half of the examples in each split."""
     half = len(examples) // 2
     setup = Setup(model, examples[:half], examples[half:], progress=False)
-    return MASKING.run(setup, n_draws=2, counts=(3,))
+    return MASKING.run(setup, shares=(0.05,), modes=("zero",), n_draws=1, n_per_kind=None)
 
 
 MEASUREMENTS: dict[str, tuple[Callable[..., Any], tuple[int, int]]] = {
@@ -104,7 +104,9 @@ def main() -> None:
     print(f"{MODEL} on {platform.machine()}, torch {torch.__version__}, one thread; peak memory in MiB")
     with tempfile.TemporaryDirectory() as place:
         half = N_FILES // 2
-        scenes = scene_examples("objects", half, seed=0) + scene_examples("documents", half, seed=0)
+        kinds = (scene_examples(kind, half, seed=0) for kind in ("objects", "documents"))
+        # In turn, so that few examples are of the same sizes as many.
+        scenes = [scene for pair in zip(*kinds, strict=True) for scene in pair]
         save_examples(scenes, Path(place))
         for name in options.only:
             few, *more = options.sizes or MEASUREMENTS[name][1]

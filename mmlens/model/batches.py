@@ -31,6 +31,9 @@ Prompts = Prompt | Sequence[Prompt] | Sequence[Example] | ExampleStream
 WINDOW = 16
 """So many batches of a stream are looked at at a time, to put images of like size together."""
 
+BETWEEN_TRIMS = 8
+"""Batches after which freed memory is given back; it takes as long as a small batch on a CPU."""
+
 
 class Batches:
     """`prompts` as pairs (indices, Prompt): the numbers of a batch's examples in the order given, and the batch.
@@ -113,7 +116,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[list[int], Prompt]]:
         self._kinds.clear()
-        n_seen = 0
+        n_seen = n_batches = 0
         with tqdm(total=self.n_examples, desc=self.label, unit="example", disable=not self.progress) as bar:
             for index, prompt in self._ready() if self._prompts else self._made():
                 if prompt.examples is not None:
@@ -123,6 +126,9 @@ class Batches:
                 yield index, prompt
                 n_seen += len(index)
                 bar.update(len(index))
+                n_batches += 1
+                if n_batches % BETWEEN_TRIMS == 0:
+                    _give_back_freed_memory()
         if not n_seen:
             raise InvalidValueError(f"{self.prompts!r} holds no example: expected at least one")
         self.n_examples = n_seen
@@ -160,7 +166,6 @@ class Batches:
         while window := list(itertools.islice(rest, WINDOW * self.batch_size)):
             yield first, window
             first += len(window)
-            _give_back_freed_memory()
 
     def _prompt(
         self, maker: InputMethods, index: list[int], batch: list[Example]
