@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -215,16 +215,18 @@ def ahead(functions: Iterable[Callable[[], T]]) -> Iterator[T]:
     >>> list(ahead([lambda: 1, lambda: 2]))
     [1, 2]
     """
+    functions = iter(functions)
+    first = next(functions, None)
+    if first is None:
+        return
+    # In this thread, so that what is done alone needs no other.
+    result = first()
     with ThreadPoolExecutor(1, "mmlens: the next prompt") as worker:
-        due: Future[_Done[T]] | None = None
         for function in functions:
-            # What is due is read before the next begins, so that one runs at a time.
-            done = None if due is None else due.result()
             due = worker.submit(_done, function)
-            if done is not None:
-                yield done.given()
-        if due is not None:
-            yield due.result().given()
+            yield result
+            result = due.result().given()
+    yield result
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def test_published_settings(family: str) -> None:
     else:
         images.patch_size, images.pooling_kernel_size, images.max_soft_tokens = 16, 3, 280
     for size in ((640, 480), (333, 1001), (1920, 200)):
-        boxes = torch.as_tensor(
+        boxes = torch.tensor(
             prompt_of_images(family, processor, tiny_images(1, sizes=[size])).token_map.grids[0][0].boxes
         )
         seen = (*boxes.amin(dim=0)[:2].tolist(), *boxes.amax(dim=0)[2:].tolist())
