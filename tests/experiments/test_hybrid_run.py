@@ -75,6 +75,7 @@ def test_arms_and_tables_follow_from_the_raw_outcomes(setup: Setup, found: Findi
     )
 
 
+@pytest.mark.slow
 def test_whole_answers_of_one_token_are_judged_as_first_tokens_are(setup: Setup, found: Findings) -> None:
     # Chosen among candidates, for nothing but a candidate can be the answer; what is valid is judged the same.
     asked = {"fractions": (0.03,), "windows": (WINDOW,), "sink": SINK, "n_per_kind": 3, "n_draws": 1}

@@ -53,7 +53,7 @@ def micro_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_examples(scenes(4, 5), tmp_path_factory.mktemp("scenes") / "data")
 
 
-@pytest.mark.parametrize("experiment", ["masking", "core-heads"])
+@pytest.mark.parametrize("experiment", ["masking", pytest.param("core-heads", marks=pytest.mark.slow)])
 def test_of_answers_of_one_token_whole_and_first_token_are_the_same(
     experiment: str, micro_folder: Path, tmp_path: Path
 ) -> None:
