@@ -202,8 +202,18 @@ def _start_worker() -> None:
     signal.signal(signal.SIGTERM, _stop_worker)
 
 
+_CLEARING = 10.0
+"""Seconds in which a worker that was told to stop clears its folder away, and hears of no second order."""
+_stopped_at = -_CLEARING
+
+
 def _stop_worker(number: int, frame: object) -> None:
-    raise SystemExit(143)
+    """End the worker, once: a signal to the whole group reaches it, and then its parent's own."""
+    global _stopped_at
+    now = time.monotonic()
+    if now - _stopped_at >= _CLEARING:
+        _stopped_at = now
+        raise SystemExit(143)
 
 
 def _work(run_model: Callable[..., list[Outcome]], *arguments: Any) -> list[Outcome]:
