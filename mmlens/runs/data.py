@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mmlens.arguments import unknown_name_message
+from mmlens.arguments import instance_of, unknown_name_message
 from mmlens.data.examples import DataError, Example, load_examples
 from mmlens.data.images import Images, LateImage
 from mmlens.data.many import ExampleStream
@@ -114,6 +114,11 @@ def _folder(request: Request, name: str) -> Splits:
             + unknown_name_message("data set", name, CATALOG)
             + ". `mmlens data` lists them all"
         )
+    if (request.data_dir or request.data_options) and not any(map(is_published, request.data_names)):
+        raise DataError(
+            f"data_dir={request.data_dir!r} and data_options={request.data_options!r} are of data sets by name, and "
+            f"{', '.join(request.data_names)} is none"
+        )
     examples = load_examples(name, images_outside=request.images_outside)
     selection, evaluation = split_examples(examples, request.selection_share, request.seed)
     source = {
@@ -160,7 +165,7 @@ def _named(request: Request, name: str) -> Splits:
 def _options(request: Request, name: str) -> dict[str, Any]:
     """The options of loading that are for all data sets, and over them those under this one's name."""
     given = dict(request.data_options or {})
-    own = given.pop(name, {})
+    own = instance_of(f"data_options[{name!r}]", given.pop(name, {}), dict, "a dict of options of load_data")
     return {key: value for key, value in given.items() if key not in request.data_names} | own
 
 

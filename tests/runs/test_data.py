@@ -19,7 +19,7 @@ from mmlens.cli import main, parsed_settings
 from mmlens.data.examples import DataError, save_examples
 from mmlens.data.scenes import scene_examples
 from mmlens.data.splits import group_of, is_in_first
-from mmlens.errors import InvalidValueError, MmlensWarning
+from mmlens.errors import InvalidTypeError, InvalidValueError, MmlensWarning
 from mmlens.runs.data import splits
 from mmlens.runs.methods import filled_method
 from mmlens.runs.record import read_record
@@ -174,6 +174,8 @@ def test_fewer_than_asked_for_is_said(published: Path) -> None:
         ({"data_options": {"splt": "val"}}, Exception, "the nearest: 'split'"),
         ({"data_options": {"split": "vale"}}, InvalidValueError, "the nearest: 'val'"),
         ({"data_dir": "/nowhere"}, Exception, "no such folder"),
+        ({"data": "."}, DataError, r"are of data sets by name, and \. is none"),
+        ({"data_options": {"refcocog": 3}}, InvalidTypeError, "expected a dict of options of load_data"),
     ],
 )
 def test_what_is_no_data_set_is_said(
